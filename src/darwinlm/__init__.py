@@ -1,0 +1,1 @@
+"""Evolutionary, training-aware structured pruning of large language models."""

@@ -1,0 +1,162 @@
+"""Genomes: the level grid, costs and budgets, and level-switch mutation (section 3.2 of the paper). No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from darwinlm.types import KINDS, Genome, Unit, UsageError
+
+MUTATION_TRIES = 1000
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How many structures each unit has lost at each of its levels.
+
+    `removed[u][i]` is the count for unit `u` at level `i`: 0 at level 0, all of them at the last.
+    """
+
+    units: tuple[Unit, ...]
+    removed: tuple[tuple[int, ...], ...]
+
+    def highest(self, index: int) -> int:
+        """The level at which nothing of a unit is left."""
+        return len(self.removed[index]) - 1
+
+    def dense(self) -> Genome:
+        """The genome of the unpruned model."""
+        return Genome((0,) * len(self.units))
+
+    def check(self, genome: Genome) -> None:
+        """Raise `UsageError` unless `genome` gives each unit of this model a level that exists."""
+        if len(genome.levels) != len(self.units):
+            raise UsageError(
+                f"the genome is for another model: it has {len(genome.levels)} levels and this model "
+                f"{len(self.units)} units; use a genome that was searched on this model"
+            )
+        for index, (unit, level) in enumerate(zip(self.units, genome.levels, strict=True)):
+            if not 0 <= level <= self.highest(index):
+                raise UsageError(
+                    f"level out of range: {unit.name} has levels 0 to {self.highest(index)} and the genome asks for "
+                    f"{level}; use a genome that was searched on this database"
+                )
+
+
+def level_grid(units: tuple[Unit, ...], levels: int, granularity: int) -> Grid:
+    """Spread `levels` equal steps over every unit's structures (section 3.1).
+
+    A unit at level `i` of `N` has lost `Round(i * S / N)` of its `S` steps, where a step is one attention structure or
+    `granularity` MLP channels. A unit with fewer steps than levels has one level a step.
+
+    Raises:
+        UsageError: if `levels` is not positive or the granularity does not divide the number of MLP channels.
+    """
+    if levels < 1:
+        raise UsageError(f"database.levels must be at least 1, found {levels}")
+    return Grid(units, tuple(_removed(unit, levels, granularity) for unit in units))
+
+
+def _removed(unit: Unit, levels: int, granularity: int) -> tuple[int, ...]:
+    step = granularity if unit.kind == "mlp" else 1
+    if step < 1 or unit.structures % step:
+        raise UsageError(
+            f"database.granularity must divide the {unit.structures} channels of {unit.name}, found {granularity}"
+        )
+    steps = unit.structures // step
+    count = min(levels, steps)
+    # Round half up, unlike Python's round, so that equal fractions of different units round alike.
+    return tuple(step * ((2 * level * steps + count) // (2 * count)) for level in range(count + 1))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most a genome may cost, in prunable parameters, and the highest level each unit may take."""
+
+    grid: Grid
+    limit: int
+    ceilings: tuple[int, ...]
+
+    def cost(self, genome: Genome) -> int:
+        """Prunable parameters that are left in the model."""
+        return prunable_parameters(self.grid, genome)
+
+    def admits(self, genome: Genome) -> bool:
+        """Whether the genome is small enough and no unit is above its ceiling."""
+        within = all(0 <= level <= top for level, top in zip(genome.levels, self.ceilings, strict=True))
+        return within and self.cost(genome) <= self.limit
+
+
+def prunable_parameters(grid: Grid, genome: Genome) -> int:
+    """Parameters of all units at the genome's levels; embeddings, the final norm and the head are not in it."""
+    return sum(
+        unit.parameters(removed[level])
+        for unit, removed, level in zip(grid.units, grid.removed, genome.levels, strict=True)
+    )
+
+
+def ceilings(grid: Grid) -> tuple[int, ...]:
+    """The highest level of each unit: all may vanish but the first block's attention, on which every cache relies."""
+    first_attention = next((i for i, unit in enumerate(grid.units) if unit.kind == "attention"), None)
+    return tuple(grid.highest(i) - (i == first_attention) for i in range(len(grid.units)))
+
+
+def uniform_genome(grid: Grid, target_level: float, levels: int, rng: Random) -> Genome:
+    """Every unit at the same fraction of its levels; a fraction between two levels is a random mix of both.
+
+    `target_level` is out of `levels`; a kind with fewer levels takes the same fraction of its own. Within a kind the
+    number of units at the higher level is exact, so every seed gives a genome of the same level sum.
+
+    Raises:
+        UsageError: if `target_level` is not strictly between 0 and `levels`.
+    """
+    if not 0 < target_level < levels:
+        raise UsageError(f"target level out of range: expected more than 0 and less than {levels}, found {target_level:g}")
+    result: dict[int, int] = {}
+    top = ceilings(grid)
+    for kind in KINDS:
+        members = [i for i, unit in enumerate(grid.units) if unit.kind == kind]
+        if not members:
+            continue
+        wanted = sum(target_level / levels * grid.highest(i) for i in members)
+        floors = {i: int(target_level / levels * grid.highest(i)) for i in members}
+        # Rounded down: the model never ends up with less removed in one kind than another start would have.
+        missing = round(wanted - sum(floors.values()))
+        raisable = [i for i in members if floors[i] < top[i]]
+        raised = set(rng.sample(raisable, min(missing, len(raisable))))
+        result.update({i: min(floors[i] + (i in raised), top[i]) for i in members})
+    return Genome(tuple(result[i] for i in range(len(grid.units))))
+
+
+def mutate(genome: Genome, budget: Budget, rng: Random, max_switches: int = 3) -> Genome:
+    """Level-switch mutation: within a kind, one unit a level up and another a level down.
+
+    `min(U{1..max}, U{1..max})` switches (Algorithm 1), so that small steps are the most frequent. A switch keeps the sum
+    of levels within the kind; mutants over the budget, or equal to the parent, are drawn again.
+
+    Raises:
+        UsageError: if no mutant within the budget is found, so the level grid is too coarse for the target.
+    """
+    for _ in range(MUTATION_TRIES):
+        mutant = genome
+        for _ in range(min(rng.randint(1, max_switches), rng.randint(1, max_switches))):
+            mutant = _switch(mutant, budget, rng)
+        if mutant != genome and budget.admits(mutant):
+            return mutant
+    raise UsageError(
+        f"no mutation keeps the model within {budget.limit:,} prunable parameters after {MUTATION_TRIES} tries: "
+        "the level grid is too coarse for this target; raise database.levels"
+    )
+
+
+def _switch(genome: Genome, budget: Budget, rng: Random) -> Genome:
+    kind = rng.choice(KINDS)
+    units = budget.grid.units
+    raisable = [i for i, u in enumerate(units) if u.kind == kind and genome.levels[i] < budget.ceilings[i]]
+    lowerable = [i for i, u in enumerate(units) if u.kind == kind and genome.levels[i] > 0]
+    if not raisable or not lowerable:
+        return genome
+    up, down = rng.choice(raisable), rng.choice(lowerable)
+    if up == down:
+        return genome
+    return genome.replace({up: genome.levels[up] + 1, down: genome.levels[down] - 1})

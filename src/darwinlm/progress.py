@@ -1,0 +1,51 @@
+"""Progress of long work: a live bar with the time left on a terminal, log lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
+
+console = Console(stderr=True, soft_wrap=True, highlight=False)
+LOG_EVERY = 10.0  # seconds between log lines where there is no terminal
+
+
+def say(message: str) -> None:
+    """One line for whoever watches the run."""
+    console.print(message, markup=False)
+
+
+def track(items: Iterable[Item], description: str, total: int, done: int = 0) -> Iterator[Item]:
+    """Yield `items`, showing how many of `total` are done and an estimate of what is left.
+
+    `done` items were finished by an earlier run; they count as progress but not towards the speed.
+    """
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
+            task = bar.add_task(description, total=total, completed=done)
+            for item in items:
+                yield item
+                bar.advance(task)
+        return
+    yield from _log(items, description, total, done)
+
+
+def _log(items: Iterable[Item], description: str, total: int, done: int) -> Iterator[Item]:
+    start = last = time.monotonic()
+    finished = done
+    for item in items:
+        yield item
+        finished += 1
+        now = time.monotonic()
+        if now - last >= LOG_EVERY or finished == total:
+            left = (now - start) / (finished - done) * (total - finished)
+            say(f"{description}: {finished}/{total}, {now - start:.0f} s, {left:.0f} s left")
+            sys.stderr.flush()
+            last = now

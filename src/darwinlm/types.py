@@ -1,0 +1,165 @@
+"""The frozen types that stages hand to each other, and the legend of shape letters.
+
+Shape letters, used in annotations and docstrings throughout:
+
+    d_in      input columns of a consumer (query heads x head_dim, or MLP channels)
+    d_out     output rows of a consumer (the model's hidden size)
+    kept      input columns of a consumer that survive at some level
+    sequences, length   token blocks and their length
+    tokens    sequences x length
+    vocab     vocabulary entries
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Kind = Literal["attention", "mlp"]
+KINDS: tuple[Kind, ...] = ("attention", "mlp")
+
+
+class DarwinError(ValueError):
+    """A failure that is explained to the user in one sentence: what was expected, found, and what to do. Exit code 1."""
+
+
+class UsageError(DarwinError):
+    """An argument that cannot be used. Exit code 2."""
+
+
+@dataclass(frozen=True)
+class Producer:
+    """Rows of a linear module that feed a unit's structures.
+
+    Structure `s` owns the rows `start + s * width` up to `start + (s + 1) * width`. A fused projection is several
+    producers with one `module`, in the order of their rows.
+    """
+
+    module: str
+    start: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The attention or the MLP of one decoder block: what is pruned together.
+
+    Attributes:
+        name: unique and usable as a file name, for example `block-03-attention`.
+        consumer: the linear module that reads the structures (`o_proj`, `down_proj`), by its path in the model.
+        producers: the linear rows that write them.
+        structure_width: consumer columns that one structure owns.
+        structures: how many there are in the dense unit.
+        structure_parameters: parameters that leave the model with one structure.
+        fixed_parameters: parameters that leave it only with the whole unit (its norms, the consumer's bias).
+    """
+
+    name: str
+    block: int
+    kind: Kind
+    consumer: str
+    producers: tuple[Producer, ...]
+    structure_width: int
+    structures: int
+    structure_parameters: int
+    fixed_parameters: int
+
+    def parameters(self, removed: int) -> int:
+        """Parameters of the unit after `removed` structures have left it."""
+        remaining = self.structures - removed
+        return remaining * self.structure_parameters + (self.fixed_parameters if remaining else 0)
+
+
+@dataclass(frozen=True)
+class UnitStatistics:
+    """What calibration learns of a unit: `hessian = 2/tokens * sum x x^T` over its consumer's inputs, undamped."""
+
+    unit: Unit
+    weight: Float[Tensor, "d_out d_in"]
+    hessian: Float[Tensor, "d_in d_in"]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """The greedy order in which a unit loses its structures, and the error piled up after each.
+
+    `order[i]` is the structure removed as number `i + 1`; `errors[i]` is the squared output error of the unit,
+    `tr((W - W') H (W - W')^T)`, once it is gone. Both have length `structures`.
+    """
+
+    unit: Unit
+    order: Int[Tensor, " structures"]
+    errors: Float[Tensor, " structures"]
+
+
+@dataclass(frozen=True)
+class Level:
+    """A unit with some structures removed: the consumer's surviving columns and their re-solved weights.
+
+    `kept` lists surviving structures in ascending order; `weight` has `len(kept) * structure_width` columns.
+    """
+
+    unit: Unit
+    level: int
+    kept: Int[Tensor, " kept_structures"]
+    weight: Float[Tensor, "d_out kept"]
+    error: float
+
+
+@dataclass(frozen=True)
+class Genome:
+    """A level for every unit, in the order of the model's units. Hashable."""
+
+    levels: tuple[int, ...]
+
+    def replace(self, changes: dict[int, int]) -> Genome:
+        """The same genome with the unit at each index in `changes` at a new level."""
+        return Genome(tuple(changes.get(i, level) for i, level in enumerate(self.levels)))
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """What is left of one decoder block. 0 query heads: no attention; 0 intermediate channels: no MLP."""
+
+    query_heads: int
+    key_value_heads: int
+    intermediate: int
+
+
+@dataclass(frozen=True)
+class SelectionStage:
+    """One round of selection (Algorithm 1): train each candidate, score it, keep the best.
+
+    Attributes:
+        survivors: how many candidates go on to the next stage.
+        fitness_tokens: tokens on which the KL divergence is measured.
+        training_tokens: tokens each candidate is trained on first; 0 trains nothing.
+    """
+
+    survivors: int
+    fitness_tokens: int
+    training_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One line of a search's history. `fitness` is the parent's after selection: lower is better."""
+
+    generation: int
+    fitness: float
+    genome: Genome
+    scored: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The best genome found, its fitness (KL divergence to the dense model, in nats a token), and how it was found."""
+
+    best: Genome
+    fitness: float
+    history: tuple[Generation, ...]
