@@ -6,8 +6,11 @@ The first line under a field is its help text on the command line.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from darwinlm.types import SelectionStage
+from jsonargparse import ArgumentError, ArgumentParser
+
+from darwinlm.types import SelectionStage, UsageError
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,6 @@ class SearchConfig:
     """Level switches in one mutant, at most."""
     learning_rate: float = 1e-5
     """Learning rate of the training before selection."""
-    training_pool_tokens: int = 65_536
-    """Tokens from which training before selection draws its sequences."""
 
 
 @dataclass(frozen=True)
@@ -101,3 +102,31 @@ class RunConfig:
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def read_config(path: Path) -> RunConfig:
+    """A run's settings from a YAML file that holds all of them, as a run directory's `run.yaml` does.
+
+    Raises:
+        UsageError: if the file is no such settings.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(RunConfig)
+    try:
+        settings = parser.parse_path(path)
+    except (ArgumentError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path} does not hold the settings of a run ({reason}); restore it or use another directory")
+    return RunConfig(**parser.instantiate(settings).as_dict())
+
+
+# What `darwinlm demo` runs: a quarter of a small real model's prunable parameters, in minutes on two cores.
+DEMO = RunConfig(
+    model="smollm2-135m",
+    data="vital-wiki",
+    out="runs/demo",
+    target_level=3.0,
+    calibration=CalibrationConfig(tokens=32_768),
+    database=DatabaseConfig(levels=12),
+    search=SearchConfig(generations=12),
+)

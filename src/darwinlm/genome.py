@@ -111,7 +111,9 @@ def uniform_genome(grid: Grid, target_level: float, levels: int, rng: Random) ->
         UsageError: if `target_level` is not strictly between 0 and `levels`.
     """
     if not 0 < target_level < levels:
-        raise UsageError(f"target level out of range: expected more than 0 and less than {levels}, found {target_level:g}")
+        raise UsageError(
+            f"target level out of range: expected more than 0 and less than {levels}, found {target_level:g}"
+        )
     result: dict[int, int] = {}
     top = ceilings(grid)
     for kind in KINDS:
@@ -131,8 +133,8 @@ def uniform_genome(grid: Grid, target_level: float, levels: int, rng: Random) ->
 def mutate(genome: Genome, budget: Budget, rng: Random, max_switches: int = 3) -> Genome:
     """Level-switch mutation: within a kind, one unit a level up and another a level down.
 
-    `min(U{1..max}, U{1..max})` switches (Algorithm 1), so that small steps are the most frequent. A switch keeps the sum
-    of levels within the kind; mutants over the budget, or equal to the parent, are drawn again.
+    `min(U{1..max}, U{1..max})` switches (Algorithm 1), so that small steps are the most frequent. A switch keeps the
+    sum of levels within the kind; mutants over the budget, or equal to the parent, are drawn again.
 
     Raises:
         UsageError: if no mutant within the budget is found, so the level grid is too coarse for the target.

@@ -23,7 +23,7 @@ KINDS: tuple[Kind, ...] = ("attention", "mlp")
 
 
 class DarwinError(ValueError):
-    """A failure that is explained to the user in one sentence: what was expected, found, and what to do. Exit code 1."""
+    """A failure that is explained to the user in one sentence: expected, found, what to do. Exit code 1."""
 
 
 class UsageError(DarwinError):

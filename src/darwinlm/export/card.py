@@ -1,0 +1,47 @@
+"""The model card of an export: what the model was pruned from, how, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [pruned, structured-pruning, darwinlm]
+---
+
+# {name}, pruned to {share:.0%}
+
+{parameters:,} parameters, pruned by darwinlm from the {dense_parameters:,} of `{name}`. It is a dense model whose
+blocks differ in heads and MLP width. Its licence and its limits are those of the original. It was not trained
+after pruning.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+`trust_remote_code` is for the one Python file beside the weights, which builds each block at its own size. A program
+that has called `darwinlm.load("PATH")` needs neither.
+
+## How it was made
+
+{settings}
+
+Method: DarwinLM, evolutionary structured pruning of large language models (Tang et al., 2025, arXiv 2502.07780).
+"""
+
+
+def model_card(model: str, settings: Mapping[str, str], dense_parameters: int, parameters: int) -> str:
+    """The text of an export's README.md."""
+    return CARD.format(
+        name=Path(model).name,
+        share=parameters / dense_parameters,
+        parameters=parameters,
+        dense_parameters=dense_parameters,
+        settings="\n".join(f"- {name}: {value}" for name, value in settings.items()),
+    )

@@ -1,0 +1,143 @@
+"""Fitness: the KL divergence from the dense model to a stitched candidate, after training it a little (section 3.2)."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from darwinlm.surgery import Stitcher
+from darwinlm.types import Genome, SelectionStage
+
+ROWS = 128  # tokens whose [rows, vocab] logits are worked on at once: they stay in cache
+
+
+class Fitness:
+    """Scores genomes against the dense model on fixed tokens; lower is better.
+
+    Every candidate sees the same tokens, and a stage with more fitness tokens extends those of the stage before it. So
+    what was once computed for a genome without training is never computed again: a later stage adds its own sequences.
+
+    Args:
+        stitcher: makes the candidates; its dense model is the reference.
+        token_ids: on which KL is measured; stages take prefixes of it.
+        training_ids: on which candidates are trained before they are scored; stages take prefixes of it.
+        stages: their fitness tokens decide the batches, so that a score does not depend on what was asked before.
+        learning_rate: of AdamW in that training.
+    """
+
+    def __init__(
+        self,
+        stitcher: Stitcher,
+        token_ids: Int[Tensor, "sequences length"],
+        training_ids: Int[Tensor, "training_sequences length"],
+        stages: tuple[SelectionStage, ...],
+        learning_rate: float,
+    ):
+        self.stitcher = stitcher
+        self.device = next(stitcher.dense.parameters()).device
+        self.training_ids = training_ids
+        self.learning_rate = learning_rate
+        self.length = token_ids.shape[1]
+        ends = sorted({self._sequences(stage.fitness_tokens) for stage in stages})
+        self._batches = [token_ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        self._references = [_Reference.of(stitcher.dense, batch.to(self.device)) for batch in self._batches]
+        self._sums: dict[Genome, list[float]] = {}
+        self._trained: dict[tuple[Genome, SelectionStage], float] = {}
+
+    def score(self, genome: Genome, stage: SelectionStage) -> float:
+        """KL(dense || candidate) in nats a token over the stage's fitness tokens; infinity if the candidate diverged."""
+        if stage.training_tokens:
+            key = (genome, stage)
+            if key not in self._trained:
+                model = self._train(self.stitcher.stitch(genome), stage.training_tokens)
+                self._trained[key] = self._mean([self._batch_kl(model, i) for i in range(self._count(stage))])
+            return self._trained[key]
+        sums = self._sums.setdefault(genome, [])
+        if len(sums) < self._count(stage):
+            model = self.stitcher.stitch(genome)
+            sums += [self._batch_kl(model, i) for i in range(len(sums), self._count(stage))]
+        return self._mean(sums[: self._count(stage)])
+
+    def _sequences(self, tokens: int) -> int:
+        return -(-tokens // self.length)
+
+    def _count(self, stage: SelectionStage) -> int:
+        """Batches that make up a stage's fitness tokens."""
+        wanted, reached = self._sequences(stage.fitness_tokens), 0
+        for count, batch in enumerate(self._batches, 1):
+            reached += len(batch)
+            if reached >= wanted:
+                return count
+        raise AssertionError("a stage asks for more fitness tokens than any stage given to Fitness")
+
+    def _mean(self, sums: list[float]) -> float:
+        mean = sum(sums) / sum(batch.numel() for batch in self._batches[: len(sums)])
+        return mean if mean == mean else float("inf")
+
+    @torch.inference_mode()
+    def _batch_kl(self, model: PreTrainedModel, index: int) -> float:
+        hidden = model.get_decoder()(self._batches[index].to(self.device), use_cache=False).last_hidden_state
+        return self._references[index].kl(hidden.flatten(0, 1), model.get_output_embeddings())
+
+    def _train(self, candidate: PreTrainedModel, tokens: int) -> PreTrainedModel:
+        """A copy of the candidate after AdamW steps with the language-model loss, one step a sequence.
+
+        Weights are float32 while they train: at 1e-5 a bfloat16 step rounds away.
+        """
+        dtype = candidate.dtype
+        model = copy.deepcopy(candidate).float().train()
+        model.requires_grad_(True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=self.learning_rate, weight_decay=0.0)
+        for batch in self.training_ids[: self._sequences(tokens)].split(1):
+            ids = batch.to(self.device)
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return model.requires_grad_(False).to(dtype).eval()
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The dense model's distribution at every token of a batch, kept once: KL = negentropy - sum p (z - logsumexp z).
+
+    Probabilities are float16, half of float32's memory; negentropy and mass are of the rounded ones, so the divergence
+    of a model to itself is still zero to float32's precision.
+    """
+
+    probabilities: Float[Tensor, "tokens vocab"]
+    negentropy: Float[Tensor, " tokens"]
+    mass: Float[Tensor, " tokens"]
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, dense: PreTrainedModel, token_ids: Int[Tensor, "sequences length"]) -> _Reference:
+        hidden = dense.get_decoder()(token_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        parts = []
+        for rows in hidden.split(ROWS):
+            log_p = _logits(dense.get_output_embeddings(), rows).log_softmax(-1)
+            p = log_p.exp().half()
+            parts.append((p, (p.float() * log_p).sum(-1), p.float().sum(-1)))
+        return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def kl(self, hidden: Float[Tensor, "tokens d_out"], head: nn.Module) -> float:
+        """Sum over tokens of KL(dense || candidate), accumulated in float32 or better."""
+        total = 0.0
+        rows = zip(hidden.split(ROWS), self.probabilities.split(ROWS), strict=True)
+        consts = zip(self.negentropy.split(ROWS), self.mass.split(ROWS), strict=True)
+        for (states, p), (negentropy, mass) in zip(rows, consts, strict=True):
+            z = _logits(head, states)
+            divergence = negentropy - torch.linalg.vecdot(p.float(), z) + mass * z.logsumexp(-1)
+            total += divergence.double().sum().item()
+        return total
+
+
+def _logits(head: nn.Module, hidden: Tensor) -> Tensor:
+    return head(hidden).float()

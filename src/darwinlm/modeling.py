@@ -1,0 +1,252 @@
+"""The per-layer-sized model classes that travel with a checkpoint, and how a stitched model becomes one of them.
+
+`modeling_pruned_llama.py` is the one source of those classes. Other families differ from it in names alone, so
+theirs is the same text with the names exchanged. An export carries that text and so needs no darwinlm; a program that
+has called `register` needs no `trust_remote_code`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from darwinlm.families import head_dim
+from darwinlm.types import BlockSizes, DarwinError, UsageError
+
+EXPORTABLE = ("llama", "mistral", "qwen2", "qwen3")
+CLASS_PREFIXES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+TEMPLATE = Path(__file__).with_name("modeling_pruned_llama.py")
+PRUNED = "pruned_"
+
+
+def family_of(config: PreTrainedConfig) -> str:
+    """The family of a model, pruned or not.
+
+    Raises:
+        UsageError: if its pruned form cannot be written.
+    """
+    family = config.model_type.removeprefix(PRUNED)
+    if family not in EXPORTABLE:
+        raise UsageError(
+            f"expected a model of one of the families {', '.join(EXPORTABLE)} to export, found {family!r}; "
+            "convert it to one of these"
+        )
+    return family
+
+
+def module_name(family: str) -> str:
+    """Name of the remote-code module of a family."""
+    return f"modeling_pruned_{family}"
+
+
+def auto_map(family: str) -> dict[str, str]:
+    """Where the Auto classes find the pruned classes of a family. vLLM needs `AutoModel` too."""
+    auto_classes = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+    return {
+        auto: f"{module_name(family)}.{name}" for auto, name in zip(auto_classes, _class_names(family), strict=True)
+    }
+
+
+def _class_names(family: str) -> tuple[str, str, str]:
+    prefix = f"Pruned{CLASS_PREFIXES[family]}"
+    return f"{prefix}Config", f"{prefix}Model", f"{prefix}ForCausalLM"
+
+
+def render(family: str) -> str:
+    """Source of a family's remote-code module."""
+    text = TEMPLATE.read_text()
+    return text.replace("Llama", CLASS_PREFIXES[family]).replace("llama", family)
+
+
+@cache
+def pruned_classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]:
+    """The config, the model and the causal language model class of a family, its layers each of its own size.
+
+    Their `save_pretrained` writes the remote-code file beside the weights.
+    """
+    # A real file: transformers reads the source of a model's module, and copies its file on `save_pretrained`.
+    path = _module_directory() / f"{module_name(family)}.py"
+    path.write_text(render(family))
+    name = f"{__name__}.{module_name(family)}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config, model, causal_lm = (getattr(module, name) for name in _class_names(family))
+    for auto, cls in zip(auto_map(family), (config, model, causal_lm), strict=True):
+        cls.register_for_auto_class(auto)
+    return config, model, causal_lm
+
+
+@cache
+def _module_directory() -> Path:
+    directory = Path(tempfile.mkdtemp(prefix="darwinlm-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
+@cache
+def register() -> None:
+    """Make the Auto classes of this process know the pruned classes. Calling it again does nothing."""
+    for family in EXPORTABLE:
+        config, model, causal_lm = pruned_classes(family)
+        AutoConfig.register(config.model_type, config)
+        AutoModel.register(config, model)
+        AutoModelForCausalLM.register(config, causal_lm)
+
+
+def remaining_blocks(sizes: Sequence[BlockSizes]) -> tuple[int, ...]:
+    """The blocks that have something left. The others do nothing at all and are left out of a checkpoint."""
+    return tuple(i for i, block in enumerate(sizes) if block.query_heads or block.intermediate)
+
+
+def renumber_blocks(state: Mapping[str, Tensor], remaining: Sequence[int]) -> dict[str, Tensor]:
+    """A state dict in which the blocks `remaining` are numbered from 0 and the others are gone."""
+    number = {str(old): str(new) for new, old in enumerate(remaining)}
+    result: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        match = re.fullmatch(r"(.*\blayers\.)(\d+)(\..*)", name)
+        if match is None:
+            result[name] = tensor
+        elif match[2] in number:
+            result[f"{match[1]}{number[match[2]]}{match[3]}"] = tensor
+    return result
+
+
+def pruned_config(config: PreTrainedConfig, sizes: Sequence[BlockSizes]) -> PreTrainedConfig:
+    """The config of a model of which `sizes` is left, one entry a block of the model that `config` describes.
+
+    It is of the stock class where every block that remains has the same size and the stock class can say so, and else
+    of the pruned class. Blocks that lost everything are not in it.
+
+    Raises:
+        UsageError: if the family cannot be exported, or the first block that remains has no attention: caches take
+            their length from it.
+    """
+    family = family_of(config)
+    if len(sizes) != config.num_hidden_layers:
+        raise UsageError(
+            f"expected sizes for {config.num_hidden_layers} blocks, found {len(sizes)}; use the sizes of this model"
+        )
+    remaining = remaining_blocks(sizes)
+    left = [sizes[i] for i in remaining]
+    if not left or not left[0].query_heads:
+        raise UsageError(
+            "expected attention in the first block that remains, on which every cache relies, found none; "
+            "choose a model that keeps it"
+        )
+    fields = _shared_fields(config)
+    fields["num_hidden_layers"] = len(left)
+    if fields.get("layer_types"):
+        fields["layer_types"] = _layer_types([fields["layer_types"][i] for i in remaining], left)
+    if len(set(left)) == 1 and left[0].intermediate:
+        native = _native_config(family, fields | _layer_fields(left[0]))
+        if native is not None:
+            return native
+    return pruned_classes(family)[0](
+        **fields,
+        architectures=[_class_names(family)[2]],
+        auto_map=auto_map(family),
+        allow_global_per_layer_attribute_access=True,
+        per_layer_config={str(i): _layer_fields(block) for i, block in enumerate(left)},
+    )
+
+
+def _shared_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """What the pruned model's config takes from the original's."""
+    replaced = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
+    per_layer = ("per_layer_config", "allow_global_per_layer_attribute_access")
+    fields = {key: value for key, value in config.to_dict().items() if key not in replaced + per_layer}
+    return fields | {"head_dim": head_dim(config)}
+
+
+def _layer_fields(block: BlockSizes) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    if block.query_heads:
+        fields |= {"num_attention_heads": block.query_heads, "num_key_value_heads": block.key_value_heads}
+    if block.intermediate:
+        fields |= {"intermediate_size": block.intermediate}
+    missing = {"attention": block.query_heads, "mlp": block.intermediate}
+    skip = [part for part, size in missing.items() if not size]
+    return fields | ({"skip": skip} if skip else {})
+
+
+def _layer_types(types: list[str], left: Sequence[BlockSizes]) -> list[str]:
+    """Each block's kind of attention, where a block without takes that of the block before it.
+
+    Masks for a kind take their length from the first cache layer of that kind, which must therefore be in use.
+    """
+    result: list[str] = []
+    for kind, block in zip(types, left, strict=True):
+        result.append(kind if block.query_heads else result[-1])
+    return result
+
+
+def _native_config(family: str, fields: dict[str, Any]) -> PreTrainedConfig | None:
+    """The stock config with these fields, or None if the family's has no room for them."""
+    stock = CONFIG_MAPPING[family]
+    implied = fields["hidden_size"] == fields["num_attention_heads"] * fields["head_dim"]
+    # Only a declared `head_dim` is heeded everywhere: Qwen2 in vLLM divides the hidden size by the heads.
+    if not implied and not hasattr(stock(), "head_dim"):
+        return None
+    try:
+        config = stock(**fields)
+    except StrictDataclassError:  # Llama wants a number of heads that divides the hidden size
+        return None
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[stock].__name__]
+    return config
+
+
+def pruned_model(model: PreTrainedModel, sizes: Sequence[BlockSizes]) -> PreTrainedModel:
+    """The stitched `model` as the class that its checkpoint loads into. It shares the weights of `model`.
+
+    Raises:
+        UsageError: as `pruned_config`.
+        DarwinError: if the weights of `model` do not have these sizes.
+    """
+    config = pruned_config(model.config, sizes)
+    pruned = isinstance(config, pruned_classes(family_of(config))[0])
+    model_class = pruned_classes(family_of(config))[2] if pruned else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    config._attn_implementation = model.config._attn_implementation
+    with init_empty_weights():
+        result = model_class(config)
+    state = renumber_blocks(model.state_dict(), remaining_blocks(sizes))
+    try:
+        result.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise DarwinError(
+            f"expected weights of the sizes that the genome gives, found others ({reason}); "
+            "export the model together with its own genome"
+        ) from None
+    result.tie_weights()
+    result.generation_config = model.generation_config
+    return result.train(model.training)
+
+
+def load(directory: Path | str, dtype: str = "auto") -> PreTrainedModel:
+    """A causal language model from a directory, pruned or dense. Code in the directory is never run."""
+    register()
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=False)

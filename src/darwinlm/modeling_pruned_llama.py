@@ -1,0 +1,89 @@
+# Llama with layers of different sizes, written by darwinlm. It needs torch and transformers >= 5.0, nothing else.
+"""A Llama whose decoder layers differ in query heads, KV heads and MLP width, and may lack their attention or MLP.
+
+`config.per_layer_config[i]` says what layer `i` has: `num_attention_heads`, `num_key_value_heads`,
+`intermediate_size`, and under `skip` the parts it lacks, "attention" or "mlp". What it leaves out is as in the
+config, whose own sizes are those of the model before pruning. A part that a layer lacks takes its norm with it.
+"""
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+LAYER_SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+
+
+class PrunedLlamaConfig(LlamaConfig):
+    """A `LlamaConfig` with sizes for each layer."""
+
+    model_type = "pruned_llama"
+
+    def __getattribute__(self, key: str) -> Any:
+        # transformers >= 5.14 warns, or raises, when code reads a size of the whole where layers have their own.
+        if key in LAYER_SIZES:
+            return object.__getattribute__(self, key)
+        return super().__getattribute__(key)
+
+    def layer(self, index: int) -> PreTrainedConfig:
+        """The config of one layer. Only transformers >= 5.14 makes more of `per_layer_config` than a dictionary."""
+        layers = getattr(self, "per_layer_config", {})
+        if not isinstance(layers, dict):
+            return layers[index]
+        layer = copy.copy(self)
+        for key, sizes in layers.items():
+            if int(key) == index:
+                layer.__dict__.update(sizes)
+        return layer
+
+
+class PrunedLlamaDecoderLayer(LlamaDecoderLayer):
+    """A decoder layer of its own size; `self_attn` or `mlp` is None where there is none."""
+
+    def __init__(self, config: PrunedLlamaConfig, layer_idx: int):
+        layer = config.layer(layer_idx)
+        super().__init__(layer, layer_idx)
+        for module in self.modules():
+            if hasattr(module, "config"):
+                module.config = config  # the one in which `set_attn_implementation` notes its choice
+        skipped = getattr(layer, "skip", ())
+        if "attention" in skipped:
+            self.self_attn = self.input_layernorm = None
+        if "mlp" in skipped:
+            self.mlp = self.post_attention_layernorm = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.self_attn is not None:
+            attended, *_ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
+            hidden_states = hidden_states + attended
+        if self.mlp is not None:
+            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states
+
+
+class PrunedLlamaModel(LlamaModel):
+    """The decoder without a head."""
+
+    config_class = PrunedLlamaConfig
+    _no_split_modules = ["PrunedLlamaDecoderLayer"]  # noqa: RUF012
+
+    def __init__(self, config: PrunedLlamaConfig):
+        super().__init__(config)  # with layers that are all alike: thrown away here, and never filled when loading
+        self.layers = nn.ModuleList(PrunedLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.post_init()
+
+
+class PrunedLlamaForCausalLM(LlamaForCausalLM):
+    """The language model."""
+
+    config_class = PrunedLlamaConfig
+    _no_split_modules = ["PrunedLlamaDecoderLayer"]  # noqa: RUF012
+
+    def __init__(self, config: PrunedLlamaConfig):
+        super(LlamaForCausalLM, self).__init__(config)  # past the stock model, which would build stock layers
+        self.model = PrunedLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
