@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from darwinlm.obs import dampen, eliminate, solve_levels
-from darwinlm.types import DarwinError, Unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from darwinlm.obs import dampen, eliminate, solve_levels
+from darwinlm.types import DarwinError, Unit
 
 
 def make_unit(structures: int, width: int = 1) -> Unit:
@@ -54,7 +55,10 @@ def true_error(W: torch.Tensor, pruned: torch.Tensor, H: torch.Tensor) -> float:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    structures=st.integers(1, 40), width=st.sampled_from([1, 1, 2, 5]), d_out=st.integers(1, 12), queue=st.integers(1, 12),
+    structures=st.integers(1, 40),
+    width=st.sampled_from([1, 1, 2, 5]),
+    d_out=st.integers(1, 12),
+    queue=st.integers(1, 12),
     seed=st.integers(0, 10**6),
 )
 def test_elimination_is_that_of_the_naive_loop(structures, width, d_out, queue, seed):

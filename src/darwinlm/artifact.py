@@ -15,6 +15,7 @@ from darwinlm.types import DarwinError, UsageError
 
 def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name and rename it, so that a reader sees the old one or the new one whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
     temporary.write_text(text)
     os.replace(temporary, path)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -21,6 +21,7 @@ STAGES = {
     "database": "only measure the model and build its database of levels",
     "search": "the database, then the search for the best genome",
 }
+UNTIL = {"database": "database", "search": "search"}
 
 
 class Parser(ArgumentParser):
@@ -32,9 +33,10 @@ class Parser(ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0 if done, 1 if it failed, 2 for arguments that cannot be used."""
-    settings = _parser().parse_args(arguments)
+    parser = _parser()
+    settings = parser.instantiate(parser.parse_args(arguments))
     try:
-        _run(settings)
+        _run(settings.command, settings[settings.command])
     except UsageError as error:
         return _fail(str(error), 2)
     except (DarwinError, OSError) as error:
@@ -55,16 +57,18 @@ def _parser() -> ArgumentParser:
         commands.add_subcommand(name, stage, help=help_text)
     demo = Parser(description="the same, on a real model and corpus that come as packages")
     demo.add_class_arguments(RunConfig, skip={"model", "data"})
-    demo.set_defaults({key: value for key, value in asdict(DEMO).items() if key not in ("model", "data")})
+    demo.set_defaults({key: value for key, value in dataclasses.asdict(DEMO).items() if key not in ("model", "data")})
     commands.add_subcommand("demo", demo, help="the same, on a real model and corpus that come as packages")
     return parser
 
 
-def _run(settings: Namespace) -> None:
+def _run(command: str, fields: Namespace) -> None:
     from darwinlm import pipeline  # torch and transformers, which no one should wait for to read --help
 
-    fields = settings.instantiate[settings.command].as_dict()
-    print(fields, pipeline)
+    names = {field.name for field in dataclasses.fields(RunConfig)}
+    given = {name: value for name, value in vars(fields).items() if name in names}
+    config = dataclasses.replace(DEMO, **given) if command == "demo" else RunConfig(**given)
+    pipeline.run(config, until=UNTIL.get(command, "report"))
 
 
 def _fail(message: str, code: int) -> int:

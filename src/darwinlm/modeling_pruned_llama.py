@@ -9,9 +9,13 @@ config, whose own sizes are those of the model before pruning. A part that a lay
 import copy
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+if int(transformers.__version__.split(".")[0]) < 5:  # it would not heed `rope_parameters`, and be silently wrong
+    raise ImportError(f"expected transformers 5.0 or newer, found {transformers.__version__}; install a newer one")
 
 LAYER_SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 

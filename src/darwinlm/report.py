@@ -228,7 +228,7 @@ def _levels_figure(grid: Grid, genomes: Mapping[str, Genome]) -> Figure:
         bars.append(axis.bar(blocks, left[result], width=0.8, color=KIND_COLOURS[kind], zorder=2))
         gone = [block for block, percent in zip(blocks, left[result], strict=True) if percent == 0]
         if gone:
-            crosses["removed entirely"] = axis.scatter(
+            crosses["removed"] = axis.scatter(
                 gone, [4] * len(gone), marker="x", s=20, linewidths=1.3, color=INK, zorder=4
             )
         for number, name in enumerate(others):
@@ -260,8 +260,9 @@ def _levels_figure(grid: Grid, genomes: Mapping[str, Genome]) -> Figure:
 
 
 def _with_size(grid: Grid, name: str, genome: Genome) -> str:
+    """A genome's name, and what it leaves of the parameters of all units."""
     share = prunable_parameters(grid, genome) / prunable_parameters(grid, grid.dense())
-    return f"{name} ({100 * share:.1f} % of prunable parameters)"
+    return f"{name} ({100 * share:.1f} % left overall)"
 
 
 def _percent_left(grid: Grid, genome: Genome, members: Sequence[int]) -> list[float]:
@@ -279,15 +280,18 @@ def _search_figure(history: Sequence[Generation]) -> Figure:
     better = [i for i in range(len(history)) if i == 0 or history[i].genome != history[i - 1].genome]
     axis.scatter([numbers[i] for i in better], [fitness[i] for i in better], s=18, color=SEARCH_COLOUR, zorder=3)
     for i in {0, len(history) - 1}:
-        place = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 8, "color": INK}
-        axis.annotate(f"{fitness[i]:.3f}", (numbers[i], fitness[i]), **place)
+        label = axis.annotate(f"{fitness[i]:.3f}", (numbers[i], fitness[i]), (0, 8), textcoords="offset points")
+        label.set(ha="center", fontsize=8, color=INK)
+        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
     axis.set_xlabel("generation (a dot where a better genome was found)", fontsize=9)
     axis.set_ylabel("KL divergence (nats a token)", fontsize=9)
     axis.set_title("Search: KL divergence of the best genome from the dense model", fontsize=10.5, pad=8)
     axis.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
+    axis.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axis.set_ylim(0, 1.15 * max(fitness) or 1)
+    axis.margins(x=0.03)
     _style(axis)
-    elapsed = dict(zip(numbers, accumulate(line.seconds for line in history), strict=True))
+    elapsed: dict[float, float] = dict(zip(numbers, accumulate(line.seconds for line in history), strict=True))
     size, unit = next((pair for pair in TIME_UNITS if max(elapsed.values()) >= 2 * pair[0]), TIME_UNITS[-1])
     top = axis.secondary_xaxis("top")
     top.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))

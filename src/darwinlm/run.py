@@ -15,7 +15,7 @@ from darwinlm.artifact import read_json, write_json, write_text
 from darwinlm.config import RunConfig, read_config
 from darwinlm.genome import Grid
 from darwinlm.modeling import load
-from darwinlm.types import DarwinError, Generation, Genome, SearchResult, UsageError
+from darwinlm.types import DarwinError, Genome, SearchResult, UsageError
 
 SETTINGS = "run.yaml"
 
@@ -54,7 +54,9 @@ class Run:
         if not settings.exists():
             strangers = [entry.name for entry in run.path.iterdir() if not entry.name.startswith(".")]
             if strangers:
-                raise UsageError(f"{run.path} is not empty and holds no run (found {strangers[0]}); choose another --out")
+                raise UsageError(
+                    f"{run.path} is not empty and holds no run (found {strangers[0]}); choose another --out"
+                )
             write_text(settings, yaml.safe_dump(_plain(config), sort_keys=False))
         changed = _differences(_plain(run.config) | {"out": config.out}, _plain(config))  # a run may be moved
         if changed:

@@ -71,16 +71,17 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 
 def _complete_config(path: Path, full_auto_map: dict[str, str]) -> None:
-    """Add to config.json what `save_pretrained` leaves out.
+    """Add to config.json what `save_pretrained` leaves out: the whole `auto_map`, and RoPE by its names of old.
 
-    Without the old names of its RoPE, transformers 4 and what was built on it load the model and are silently wrong.
+    Without these, transformers 4 and what was built on it load a stock model and are silently wrong.
     """
     config = json.loads(path.read_text())
-    if full_auto_map:
-        config["auto_map"] = full_auto_map
     rope = dict(config["rope_parameters"])
     config["rope_theta"] = rope.pop("rope_theta")
-    if rope.get("rope_type", "default") != "default":
+    if full_auto_map:
+        config["auto_map"] = full_auto_map
+    elif rope.get("rope_type", "default") != "default":
+        # Not for an unknown model type: where no code is trusted, AutoTokenizer in transformers 5.23 trips over it.
         config["rope_scaling"] = rope
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

@@ -1,0 +1,5 @@
+"""`python -m darwinlm`."""
+
+from darwinlm.cli import main
+
+raise SystemExit(main())

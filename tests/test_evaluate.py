@@ -1,0 +1,243 @@
+"""Evaluation against plain computations from full logits, and against transformers' own generation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GenerationConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from darwinlm import evaluate as module
+from darwinlm.config import EvaluationConfig
+from darwinlm.evaluate import (
+    continuations,
+    evaluate,
+    final_logits,
+    hidden_states,
+    parameter_count,
+    perplexity_and_kl,
+    speed,
+)
+from darwinlm.types import UsageError
+
+VOCAB = 61
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    # Larger than usual, so that probabilities differ enough for an error to show.
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+
+
+def llama(seed: int, **changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**(SIZES | changes))).eval()
+
+
+@pytest.fixture
+def dense() -> LlamaForCausalLM:
+    return llama(0)
+
+
+@pytest.fixture
+def token_ids() -> torch.Tensor:
+    return torch.randint(0, VOCAB, (3, 24), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
+    backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def expected(dense: PreTrainedModel, model: PreTrainedModel, token_ids: torch.Tensor) -> tuple[float, float]:
+    """Perplexity and KL divergence from all logits at once, in float64."""
+    with torch.no_grad():
+        p, q = (m(token_ids).logits[:, :-1].double().log_softmax(-1) for m in (dense, model))
+    loss = -q.gather(-1, token_ids[:, 1:, None]).mean()
+    return loss.exp().item(), (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 23, 256])
+def test_perplexity_and_kl_equal_those_of_full_logits(
+    dense: LlamaForCausalLM, token_ids: torch.Tensor, chunk: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    models = {"dense": dense, "other": llama(1), "third": llama(2)}
+    found = perplexity_and_kl(models, token_ids)
+    assert list(found) == list(models)
+    for name, model in models.items():
+        perplexity, kl = expected(dense, model, token_ids)
+        assert found[name].perplexity == pytest.approx(perplexity, rel=1e-5)
+        assert found[name].kl == pytest.approx(kl, rel=1e-5, abs=1e-6)
+    assert found["other"].kl > 0.1  # so that the comparison says something
+
+
+def test_kl_of_dense_with_itself_is_zero(dense: LlamaForCausalLM, token_ids: torch.Tensor):
+    found = perplexity_and_kl({"dense": dense, "same": dense}, token_ids)
+    assert found["dense"].kl == 0.0
+    assert abs(found["same"].kl) < 1e-6
+    assert found["same"].perplexity == found["dense"].perplexity
+
+
+def test_bfloat16_models_are_summed_in_higher_precision(dense: LlamaForCausalLM):
+    """2,000 predictions: a sum in bfloat16 would stop growing at 256 times the loss of a token."""
+    token_ids = torch.randint(0, VOCAB, (16, 126), generator=torch.Generator().manual_seed(3))
+    half, other = dense.bfloat16(), llama(1).bfloat16()
+    found = perplexity_and_kl({"dense": half, "other": other}, token_ids)
+    # The oracle starts at bfloat16 logits too, and is float64 from there. A sequence at a time, as evaluate does it:
+    # bfloat16 matrix products depend on the batch.
+    each = [expected(half, other, sequence[None]) for sequence in token_ids]
+    assert math.log(found["other"].perplexity) == pytest.approx(sum(math.log(p) for p, _ in each) / 16, rel=2e-3)
+    assert found["other"].kl == pytest.approx(sum(kl for _, kl in each) / 16, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    "model_class", [LlamaForCausalLM, GraniteForCausalLM, Gemma2ForCausalLM], ids=["plain", "scaled", "capped"]
+)
+def test_final_logits_are_the_models_own(model_class: type[PreTrainedModel], token_ids: torch.Tensor):
+    configs = {
+        LlamaForCausalLM: lambda: LlamaConfig(**SIZES),
+        GraniteForCausalLM: lambda: GraniteConfig(**SIZES, logits_scaling=8.0),
+        Gemma2ForCausalLM: lambda: Gemma2Config(**SIZES, final_logit_softcapping=2.0),
+    }
+    torch.manual_seed(0)
+    model = model_class(configs[model_class]()).eval()
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        hidden = hidden_states(model, token_ids[0])
+        head = model.get_output_embeddings()
+        assert head is not None
+        found = final_logits(model, hidden)
+        torch.testing.assert_close(found, model(token_ids[:1]).logits[0])
+        if model_class is not LlamaForCausalLM:
+            assert not torch.allclose(found, head(hidden))
+    assert dict(model.named_modules()) == modules
+
+
+def test_models_are_left_as_they_were(dense: LlamaForCausalLM, token_ids: torch.Tensor):
+    dense.train()
+    dense.model.layers[0].eval()
+    before = [module.training for module in dense.modules()]
+    generation = dense.generation_config.to_dict()
+    dropping = llama(0, attention_dropout=0.9).train()
+    found = perplexity_and_kl({"dense": dense, "dropping": dropping}, token_ids)
+    assert found["dropping"].kl == pytest.approx(0, abs=1e-6)
+    assert [module.training for module in dense.modules()] == before
+    assert dense.generation_config.to_dict() == generation
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 1)])
+def test_too_little_text_is_refused(dense: LlamaForCausalLM, shape: tuple[int, int]):
+    with pytest.raises(UsageError, match="at least 2 tokens"):
+        perplexity_and_kl({"dense": dense}, torch.zeros(shape, dtype=torch.long))
+
+
+def test_continuations_are_those_of_generate(tokenizer: PreTrainedTokenizerFast):
+    prompts = ("w3 w4 w5", "w40")
+    lengths = set()
+    for seed in range(4):
+        model = llama(seed)
+        # Sampling, as many a checkpoint asks for, must not reach the greedy continuation.
+        model.generation_config = GenerationConfig(do_sample=True, temperature=3.0, eos_token_id=[2, 9, 17, 30, 44])
+        greedy = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=[2, 9, 17, 30, 44], pad_token_id=2)
+        oracle = LlamaForCausalLM(model.config).eval()
+        oracle.load_state_dict(model.state_dict())
+        found = continuations(model, tokenizer, prompts, 12)
+        for prompt, text in zip(prompts, found, strict=True):
+            ids = oracle.generate(**tokenizer(prompt, return_tensors="pt"), generation_config=greedy)[0]
+            assert text == tokenizer.decode(ids, skip_special_tokens=True)
+            assert text.startswith(prompt)
+            lengths.add(len(text.split()) - len(prompt.split()))
+        assert model.generation_config.do_sample
+    assert 12 in lengths  # one that ran to its full length
+    assert min(lengths) < 12  # and one that an end token stopped
+
+
+def test_empty_prompt_is_refused(dense: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast):
+    with pytest.raises(UsageError, match="empty prompt"):
+        continuations(dense, tokenizer, ("",), 4)
+
+
+def test_speed_lets_models_take_turns(
+    dense: LlamaForCausalLM, token_ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+):
+    """The clock is replaced by one that a model's forward moves: one second a token, ten for the slow model."""
+    models = {"dense": dense, "slow": llama(1)}
+    clock, calls = [0.0], []
+
+    def watch(name: str, pace: float) -> None:
+        def move(_module: object, _args: object, kwargs: dict[str, torch.Tensor]) -> None:
+            # Warming up takes much longer: it must not count.
+            calls.append(name)
+            clock[0] += kwargs["input_ids"].shape[1] * pace * (100 if len(calls) <= 2 * (2 + 3) else 1)
+
+        models[name].register_forward_pre_hook(move, with_kwargs=True)
+
+    watch("dense", 1.0)
+    watch("slow", 10.0)
+    monkeypatch.setattr(module, "_now", lambda _: clock[0])
+    config = EvaluationConfig(speed_tokens=90, decode_tokens=3, repeats=2)  # more than the 72 tokens given
+    found = speed(models, token_ids, config)
+    assert (found["dense"].prefill_tokens_per_s, found["slow"].prefill_tokens_per_s) == (1.0, 0.1)
+    assert (found["dense"].decode_tokens_per_s, found["slow"].decode_tokens_per_s) == (1.0, 0.1)
+    # A turn is a prefill, the decode's own prompt, and three steps.
+    assert calls == (["dense"] * 5 + ["slow"] * 5) * 3
+
+
+@pytest.mark.parametrize("field", ["speed_tokens", "decode_tokens", "repeats"])
+def test_speed_refuses_nothing_to_time(dense: LlamaForCausalLM, token_ids: torch.Tensor, field: str):
+    with pytest.raises(UsageError, match=f"evaluation.{field} must be at least 1"):
+        speed({"dense": dense}, token_ids, replace(EvaluationConfig(), **{field: 0}))
+
+
+def test_tied_parameters_count_once():
+    tied, untied = llama(0, tie_word_embeddings=True), llama(0, tie_word_embeddings=False)
+    assert parameter_count(untied) - parameter_count(tied) == VOCAB * 32
+    assert parameter_count(torch.nn.Linear(3, 4)) == 16
+
+
+def test_evaluate_gives_a_row_a_model(
+    dense: LlamaForCausalLM, token_ids: torch.Tensor, tokenizer: PreTrainedTokenizerFast
+):
+    small = llama(1, intermediate_size=16)
+    models = {"dense": dense, "small": small}
+    config = EvaluationConfig(
+        prompts=("w3 w4", "w5"), continuation_tokens=3, speed_tokens=8, decode_tokens=2, repeats=1
+    )
+    rows = evaluate(models, token_ids, tokenizer, config, {"dense": 400, "small": 300})
+    assert [row.model for row in rows] == ["dense", "small"]
+    assert [row.bytes for row in rows] == [400, 300]
+    assert [row.parameters for row in rows] == [parameter_count(dense), parameter_count(small)]
+    qualities = perplexity_and_kl(models, token_ids)
+    assert [(row.perplexity, row.kl) for row in rows] == [(q.perplexity, q.kl) for q in qualities.values()]
+    assert rows[0].kl == 0.0 < rows[1].kl
+    assert rows[1].continuations == continuations(small, tokenizer, config.prompts, 3)
+    assert all(row.prefill_tokens_per_s > 0 and row.decode_tokens_per_s > 0 for row in rows)

@@ -1,0 +1,155 @@
+"""The report: what the files hold, and what the pictures show."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.image import imread
+from matplotlib.patches import Rectangle, StepPatch
+
+from darwinlm.evaluate import Row
+from darwinlm.genome import Grid, level_grid
+from darwinlm.report import _levels_figure, _search_figure, print_table, write_report
+from darwinlm.types import Generation, Genome, Unit
+
+ROWS = (
+    Row("dense", 200_000_000, 10.0, 0.0, 1000.0, 40.0, 400_000_000, ("Water boils at 100 C", "Rome was\n\nbig")),
+    Row("uniform", 150_000_000, 31.5, 1.25, 1500.0, 50.0, 300_000_000, ("Water boils at at", "Rome was ```[b]was")),
+    Row("searched", 150_000_000, 14.25, 0.375, 1120.0, 44.0, 300_000_000, ("Water boils at 90 C", "Rome was | old")),
+)
+
+
+@pytest.fixture
+def grid() -> Grid:
+    units = tuple(
+        Unit(f"block-{block:02d}-{kind}", block, kind, "consumer", (), 1, 4, 10, 0)
+        for block in range(3)
+        for kind in ("attention", "mlp")
+    )
+    return level_grid(units, levels=4, granularity=1)
+
+
+@pytest.fixture
+def genomes() -> dict[str, Genome]:
+    return {"uniform": Genome((2, 2, 2, 2, 2, 2)), "searched": Genome((1, 3, 4, 2, 0, 1))}
+
+
+@pytest.fixture
+def history(genomes: dict[str, Genome]) -> list[Generation]:
+    return [
+        Generation(0, 1.5, genomes["uniform"], 1, 0.0),
+        Generation(1, 1.5, genomes["uniform"], 16, 60.0),
+        Generation(2, 0.75, genomes["searched"], 16, 90.0),
+    ]
+
+
+def write(out: Path, grid: Grid, genomes: dict[str, Genome], history: list[Generation]) -> list[Path]:
+    return write_report(out, "A tiny model", ROWS, grid, genomes, history, {"data": "vital-wiki|c4", "seed": "0"})
+
+
+def test_files_are_written_whole(tmp_path: Path, grid: Grid, genomes: dict[str, Genome], history: list[Generation]):
+    out = tmp_path / "run"
+    written = write(out, grid, genomes, history)
+    assert {path.name for path in written} == {"report.md", "table.json", "levels.png", "search.png"}
+    assert set(out.iterdir()) == set(written)  # nothing temporary stays behind
+    for name in ("levels.png", "search.png"):
+        picture = imread(out / name)
+        assert picture.shape[1] == 1400
+        assert picture.min() < picture.max()
+
+
+def test_table_has_exactly_the_promised_keys(
+    tmp_path: Path, grid: Grid, genomes: dict[str, Genome], history: list[Generation]
+):
+    write(tmp_path, grid, genomes, history)
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert len(table) == len(ROWS)
+    keys = ["model", "parameters", "perplexity", "kl", "prefill_tokens_per_s", "decode_tokens_per_s", "bytes"]
+    for record, row in zip(table, ROWS, strict=True):
+        assert list(record) == keys
+        assert record == {key: getattr(row, key) for key in keys}
+
+
+def test_markdown_says_all(tmp_path: Path, grid: Grid, genomes: dict[str, Genome], history: list[Generation]):
+    write(tmp_path, grid, genomes, history)
+    text = (tmp_path / "report.md").read_text()
+    lines = text.splitlines()
+    assert lines[0] == "# A tiny model"
+    assert "| data | vital-wiki\\|c4 |" in lines
+    assert "| dense | 200.0 M (100 %) | 10.00 | 0.0000 | 1,000 (1.00x) | 40.0 (1.00x) | 400.0 MB |" in lines
+    assert "| uniform | 150.0 M (75 %) | 31.50 | 1.2500 | 1,500 (1.50x) | 50.0 (1.25x) | 300.0 MB |" in lines
+    assert "| searched | 150.0 M (75 %) | 14.25 | 0.3750 | 1,120 (1.12x) | 44.0 (1.10x) | 300.0 MB |" in lines
+    assert "(levels.png)" in text
+    assert "(search.png)" in text
+    assert "dense     Rome was big" in lines
+    assert "searched  Water boils at 90 C" in lines
+    assert 'AutoModelForCausalLM.from_pretrained("model"' in text
+    assert text.count("```") == 2 * (2 + 1)  # two prompts and the code: no continuation opens or ends a block
+
+
+def test_pictures_without_content_are_left_out(tmp_path: Path, grid: Grid, genomes: dict[str, Genome]):
+    written = write(tmp_path, grid, genomes, [])
+    assert "search.png" not in {path.name for path in written}
+    assert "search.png" not in (tmp_path / "report.md").read_text()
+    assert not (tmp_path / "search.png").exists()
+
+
+def test_pictures_are_deterministic_and_leave_pyplot_alone(
+    tmp_path: Path, grid: Grid, genomes: dict[str, Genome], history: list[Generation], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # an import of it would fail
+    write(tmp_path / "a", grid, genomes, history)
+    write(tmp_path / "b", grid, genomes, history)
+    for name in ("levels.png", "search.png", "report.md", "table.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    write(tmp_path / "c", grid, {"searched": genomes["searched"]}, history[:1])
+    for name in ("levels.png", "search.png"):
+        assert (tmp_path / "a" / name).read_bytes() != (tmp_path / "c" / name).read_bytes()
+
+
+def bars(axis: Axes) -> list[float]:
+    return [patch.get_height() for patch in axis.patches if isinstance(patch, Rectangle)]
+
+
+def test_levels_picture_shows_what_is_left(grid: Grid, genomes: dict[str, Genome]):
+    figure = _levels_figure(grid, genomes)
+    attention, mlp = figure.axes
+    assert bars(attention) == [75.0, 0.0, 100.0]
+    assert bars(mlp) == [25.0, 50.0, 75.0]
+    for axis in (attention, mlp):
+        (line,) = (patch for patch in axis.patches if isinstance(patch, StepPatch))
+        assert np.array_equal(line.get_data().values, [50.0, 50.0, 50.0])
+        assert np.array_equal(line.get_data().edges, [-0.5, 0.5, 1.5, 2.5])
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["uniform (50.0 % left overall)", "searched (54.2 % left overall)", "removed"]
+
+
+def test_search_picture_shows_the_parent_and_the_time(history: list[Generation]):
+    figure = _search_figure(history)
+    (axis,) = figure.axes
+    (line,) = axis.lines
+    assert [list(values) for values in line.get_data()] == [[0, 1, 2], [1.5, 1.5, 0.75]]
+    (dots,) = axis.collections
+    assert dots.get_offsets().tolist() == [[0, 1.5], [2, 0.75]]
+    (top,) = axis.child_axes
+    assert top.get_xlabel() == "time searched (minutes)"
+    assert [top.xaxis.get_major_formatter()(number, None) for number in (0, 1, 2, 3)] == ["0", "1", "2.5", ""]
+
+
+def test_printed_table_fits_and_keeps_its_texts(capsys: pytest.CaptureFixture[str]):
+    print_table([replace(row, model=f"SmolLM2 {row.model}") for row in ROWS])
+    printed = capsys.readouterr().out
+    lines = [line.rstrip() for line in printed.splitlines()]
+    assert max(map(len, lines)) <= 100
+    assert next(line for line in lines if "SmolLM2 searched" in line).split() == [
+        *("SmolLM2", "searched", "150.0", "M", "(75", "%)", "14.25", "0.3750"),
+        *("1,120", "(1.12x)", "44.0", "(1.10x)", "300.0", "MB"),
+    ]
+    assert "SmolLM2 uniform   Rome was ```[b]was" in lines
+    assert "SmolLM2 dense     Rome was big" in lines

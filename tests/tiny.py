@@ -1,0 +1,84 @@
+"""Tiny random models of every family, written as checkpoints, and real text that every Python has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCAB = 320
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,  # large enough for attention and logits to be far from uniform
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama-mha": LlamaConfig(**COMMON, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=False),
+    "llama-gqa": LlamaConfig(
+        **COMMON, num_attention_heads=8, num_key_value_heads=4, head_dim=8, tie_word_embeddings=True,
+        attention_bias=True, mlp_bias=True,
+    ),
+    "qwen2": Qwen2Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False),
+    "mistral": MistralConfig(**COMMON, num_attention_heads=8, num_key_value_heads=4, head_dim=4, sliding_window=None),
+    "qwen3": Qwen3Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, head_dim=16, tie_word_embeddings=True),
+}  # fmt: skip
+FAMILIES = list(CONFIGS)
+
+
+def build(family: str, seed: int = 0) -> PreTrainedModel:
+    """A random model whose every parameter is random: biases and norms too."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.3)
+        elif "norm" in name:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    return model.requires_grad_(False)
+
+
+def write_checkpoint(path: Path, family: str, seed: int = 0) -> Path:
+    """Write a tiny model with its tokenizer."""
+    build(family, seed).save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
+def documents() -> list[str]:
+    """Technical prose: the topics of Python's own help."""
+    return list(topics.values())
+
+
+def write_text(path: Path) -> Path:
+    """The documents as a .jsonl file."""
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents()))
+    return path
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the documents."""
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(documents()[:20], vocab_size=VOCAB, special_tokens=["<end>"], show_progress=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained._tokenizer, bos_token="<end>", eos_token="<end>", pad_token="<end>"
+    )
