@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +15,15 @@ from darwinlm.surgery import Stitcher
 from darwinlm.types import Genome, SelectionStage
 
 ROWS = 128  # tokens whose [rows, vocab] logits are worked on at once: they stay in cache
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """What an allocator needs of a fitness."""
+
+    def score(self, genome: Genome, stage: SelectionStage) -> float:
+        """How bad a genome is after the stage's training, on its fitness tokens: lower is better."""
+        ...
 
 
 class Fitness:
@@ -50,7 +60,7 @@ class Fitness:
         self._trained: dict[tuple[Genome, SelectionStage], float] = {}
 
     def score(self, genome: Genome, stage: SelectionStage) -> float:
-        """KL(dense || candidate) in nats a token over the stage's fitness tokens; infinity if the candidate diverged."""
+        """KL(dense || candidate) in nats a token over the stage's fitness tokens; infinity if it diverged."""
         if stage.training_tokens:
             key = (genome, stage)
             if key not in self._trained:

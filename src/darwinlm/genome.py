@@ -152,13 +152,15 @@ def mutate(genome: Genome, budget: Budget, rng: Random, max_switches: int = 3) -
 
 
 def _switch(genome: Genome, budget: Budget, rng: Random) -> Genome:
+    """One unit a level up and another of its kind a level down, where the grid allows it."""
     kind = rng.choice(KINDS)
-    units = budget.grid.units
-    raisable = [i for i, u in enumerate(units) if u.kind == kind and genome.levels[i] < budget.ceilings[i]]
-    lowerable = [i for i, u in enumerate(units) if u.kind == kind and genome.levels[i] > 0]
-    if not raisable or not lowerable:
+    members = [i for i, unit in enumerate(budget.grid.units) if unit.kind == kind]
+    lowerable = [i for i in members if genome.levels[i] > 0]
+    if not lowerable:
         return genome
-    up, down = rng.choice(raisable), rng.choice(lowerable)
-    if up == down:
+    down = rng.choice(lowerable)
+    raisable = [i for i in members if i != down and genome.levels[i] < budget.ceilings[i]]
+    if not raisable:
         return genome
+    up = rng.choice(raisable)
     return genome.replace({up: genome.levels[up] + 1, down: genome.levels[down] - 1})

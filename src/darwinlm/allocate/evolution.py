@@ -9,7 +9,7 @@ from typing import Any
 
 from darwinlm.artifact import read_json, write_json
 from darwinlm.config import SearchConfig
-from darwinlm.fitness import Fitness
+from darwinlm.fitness import Scorer
 from darwinlm.genome import Budget, mutate
 from darwinlm.progress import say, track
 from darwinlm.types import Generation, Genome, SearchResult
@@ -18,7 +18,7 @@ DUPLICATE_TRIES = 100
 
 
 def evolve(
-    start: Genome, budget: Budget, fitness: Fitness, config: SearchConfig, seed: int, state: Path
+    start: Genome, budget: Budget, fitness: Scorer, config: SearchConfig, seed: int, state: Path
 ) -> SearchResult:
     """Find a genome within the budget that diverges little from the dense model.
 
@@ -57,7 +57,7 @@ def _offspring(parent: Genome, budget: Budget, config: SearchConfig, rng: Random
     return list(mutants)
 
 
-def _select(parent: Genome, offspring: list[Genome], fitness: Fitness, config: SearchConfig) -> tuple[Genome, float]:
+def _select(parent: Genome, offspring: list[Genome], fitness: Scorer, config: SearchConfig) -> tuple[Genome, float]:
     """The best of offspring and parent after all stages, and its fitness at the last."""
     candidates, scores = offspring, [float("inf")]
     for stage in config.stages:

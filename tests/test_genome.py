@@ -1,0 +1,134 @@
+"""The level grid, budgets and mutation."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from darwinlm.genome import Budget, ceilings, level_grid, mutate, prunable_parameters, uniform_genome
+from darwinlm.types import Genome, Kind, Unit, UsageError
+
+
+def unit(block: int, kind: Kind, structures: int, parameters: int = 10) -> Unit:
+    return Unit(f"block-{block:02d}-{kind}", block, kind, "", (), 1, structures, parameters, 7)
+
+
+def units(blocks: int, heads: int, channels: int) -> tuple[Unit, ...]:
+    return tuple(u for b in range(blocks) for u in (unit(b, "attention", heads, 400), unit(b, "mlp", channels)))
+
+
+shapes = st.tuples(st.integers(2, 12), st.integers(1, 12), st.integers(1, 40).map(lambda steps: 32 * steps))
+
+
+def test_levels_are_those_of_the_published_implementation() -> None:
+    grid = level_grid(units(1, heads=9, channels=1536), levels=9, granularity=32)
+    assert grid.removed[0] == (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)
+    assert grid.removed[1] == (0, 160, 352, 512, 672, 864, 1024, 1184, 1376, 1536)
+
+
+@given(shapes, st.integers(1, 16))
+def test_levels_lead_in_rising_steps_from_dense_to_nothing(shape: tuple[int, int, int], levels: int) -> None:
+    grid = level_grid(units(*shape), levels, granularity=32)
+    for u, removed in zip(grid.units, grid.removed, strict=True):
+        assert removed[0] == 0
+        assert removed[-1] == u.structures
+        assert all(a < b for a, b in zip(removed, removed[1:], strict=False))
+        assert len(removed) <= levels + 1
+        assert all(count % 32 == 0 for count in removed) or u.kind == "attention"
+
+
+def test_granularity_that_does_not_divide_the_channels_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"granularity must divide the 100 channels of block-00-mlp, found 32"):
+        level_grid(units(1, 4, 100), 10, 32)
+
+
+@given(shapes, st.floats(0.05, 0.95), st.integers(0, 1000))
+def test_uniform_keeps_every_unit_next_to_the_target(shape: tuple[int, int, int], share: float, seed: int) -> None:
+    grid = level_grid(units(*shape), 10, 32)
+    genome = uniform_genome(grid, share * 10, 10, Random(seed))
+    other = uniform_genome(grid, share * 10, 10, Random(seed + 1))
+    grid.check(genome)
+    for kind in ("attention", "mlp"):
+        members = [i for i, u in enumerate(grid.units) if u.kind == kind]
+        assert all(abs(genome.levels[i] - share * grid.highest(i)) < 1 for i in members)
+        assert sum(genome.levels[i] for i in members) == sum(other.levels[i] for i in members)
+
+
+@pytest.mark.parametrize("target", [-1.0, 0.0, 10.0, 11.5])
+def test_target_level_out_of_range_is_refused(target: float) -> None:
+    with pytest.raises(UsageError, match="more than 0 and less than 10"):
+        uniform_genome(level_grid(units(2, 4, 64), 10, 32), target, 10, Random(0))
+
+
+def test_a_target_between_two_levels_mixes_both_at_random() -> None:
+    grid = level_grid(units(8, heads=4, channels=320), 10, 32)
+    genomes = {uniform_genome(grid, 2.5, 10, Random(seed)) for seed in range(20)}
+    assert len(genomes) > 1
+    for genome in genomes:
+        assert sorted(genome.levels[1::2]) == [2] * 4 + [3] * 4
+
+
+@settings(max_examples=50)
+@given(shapes, st.floats(0.15, 0.85), st.integers(0, 1000), st.integers(1, 4))
+def test_mutation_keeps_the_budget_and_each_kinds_level_sum(
+    shape: tuple[int, int, int], share: float, seed: int, switches: int
+) -> None:
+    grid, rng = level_grid(units(*shape), 10, 32), Random(seed)
+    parent = uniform_genome(grid, share * 10, 10, rng)
+    budget = Budget(grid, prunable_parameters(grid, parent), ceilings(grid))
+    try:
+        mutant = mutate(parent, budget, rng, switches)
+    except UsageError:
+        return  # a grid of one step a unit may hold no mutant at all
+    grid.check(mutant)
+    assert mutant != parent
+    assert budget.cost(mutant) <= budget.cost(parent)
+    changes = [abs(a - b) for a, b in zip(parent.levels, mutant.levels, strict=True)]
+    assert 2 <= sum(changes) <= 2 * switches
+    for kind in (0, 1):
+        assert sum(parent.levels[kind::2]) == sum(mutant.levels[kind::2])
+
+
+def test_small_mutations_are_the_most_frequent() -> None:
+    grid, rng = level_grid(units(12, 8, 320), 8, 32), Random(0)
+    parent = uniform_genome(grid, 4.0, 8, rng)
+    budget = Budget(grid, 10**9, ceilings(grid))
+    changed = [
+        sum(abs(a - b) for a, b in zip(parent.levels, mutate(parent, budget, rng, 3).levels, strict=True)) // 2
+        for _ in range(2000)
+    ]
+    # min(U{1..3}, U{1..3}) is 1, 2, 3 with 5/9, 3/9, 1/9; a switch that undoes another adds a few to the small ones.
+    assert changed.count(1) / 2000 == pytest.approx(5 / 9, abs=0.06)
+    assert changed.count(3) / 2000 == pytest.approx(1 / 9, abs=0.04)
+
+
+def test_the_first_attention_never_vanishes() -> None:
+    grid, rng = level_grid(units(3, 2, 64), 2, 32), Random(0)
+    genome = uniform_genome(grid, 1.0, 2, rng)
+    budget = Budget(grid, prunable_parameters(grid, genome), ceilings(grid))
+    for _ in range(300):
+        genome = mutate(genome, budget, rng)
+        assert genome.levels[0] < grid.highest(0)
+    assert any(mutate(genome, budget, rng).levels[2] == grid.highest(2) for _ in range(300))
+
+
+def test_a_grid_too_coarse_for_any_mutation_says_so() -> None:
+    grid = level_grid(units(2, 1, 32), 1, 32)
+    with pytest.raises(UsageError, match=r"too coarse for this target; raise database\.levels"):
+        mutate(grid.dense(), Budget(grid, 0, ceilings(grid)), Random(0))
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"), [((0, 0), "another model: it has 2 levels"), ((0, 0, 0, 11), "levels 0 to 10 .* for 11")]
+)
+def test_a_genome_for_another_model_is_refused(levels: tuple[int, ...], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        level_grid(units(2, 10, 320), 10, 32).check(Genome(levels))
+
+
+def test_parameters_of_a_unit_that_is_gone_include_what_its_structures_share() -> None:
+    grid = level_grid((unit(0, "attention", 4, 100),), 4, 32)
+    assert [prunable_parameters(grid, Genome((level,))) for level in range(5)] == [407, 307, 207, 107, 0]
