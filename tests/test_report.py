@@ -134,19 +134,21 @@ def test_search_picture_shows_the_parent_and_the_time(history: list[Generation])
     figure = _search_figure(history)
     (axis,) = figure.axes
     (line,) = axis.lines
-    assert [list(values) for values in line.get_data()] == [[0, 1, 2], [1.5, 1.5, 0.75]]
+    assert np.array_equal(line.get_xydata(), [[0, 1.5], [1, 1.5], [2, 0.75]])
     (dots,) = axis.collections
-    assert dots.get_offsets().tolist() == [[0, 1.5], [2, 0.75]]
+    assert np.asarray(dots.get_offsets()).tolist() == [[0, 1.5], [2, 0.75]]
     (top,) = axis.child_axes
     assert top.get_xlabel() == "time searched (minutes)"
     assert [top.xaxis.get_major_formatter()(number, None) for number in (0, 1, 2, 3)] == ["0", "1", "2.5", ""]
 
 
 def test_printed_table_fits_and_keeps_its_texts(capsys: pytest.CaptureFixture[str]):
-    print_table([replace(row, model=f"SmolLM2 {row.model}") for row in ROWS])
+    rows = [replace(row, model=f"SmolLM2 {row.model}") for row in ROWS]
+    print_table([*rows, replace(rows[0], continuations=("word " * 50, "word " * 50))])
     printed = capsys.readouterr().out
     lines = [line.rstrip() for line in printed.splitlines()]
-    assert max(map(len, lines)) <= 100
+    assert 90 < max(map(len, lines)) <= 100
+    assert printed.count("word") == 100
     assert next(line for line in lines if "SmolLM2 searched" in line).split() == [
         *("SmolLM2", "searched", "150.0", "M", "(75", "%)", "14.25", "0.3750"),
         *("1,120", "(1.12x)", "44.0", "(1.10x)", "300.0", "MB"),

@@ -74,7 +74,7 @@ def evaluate(
     `token_ids` are held out: no stage has seen them. All of them are used.
 
     Raises:
-        UsageError: if the sequences hold no two tokens, a prompt is empty, or there is nothing to time.
+        UsageError: if the sequences hold no two tokens or a prompt is empty.
     """
     qualities = perplexity_and_kl(models, token_ids)
     speeds = speed(models, token_ids, config)
@@ -186,13 +186,7 @@ def speed(
     The models take turns (A B C A B C ...), so that what slows the machine for a while slows them all; the first turn
     warms up, and the median of `config.repeats` others counts. The prompt is the beginning of `token_ids`, again and
     again where it is too short.
-
-    Raises:
-        UsageError: if the tokens or repeats of the configuration are not positive.
     """
-    for name in ("speed_tokens", "decode_tokens", "repeats"):
-        if getattr(config, name) < 1:
-            raise UsageError(f"evaluation.{name} must be at least 1, found {getattr(config, name)}")
     text = token_ids.flatten()
     text = text.repeat(math.ceil(max(config.speed_tokens, DECODE_PROMPT) / len(text)))
     prompts = {name: text[None, : config.speed_tokens].to(model.device) for name, model in models.items()}

@@ -164,7 +164,7 @@ alternating runs of the models on one machine, one sequence at a time. In bracke
 LOADING = """\
 ## Loading the model
 
-From this directory, with `darwinlm` installed or without it:
+From this directory:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -173,8 +173,8 @@ model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("model")
 ```
 
-`trust_remote_code` reads the file `modeling_pruned_*.py` that lies beside the weights: it gives each block its own
-sizes. The weights are dense and of the size that the table says.
+`trust_remote_code` reads `modeling_pruned_*.py` beside the weights, which gives each block its own sizes. It needs
+torch and transformers, not `darwinlm`. Where all blocks have one size there is no such file, and no need of it.
 """
 
 
