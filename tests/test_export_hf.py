@@ -25,6 +25,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -77,6 +78,11 @@ CASES = {
 NATIVE = {"llama-3-native"}
 
 
+def native_config(family: str, **options: Any) -> PreTrainedConfig:
+    config_class: Any = CONFIG_MAPPING[family]
+    return config_class(**options)
+
+
 def dense_model(case: Case) -> PreTrainedModel:
     torch.manual_seed(7)
     options: dict[str, Any] = {
@@ -92,7 +98,7 @@ def dense_model(case: Case) -> PreTrainedModel:
         "bos_token_id": 1,
         "eos_token_id": EOS,
     }
-    config = CONFIG_MAPPING[case.family](**(options | case.options))
+    config = native_config(case.family, **(options | case.options))
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -388,7 +394,7 @@ def test_loaded_model_is_exported_again(outcome: Outcome, tmp_path: Path) -> Non
 
 
 def test_bfloat16_stays_bfloat16(outcome: Outcome, tmp_path: Path) -> None:
-    model = copy.deepcopy(outcome.stitched["qwen3"]).to(torch.bfloat16)
+    model = copy.deepcopy(outcome.stitched["qwen3"]).bfloat16()
     out = export_hf(model, outcome.sizes["qwen3"], make_tokenizer(), tmp_path / "out", CARD)
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
@@ -429,8 +435,8 @@ def test_alike_blocks_need_no_code_where_every_runtime_heeds_the_head_size(outco
         ("qwen2", {}, 4, "qwen2"),
         ("qwen2", {}, 2, "pruned_qwen2"),  # vLLM would take 32 for the head size
     ):
-        dense = CONFIG_MAPPING[family](
-            hidden_size=64, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=3, **options
+        dense = native_config(
+            family, hidden_size=64, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=3, **options
         )
         config = pruned_config(dense, [BlockSizes(heads, heads, 32)] * 2 + [BlockSizes(0, 0, 0)])
         assert config.model_type == expected
@@ -438,14 +444,14 @@ def test_alike_blocks_need_no_code_where_every_runtime_heeds_the_head_size(outco
 
 
 def test_first_block_has_to_keep_its_attention() -> None:
-    config = CONFIG_MAPPING["llama"](num_hidden_layers=2)
+    config = native_config("llama", num_hidden_layers=2)
     for sizes in ([BlockSizes(0, 0, 32), BlockSizes(2, 2, 32)], [BlockSizes(0, 0, 0), BlockSizes(0, 0, 32)]):
         with pytest.raises(UsageError, match="expected attention in the first block"):
             pruned_config(config, sizes)
 
 
 def test_other_families_are_refused(outcome: Outcome, tmp_path: Path) -> None:
-    config = CONFIG_MAPPING["gpt2"](n_embd=8, n_head=2, n_layer=1, vocab_size=8)
+    config = native_config("gpt2", n_embd=8, n_head=2, n_layer=1, vocab_size=8)
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(UsageError, match=f"{', '.join(EXPORTABLE)} to export, found 'gpt2'"):
         export_hf(model, [BlockSizes(2, 2, 8)], make_tokenizer(), tmp_path / "out", CARD)

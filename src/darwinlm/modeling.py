@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from darwinlm.families import head_dim
+from darwinlm.progress import quiet_transformers
 from darwinlm.types import BlockSizes, DarwinError, UsageError
 
 EXPORTABLE = ("llama", "mistral", "qwen2", "qwen3")
@@ -165,7 +166,8 @@ def pruned_config(config: PreTrainedConfig, sizes: Sequence[BlockSizes]) -> PreT
         native = _native_config(family, fields | _layer_fields(left[0]))
         if native is not None:
             return native
-    return pruned_classes(family)[0](
+    config_class: Any = pruned_classes(family)[0]
+    return config_class(
         **fields,
         architectures=[_class_names(family)[2]],
         auto_map=auto_map(family),
@@ -227,8 +229,8 @@ def pruned_model(model: PreTrainedModel, sizes: Sequence[BlockSizes]) -> PreTrai
         DarwinError: if the weights of `model` do not have these sizes.
     """
     config = pruned_config(model.config, sizes)
-    pruned = isinstance(config, pruned_classes(family_of(config))[0])
-    model_class = pruned_classes(family_of(config))[2] if pruned else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    config_class, _, causal_lm = pruned_classes(family_of(config))
+    model_class: Any = causal_lm if isinstance(config, config_class) else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     config._attn_implementation = model.config._attn_implementation
     with init_empty_weights():
         result = model_class(config)
@@ -249,4 +251,5 @@ def pruned_model(model: PreTrainedModel, sizes: Sequence[BlockSizes]) -> PreTrai
 def load(directory: Path | str, dtype: str = "auto") -> PreTrainedModel:
     """A causal language model from a directory, pruned or dense. Code in the directory is never run."""
     register()
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=False)
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=False)

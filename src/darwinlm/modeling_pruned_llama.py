@@ -11,7 +11,7 @@ from typing import Any
 
 import transformers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedConfig
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 if int(transformers.__version__.split(".")[0]) < 5:  # it would not heed `rope_parameters`, and be silently wrong
@@ -31,7 +31,7 @@ class PrunedLlamaConfig(LlamaConfig):
             return object.__getattribute__(self, key)
         return super().__getattribute__(key)
 
-    def layer(self, index: int) -> PreTrainedConfig:
+    def layer(self, index: int) -> "PrunedLlamaConfig":
         """The config of one layer. Only transformers >= 5.14 makes more of `per_layer_config` than a dictionary."""
         layers = getattr(self, "per_layer_config", {})
         if not isinstance(layers, dict):
@@ -46,12 +46,15 @@ class PrunedLlamaConfig(LlamaConfig):
 class PrunedLlamaDecoderLayer(LlamaDecoderLayer):
     """A decoder layer of its own size; `self_attn` or `mlp` is None where there is none."""
 
+    self_attn: Any
+    mlp: Any
+    input_layernorm: Any
+    post_attention_layernorm: Any
+
     def __init__(self, config: PrunedLlamaConfig, layer_idx: int):
         layer = config.layer(layer_idx)
         super().__init__(layer, layer_idx)
-        for module in self.modules():
-            if hasattr(module, "config"):
-                module.config = config  # the one in which `set_attn_implementation` notes its choice
+        self.self_attn.config = self.mlp.config = config  # `set_attn_implementation` notes its choice in the whole's
         skipped = getattr(layer, "skip", ())
         if "attention" in skipped:
             self.self_attn = self.input_layernorm = None

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.modeling import auto_map, family_of, module_name, pruned_model, render
+from darwinlm.progress import quiet_transformers
 from darwinlm.types import BlockSizes, DarwinError, UsageError
 
 
@@ -36,7 +37,8 @@ def export_hf(
     """
     exported = pruned_model(model, sizes)
     with new_directory(out) as directory:
-        exported.save_pretrained(directory)
+        with quiet_transformers():
+            exported.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         (directory / "README.md").write_text(card, encoding="utf-8")
         family = family_of(exported.config)
