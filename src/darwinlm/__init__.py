@@ -1,1 +1,63 @@
-"""Evolutionary, training-aware structured pruning of large language models."""
+"""Evolutionary, training-aware structured pruning of large language models.
+
+    run = darwinlm.compress("MODEL", "text.jsonl", target_level=5, out="runs/mine")
+    run.model, run.genome, run.table
+
+    model = darwinlm.load("runs/mine/model")
+
+Names are imported when they are first used: `import darwinlm` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from darwinlm.config import (
+        CalibrationConfig,
+        DatabaseConfig,
+        EvaluationConfig,
+        RunConfig,
+        SearchConfig,
+    )
+    from darwinlm.modeling import load
+    from darwinlm.pipeline import compress
+    from darwinlm.run import Run
+    from darwinlm.types import DarwinError, Genome, SelectionStage, UsageError
+
+__version__ = version("darwinlm")
+__all__ = [
+    "CalibrationConfig",
+    "DarwinError",
+    "DatabaseConfig",
+    "EvaluationConfig",
+    "Genome",
+    "Run",
+    "RunConfig",
+    "SearchConfig",
+    "SelectionStage",
+    "UsageError",
+    "__version__",
+    "compress",
+    "load",
+]
+_MODULES = {
+    "config": ("CalibrationConfig", "DatabaseConfig", "EvaluationConfig", "RunConfig", "SearchConfig"),
+    "modeling": ("load",),
+    "pipeline": ("compress",),
+    "run": ("Run",),
+    "types": ("DarwinError", "Genome", "SelectionStage", "UsageError"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

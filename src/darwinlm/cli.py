@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
 
 from darwinlm.config import DEMO, RunConfig
 from darwinlm.types import DarwinError, UsageError
@@ -20,22 +21,32 @@ STAGES = {
     "compress": "everything, from a model and text to a smaller model; stops and resumes anywhere",
     "database": "only measure the model and build its database of levels",
     "search": "the database, then the search for the best genome",
+    "demo": "the same as compress, on a real model and corpus that come as packages",
 }
-UNTIL = {"database": "database", "search": "search"}
+UNTIL: dict[str, Literal["database", "search"]] = {"database": "database", "search": "search"}
 
 
 class Parser(ArgumentParser):
-    """Flags with dashes, as the field writes them, for dataclass fields with underscores."""
+    """Flags with dashes, as the field writes them, for dataclass fields with underscores; errors are one sentence."""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         return super().add_argument(*(a.replace("_", "-") if a.startswith("--") else a for a in args), **kwargs)
 
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        parser = getattr(ex, "subcommand_parser", None) or self
+        message = re.sub(r'Parser key "([^"]+)":', lambda key: f"--{key[1].replace('_', '-')}:", message)
+        sys.exit(_fail(f"{message}; {parser.prog.replace(' [options]', '')} --help lists what there is", 2))
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns 0 if done, 1 if it failed, 2 for arguments that cannot be used."""
+    """Run a command. Returns 0 if done, 1 if it failed, 2 for arguments that cannot be used, 130 if interrupted.
+
+    Raises:
+        SystemExit: from the parser, after `--help` (0) or for arguments that it cannot read (2).
+    """
     parser = _parser()
-    settings = parser.instantiate(parser.parse_args(arguments))
     try:
+        settings = parser.instantiate(parser.parse_args(arguments))
         _run(settings.command, settings[settings.command])
     except UsageError as error:
         return _fail(str(error), 2)
@@ -51,14 +62,20 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subcommands(required=True, dest="command")
     for name, help_text in STAGES.items():
         stage = Parser(description=help_text)
-        stage.add_argument("model", type=str, help="a hub id, a directory, a .gguf file, or smollm2-135m")
+        given = {"model", "data"} if name == "demo" else {"model"}
+        if name != "demo":
+            stage.add_argument("model", type=str, help="a hub id, a directory, a .gguf file, or smollm2-135m")
         stage.add_argument("--config", action="config", help="a YAML file of settings; flags win over it")
-        stage.add_class_arguments(RunConfig, skip={"model"})
+        stage.add_class_arguments(RunConfig, skip={*given, "verify"})
+        stage.add_argument(
+            "--verify",
+            action=ActionYesNo(no_prefix="no-"),
+            default=True,
+            help="load the export in a fresh process without darwinlm and compare its logits (default: yes)",
+        )
+        if name == "demo":
+            stage.set_defaults({key: value for key, value in dataclasses.asdict(DEMO).items() if key not in given})
         commands.add_subcommand(name, stage, help=help_text)
-    demo = Parser(description="the same, on a real model and corpus that come as packages")
-    demo.add_class_arguments(RunConfig, skip={"model", "data"})
-    demo.set_defaults({key: value for key, value in dataclasses.asdict(DEMO).items() if key not in ("model", "data")})
-    commands.add_subcommand("demo", demo, help="the same, on a real model and corpus that come as packages")
     return parser
 
 

@@ -1,16 +1,30 @@
 """One frozen dataclass a stage: the same serve the command line, YAML and Python.
 
-The first line under a field is its help text on the command line.
+The text under a field is its help on the command line. A value that makes no sense is refused where it is given: every
+class raises `UsageError`, naming the flag.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
 from darwinlm.types import SelectionStage, UsageError
+
+
+def _expect(holds: bool, flag: str, expected: str, found: object) -> None:
+    if not holds:
+        raise UsageError(f"--{flag.replace('_', '-')}: expected {expected}, found {found}; give another value")
+
+
+def _expect_at_least(config: object, section: str, **lowest: int) -> None:
+    for name, least in lowest.items():
+        found = getattr(config, name)
+        _expect(found >= least, f"{section}.{name}", f"at least {least}", found)
 
 
 @dataclass(frozen=True)
@@ -24,6 +38,9 @@ class CalibrationConfig:
     batch_size: int = 8
     """Sequences in one forward pass."""
 
+    def __post_init__(self) -> None:
+        _expect_at_least(self, "calibration", tokens=1, sequence_length=2, batch_size=1)
+
 
 @dataclass(frozen=True)
 class DatabaseConfig:
@@ -35,6 +52,10 @@ class DatabaseConfig:
     """MLP channels are removed in multiples of this many."""
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a share of its mean."""
+
+    def __post_init__(self) -> None:
+        _expect_at_least(self, "database", levels=1, granularity=1)
+        _expect(0 < self.damping < math.inf, "database.damping", "more than 0", self.damping)
 
 
 @dataclass(frozen=True)
@@ -56,6 +77,19 @@ class SearchConfig:
     """Level switches in one mutant, at most."""
     learning_rate: float = 1e-5
     """Learning rate of the training before selection."""
+
+    def __post_init__(self) -> None:
+        _expect_at_least(self, "search", generations=0, offspring=1, max_switches=1)
+        _expect(0 < self.learning_rate < math.inf, "search.learning_rate", "more than 0", self.learning_rate)
+        flag = "search.stages"
+        _expect(len(self.stages) > 0, flag, "at least one stage", "none")
+        for stage in self.stages:
+            _expect(stage.survivors >= 1, flag, "at least 1 survivor in every stage", stage.survivors)
+            _expect(stage.fitness_tokens >= 1, flag, "at least 1 fitness token in every stage", stage.fitness_tokens)
+            _expect(stage.training_tokens >= 0, flag, "0 or more training tokens", stage.training_tokens)
+        survivors = [stage.survivors for stage in self.stages]
+        falling = survivors == sorted(survivors, reverse=True)
+        _expect(falling, flag, "no more survivors than in the stage before", survivors)
 
 
 @dataclass(frozen=True)
@@ -79,6 +113,12 @@ class EvaluationConfig:
     repeats: int = 5
     """Alternating timings a model; the median counts."""
 
+    def __post_init__(self) -> None:
+        _expect_at_least(
+            self, "evaluation", tokens=1, continuation_tokens=0, speed_tokens=1, decode_tokens=1, repeats=1
+        )
+        _expect(all(self.prompts), "evaluation.prompts", "prompts of at least one word", list(self.prompts))
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -87,7 +127,8 @@ class RunConfig:
     model: str
     """A hub id, a directory, a .gguf file, or smollm2-135m."""
     data: str
-    """Text: fineweb-edu, wikitext2, c4, a datasets id, a .txt, .jsonl or .parquet file, vital-wiki; SOURCE=WEIGHT,SOURCE=WEIGHT mixes."""
+    """Text: fineweb-edu, wikitext2, c4, a datasets id, a .txt, .jsonl or .parquet file, vital-wiki.
+    SOURCE=WEIGHT,SOURCE=WEIGHT mixes."""
     out: str
     """Directory of the run. The same command resumes it."""
     target_level: float = 5.0
@@ -96,12 +137,23 @@ class RunConfig:
     """Seed of everything random."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda."""
-    dtype: str = "auto"
-    """Precision of the search: float32, bfloat16, or auto (bfloat16 where the device is fast at it)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the search; auto is bfloat16 where the device is fast at it."""
+    genome: str | None = None
+    """Use this genome and search none: another run's search/result.json, or a JSON list of levels. It has no budget."""
+    verify: bool = True
+    """Load the export in a fresh process without darwinlm and compare its logits."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("model", "data", "out"):
+            _expect(bool(getattr(self, name)), name, "a name", "nothing")
+        within = 0 < self.target_level < self.database.levels
+        expected = f"a level between 0 and {self.database.levels} (--database.levels), both excluded"
+        _expect(within, "target_level", expected, f"{self.target_level:g}")
 
 
 def read_config(path: Path) -> RunConfig:
@@ -116,7 +168,9 @@ def read_config(path: Path) -> RunConfig:
         settings = parser.parse_path(path)
     except (ArgumentError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"{path} does not hold the settings of a run ({reason}); restore it or use another directory")
+        raise UsageError(
+            f"{path} does not hold the settings of a run ({reason}); restore it or use another directory"
+        ) from None
     return RunConfig(**parser.instantiate(settings).as_dict())
 
 

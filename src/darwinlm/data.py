@@ -115,19 +115,33 @@ class Corpus:
 def read_corpus(data: str, tokenizer: PreTrainedTokenizerBase, sequence_length: int, seed: int) -> Corpus:
     """The corpus that a user means by `DATA`: `SOURCE` or `SOURCE=WEIGHT,SOURCE=WEIGHT`.
 
+    A document that is there twice, in one source or in two, counts once.
+
     Raises:
-        UsageError: if a source is unknown, unreadable or empty.
+        UsageError: if a source is unknown, unreadable or empty, or adds nothing to those before it.
     """
-    sources = []
+    sources, seen = [], set()
     for part in data.split(","):
-        name, _, weight = part.strip().partition("=")
-        if weight and not re.fullmatch(r"\d+(\.\d+)?", weight):
-            raise UsageError(f"--data: expected a number as the weight of {name}, found {weight!r}")
-        documents = tuple(document for document in _read(name) if document.strip())
+        name, weight = _name_and_weight(part.strip())
+        documents = tuple(dict.fromkeys(document for document in _read(name) if document.strip()))
         if not documents:
             raise UsageError(f"the corpus {name} is empty: expected at least one document with text; name another")
-        sources.append((name, documents, float(weight or 1)))
+        new = tuple(document for document in documents if document not in seen)
+        if not new:
+            raise UsageError(f"--data: all documents of {name} are in the sources before it; name it once")
+        seen.update(new)
+        sources.append((name, new, weight))
     return Corpus(tuple(sources), tokenizer, sequence_length, seed)
+
+
+def _name_and_weight(part: str) -> tuple[str, float]:
+    """`SOURCE=WEIGHT` apart; a `=` with a slash after it belongs to a path."""
+    name, equals, weight = part.rpartition("=")
+    if not equals or "/" in weight:
+        return part, 1.0
+    if not re.fullmatch(r"\d+(\.\d+)?", weight) or not float(weight):
+        raise UsageError(f"--data: expected a number above 0 as the weight of {name}, found {weight!r}; mend it")
+    return name, float(weight)
 
 
 def is_held_out(document: str) -> bool:
@@ -138,7 +152,7 @@ def is_held_out(document: str) -> bool:
 def _read(name: str) -> Iterator[str]:
     path = Path(name).expanduser()
     if name in PACKAGED:
-        return (_text_of(record, name) for record in json.loads(_packaged(name).read_text()).values())
+        return (_text_of(record, name) for record in json.loads(_packaged(name).read_text(encoding="utf-8")).values())
     if path.suffix in (".txt", ".jsonl", ".parquet"):
         if not path.is_file():
             raise UsageError(f"no text at {name}: expected a file; check --data")
@@ -157,17 +171,23 @@ def _packaged(name: str) -> Path:
 def _read_file(path: Path) -> Iterator[str]:
     try:
         if path.suffix == ".txt":
-            yield from _paragraphs(path.read_text())
+            yield from _paragraphs(path.read_text(encoding="utf-8"))
         elif path.suffix == ".jsonl":
-            for number, line in enumerate(path.read_text().splitlines(), 1):
-                if line.strip():
-                    yield _text_of(json.loads(line), f"line {number} of {path}")
+            with path.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield _text_of(json.loads(line), f"line {number} of {path}")
         else:
-            from datasets import Dataset  # slow to import, and only these sources need it
+            from pyarrow.parquet import ParquetFile  # slow to import, and only these sources need it
 
-            for record in Dataset.from_parquet(str(path)):
-                yield _text_of(record, str(path))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            with ParquetFile(path) as file:
+                columns = [name for name in TEXT_COLUMNS if name in file.schema_arrow.names]
+                for batch in file.iter_batches(columns=columns):
+                    for record in batch.to_pylist():
+                        yield _text_of(record, str(path))
+    except (OSError, ValueError) as error:
+        if isinstance(error, DarwinError):
+            raise
         raise UsageError(f"{path} cannot be read as {path.suffix} ({error}); check the file") from None
 
 

@@ -14,17 +14,23 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise UsageError(f"no device {name!r}: expected auto, cpu, or cuda on a machine that has it") from None
-    return torch.device(name)
+        device = torch.device("meta")
+    if device.type == "meta":  # which computes nothing
+        raise UsageError(f"no device {name!r}: expected auto, cpu, or cuda on a machine that has it; check --device")
+    return device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device multiplies it faster than float32. Raises `UsageError` for an unknown name."""
+    """`auto` is bfloat16 where the device multiplies it faster than float32.
+
+    Raises:
+        UsageError: if there is no such precision.
+    """
     if name == "auto":
         fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if fast else torch.float32
     if name not in DTYPES:
-        raise UsageError(f"unknown precision {name!r}: expected auto, {' or '.join(DTYPES)}")
+        raise UsageError(f"unknown precision {name!r}: expected auto, {' or '.join(DTYPES)}; check --dtype")
     return DTYPES[name]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,18 +29,20 @@ from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf, verify_export
 from darwinlm.families import block_sizes
 from darwinlm.fitness import Fitness
-from darwinlm.genome import level_grid
-from darwinlm.modeling import load
+from darwinlm.genome import Grid, level_grid
+from darwinlm.modeling import load, pruned_config
 from darwinlm.progress import say, track
-from darwinlm.run import Run, versions
+from darwinlm.run import Run, read_genome, versions
 from darwinlm.surgery import Stitcher
-from darwinlm.types import Genome, SearchResult
+from darwinlm.types import DarwinError, Genome, SearchResult
 
 Stage = Literal["database", "search", "report"]
 VERIFIED_SEQUENCES, VERIFIED_TOKENS = 2, 128
 
 
-def compress(model: str, data: str, out: str | Path, target_level: float = 5.0, **settings: Any) -> Run:
+def compress(
+    model: str | Path, data: str | Path, *, out: str | Path, target_level: float = 5.0, **settings: Any
+) -> Run:
     """Compress a model: the same as `darwinlm compress MODEL --data DATA --target-level LEVEL --out RUN`.
 
     Args:
@@ -47,17 +52,26 @@ def compress(model: str, data: str, out: str | Path, target_level: float = 5.0, 
         target_level: uniform level whose size the result must not exceed, out of `database.levels`.
         settings: the other fields of `RunConfig`.
 
+    Returns:
+        The run, whose `model`, `genome` and `table` are the result.
+
     Raises:
         DarwinError: if anything about model, data, settings or directory stops the run, in one sentence.
     """
-    return run(RunConfig(model=model, data=data, out=str(out), target_level=target_level, **settings))
+    return run(RunConfig(str(model), str(data), str(out), target_level, **settings))
 
 
 def run(config: RunConfig, until: Stage = "report") -> Run:
-    """Run all stages up to `until`. What an earlier, interrupted run has finished is not done again."""
-    with locked_directory(Path(config.out)):
+    """Run all stages up to `until`. What an earlier, interrupted run has finished is not done again.
+
+    Raises:
+        UsageError: if a setting cannot be used; a directory that was new is left as if nothing had happened.
+        DarwinError: if a stage fails. The same call goes on from there once the cause is mended.
+    """
+    with _told_in_one_sentence(config.out), locked_directory(Path(config.out)):
         this = Run.claim(config)
         if this.finished:
+            say(f"{this.path} is finished: {this.report_path} has its figures")
             return this
         work = _open(this)
         database = _eliminate(work)
@@ -67,45 +81,64 @@ def run(config: RunConfig, until: Stage = "report") -> Run:
         if until == "search":
             return this
         models = _stitch(work, database, start, result)
-        _export(work, database, result, models)
+        _export(work, result, models)
         rows = _evaluate(work, models)
-        _report(work, database, start, result, rows)
+        _report(work, start, result, rows)
     return this
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What every stage reads: the run, the dense model, the text, and where to compute."""
+    """What every stage reads: the run, the dense model and its units, the text, and where to compute."""
 
     run: Run
     config: RunConfig
     checkpoint: Checkpoint
+    grid: Grid
+    genome: Genome | None  # one that was given, instead of a search
     tokens: dict[str, Int[Tensor, "sequences length"]]
     device: torch.device
+    dtype: torch.dtype
     made_from: dict[str, Any]
 
 
 def _open(this: Run) -> _Work:
+    """Everything that can be wrong with the arguments is found here, before hours are spent."""
     config = this.config
-    device = resolve_device(config.device)
-    checkpoint = find_checkpoint(config.model, this.path)
-    corpus = read_corpus(config.data, checkpoint.tokenizer, config.calibration.sequence_length, config.seed)
-    tokens = corpus.draw(
-        calibration=config.calibration.tokens,
-        search=max(stage.fitness_tokens for stage in config.search.stages),
-        training=max(stage.training_tokens for stage in config.search.stages),
-    )
-    tokens["evaluation"] = corpus.draw_held_out(config.evaluation.tokens)
-    made_from = {"model": checkpoint.fingerprint, "text": corpus.fingerprint, "versions": versions()}
-    return _Work(this, config, checkpoint, tokens, device, made_from)
+    try:
+        device = resolve_device(config.device)
+        checkpoint = find_checkpoint(config.model, this.path)
+        checkpoint.check_length(config.calibration.sequence_length)
+        grid = level_grid(checkpoint.units, config.database.levels, config.database.granularity)
+        corpus = read_corpus(config.data, checkpoint.tokenizer, config.calibration.sequence_length, config.seed)
+        tokens = corpus.draw(
+            calibration=config.calibration.tokens,
+            search=max(stage.fitness_tokens for stage in config.search.stages),
+            training=max(stage.training_tokens for stage in config.search.stages),
+        )
+        tokens["evaluation"] = corpus.draw_held_out(config.evaluation.tokens)
+        made_from = {
+            "model": checkpoint.fingerprint,
+            "text": corpus.fingerprint,
+            "grid": {"levels": config.database.levels, "granularity": config.database.granularity},
+            "versions": versions(),
+        }
+        genome = None
+        if config.genome is not None:
+            genome = read_genome(Path(config.genome), grid, made_from)
+            pruned_config(checkpoint.config, block_sizes(grid, genome, checkpoint.config))  # that it can be exported
+        dtype = resolve_dtype(config.dtype, device)
+    except DarwinError:
+        this.abandon()
+        raise
+    return _Work(this, config, checkpoint, grid, genome, tokens, device, dtype, made_from)
 
 
 def _eliminate(work: _Work) -> Database:
     """Calibrate the dense model and eliminate structures, one block after another, into the database."""
     config, checkpoint = work.config, work.checkpoint
-    grid = level_grid(checkpoint.units, config.database.levels, config.database.granularity)
-    settings = {"calibration": config.calibration.__dict__, "database": config.database.__dict__, "seed": config.seed}
-    database = Database(work.run.database, grid, work.made_from | settings)
+    settings = {"calibration": asdict(config.calibration), "database": asdict(config.database), "seed": config.seed}
+    database = Database(work.run.database, work.grid, work.made_from | settings)
     finished = database.finished()
     statistics = calibrate(
         checkpoint,
@@ -114,16 +147,16 @@ def _eliminate(work: _Work) -> Database:
         device=work.device,
         finished=finished,
     )
-    for unit in track(statistics, "database", len(grid.units), len(finished)):
+    for unit in track(statistics, "database", len(work.grid.units), len(finished)):
         add_unit(database, unit, config.database, checkpoint.dtype)
     return database
 
 
 def _allocate(work: _Work, database: Database) -> tuple[Genome, SearchResult]:
-    """The uniform genome, whose size is the budget, and the best genome within it."""
+    """The uniform genome, whose size is the budget, and the best genome within it, or the one that was given."""
     config = work.config
-    start, budget = uniform(database.grid, config.target_level, config.database.levels, config.seed)
-    dense = work.checkpoint.load(resolve_dtype(config.dtype, work.device), work.device)
+    start, budget = uniform(work.grid, config.target_level, config.database.levels, config.seed)
+    dense = work.checkpoint.load(work.dtype, work.device)
     fitness = Fitness(
         Stitcher(dense, work.checkpoint.family, database),
         work.tokens["search"],
@@ -131,8 +164,11 @@ def _allocate(work: _Work, database: Database) -> tuple[Genome, SearchResult]:
         config.search.stages,
         config.search.learning_rate,
     )
-    result = evolve(start, budget, fitness, config.search, config.seed, work.run.search / "state.json")
-    work.run.save_search(result, database.grid, work.made_from)
+    if work.genome is None:
+        result = evolve(start, budget, fitness, config.search, config.seed, work.run.search / "state.json")
+    else:
+        result = SearchResult(work.genome, fitness.score(work.genome, config.search.stages[-1]), ())
+    work.run.save_search(result, work.grid, work.made_from)
     return start, result
 
 
@@ -143,37 +179,37 @@ def _stitch(work: _Work, database: Database, start: Genome, result: SearchResult
     return {"dense": dense, "uniform": stitcher.stitch(start), "searched": stitcher.stitch(result.best)}
 
 
-def _export(work: _Work, database: Database, result: SearchResult, models: dict[str, PreTrainedModel]) -> None:
+def _export(work: _Work, result: SearchResult, models: dict[str, PreTrainedModel]) -> None:
     """Write the searched model as a directory that transformers loads, and prove it in a fresh process."""
-    if work.run.exported.exists():
+    model, exported = models["searched"], work.run.exported
+    if not exported.exists():
+        sizes = block_sizes(work.grid, result.best, work.checkpoint.config)
+        counts = parameter_count(models["dense"]), parameter_count(model)
+        card = model_card(work.config.model, _settings(work, result), *counts)
+        export_hf(model, sizes, work.checkpoint.tokenizer, exported, card)
+    if not work.config.verify:
         return
-    model = models["searched"]
-    sizes = block_sizes(database.grid, result.best, work.checkpoint.config)
-    card = model_card(
-        work.config.model, _settings(work, result), parameter_count(models["dense"]), parameter_count(model)
-    )
-    export_hf(model, sizes, work.checkpoint.tokenizer, work.run.exported, card)
     token_ids = work.tokens["evaluation"][:VERIFIED_SEQUENCES, :VERIFIED_TOKENS]
     with torch.inference_mode():
         logits = model(token_ids.to(work.device)).logits
-    difference = verify_export(work.run.exported, token_ids, logits)
+    difference = verify_export(exported, token_ids, logits)
     say(f"export: loads without darwinlm, largest difference of a logit {difference:.1e}")
 
 
 def _evaluate(work: _Work, models: dict[str, PreTrainedModel]) -> list[Row]:
     """Dense, uniform and searched on held-out documents; the searched one as it was reloaded from its export."""
-    reloaded = load(work.run.exported).to(work.device).eval()
-    models = models | {"searched": reloaded}
+    reloaded: Any = load(work.run.exported)
+    models = models | {"searched": reloaded.to(work.device).eval()}
     sizes = {name: parameter_bytes(model) for name, model in models.items()}
     return evaluate(models, work.tokens["evaluation"], work.checkpoint.tokenizer, work.config.evaluation, sizes)
 
 
-def _report(work: _Work, database: Database, start: Genome, result: SearchResult, rows: list[Row]) -> None:
+def _report(work: _Work, start: Genome, result: SearchResult, rows: list[Row]) -> None:
     """Tables and pictures, in the run directory and on the screen."""
     genomes = {"uniform": start, "searched": result.best}
     title = f"{Path(work.config.model).name} at level {work.config.target_level:g} of {work.config.database.levels}"
     settings = _settings(work, result)
-    paths = report.write_report(work.run.path, title, rows, database.grid, genomes, result.history, settings)
+    paths = report.write_report(work.run.path, title, rows, work.grid, genomes, result.history, settings)
     report.print_table(rows)
     for path in [work.run.exported, *paths]:
         print(path)
@@ -182,13 +218,31 @@ def _report(work: _Work, database: Database, start: Genome, result: SearchResult
 def _settings(work: _Work, result: SearchResult) -> dict[str, str]:
     """What made the result, for people."""
     config = work.config
+    uniform_level = f"uniform level {config.target_level:g} of {config.database.levels}"
+    search = {"Genome": f"{config.genome}, without a budget", "Compared with": uniform_level}
+    if result.history:
+        search = {
+            "Target": f"the size of {uniform_level}",
+            "Search": f"{len(result.history) - 1} generations of {config.search.offspring} offspring",
+            "Search KL": f"{result.history[0].fitness:.4f} (uniform) to {result.fitness:.4f} nats a token",
+        }
     return {
         "Model": config.model,
         "Text": config.data,
         "Calibration": f"{config.calibration.tokens:,} tokens",
-        "Target": f"the size of uniform level {config.target_level:g} of {config.database.levels}",
-        "Search": f"{len(result.history) - 1} generations of {config.search.offspring} offspring",
-        "Search KL": f"{result.history[0].fitness:.4f} (uniform) to {result.fitness:.4f} nats a token",
+        **search,
         "Seed": str(config.seed),
         "Versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
     }
+
+
+@contextmanager
+def _told_in_one_sentence(out: str) -> Iterator[None]:
+    """What the machine lacks becomes a `DarwinError`: a full disk, a directory taken away, too little memory."""
+    cure = "mend this and run the same command again, it goes on from what is finished"
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise DarwinError(f"the run in {out} has stopped: {error}; {cure}") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise DarwinError(f"the run in {out} has stopped: out of memory; lower --calibration.batch-size") from None

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers.utils import logging as transformers_logging
 
 Item = TypeVar("Item")
 
@@ -49,3 +51,17 @@ def _log(items: Iterable[Item], description: str, total: int, done: int) -> Iter
             say(f"{description}: {finished}/{total}, {now - start:.0f} s, {left:.0f} s left")
             sys.stderr.flush()
             last = now
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No loading bars and advice from transformers: this package shows its own progress."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
 from importlib.metadata import version
@@ -11,13 +14,14 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
-from darwinlm.artifact import read_json, write_json, write_text
+from darwinlm.artifact import read_json, sweep, write_json, write_text
 from darwinlm.config import RunConfig, read_config
 from darwinlm.genome import Grid
 from darwinlm.modeling import load
 from darwinlm.types import DarwinError, Genome, SearchResult, UsageError
 
 SETTINGS = "run.yaml"
+FREE = ("out", "verify")  # settings that may change when a run is resumed: a run may be moved
 
 
 class Run:
@@ -25,15 +29,19 @@ class Run:
 
     Attributes:
         path: the directory.
+        dense: where a model that is no directory of safetensors is converted to one.
         database, search, exported: where its stages keep their artifacts.
+        table_path, report_path: what it ends with.
     """
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
+        self.dense = self.path / "dense"
         self.database = self.path / "database"
         self.search = self.path / "search"
         self.exported = self.path / "model"
-        self.finished = (self.path / "table.json").exists()
+        self.table_path = self.path / "table.json"
+        self.report_path = self.path / "report.md"
 
     @classmethod
     def open(cls, path: Path | str) -> Run:
@@ -44,7 +52,7 @@ class Run:
 
     @classmethod
     def claim(cls, config: RunConfig) -> Run:
-        """Make `config.out` this configuration's run, or resume it.
+        """Make `config.out` this configuration's run, or resume it. The directory must be held by this process.
 
         Raises:
             UsageError: if the directory holds a run of other settings, or anything else.
@@ -52,16 +60,30 @@ class Run:
         run = cls(config.out)
         settings = run.path / SETTINGS
         if not settings.exists():
-            strangers = [entry.name for entry in run.path.iterdir() if not entry.name.startswith(".")]
+            strangers = [entry.name for entry in run.path.iterdir() if not entry.name.startswith((".", SETTINGS))]
             if strangers:
                 raise UsageError(
                     f"{run.path} is not empty and holds no run (found {strangers[0]}); choose another --out"
                 )
             write_text(settings, yaml.safe_dump(_plain(config), sort_keys=False))
-        changed = _differences(_plain(run.config) | {"out": config.out}, _plain(config))  # a run may be moved
+        old, new = _plain(run.config), _plain(config)
+        changed = _differences(old | {name: new[name] for name in FREE}, new)
         if changed:
             raise UsageError(f"{run.path} holds another run ({'; '.join(changed)}); choose another --out, or delete it")
+        sweep(run.path)
         return run
+
+    def abandon(self) -> None:
+        """Leave the directory to another run if this one has done nothing yet: its arguments were wrong."""
+        if not self.database.exists():
+            sweep(self.path)
+            (self.path / SETTINGS).unlink(missing_ok=True)
+            shutil.rmtree(self.dense, ignore_errors=True)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do. The report is what a run writes last."""
+        return self.table_path.exists() and self.report_path.exists()
 
     @cached_property
     def config(self) -> RunConfig:
@@ -75,13 +97,19 @@ class Run:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The compressed model, loaded from the run's export."""
+        """The compressed model, loaded from the run's export. Raises `DarwinError` if there is none yet."""
+        if not self.exported.exists():
+            raise DarwinError(f"the run in {self.path} has no model yet; run darwinlm compress again to go on")
         return load(self.exported)
 
     @property
     def table(self) -> list[dict[str, Any]]:
-        """The rows of `table.json`: dense, uniform and searched, with their measurements."""
-        return read_json(self.path / "table.json")
+        """The rows of `table.json`: dense, uniform and searched, with their measurements.
+
+        Raises:
+            DarwinError: if the run has not been evaluated yet.
+        """
+        return read_json(self.table_path)
 
     def save_search(self, result: SearchResult, grid: Grid, made_from: dict[str, Any]) -> None:
         """Write the genome that the search found, with the names of its units and what it was made from."""
@@ -93,6 +121,37 @@ class Run:
         if not (self.search / "result.json").exists():
             raise DarwinError(f"the search in {self.path} has not finished; run darwinlm compress again to go on")
         return read_json(self.search / "result.json")
+
+
+def read_genome(path: Path, grid: Grid, made_from: Mapping[str, Any]) -> Genome:
+    """A genome for this model and grid: a run's `search/result.json`, or a JSON list of levels.
+
+    Args:
+        made_from: what the result of a search on this model, with these levels, would say it was made from.
+
+    Raises:
+        UsageError: if there is no such file, it holds no genome, or the genome is for another model or other levels.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--genome: no genome in {path} ({error}); name a search/result.json") from None
+    levels = found.get("levels") if isinstance(found, dict) else found
+    if not isinstance(levels, list) or not all(type(level) is int for level in levels):
+        raise UsageError(
+            f"--genome: no genome in {path}: expected a JSON list of whole numbers, one a unit, or a "
+            "search/result.json that has them; name another file"
+        )
+    origin = found.get("made_from", {}) if isinstance(found, dict) else {}
+    for what, key in (("model", "model"), ("level grid", "grid")):
+        if key in origin and origin[key] != made_from[key]:
+            raise UsageError(
+                f"--genome: the genome in {path} is for another {what}: expected {made_from[key]}, found "
+                f"{origin[key]}; search one on this model and these levels, or give its levels as a JSON list"
+            )
+    genome = Genome(tuple(levels))
+    grid.check(genome)
+    return genome
 
 
 def versions() -> dict[str, str]:
