@@ -27,7 +27,7 @@ class KnownFitness:
         self.target, self.noise = target, noise
         self.asked: list[tuple[Genome, SelectionStage]] = []
 
-    def score(self, genome: Genome, stage: SelectionStage) -> float:
+    def score(self, genome: Genome, stage: SelectionStage, parent: Genome | None = None) -> float:
         self.asked.append((genome, stage))
         distance = sum((a - b) ** 2 for a, b in zip(genome.levels, self.target.levels, strict=True))
         return distance + self.noise * Random(f"{genome} {stage}").random()
@@ -104,7 +104,7 @@ def test_a_candidate_that_diverged_is_never_chosen(tmp_path: Path) -> None:
     start, budget = uniform(GRID, 4.0, 8, 0)
 
     class Diverging(KnownFitness):
-        def score(self, genome: Genome, stage: SelectionStage) -> float:
+        def score(self, genome: Genome, stage: SelectionStage, parent: Genome | None = None) -> float:
             return 1.0 if genome == start else float("inf")
 
     result = evolve(start, budget, Diverging(start), replace(CONFIG, generations=2), 0, tmp_path / "state.json")

@@ -67,6 +67,14 @@ def test_a_score_does_not_depend_on_what_was_asked_before(stitcher: Stitcher) ->
     assert in_steps.score(genome, STAGES[0]) == steps[0]
 
 
+def test_reuse_of_the_parents_pass_changes_nothing(stitcher: Stitcher) -> None:
+    parent, *others = random_genomes(stitcher, 4)
+    children = [parent.replace({index: 1 - min(parent.levels[index], 1)}) for index in range(len(parent.levels))]
+    reusing = fitness(stitcher)
+    for genome in [*children, *others, parent]:
+        assert reusing.score(genome, STAGES[-1], parent) == fitness(stitcher).score(genome, STAGES[-1])
+
+
 def test_training_lowers_the_divergence_on_the_text_trained_on(stitcher: Stitcher) -> None:
     """It trains (a stage without training scores otherwise), deterministically, and leaves the candidate's weights."""
     genome = random_genomes(stitcher, 1)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -21,8 +21,11 @@ ROWS = 128  # tokens whose [rows, vocab] logits are worked on at once: they stay
 class Scorer(Protocol):
     """What an allocator needs of a fitness."""
 
-    def score(self, genome: Genome, stage: SelectionStage) -> float:
-        """How bad a genome is after the stage's training, on its fitness tokens: lower is better."""
+    def score(self, genome: Genome, stage: SelectionStage, parent: Genome | None = None) -> float:
+        """How bad a genome is after the stage's training, on its fitness tokens: lower is better.
+
+        `parent` is a hint: a genome that others scored next also differ little from.
+        """
         ...
 
 
@@ -30,7 +33,8 @@ class Fitness:
     """Scores genomes against the dense model on fixed tokens; lower is better.
 
     Every candidate sees the same tokens, and a stage with more fitness tokens extends those of the stage before it. So
-    what was once computed for a genome without training is never computed again: a later stage adds its own sequences.
+    what was once computed for a genome without training is never computed again: a later stage adds its own sequences,
+    and a candidate's forward pass begins at the first block in which it differs from its parent.
 
     Args:
         stitcher: makes the candidates; its dense model is the reference.
@@ -49,7 +53,7 @@ class Fitness:
         learning_rate: float,
     ):
         self.stitcher = stitcher
-        self.device = next(stitcher.dense.parameters()).device
+        self.device = stitcher.dense.device
         self.training_ids = training_ids
         self.learning_rate = learning_rate
         self.length = token_ids.shape[1]
@@ -58,9 +62,15 @@ class Fitness:
         self._references = [_Reference.of(stitcher.dense, batch.to(self.device)) for batch in self._batches]
         self._sums: dict[Genome, list[float]] = {}
         self._trained: dict[tuple[Genome, SelectionStage], float] = {}
+        self._parent: Genome | None = None
+        self._traces: dict[int, _Trace] = {}
 
-    def score(self, genome: Genome, stage: SelectionStage) -> float:
-        """KL(dense || candidate) in nats a token over the stage's fitness tokens; infinity if it diverged."""
+    def score(self, genome: Genome, stage: SelectionStage, parent: Genome | None = None) -> float:
+        """KL(dense || candidate) in nats a token over the stage's fitness tokens; infinity if it diverged.
+
+        What the blocks before the first difference from `parent` compute is taken from the parent's own pass. It makes
+        the score no other, only sooner; pass the same parent for many genomes, because one parent is remembered.
+        """
         if stage.training_tokens:
             key = (genome, stage)
             if key not in self._trained:
@@ -70,7 +80,9 @@ class Fitness:
         sums = self._sums.setdefault(genome, [])
         if len(sums) < self._count(stage):
             model = self.stitcher.stitch(genome)
-            sums += [self._batch_kl(model, i) for i in range(len(sums), self._count(stage))]
+            for index in range(len(sums), self._count(stage)):
+                trace = None if parent is None else self._trace(parent, index)
+                sums.append(self._batch_kl(model, index, trace, 0 if parent is None else self._fork(genome, parent)))
         return self._mean(sums[: self._count(stage)])
 
     def _sequences(self, tokens: int) -> int:
@@ -90,9 +102,31 @@ class Fitness:
         return mean if mean == mean else float("inf")
 
     @torch.inference_mode()
-    def _batch_kl(self, model: PreTrainedModel, index: int) -> float:
-        hidden = model.get_decoder()(self._batches[index].to(self.device), use_cache=False).last_hidden_state
+    def _batch_kl(self, model: PreTrainedModel, index: int, trace: _Trace | None = None, fork: int = 0) -> float:
+        """Sum over a batch's tokens; with the parent's trace only the blocks from `fork` on are run."""
+        if trace is None:
+            hidden = model.get_decoder()(self._batches[index].to(self.device), use_cache=False).last_hidden_state
+        else:
+            hidden = trace.states[fork]
+            blocks: Any = model.get_submodule(self.stitcher.family.blocks)
+            for block, arguments in zip(blocks[fork:], trace.arguments[fork:], strict=True):
+                hidden = block(hidden, **arguments)
+            hidden = model.get_submodule(self.stitcher.family.final_norm)(hidden)
         return self._references[index].kl(hidden.flatten(0, 1), model.get_output_embeddings())
+
+    def _fork(self, genome: Genome, parent: Genome) -> int:
+        """The first block in which two genomes differ."""
+        units = zip(self.stitcher.grid.units, genome.levels, parent.levels, strict=True)
+        return next((unit.block for unit, level, other in units if level != other), 0)
+
+    def _trace(self, parent: Genome, index: int) -> _Trace:
+        if parent != self._parent:
+            self._parent, self._traces = parent, {}
+        if index not in self._traces:
+            model = self.stitcher.stitch(parent)
+            ids = self._batches[index].to(self.device)
+            self._traces[index] = _Trace.of(model, self.stitcher.family.blocks, ids)
+        return self._traces[index]
 
     def _train(self, candidate: PreTrainedModel, tokens: int) -> PreTrainedModel:
         """A copy of the candidate after AdamW steps with the language-model loss, one step a sequence.
@@ -112,6 +146,31 @@ class Fitness:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return model.requires_grad_(False).to(dtype).eval()
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """What every block of a model was called with on a batch: the stream into it, and masks and angles."""
+
+    states: list[Tensor]
+    arguments: list[dict[str, Any]]
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, model: PreTrainedModel, blocks: str, token_ids: Int[Tensor, "sequences length"]) -> _Trace:
+        trace = cls([], [])
+
+        def note(_: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
+            trace.states.append(arguments[0])
+            trace.arguments.append(keywords)
+
+        modules: Any = model.get_submodule(blocks)
+        # A stitched model's blocks are its own, so these hooks touch no other model.
+        hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in modules]
+        model.get_decoder()(token_ids, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return trace
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def _select(parent: Genome, offspring: list[Genome], fitness: Scorer, config: Se
         last = stage is config.stages[-1]
         if last:
             candidates = [parent, *candidates]  # first, so that it wins a tie
-        scores = [fitness.score(candidate, stage) for candidate in candidates]
+        scores = [fitness.score(candidate, stage, parent) for candidate in candidates]
         ranked = sorted(range(len(candidates)), key=scores.__getitem__)[: stage.survivors]
         candidates, scores = [candidates[i] for i in ranked], [scores[i] for i in ranked]
     return candidates[0], scores[0]
