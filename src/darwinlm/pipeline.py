@@ -73,7 +73,7 @@ def run(config: RunConfig, until: Stage = "report") -> Run:
         if this.finished:
             say(f"{this.path} is finished: {this.report_path} has its figures")
             return this
-        work = _open(this)
+        work = _open(this, config)
         database = _eliminate(work)
         if until == "database":
             return this
@@ -102,9 +102,8 @@ class _Work:
     made_from: dict[str, Any]
 
 
-def _open(this: Run) -> _Work:
+def _open(this: Run, config: RunConfig) -> _Work:
     """Everything that can be wrong with the arguments is found here, before hours are spent."""
-    config = this.config
     try:
         device = resolve_device(config.device)
         checkpoint = find_checkpoint(config.model, this.path)

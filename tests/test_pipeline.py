@@ -1,0 +1,217 @@
+"""The whole pipeline on tiny random models of every family, from Python and from the command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import runs
+import tiny
+import torch
+
+import darwinlm
+from darwinlm import pipeline
+from darwinlm.artifact import read_json
+from darwinlm.checkpoint import Checkpoint
+from darwinlm.config import RunConfig, read_config
+from darwinlm.data import read_corpus
+from darwinlm.database import Database
+from darwinlm.families import block_sizes
+from darwinlm.genome import Grid, level_grid, prunable_parameters
+from darwinlm.run import Run
+from darwinlm.surgery import Stitcher
+
+VERIFIED = "llama-gqa"  # its export is proved in a fresh process, which takes seconds
+TABLE_KEYS = {"model", "parameters", "perplexity", "kl", "prefill_tokens_per_s", "decode_tokens_per_s", "bytes"}
+
+
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
+def compressed(
+    request: pytest.FixtureRequest,
+    checkpoints: dict[str, Path],
+    text: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Run:
+    """A finished run of each family."""
+    config = runs.short(
+        checkpoints[request.param],
+        text,
+        tmp_path_factory.mktemp("runs") / request.param,
+        verify=request.param == VERIFIED,
+    )
+    return darwinlm.compress(**{field.name: getattr(config, field.name) for field in fields(config)})
+
+
+def _grid(run: Run) -> Grid:
+    config = run.config
+    return level_grid(Checkpoint(Path(config.model)).units, config.database.levels, config.database.granularity)
+
+
+def test_the_result_has_model_genome_and_table(compressed: Run):
+    grid = _grid(compressed)
+    grid.check(compressed.genome)
+    rows = {row["model"]: row for row in compressed.table}
+    assert list(rows) == ["dense", "uniform", "searched"]
+    assert all(set(row) == TABLE_KEYS for row in rows.values())
+    assert rows["searched"]["parameters"] <= rows["uniform"]["parameters"] < rows["dense"]["parameters"]
+    assert rows["dense"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert rows["searched"]["kl"] > 0
+    assert sum(p.numel() for p in compressed.model.parameters()) == rows["searched"]["parameters"]
+    assert rows["dense"]["parameters"] - rows["searched"]["parameters"] == prunable_parameters(
+        grid, grid.dense()
+    ) - prunable_parameters(grid, compressed.genome)
+
+
+def test_the_export_is_the_stitched_model(compressed: Run):
+    checkpoint, grid = Checkpoint(Path(compressed.config.model)), _grid(compressed)
+    database = Database(compressed.database, grid, read_json(compressed.database / "database.json")["made_from"])
+    dense = checkpoint.load(torch.float32, torch.device("cpu"))
+    stitched = Stitcher(dense, checkpoint.family, database).stitch(compressed.genome)
+    tokens = torch.randint(tiny.VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected, dense_logits = stitched(tokens).logits, dense(tokens).logits
+        torch.testing.assert_close(compressed.model(tokens).logits, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(expected, dense_logits, atol=1e-2)
+    sizes = block_sizes(grid, compressed.genome, checkpoint.config)
+    assert {(size.query_heads, size.intermediate) for size in sizes} != {
+        (checkpoint.config.num_attention_heads, checkpoint.config.intermediate_size)
+    }
+
+
+def test_the_run_directory_holds_what_the_design_says_and_nothing_else(compressed: Run):
+    found = set(runs.files(compressed.path))
+    code = {name for name in found if name.startswith("model/modeling_pruned_")}
+    assert len(code) <= 1
+    assert found - code == {
+        "run.yaml",
+        "table.json",
+        "report.md",
+        "levels.png",
+        "search.png",
+        "search/state.json",
+        "search/result.json",
+        "database/database.json",
+        *(f"database/{unit.name}.safetensors" for unit in _grid(compressed).units),
+        "model/README.md",
+        "model/config.json",
+        "model/generation_config.json",
+        "model/model.safetensors",
+        "model/tokenizer.json",
+        "model/tokenizer_config.json",
+    }
+
+
+def test_settings_survive_yaml(compressed: Run):
+    config = read_config(compressed.path / "run.yaml")
+    assert config == runs.short(
+        Path(config.model), Path(config.data), compressed.path, verify=compressed.path.name == VERIFIED
+    )
+
+
+def test_a_second_call_does_nothing_again(compressed: Run, monkeypatch: pytest.MonkeyPatch):
+    before = {path: path.stat().st_mtime_ns for path in compressed.path.rglob("*") if path.name != ".lock"}
+    monkeypatch.setattr(pipeline, "find_checkpoint", None)  # not even the model is looked at
+    began = time.monotonic()
+    again = pipeline.run(compressed.config)
+    assert time.monotonic() - began < 5
+    assert again.genome == compressed.genome
+    after = {path: path.stat().st_mtime_ns for path in compressed.path.rglob("*") if path.name != ".lock"}
+    assert after == before
+
+
+def test_the_held_out_text_of_the_table_was_never_seen(compressed: Run):
+    config = compressed.config
+    tokenizer = Checkpoint(Path(config.model)).tokenizer
+    corpus = read_corpus(config.data, tokenizer, config.calibration.sequence_length, config.seed)
+    seen = corpus.draw(calibration=config.calibration.tokens, search=128, training=64)
+    held_out = {tuple(block) for block in corpus.draw_held_out(config.evaluation.tokens).tolist()}
+    assert not held_out & {tuple(block) for blocks in seen.values() for block in blocks.tolist()}
+
+
+@pytest.fixture(scope="module")
+def by_command(
+    checkpoints: dict[str, Path], text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Run, subprocess.CompletedProcess[str]]:
+    """A run of `python -m darwinlm compress`."""
+    config = runs.short(checkpoints["llama-gqa"], text, tmp_path_factory.mktemp("command") / "run")
+    arguments, environment = runs.process(*runs.command(config))
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return Run.open(config.out), done
+
+
+def test_the_command_ends_with_table_continuations_and_paths(
+    by_command: tuple[Run, subprocess.CompletedProcess[str]],
+):
+    run, done = by_command
+    for word in ("dense", "uniform", "searched", "perplexity", "KL", "Hello there"):
+        assert word in done.stdout
+    for name in ("model", "report.md", "table.json", "levels.png", "search.png"):
+        assert str(run.path / name) in done.stdout.splitlines()
+
+
+def test_the_command_shows_its_own_progress_and_no_one_elses(
+    by_command: tuple[Run, subprocess.CompletedProcess[str]],
+):
+    _, done = by_command
+    assert "database: 6/6" in done.stderr
+    assert "s left" in done.stderr
+    for foreign in ("Writing model shards", "Loading weights", "Warning", "Traceback", "it/s"):
+        assert foreign not in done.stderr
+
+
+def test_command_and_python_do_the_same(
+    by_command: tuple[Run, subprocess.CompletedProcess[str]], checkpoints: dict[str, Path], text: Path, tmp_path: Path
+):
+    run, _ = by_command
+    other = pipeline.run(runs.short(checkpoints["llama-gqa"], text, tmp_path / "run"))
+    assert runs.history(run.path) == runs.history(other.path)
+    assert (run.exported / "model.safetensors").read_bytes() == (other.exported / "model.safetensors").read_bytes()
+
+
+def test_stages_alone_are_the_whole(
+    by_command: tuple[Run, subprocess.CompletedProcess[str]], checkpoints: dict[str, Path], text: Path, tmp_path: Path
+):
+    config = runs.short(checkpoints["llama-gqa"], text, tmp_path / "run")
+    assert runs.call(*runs.command(config, name="database")) == 0
+    assert set(runs.files(tmp_path / "run")) >= {"database/database.json", "database/block-02-mlp.safetensors"}
+    assert not (tmp_path / "run" / "search").exists()
+    assert runs.call(*runs.command(config, name="search")) == 0
+    assert (tmp_path / "run" / "search" / "result.json").exists()
+    assert not (tmp_path / "run" / "model").exists()
+    assert runs.call(*runs.command(config)) == 0
+    assert runs.history(tmp_path / "run") == runs.history(by_command[0].path)
+
+
+def test_a_given_genome_is_used_without_search_or_budget(
+    by_command: tuple[Run, subprocess.CompletedProcess[str]], checkpoints: dict[str, Path], text: Path, tmp_path: Path
+):
+    genome = tmp_path / "genome.json"
+    genome.write_text("[0, 1, 0, 2, 4, 0]")  # larger than the uniform model
+    config = runs.short(checkpoints["llama-gqa"], text, tmp_path / "run", genome=str(genome))
+    run = pipeline.run(config)
+    assert run.genome.levels == (0, 1, 0, 2, 4, 0)
+    rows = {row["model"]: row["parameters"] for row in run.table}
+    assert rows["uniform"] < rows["searched"] < rows["dense"]
+    assert sum(p.numel() for p in run.model.parameters()) == rows["searched"]
+    assert not (run.search / "state.json").exists()
+
+    found = by_command[0]  # another run's result, whose model is then the same
+    config = runs.short(checkpoints["llama-gqa"], text, tmp_path / "again", genome=str(found.search / "result.json"))
+    again = pipeline.run(config)
+    assert again.genome == found.genome
+    assert (again.exported / "model.safetensors").read_bytes() == (found.exported / "model.safetensors").read_bytes()
+
+
+def test_the_public_face_is_whole_and_quick_to_import():
+    source = "import sys, darwinlm; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", source], check=True)
+    for name in darwinlm.__all__:
+        assert getattr(darwinlm, name) is not None
+    assert darwinlm.RunConfig is RunConfig
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = darwinlm.nonsense
