@@ -11,13 +11,20 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
+    Starcoder2Config,
 )
 
 VOCAB = 320
@@ -41,8 +48,26 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False),
     "mistral": MistralConfig(**COMMON, num_attention_heads=8, num_key_value_heads=4, head_dim=4, sliding_window=None),
     "qwen3": Qwen3Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, head_dim=16, tie_word_embeddings=True),
+    "granite": GraniteConfig(
+        **COMMON, num_attention_heads=8, num_key_value_heads=4, attention_bias=True, residual_multiplier=0.5,
+        embedding_multiplier=2.0, attention_multiplier=0.4, logits_scaling=3.0, tie_word_embeddings=True,
+    ),
+    "smollm3": SmolLM3Config(
+        **COMMON, num_attention_heads=8, num_key_value_heads=4, no_rope_layers=[1, 0, 1], use_sliding_window=True,
+        sliding_window=8, layer_types=["full_attention", "sliding_attention", "full_attention"],
+    ),
+    "gemma2": Gemma2Config(
+        **COMMON, num_attention_heads=8, num_key_value_heads=4, head_dim=8, query_pre_attn_scalar=8, sliding_window=8,
+    ),
+    "gemma3": Gemma3TextConfig(
+        **COMMON, num_attention_heads=8, num_key_value_heads=4, head_dim=8, query_pre_attn_scalar=8, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"], attention_bias=True,
+    ),
+    "phi3": Phi3Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False),
+    "olmo2": Olmo2Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, attention_bias=True),
+    "starcoder2": Starcoder2Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, use_bias=True),
 }  # fmt: skip
-FAMILIES = list(CONFIGS)
+FAMILIES = ["llama-mha", "llama-gqa", "qwen2", "mistral", "qwen3"]  # whose pruned form can be exported
 
 
 def build(family: str, seed: int = 0) -> PreTrainedModel:

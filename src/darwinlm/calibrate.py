@@ -1,11 +1,14 @@
 """Calibration: one pass of the dense model over the calibration tokens, block by block (section 3.1).
 
-Never more than one block's weights, its statistics and the activations in flight are held.
+Never more than one block's weights, its statistics and the activations in flight are held; activations too large for
+memory wait in a file. Several processes share the tokens, and each gets the statistics of its own share of the blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import os
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -14,8 +17,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from darwinlm import parallel
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.types import DarwinError, Unit, UnitStatistics
+
+PANEL = 512  # rows of a Hessian that are summed together
+SPILL_BYTES = 4 << 30  # activations beyond this size wait in a file
 
 
 @torch.no_grad()
@@ -26,68 +33,134 @@ def calibrate(
     batch_size: int,
     device: torch.device,
     finished: Collection[str] = (),
+    units: Sequence[Unit] | None = None,
+    dtype: torch.dtype = torch.float32,
+    spill_bytes: int = SPILL_BYTES,
 ) -> Iterator[UnitStatistics]:
     """Yield the statistics of each unit of the dense model, in order: `H = 2/tokens * sum x x^T` in float32.
 
     Units named in `finished` are passed through without being measured; blocks after the last unfinished one are not
-    run at all.
+    run at all. Of several processes, each runs its own sequences, and block `b` is yielded by process
+    `b % processes` alone.
+
+    Args:
+        units: those of the model, all of `checkpoint.units` by default.
+        dtype: of the forward pass; sums are float32 in any case.
+        spill_bytes: activations of more bytes than this are kept in a temporary file instead of memory.
 
     Raises:
         DarwinError: if weights or activations are not finite; it names the unit.
+        PeerLostError: if another process dies.
     """
-    pending = [unit for unit in checkpoint.units if unit.name not in finished]
+    pending = [unit for unit in units or checkpoint.units if unit.name not in finished]
     if not pending:
         return
+    world = parallel.processes()
+    batches = token_ids[parallel.rank() :: world].split(batch_size)
     model = checkpoint.skeleton()
-    batches = token_ids.split(batch_size)
-    hidden, arguments = _embed(checkpoint, model, batches, device)
-    for block in range(pending[-1].block + 1):
-        path = checkpoint.family.block(block)
-        layer = checkpoint.fill(model, path, torch.float32, device)
-        measured = {unit: _Gram(unit) for unit in pending if unit.block == block}
+    stream, arguments = _embed(checkpoint, model, batches, dtype, device, spill_bytes)
+    mine: list[UnitStatistics] = []
+    last = pending[-1].block
+    for block in range(last + 1):
+        layer = checkpoint.fill(model, checkpoint.family.block(block), dtype, device)
+        grams = [_Gram(unit, model.get_submodule(unit.consumer)) for unit in pending if unit.block == block]
         with ExitStack() as hooks:
-            for unit, gram in measured.items():
-                consumer = model.get_submodule(unit.consumer)
-                hooks.callback(consumer.register_forward_pre_hook(gram).remove)
-            for index, states in enumerate(hidden):
-                hidden[index] = layer(states, **arguments[block][len(states)])
-        for unit, gram in measured.items():
-            yield gram.statistics(model.get_submodule(unit.consumer).weight)
+            for gram in grams:
+                hooks.callback(gram.consumer.register_forward_pre_hook(gram).remove)
+            for index in range(len(batches)):
+                states = stream.read(index)
+                stream.write(index, layer(states, **arguments[block][len(states)]))
+        owner = block % world
+        for gram in grams:
+            gram.share(owner)
+            if owner == parallel.rank():
+                mine.append(gram.statistics())
+        del grams
         layer.to("meta")
+        if owner == world - 1 or block == last:  # every process has a block of its own to eliminate
+            while mine:
+                yield mine.pop(0)
 
 
 class _Gram:
-    """A forward pre-hook that sums `x x^T` over a consumer's inputs."""
+    """A forward pre-hook that sums `x x^T` over a consumer's inputs: its lower half, in panels of rows."""
 
-    def __init__(self, unit: Unit):
+    def __init__(self, unit: Unit, consumer: nn.Module):
         self.unit = unit
-        self.sum: Tensor | None = None
+        self.consumer = consumer
+        size = unit.structures * unit.structure_width
+        self.sum = torch.zeros(size, size, device=consumer.weight.device)
         self.tokens = 0
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].flatten(0, -2).float()
-        if self.sum is None:
-            self.sum = x.new_zeros(x.shape[1], x.shape[1])
-        self.sum.addmm_(x.T, x)
+        for start in range(0, x.shape[1], PANEL):
+            stop = start + PANEL
+            self.sum[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
         self.tokens += x.shape[0]
 
-    def statistics(self, weight: Float[Tensor, "d_out d_in"]) -> UnitStatistics:
-        assert self.sum is not None
-        if not torch.isfinite(self.sum).all():
+    def share(self, owner: int) -> None:
+        """Let process `owner` have the sum over all processes."""
+        if parallel.processes() == 1:
+            return
+        count = torch.tensor([self.tokens], dtype=torch.int64, device=self.sum.device)
+        parallel.sum_at(count, owner)
+        parallel.sum_at(self.sum, owner)
+        self.tokens = int(count)
+
+    def statistics(self) -> UnitStatistics:
+        if not torch.stack(torch.aminmax(self.sum)).isfinite().all():
             raise DarwinError(
-                f"the inputs of {self.unit.consumer} hold NaN or infinity on the calibration text; "
-                "the model overflows: check its weights"
+                f"{self.unit.name}: expected finite inputs of {self.unit.consumer} on the calibration text, found "
+                "NaN or infinity; the model overflows, check its weights or calibrate in float32"
             )
-        return UnitStatistics(self.unit, weight.detach(), self.sum * (2 / self.tokens), self.tokens)
+        for start in range(PANEL, len(self.sum), PANEL):
+            stop = start + PANEL
+            self.sum[:start, start:stop] = self.sum[start:stop, :start].T
+        hessian = self.sum.mul_(2 / self.tokens)
+        return UnitStatistics(self.unit, self.consumer.weight.detach(), hessian, self.tokens)
+
+
+class _Stream:
+    """The residual stream of every batch, between two blocks: in memory, or in a temporary file if it is too large."""
+
+    def __init__(self, batches: Sequence[Tensor], width: int, dtype: torch.dtype, device: torch.device, limit: int):
+        self.shapes = [(*batch.shape, width) for batch in batches]
+        self.dtype, self.device = dtype, device
+        sizes = [batch.numel() * width * dtype.itemsize for batch in batches]
+        self.offsets = [sum(sizes[:index]) for index in range(len(sizes))]
+        self.file = tempfile.TemporaryFile() if sum(sizes) > limit else None  # noqa: SIM115, lives as long as this
+        self.held: dict[int, Tensor] = {}
+
+    def read(self, index: int) -> Float[Tensor, "sequences length hidden"]:
+        if self.file is None:
+            return self.held[index]
+        states = torch.empty(self.shapes[index], dtype=self.dtype)
+        count = os.preadv(self.file.fileno(), [_bytes(states)], self.offsets[index])
+        assert count == states.nbytes
+        return states.to(self.device)
+
+    def write(self, index: int, states: Float[Tensor, "sequences length hidden"]) -> None:
+        if self.file is None:
+            self.held[index] = states
+            return
+        view = _bytes(states.cpu().contiguous())
+        written = os.pwritev(self.file.fileno(), [view], self.offsets[index])
+        if written != len(view):
+            raise OSError(f"only {written} of {len(view)} bytes of activations fit into {tempfile.gettempdir()}")
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder block: keeps the arguments it is called with and passes the stream on."""
+    """Stands in for a decoder block: keeps what it was last called with and passes the stream on."""
 
     def __init__(self, block: nn.Module):
         super().__init__()
         self.block = [block]  # in a list, so that it is no submodule
-        self.states: list[Tensor] = []
+        self.states: Tensor | None = None
         self.arguments: dict[int, dict[str, Any]] = {}  # by batch size, on which masks may depend
 
     def __getattr__(self, name: str) -> Any:
@@ -97,32 +170,40 @@ class _Recorder(nn.Module):
             return getattr(self.__dict__["block"][0], name)
 
     def forward(self, states: Tensor, **arguments: Any) -> Tensor:
-        self.states.append(states)
+        self.states = states
         self.arguments[len(states)] = arguments
         return states
 
 
 def _embed(
-    checkpoint: Checkpoint, model: nn.Module, batches: tuple[Tensor, ...], device: torch.device
-) -> tuple[list[Tensor], list[dict[int, dict[str, Any]]]]:
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    spill_bytes: int,
+) -> tuple[_Stream, list[dict[int, dict[str, Any]]]]:
     """The stream into block 0 for every batch, and what each block is called with (masks, rotary angles) by batch size.
 
     The model's own forward runs over stand-ins for its blocks, so that no family's masks are rebuilt here.
     """
     family = checkpoint.family
-    checkpoint.fill(model, family.embedding, torch.float32, device)
+    checkpoint.fill(model, family.embedding, dtype, device)
     parent = model.get_submodule(family.blocks.rpartition(".")[0])
     name = family.blocks.rpartition(".")[2]
     blocks, norm = getattr(parent, name), model.get_submodule(family.final_norm)
-    recorders = nn.ModuleList([_Recorder(block) for block in blocks])
+    recorders = [_Recorder(block) for block in blocks]
     run = partial(model.get_submodule(family.backbone), use_cache=False)
-    setattr(parent, name, recorders)
+    setattr(parent, name, nn.ModuleList(recorders))
     model.set_submodule(family.final_norm, nn.Identity())
+    stream = _Stream(batches, checkpoint.config.hidden_size, dtype, device, spill_bytes)
     try:
-        for batch in batches:
+        for index, batch in enumerate(batches):
             run(input_ids=batch.to(device))
+            assert recorders[0].states is not None
+            stream.write(index, recorders[0].states)
     finally:
         setattr(parent, name, blocks)
         model.set_submodule(family.final_norm, norm)
         model.get_submodule(family.embedding).to("meta")
-    return recorders[0].states, [recorder.arguments for recorder in recorders]
+    return stream, [recorder.arguments for recorder in recorders]

@@ -1,7 +1,8 @@
 """The database of levels on disk: one safetensors file a unit, written once, resumed, verified, read by memory map.
 
-A unit's file holds the order of removal, the errors, and for every level between dense and empty the consumer's
-re-solved weights. What is kept at a level follows from the order; nothing is inferred from zeros.
+The manifest says what the database was made from. A unit's file holds the order of removal, the errors, and for every
+level between dense and empty the consumer's re-solved weights; a record beside it holds its hash. What is kept at a
+level follows from the order; nothing is inferred from zeros.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from darwinlm import obs
+from darwinlm import obs, parallel
 from darwinlm.artifact import read_json, write_json
 from darwinlm.config import DatabaseConfig
 from darwinlm.genome import Grid
@@ -35,35 +36,32 @@ class Database:
         self.path = path
         self.grid = grid
         path.mkdir(parents=True, exist_ok=True)
-        self._units: dict[str, dict[str, Any]] = {}
         if (path / MANIFEST).exists():
-            manifest = read_json(path / MANIFEST)
-            if manifest["made_from"] != provenance:
-                changed = [key for key in provenance if manifest["made_from"].get(key) != provenance[key]]
+            made_from = read_json(path / MANIFEST, "made_from")["made_from"]
+            if made_from != provenance:
+                changed = [key for key in provenance if made_from.get(key) != provenance[key]]
                 raise UsageError(
                     f"{path} holds a database made from another {' and '.join(changed)}; choose another --out"
                 )
-            self._units = manifest["units"]
-        self._provenance = provenance
+        elif parallel.first():
+            write_json(path / MANIFEST, {"made_from": provenance})
         self._levels = cache(self._read)
 
     def finished(self) -> set[str]:
         """Names of the units that are in the database."""
-        return {name for name, entry in self._units.items() if (self.path / entry["file"]).exists()}
+        return {unit.name for unit in self.grid.units if all(file.exists() for file in self._files(unit.name))}
 
     def add(self, elimination: Elimination, levels: list[Level], dtype: torch.dtype) -> None:
         """Write a unit's levels, weights rounded to `dtype`, under their final name only once they are whole."""
-        name = elimination.unit.name
         tensors = {f"weight.{level.level}": level.weight.to(dtype).contiguous().cpu() for level in levels}
         tensors["order"] = elimination.order.to(torch.int32).cpu()
         tensors["errors"] = elimination.errors.double().cpu()
-        file = self.path / f"{name}.safetensors"
+        file, record = self._files(elimination.unit.name)
         temporary = file.with_suffix(".partial")
         save_file(tensors, temporary)
         digest = _sha256(temporary)
         temporary.rename(file)
-        self._units[name] = {"file": file.name, "sha256": digest}
-        write_json(self.path / MANIFEST, {"made_from": self._provenance, "units": self._units})
+        write_json(record, {"sha256": digest})  # one a unit: several processes write at a time
 
     def level(self, index: int, level: int) -> Level:
         """Unit `index` at a level that is neither dense nor empty.
@@ -93,11 +91,15 @@ class Database:
 
     def _verified(self, index: int) -> Path:
         name = self.grid.units[index].name
-        if name not in self._units:
+        file, record = self._files(name)
+        if not record.exists():
             raise DarwinError(f"{self.path} lacks the unit {name}: the database is unfinished; run the command again")
-        file = self.path / self._units[name]["file"]
-        _verify(file, self._units[name]["sha256"])
+        _verify(file, read_json(record, "sha256")["sha256"])
         return file
+
+    def _files(self, name: str) -> tuple[Path, Path]:
+        """A unit's weights, and the record that is written once they are whole."""
+        return self.path / f"{name}.safetensors", self.path / f"{name}.json"
 
 
 @cache

@@ -24,6 +24,16 @@ class Grid:
         """The level at which nothing of a unit is left."""
         return len(self.removed[index]) - 1
 
+    def fewer(self, levels: int) -> tuple[str, ...]:
+        """A sentence for each kind of unit that has fewer levels than the `levels` that were asked for."""
+        counts = {(unit.kind, self.highest(index)): unit for index, unit in enumerate(self.units)}
+        return tuple(
+            f"{kind} units have {count} levels instead of {levels}: they have {unit.structures} structures to lose"
+            + (f", {unit.groups} at a time" if unit.in_turns else "")
+            for (kind, count), unit in counts.items()
+            if count < levels
+        )
+
     def dense(self) -> Genome:
         """The genome of the unpruned model."""
         return Genome((0,) * len(self.units))
@@ -46,8 +56,9 @@ class Grid:
 def level_grid(units: tuple[Unit, ...], levels: int, granularity: int) -> Grid:
     """Spread `levels` equal steps over every unit's structures (section 3.1).
 
-    A unit at level `i` of `N` has lost `Round(i * S / N)` of its `S` steps, where a step is one attention structure or
-    `granularity` MLP channels. A unit with fewer steps than levels has one level a step.
+    A unit at level `i` of `N` has lost `Round(i * S / N)` of its `S` steps, where a step is one attention structure (one
+    of every group, if they leave in turns) or `granularity` MLP channels. A unit with fewer steps than levels has one
+    level a step.
 
     Raises:
         UsageError: if `levels` is not positive or the granularity does not divide the number of MLP channels.
@@ -58,7 +69,7 @@ def level_grid(units: tuple[Unit, ...], levels: int, granularity: int) -> Grid:
 
 
 def _removed(unit: Unit, levels: int, granularity: int) -> tuple[int, ...]:
-    step = granularity if unit.kind == "mlp" else 1
+    step = granularity if unit.kind == "mlp" else unit.groups if unit.in_turns else 1
     if step < 1 or unit.structures % step:
         raise UsageError(
             f"database.granularity must divide the {unit.structures} channels of {unit.name}, found {granularity}"

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from darwinlm.database import Database
-from darwinlm.families import Family, linear_at
-from darwinlm.types import Genome, Unit
+from darwinlm.families import Family, head_dim, key_value_heads, linear_at
+from darwinlm.types import Genome, Level, Producer, Unit
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -31,6 +31,26 @@ class NoMLP(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
+class Selected(nn.Module):
+    """Some outputs of a module, in any order and any number of times.
+
+    Where query heads that share a KV head have become unevenly many, each gets the outputs of its own, and no weight is
+    held twice.
+
+    Attributes:
+        index: the output that each output of this module is, `[outputs]`.
+    """
+
+    def __init__(self, module: nn.Module, index: Tensor):
+        super().__init__()
+        self.module = module
+        self.index: Tensor
+        self.register_buffer("index", index, persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.module(inputs).index_select(-1, self.index)
+
+
 class Stitcher:
     """Stitches narrow models from a dense one and its database.
 
@@ -44,7 +64,7 @@ class Stitcher:
         self.database = database
         self.grid = database.grid
         # Mutants differ from their parent by a level or two: a few levels a unit are in use at a time.
-        self._narrow = lru_cache(maxsize=4 * len(self.grid.units))(self._narrow_linears)
+        self._narrow = lru_cache(maxsize=4 * len(self.grid.units))(self._narrow_modules)
 
     def stitch(self, genome: Genome) -> PreTrainedModel:
         """The model that `genome` describes. Raises `UsageError` if the genome is for another model."""
@@ -54,8 +74,10 @@ class Stitcher:
             if level == self.grid.highest(index):
                 self._remove(model, unit)
             elif level > 0:
-                for path, linear in self._narrow(index, level).items():
-                    model.set_submodule(path, linear)
+                for path, module in self._narrow(index, level).items():
+                    model.set_submodule(path, module)
+                if unit.kind == "attention":
+                    self._count_heads(model, unit, unit.structures - self.grid.removed[index][level])
         return model
 
     def _remove(self, model: PreTrainedModel, unit: Unit) -> None:
@@ -68,18 +90,53 @@ class Stitcher:
         for norm in norms:
             model.set_submodule(f"{block}.{norm}", nn.Identity())
 
-    def _narrow_linears(self, index: int, level: int) -> dict[str, nn.Linear]:
-        """The linear modules of a unit at a level, by path: producers lose rows, the consumer is the database's."""
+    def _count_heads(self, model: PreTrainedModel, unit: Unit, remaining: int) -> None:
+        """Tell a narrow attention how many heads it has, wherever its forward looks."""
+        attention: Any = model.get_submodule(f"{self.family.block(unit.block)}.{self.family.attention}")
+        queries = remaining * unit.structure_width // head_dim(model.config)
+        keys = key_value_heads(unit, remaining, queries)
+        attention.num_key_value_groups = queries // keys
+        for name, count in ((self.family.query_count, queries), (self.family.key_value_count, keys)):
+            if name is not None and name.startswith("config."):
+                attention.config = copy.copy(attention.config)
+                setattr(attention.config, name.removeprefix("config."), count)
+            elif name is not None:
+                setattr(attention, name, count)
+
+    def _narrow_modules(self, index: int, level: int) -> dict[str, nn.Module]:
+        """The modules of a unit at a level, by path: producers lose rows, the consumer is the database's."""
         found = self.database.level(index, level)
-        unit = found.unit
         rows: dict[str, list[Tensor]] = {}
-        for producer in unit.producers:
-            offsets = torch.arange(producer.width)
-            owned = producer.start + found.kept[:, None] * producer.width + offsets
-            rows.setdefault(producer.module, []).append(owned.flatten())
-        narrow = {path: _take_rows(linear_at(self.dense, path), torch.cat(parts)) for path, parts in rows.items()}
-        narrow[unit.consumer] = _with_weight(linear_at(self.dense, unit.consumer), found.weight)
+        for producer in found.unit.producers:
+            rows.setdefault(producer.module, []).append(_rows_read(producer, found))
+        narrow = {path: _select(self.dense.get_submodule(path), torch.cat(parts)) for path, parts in rows.items()}
+        narrow[found.unit.consumer] = _with_weight(linear_at(self.dense, found.unit.consumer), found.weight)
         return narrow
+
+
+def repeat_shared(model: PreTrainedModel) -> PreTrainedModel:
+    """Write out, in place, the rows that query heads share unevenly: a checkpoint cannot hold `Selected`."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Selected) and isinstance(module.module, nn.Linear):
+            model.set_submodule(path, _take_rows(module.module, module.index))
+    return model
+
+
+def _rows_read(producer: Producer, level: Level) -> Tensor:
+    """The producer's rows that a level's structures read, once a structure, or once a group where groups are even."""
+    owners = level.kept // producer.readers
+    if producer.readers > 1 and not level.unit.uneven:
+        owners = owners.unique()
+    return (producer.start + owners[:, None] * producer.width + torch.arange(producer.width)).flatten()
+
+
+def _select(module: nn.Module, rows: Tensor) -> nn.Module:
+    if not isinstance(module, nn.Linear):
+        return Selected(module, rows.to(next(module.parameters()).device))
+    stored, index = rows.unique(return_inverse=True)
+    if len(stored) == len(rows):
+        return _take_rows(module, rows)
+    return Selected(_take_rows(module, stored), index.to(module.weight.device))
 
 
 def _take_rows(linear: nn.Linear, rows: Tensor) -> nn.Linear:

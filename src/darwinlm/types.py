@@ -20,6 +20,7 @@ from torch import Tensor
 
 Kind = Literal["attention", "mlp"]
 KINDS: tuple[Kind, ...] = ("attention", "mlp")
+Structure = Literal["kv_group", "balanced", "head"]
 
 
 class DarwinError(ValueError):
@@ -32,15 +33,17 @@ class UsageError(DarwinError):
 
 @dataclass(frozen=True)
 class Producer:
-    """Rows of a linear module that feed a unit's structures.
+    """Output rows of a module that feed a unit's structures.
 
-    Structure `s` owns the rows `start + s * width` up to `start + (s + 1) * width`. A fused projection is several
-    producers with one `module`, in the order of their rows.
+    Structure `s` reads the rows `start + g * width` up to `start + (g + 1) * width` with `g = s // readers`: each
+    `readers` structures in a row share theirs, as query heads share a KV head. A fused projection is several producers
+    with one `module`, in the order of their rows. A module that is not linear stays whole, its outputs are selected.
     """
 
     module: str
     start: int
     width: int
+    readers: int = 1
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,9 @@ class Unit:
         structures: how many there are in the dense unit.
         structure_parameters: parameters that leave the model with one structure.
         fixed_parameters: parameters that leave it only with the whole unit (its norms, the consumer's bias).
+        readers: structures in a row that form a group and share rows (K and V).
+        shared_parameters: parameters of a group's shared rows. They leave the model with the group's last structure.
+        in_turns: no group loses a structure before all others have lost as many, so that groups stay even.
     """
 
     name: str
@@ -66,11 +72,31 @@ class Unit:
     structures: int
     structure_parameters: int
     fixed_parameters: int
+    readers: int = 1
+    shared_parameters: int = 0
+    in_turns: bool = False
+
+    @property
+    def groups(self) -> int:
+        """Groups of structures that share rows."""
+        return self.structures // self.readers
+
+    @property
+    def uneven(self) -> bool:
+        """Whether groups can differ in size once structures have left."""
+        return self.readers > 1 and not self.in_turns
 
     def parameters(self, removed: int) -> int:
-        """Parameters of the unit after `removed` structures have left it."""
+        """Parameters of the unit after `removed` structures have left it.
+
+        Exact unless the unit is `uneven`: which groups are empty is not known from a number, so it is the most that can
+        be left, with the survivors spread over as many groups as possible.
+        """
         remaining = self.structures - removed
-        return remaining * self.structure_parameters + (self.fixed_parameters if remaining else 0)
+        if not remaining:
+            return 0
+        shared = min(self.groups, remaining) * self.shared_parameters
+        return remaining * self.structure_parameters + shared + self.fixed_parameters
 
 
 @dataclass(frozen=True)

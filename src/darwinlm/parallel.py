@@ -1,0 +1,89 @@
+"""The little that torch.distributed needs: who am I, sums over processes, and one clear end if a process dies.
+
+Everything works in a single process too, where it does nothing. `torchrun --nproc-per-node N -m darwinlm` starts many.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from darwinlm.types import DarwinError
+
+PATIENCE = timedelta(hours=6)  # one process may eliminate a large unit while the others wait for it
+
+
+class PeerLostError(DarwinError):
+    """Another process of the run has gone; it has said why, if it could."""
+
+
+def processes() -> int:
+    """How many processes share the work."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def first() -> bool:
+    """Whether this is the process that speaks, and writes what is common to all."""
+    return rank() == 0
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Join the other processes that torchrun has started, if any, and part from them in the end.
+
+    Raises:
+        PeerLostError: if another process dies meanwhile.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    try:
+        yield
+        wait_for_all()
+    finally:
+        dist.destroy_process_group()
+
+
+def sum_at(tensor: Tensor, owner: int) -> None:
+    """Replace `tensor` on process `owner` by the sum over all processes. Elsewhere it means nothing afterwards.
+
+    Raises:
+        PeerLostError: if a process has gone.
+    """
+    if processes() > 1:
+        with _peers():
+            dist.reduce(tensor, owner)
+
+
+def wait_for_all() -> None:
+    """Return once every process has come here. Raises `PeerLostError` if one has gone."""
+    if processes() > 1:
+        with _peers():
+            dist.all_reduce(torch.zeros(1, device="cuda" if dist.get_backend() == "nccl" else "cpu"))
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    """What the backend raises when a connection breaks becomes one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise PeerLostError(
+            f"another process of this run has died ({reason}); run the same command again, it goes on from what is "
+            "finished"
+        ) from None
