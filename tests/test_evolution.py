@@ -45,7 +45,7 @@ def target() -> Genome:
 def search(path: Path, config: SearchConfig = CONFIG, seed: int = 0, noise: float = 0.0):
     start, budget = uniform(GRID, 4.0, 8, 0)
     fitness = KnownFitness(target(), noise)
-    return evolve(start, budget, fitness, config, seed, path / "state.json"), fitness, budget
+    return evolve([start], budget, fitness, config, seed, path / "state.json"), fitness, budget
 
 
 def test_it_finds_the_optimum(tmp_path: Path) -> None:
@@ -91,11 +91,19 @@ def test_a_seed_decides_the_path(tmp_path: Path) -> None:
     assert search(tmp_path / "other", short, seed=1)[0].best != same[0]
 
 
+def test_it_starts_from_the_best_start(tmp_path: Path) -> None:
+    start, budget = uniform(GRID, 4.0, 8, 0)
+    fitness = KnownFitness(target())
+    result = evolve([start, target()], budget, fitness, replace(CONFIG, generations=1), 0, tmp_path / "state.json")
+    assert result.history[0].genome == target()
+    assert result.history[0].scored == 2
+
+
 def test_offspring_are_distinct_even_where_few_exist(tmp_path: Path) -> None:
     grid = level_grid(units(2, heads=2, channels=64), 2, 32)
     start, budget = uniform(grid, 1.0, 2, 0)
     fitness = KnownFitness(start)
-    evolve(start, budget, fitness, replace(CONFIG, generations=1, offspring=50), 0, tmp_path / "state.json")
+    evolve([start], budget, fitness, replace(CONFIG, generations=1, offspring=50), 0, tmp_path / "state.json")
     first = [genome for genome, stage in fitness.asked[1:] if stage == STAGES[0]]
     assert 0 < len(first) == len(set(first)) < 50
 
@@ -107,5 +115,5 @@ def test_a_candidate_that_diverged_is_never_chosen(tmp_path: Path) -> None:
         def score(self, genome: Genome, stage: SelectionStage, parent: Genome | None = None) -> float:
             return 1.0 if genome == start else float("inf")
 
-    result = evolve(start, budget, Diverging(start), replace(CONFIG, generations=2), 0, tmp_path / "state.json")
+    result = evolve([start], budget, Diverging(start), replace(CONFIG, generations=2), 0, tmp_path / "state.json")
     assert result.best == start

@@ -62,6 +62,8 @@ class DatabaseConfig:
 class SearchConfig:
     """Search: Algorithm 1."""
 
+    start: Literal["sensitivity", "uniform"] = "sensitivity"
+    """The first parent: least summed sensitivity by dynamic programming, or uniform as in the paper."""
     generations: int = 40
     """Generations of the evolution."""
     offspring: int = 16
@@ -182,5 +184,5 @@ DEMO = RunConfig(
     target_level=3.0,
     calibration=CalibrationConfig(tokens=32_768),
     database=DatabaseConfig(levels=12),
-    search=SearchConfig(generations=12),
+    search=SearchConfig(generations=6),
 )

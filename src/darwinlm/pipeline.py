@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from darwinlm import report
 from darwinlm.allocate.evolution import evolve
+from darwinlm.allocate.sensitivity import least_sensitive, sensitivities
 from darwinlm.allocate.uniform import uniform
 from darwinlm.artifact import locked_directory
 from darwinlm.calibrate import calibrate
@@ -30,11 +31,11 @@ from darwinlm.export.hf import export_hf, verify_export
 from darwinlm.families import block_sizes
 from darwinlm.fitness import Fitness
 from darwinlm.genome import Grid, level_grid
-from darwinlm.modeling import load, pruned_config
+from darwinlm.modeling import family_of, load, pruned_config
 from darwinlm.progress import say, track
 from darwinlm.run import Run, read_genome, versions
 from darwinlm.surgery import Stitcher
-from darwinlm.types import DarwinError, Genome, SearchResult
+from darwinlm.types import DarwinError, Genome, SearchResult, SelectionStage
 
 Stage = Literal["database", "search", "report"]
 VERIFIED_SEQUENCES, VERIFIED_TOKENS = 2, 128
@@ -73,7 +74,7 @@ def run(config: RunConfig, until: Stage = "report") -> Run:
         if this.finished:
             say(f"{this.path} is finished: {this.report_path} has its figures")
             return this
-        work = _open(this, config)
+        work = _open(this, config, until)
         database = _eliminate(work)
         if until == "database":
             return this
@@ -102,11 +103,13 @@ class _Work:
     made_from: dict[str, Any]
 
 
-def _open(this: Run, config: RunConfig) -> _Work:
+def _open(this: Run, config: RunConfig, until: Stage) -> _Work:
     """Everything that can be wrong with the arguments is found here, before hours are spent."""
     try:
         device = resolve_device(config.device)
         checkpoint = find_checkpoint(config.model, this.path)
+        if until == "report":
+            family_of(checkpoint.config)  # that it can be exported
         checkpoint.check_length(config.calibration.sequence_length)
         grid = level_grid(checkpoint.units, config.database.levels, config.database.granularity)
         corpus = read_corpus(config.data, checkpoint.tokenizer, config.calibration.sequence_length, config.seed)
@@ -125,7 +128,7 @@ def _open(this: Run, config: RunConfig) -> _Work:
         genome = None
         if config.genome is not None:
             genome = read_genome(Path(config.genome), grid, made_from)
-            pruned_config(checkpoint.config, block_sizes(grid, genome, checkpoint.config))  # that it can be exported
+            pruned_config(checkpoint.config, block_sizes(grid, genome, checkpoint.config))  # the same of this genome
         dtype = resolve_dtype(config.dtype, device)
     except DarwinError:
         this.abandon()
@@ -152,9 +155,9 @@ def _eliminate(work: _Work) -> Database:
 
 
 def _allocate(work: _Work, database: Database) -> tuple[Genome, SearchResult]:
-    """The uniform genome, whose size is the budget, and the best genome within it, or the one that was given."""
+    """The uniform genome, whose size is the budget, and the best genome found within it, or the one that was given."""
     config = work.config
-    start, budget = uniform(work.grid, config.target_level, config.database.levels, config.seed)
+    even, budget = uniform(work.grid, config.target_level, config.database.levels, config.seed)
     dense = work.checkpoint.load(work.dtype, work.device)
     fitness = Fitness(
         Stitcher(dense, work.checkpoint.family, database),
@@ -163,12 +166,17 @@ def _allocate(work: _Work, database: Database) -> tuple[Genome, SearchResult]:
         config.search.stages,
         config.search.learning_rate,
     )
-    if work.genome is None:
-        result = evolve(start, budget, fitness, config.search, config.seed, work.run.search / "state.json")
-    else:
+    starts = [even]
+    if work.genome is not None:
         result = SearchResult(work.genome, fitness.score(work.genome, config.search.stages[-1]), ())
+    else:
+        if config.search.start == "sensitivity":
+            stage = SelectionStage(1, config.search.stages[0].fitness_tokens)
+            table = sensitivities(work.grid, fitness, stage, work.run.search / "sensitivities.json")
+            starts.append(least_sensitive(budget, table))
+        result = evolve(starts, budget, fitness, config.search, config.seed, work.run.search / "state.json")
     work.run.save_search(result, work.grid, work.made_from)
-    return start, result
+    return even, result
 
 
 def _stitch(work: _Work, database: Database, start: Genome, result: SearchResult) -> dict[str, PreTrainedModel]:
@@ -223,7 +231,7 @@ def _settings(work: _Work, result: SearchResult) -> dict[str, str]:
         search = {
             "Target": f"the size of {uniform_level}",
             "Search": f"{len(result.history) - 1} generations of {config.search.offspring} offspring",
-            "Search KL": f"{result.history[0].fitness:.4f} (uniform) to {result.fitness:.4f} nats a token",
+            "Search KL": f"{result.history[0].fitness:.4f} (start) to {result.fitness:.4f} nats a token",
         }
     return {
         "Model": config.model,

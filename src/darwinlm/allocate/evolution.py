@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,13 +19,14 @@ DUPLICATE_TRIES = 100
 
 
 def evolve(
-    start: Genome, budget: Budget, fitness: Scorer, config: SearchConfig, seed: int, state: Path
+    starts: Sequence[Genome], budget: Budget, fitness: Scorer, config: SearchConfig, seed: int, state: Path
 ) -> SearchResult:
     """Find a genome within the budget that diverges little from the dense model.
 
-    Each generation draws offspring of the parent by level-switch mutation; stages train and score them and keep the
-    best; the parent joins the last stage, so the best is never lost. The file `state` is rewritten after each
-    generation; if it exists the search goes on from it and takes the same path as one that was never stopped.
+    The first parent is the best of `starts`. Each generation draws offspring of the parent by level-switch mutation;
+    stages train and score them and keep the best; the parent joins the last stage, so the best is never lost. The file
+    `state` is rewritten after each generation; if it exists the search goes on from it and takes the same path as one
+    that was never stopped.
 
     Raises:
         UsageError: if the level grid is too coarse for any mutation within the budget.
@@ -32,10 +34,11 @@ def evolve(
     rng = Random(seed)
     history: list[Generation] = []
     if state.exists():
-        history = _restore(read_json(state), rng)
+        history = _restore(read_json(state, "rng_state", "history"), rng)
     else:
-        score = fitness.score(start, config.stages[-1])
-        history.append(Generation(0, score, start, scored=1, seconds=0.0))
+        scores = {start: fitness.score(start, config.stages[-1]) for start in starts}
+        best = min(scores, key=scores.__getitem__)
+        history.append(Generation(0, scores[best], best, len(scores), seconds=0.0))
     for number in track(range(len(history), config.generations + 1), "search", config.generations, len(history) - 1):
         began = time.monotonic()
         parent = history[-1].genome
