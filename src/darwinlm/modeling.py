@@ -176,6 +176,18 @@ def pruned_config(config: PreTrainedConfig, sizes: Sequence[BlockSizes]) -> PreT
     )
 
 
+def block_sizes_of(config: PreTrainedConfig) -> tuple[BlockSizes, ...]:
+    """What each block of a model has: the inverse of `pruned_config`, and of any config of a family."""
+    layer_of = getattr(config, "layer", lambda _: config)
+    return tuple(_block_sizes(layer_of(index)) for index in range(config.num_hidden_layers))
+
+
+def _block_sizes(layer: PreTrainedConfig) -> BlockSizes:
+    skipped = getattr(layer, "skip", ())
+    heads = (0, 0) if "attention" in skipped else (layer.num_attention_heads, layer.num_key_value_heads)
+    return BlockSizes(*heads, 0 if "mlp" in skipped else layer.intermediate_size)
+
+
 def _shared_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """What the pruned model's config takes from the original's."""
     replaced = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")

@@ -1,0 +1,365 @@
+"""One GGUF file, for llama.cpp and what is built on it (Ollama, LM Studio), written from a Hugging Face directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Precision
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from darwinlm.artifact import read_json
+from darwinlm.export.gguf_vocabulary import add_vocabulary
+from darwinlm.families import FAMILIES, Family, head_dim
+from darwinlm.modeling import block_sizes_of, family_of, register
+from darwinlm.progress import quiet_transformers
+from darwinlm.types import BlockSizes, DarwinError, UsageError
+
+FileType = Literal["f32", "f16", "bf16", "q8_0"]
+PRECISIONS = {"f32": Precision.F32, "f16": Precision.F16, "bf16": Precision.BF16, "q8_0": Precision.Q8_0}
+STUB_CHANNELS = 32  # of zeros, where a block has no MLP: llama.cpp is silently wrong without one
+QUANTISED_ROWS = 4096  # at a time
+PERMUTED = ("llama", "deci")  # llama.cpp turns pairs of neighbours in these, transformers the two halves of a head
+
+
+def export_gguf(directory: Path, out: Path, file_type: FileType = "f16") -> Path:
+    """Write a model directory, pruned or dense, as a GGUF file with its tokenizer and chat template.
+
+    Blocks that are all alike give a file of the model's native architecture. Others become `deci`, which has sizes for
+    each block, or where heads have norms of their own (Qwen3) `openelm`. Vectors stay float32; what Q8_0 cannot hold,
+    rows that are no multiple of 32, becomes float16. Tensors are read and written one at a time.
+
+    Args:
+        directory: what `export_hf` wrote, or a dense checkpoint.
+        out: the file, named `*.gguf`; or a directory, in which it is named after that directory and `file_type`.
+
+    Returns:
+        The file. It appears whole or not at all.
+
+    Raises:
+        UsageError: if `out` exists, or the directory holds no model that llama.cpp could run as it is.
+        DarwinError: if weights are missing, damaged, or too large for `file_type`.
+    """
+    if file_type not in get_args(FileType):
+        raise UsageError(f"expected one of {', '.join(get_args(FileType))}, found {file_type!r}; choose one of them")
+    file = out if out.suffix == ".gguf" else out / f"{out.absolute().name}-{file_type.upper()}.gguf"
+    config, tokenizer = _read(directory)
+    model = _Model(config)
+    model.check()
+    with _open_weights(directory) as weights, _new_file(file) as partial_file:
+        writer = gguf.GGUFWriter(partial_file, model.architecture)
+        try:
+            _add_settings(writer, model, directory.absolute().name, file_type)
+            add_vocabulary(writer, tokenizer, config.vocab_size)
+            tensors = list(_tensors(model, weights))
+            _write(writer, tensors, PRECISIONS[file_type])
+        finally:
+            writer.close()
+    return file
+
+
+class _Model:
+    """What a GGUF file says of a model before its weights."""
+
+    def __init__(self, config: PreTrainedConfig):
+        self.config: Any = config
+        self.name = family_of(config)
+        self.family: Family = FAMILIES[self.name]
+        self.sizes: Sequence[BlockSizes] = block_sizes_of(config)
+        self.head_dim = head_dim(config)
+        self.architecture = self._architecture()
+
+    def _architecture(self) -> str:
+        first = self.sizes[0]
+        alike = len(set(self.sizes)) == 1 and first.intermediate
+        if self.name in ("llama", "mistral"):
+            return "llama" if alike else "deci"
+        if self.name == "qwen2":  # llama.cpp may take the hidden size for the width of all heads
+            return "qwen2" if alike and first.query_heads * self.head_dim == self.config.hidden_size else "deci"
+        return "qwen3" if alike else "openelm"
+
+    @property
+    def rope(self) -> dict[str, Any]:
+        """Rotary embedding: `rope_type`, `rope_theta` and what the type wants."""
+        return self.config.rope_parameters
+
+    def check(self) -> None:
+        """Raise `UsageError` with the reason if llama.cpp has no graph that computes this model."""
+        config = self.config
+        window = getattr(config, "sliding_window", None)
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+        positions = config.max_position_embeddings
+        if window and "sliding_attention" in kinds and window < positions:
+            raise _refused(
+                f"full attention over its {positions} positions", f"a sliding window of {window}",
+                "use the Hugging Face directory, or, for texts of that length, a copy whose config.json says "
+                f"sliding_window null and max_position_embeddings {window}",
+            )  # fmt: skip
+        if config.hidden_act != "silu":
+            raise _refused("the activation silu", config.hidden_act, "use the Hugging Face directory")
+        if self.rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise _refused("rotary embedding of whole heads", "of a part", "use the Hugging Face directory")
+        if self.rope["rope_type"] not in ("default", "linear", "llama3"):
+            found = f"rope_type {self.rope['rope_type']}"
+            raise _refused("default, linear or llama3 rotary embedding", found, "use the Hugging Face directory")
+        if self.architecture == "openelm" and not (config.tie_word_embeddings and self.rope["rope_type"] == "default"):
+            found = "others" if config.tie_word_embeddings else "a head of its own"
+            raise _refused(
+                "tied embeddings and default rotary embedding in an uneven Qwen3, whose heads have norms", found,
+                "use the Hugging Face directory, or a genome whose blocks are all alike",
+            )  # fmt: skip
+        for index, block in enumerate(self.sizes):
+            if block.query_heads and block.query_heads % block.key_value_heads:
+                found = f"{block.query_heads} for {block.key_value_heads} in block {index}"
+                raise _refused("as many query heads for every KV head", found, "prune by KV groups")
+        if not self.sizes[0].query_heads:
+            raise _refused("attention in the first block", "none", "choose a genome that keeps it")
+
+
+def _refused(expected: str, found: str, cure: str) -> UsageError:
+    return UsageError(f"llama.cpp cannot run this model: expected {expected}, found {found}; {cure}")
+
+
+def _read(directory: Path) -> tuple[PreTrainedConfig, Any]:
+    if not (directory / "config.json").is_file():
+        raise UsageError(f"no model in {directory}: expected config.json in it; name an export or a model directory")
+    register()
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(f"config or tokenizer in {directory} cannot be read ({reason}); export it again") from None
+    return config, tokenizer
+
+
+class _Weights:
+    """The tensors of a directory, read when asked for."""
+
+    def __init__(self, shards: dict[str, Any]):
+        self.shards = shards
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shards
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it. Raises `DarwinError` if it is missing."""
+        if name not in self.shards:
+            raise DarwinError(f"expected a tensor {name}, found none; the directory is incomplete, export it again")
+        return tuple(self.shards[name].get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as stored."""
+        return self.shards[name].get_tensor(name)
+
+
+@contextmanager
+def _open_weights(directory: Path) -> Iterator[_Weights]:
+    index = directory / "model.safetensors.index.json"
+    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    with ExitStack() as stack:
+        shards: dict[str, Any] = {}
+        for file in files:
+            try:
+                shard = stack.enter_context(safe_open(directory / file, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise DarwinError(f"{directory / file} cannot be read ({error}); export the model again") from None
+            shards |= dict.fromkeys(shard.keys(), shard)
+        yield _Weights(shards)
+
+
+@contextmanager
+def _new_file(file: Path) -> Iterator[Path]:
+    """A name beside `file` to write to, which becomes `file` in the end and is removed on any failure."""
+    if file.exists():
+        raise UsageError(f"expected {file} to be new, found a file; choose another name or remove it")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)
+    except OSError as error:
+        raise UsageError(f"cannot write to {file.parent}: {error.strerror}; choose another place") from None
+    try:
+        yield temporary
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _add_settings(writer: gguf.GGUFWriter, model: _Model, name: str, file_type: str) -> None:
+    config, sizes = model.config, model.sizes
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_description("pruned by darwinlm")
+    kind = "ALL_F32" if file_type == "f32" else f"MOSTLY_{file_type.upper()}"
+    writer.add_file_type(gguf.LlamaFileType[kind])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(len(sizes))
+    stub = 1 if model.architecture == "openelm" else 0  # heads of zeros, where a block has no attention
+    heads = [(block.query_heads or stub, block.key_value_heads or stub) for block in sizes]
+    channels = [block.intermediate or STUB_CHANNELS for block in sizes]
+    per_block = model.architecture in ("deci", "openelm")
+    writer.add_head_count([query for query, _ in heads] if per_block else heads[0][0])
+    writer.add_head_count_kv([key_value for _, key_value in heads] if per_block else heads[0][1])
+    writer.add_feed_forward_length(channels if per_block else channels[0])
+    writer.add_key_length(model.head_dim)
+    writer.add_value_length(model.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(model.head_dim)
+    writer.add_rope_freq_base(model.rope["rope_theta"])
+    if model.rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(model.rope["factor"])
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of the file: its shape is known, it itself is made when it is written."""
+
+    name: str
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+def _tensors(model: _Model, weights: _Weights) -> Iterator[_Tensor]:
+    family = model.family
+    yield _stored("token_embd.weight", weights, f"{family.embedding}.weight")
+    yield _stored("output_norm.weight", weights, f"{family.final_norm}.weight")
+    if not model.config.tie_word_embeddings:
+        yield _stored("output.weight", weights, f"{family.head}.weight")
+    if model.rope["rope_type"] == "llama3":
+        yield _Tensor("rope_freqs.weight", (model.head_dim // 2,), partial(_rope_factors, model.config))
+    for index, block in enumerate(model.sizes):
+        yield from _attention(model, weights, index, block)
+        yield from _mlp(model, weights, index, block)
+
+
+def _attention(model: _Model, weights: _Weights, index: int, block: BlockSizes) -> Iterator[_Tensor]:
+    family, hidden = model.family, model.config.hidden_size
+    source, target = family.block(index), f"blk.{index}"
+    if not block.query_heads:
+        if model.architecture == "openelm":
+            yield _constant(f"{target}.attn_norm.weight", (hidden,), 1.0)
+            yield _constant(f"{target}.attn_qkv.weight", (3 * model.head_dim, hidden), 0.0)
+            for name in ("attn_q_norm", "attn_k_norm"):
+                yield _constant(f"{target}.{name}.weight", (model.head_dim,), 1.0)
+            yield _constant(f"{target}.attn_output.weight", (hidden, model.head_dim), 0.0)
+        return
+    yield _stored(f"{target}.attn_norm.weight", weights, f"{source}.{family.attention_norms[0]}.weight")
+    inputs = [f"{source}.{name}" for name in (family.query, family.key, family.value)]
+    if model.architecture == "openelm":
+        names = [f"{name}.weight" for name in inputs]
+        rows = sum(weights.shape(name)[0] for name in names)
+        yield _Tensor(f"{target}.attn_qkv.weight", (rows, hidden), partial(_stacked, weights, names))
+    else:
+        heads = (block.query_heads, block.key_value_heads, None)
+        for name, path, count in zip(("attn_q", "attn_k", "attn_v"), inputs, heads, strict=True):
+            permuted = count if model.architecture in PERMUTED else None
+            yield from _linear(f"{target}.{name}", weights, path, permuted)
+    if model.architecture in ("qwen3", "openelm"):
+        for name in ("q_norm", "k_norm"):
+            yield _stored(f"{target}.attn_{name}.weight", weights, f"{source}.{family.attention}.{name}.weight")
+    yield from _linear(f"{target}.attn_output", weights, f"{source}.{family.attention_output}")
+
+
+def _mlp(model: _Model, weights: _Weights, index: int, block: BlockSizes) -> Iterator[_Tensor]:
+    family, hidden = model.family, model.config.hidden_size
+    source, target = family.block(index), f"blk.{index}"
+    if not block.intermediate:
+        yield _constant(f"{target}.ffn_norm.weight", (hidden,), 1.0)
+        yield _constant(f"{target}.ffn_gate.weight", (STUB_CHANNELS, hidden), 0.0)
+        yield _constant(f"{target}.ffn_up.weight", (STUB_CHANNELS, hidden), 0.0)
+        yield _constant(f"{target}.ffn_down.weight", (hidden, STUB_CHANNELS), 0.0)
+        return
+    yield _stored(f"{target}.ffn_norm.weight", weights, f"{source}.{family.mlp_norms[0]}.weight")
+    for name, path in zip(("ffn_gate", "ffn_up"), family.mlp_inputs, strict=True):
+        yield from _linear(f"{target}.{name}", weights, f"{source}.{path}")
+    yield from _linear(f"{target}.ffn_down", weights, f"{source}.{family.mlp_output}")
+
+
+def _linear(name: str, weights: _Weights, path: str, permuted_heads: int | None = None) -> Iterator[_Tensor]:
+    yield _stored(f"{name}.weight", weights, f"{path}.weight", permuted_heads)
+    if f"{path}.bias" in weights:
+        yield _stored(f"{name}.bias", weights, f"{path}.bias", permuted_heads)
+
+
+def _stored(name: str, weights: _Weights, source: str, permuted_heads: int | None = None) -> _Tensor:
+    shape = weights.shape(source)
+    if permuted_heads is None:
+        return _Tensor(name, shape, partial(weights.read, source))
+    return _Tensor(name, shape, lambda: _permuted(weights.read(source), permuted_heads))
+
+
+def _constant(name: str, shape: tuple[int, ...], value: float) -> _Tensor:
+    return _Tensor(name, shape, partial(torch.full, shape, value))
+
+
+def _stacked(weights: _Weights, names: Sequence[str]) -> Tensor:
+    return torch.cat([weights.read(name) for name in names])
+
+
+def _permuted(tensor: Tensor, heads: int) -> Tensor:
+    """Rows in the order in which llama.cpp rotates them: of each head 0, d/2, 1, d/2 + 1, and so on."""
+    rows, *rest = tensor.shape
+    return tensor.view(heads, 2, rows // heads // 2, *rest).transpose(1, 2).reshape(rows, *rest)
+
+
+def _rope_factors(config: Any) -> Tensor:
+    """What llama.cpp divides each rotary frequency by."""
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device=torch.device("cpu"))
+    dimension = head_dim(config)
+    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, dimension, 2, dtype=torch.float64) / dimension)
+    return (plain / scaled.double()).float()
+
+
+def _write(writer: gguf.GGUFWriter, tensors: Sequence[_Tensor], precision: Precision) -> None:
+    chosen = [_precision_of(tensor, precision) for tensor in tensors]
+    for tensor, stored in zip(tensors, chosen, strict=True):
+        block, size = gguf.GGML_QUANT_SIZES[stored]
+        elements = int(np.prod(tensor.shape))
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), elements // block * size, stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor, stored in zip(tensors, chosen, strict=True):
+        writer.write_tensor_data(_encoded(tensor, stored))
+
+
+def _precision_of(tensor: _Tensor, wanted: Precision) -> Precision:
+    if len(tensor.shape) == 1:
+        return Precision.F32
+    fits = tensor.shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] == 0
+    return wanted if fits else Precision.F16
+
+
+def _encoded(tensor: _Tensor, precision: Precision) -> np.ndarray:
+    values = tensor.make()
+    if precision is Precision.BF16:
+        return values.to(torch.bfloat16).contiguous().view(torch.int16).numpy()
+    if precision is Precision.F16:
+        half = values.half()
+        if not torch.isfinite(half).all():
+            raise DarwinError(
+                f"expected weights of at most 65504 in {tensor.name}, found larger ones, which float16 cannot hold; "
+                "choose bf16 or f32"
+            )
+        return half.contiguous().numpy()
+    if precision is Precision.F32:
+        return values.float().contiguous().numpy()
+    parts = values.split(QUANTISED_ROWS)
+    return np.concatenate([gguf.quants.quantize(part.float().numpy(), precision) for part in parts])
