@@ -29,14 +29,22 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON. Raises `DarwinError` if the file is missing or no JSON."""
+def read_json(path: Path, *keys: str) -> Any:
+    """Read JSON, which must be an object with `keys` if any are given.
+
+    Raises:
+        DarwinError: if the file is missing, no JSON, or lacks a key.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DarwinError(f"{path} is missing; run the stage that writes it first") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DarwinError(f"{path} is damaged ({error}); delete it and run the command again") from None
+    missing = [key for key in keys if not isinstance(value, dict) or key not in value]
+    if missing:
+        raise DarwinError(f"{path} is damaged (it lacks {missing[0]}); delete it and run the command again")
+    return value
 
 
 def sweep(path: Path) -> None:

