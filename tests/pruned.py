@@ -16,7 +16,7 @@ from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.config import DatabaseConfig
 from darwinlm.database import Database, add_unit
-from darwinlm.families import find_units
+from darwinlm.families import find_units, linear_at
 from darwinlm.genome import level_grid
 from darwinlm.surgery import Stitcher
 from darwinlm.types import Genome, Structure
@@ -69,7 +69,7 @@ def zero_masked(dense: PreTrainedModel, database: Database, genome: Genome) -> P
     model = type(dense)(dense.config).eval()
     model.load_state_dict(dense.state_dict())
     for index, (unit, level) in enumerate(zip(database.grid.units, genome.levels, strict=True)):
-        consumer = model.get_submodule(unit.consumer)
+        consumer = linear_at(model, unit.consumer)
         if level == database.grid.highest(index):
             consumer.weight.data.zero_()
             if consumer.bias is not None:

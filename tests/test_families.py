@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +12,11 @@ import pytest
 import tiny
 import torch
 from pruned import Pruned
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from darwinlm.calibrate import calibrate
-from darwinlm.families import FAMILIES, block_sizes, find_family, find_units, head_dim
+from darwinlm.families import FAMILIES, block_sizes, find_family, find_units, head_dim, linear_at
 from darwinlm.genome import prunable_parameters
 from darwinlm.surgery import NoAttn, repeat_shared
 from darwinlm.types import DarwinError, Genome, Level, Structure, Unit, UsageError
@@ -51,10 +52,12 @@ def test_every_row_of_the_table_has_a_tiny_model() -> None:
 def test_hessians_equal_those_of_the_whole_model(case: Pruned) -> None:
     """Block by block gives what hooks on the dense model's own forward give, in float64."""
     inputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, args: inputs.update({name: args[0].flatten(0, 1).double()})
+
     hooks = [
-        case.dense.get_submodule(unit.consumer).register_forward_pre_hook(
-            lambda _, args, name=unit.name: inputs.__setitem__(name, args[0].flatten(0, 1).double())
-        )
+        case.dense.get_submodule(unit.consumer).register_forward_pre_hook(keep(unit.name))
         for unit in case.checkpoint.units
     ]
     case.dense(pruned.token_ids())
@@ -129,11 +132,11 @@ def test_written_out_attentions_have_the_sizes_that_an_export_says(case: Pruned)
             if isinstance(attention, NoAttn):
                 assert sizes.query_heads == sizes.key_value_heads == 0
                 continue
-            assert model.get_submodule(unit.consumer).in_features == sizes.query_heads * head_dim(config)
-            assert attention.num_key_value_groups * sizes.key_value_heads == sizes.query_heads
+            assert linear_at(model, unit.consumer).in_features == sizes.query_heads * head_dim(config)
+            assert sizes.query_heads == sizes.key_value_heads * attention.num_key_value_groups
             value = unit.producers[2].module
             if len({producer.module for producer in unit.producers}) == 3:
-                assert model.get_submodule(value).out_features == sizes.key_value_heads * head_dim(config)
+                assert linear_at(model, value).out_features == sizes.key_value_heads * head_dim(config)
 
 
 def test_uneven_groups_were_among_the_cases(checkpoints: dict[str, Path], tmp_path: Path) -> None:

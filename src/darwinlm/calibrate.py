@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from darwinlm import parallel
 from darwinlm.checkpoint import Checkpoint
+from darwinlm.families import linear_at
 from darwinlm.types import DarwinError, Unit, UnitStatistics
 
 PANEL = 512  # rows of a Hessian that are summed together
@@ -63,7 +64,7 @@ def calibrate(
     last = pending[-1].block
     for block in range(last + 1):
         layer = checkpoint.fill(model, checkpoint.family.block(block), dtype, device)
-        grams = [_Gram(unit, model.get_submodule(unit.consumer)) for unit in pending if unit.block == block]
+        grams = [_Gram(unit, linear_at(model, unit.consumer)) for unit in pending if unit.block == block]
         with ExitStack() as hooks:
             for gram in grams:
                 hooks.callback(gram.consumer.register_forward_pre_hook(gram).remove)
@@ -85,7 +86,7 @@ def calibrate(
 class _Gram:
     """A forward pre-hook that sums `x x^T` over a consumer's inputs: its lower half, in panels of rows."""
 
-    def __init__(self, unit: Unit, consumer: nn.Module):
+    def __init__(self, unit: Unit, consumer: nn.Linear):
         self.unit = unit
         self.consumer = consumer
         size = unit.structures * unit.structure_width
@@ -151,7 +152,7 @@ class _Stream:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 class _Recorder(nn.Module):
@@ -188,7 +189,10 @@ def _embed(
     The model's own forward runs over stand-ins for its blocks, so that no family's masks are rebuilt here.
     """
     family = checkpoint.family
-    checkpoint.fill(model, family.embedding, dtype, device)
+    # Only the rows that are looked up: a whole embedding can be larger than a block.
+    used, ids = torch.cat(batches).unique(return_inverse=True)
+    rows = checkpoint.tensor(f"{family.embedding}.weight")[used].to(device, dtype)
+    model.get_submodule(family.embedding).weight = nn.Parameter(rows, requires_grad=False)
     parent = model.get_submodule(family.blocks.rpartition(".")[0])
     name = family.blocks.rpartition(".")[2]
     blocks, norm = getattr(parent, name), model.get_submodule(family.final_norm)
@@ -198,7 +202,7 @@ def _embed(
     model.set_submodule(family.final_norm, nn.Identity())
     stream = _Stream(batches, checkpoint.config.hidden_size, dtype, device, spill_bytes)
     try:
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(ids.split([len(batch) for batch in batches])):
             run(input_ids=batch.to(device))
             assert recorders[0].states is not None
             stream.write(index, recorders[0].states)

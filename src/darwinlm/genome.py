@@ -56,9 +56,9 @@ class Grid:
 def level_grid(units: tuple[Unit, ...], levels: int, granularity: int) -> Grid:
     """Spread `levels` equal steps over every unit's structures (section 3.1).
 
-    A unit at level `i` of `N` has lost `Round(i * S / N)` of its `S` steps, where a step is one attention structure (one
-    of every group, if they leave in turns) or `granularity` MLP channels. A unit with fewer steps than levels has one
-    level a step.
+    A unit at level `i` of `N` has lost `Round(i * S / N)` of its `S` steps, where a step is one attention structure
+    (one of every group, if they leave in turns) or `granularity` MLP channels. A unit with fewer steps than levels has
+    one level a step.
 
     Raises:
         UsageError: if `levels` is not positive or the granularity does not divide the number of MLP channels.

@@ -1,0 +1,117 @@
+"""The database of two blocks of a large model, streamed from bfloat16 shards, beside what `darwinlm plan` expects.
+
+python benchmarks/streaming.py [llama-2-7b] [qwen2.5-14b] [--tokens 4096]
+
+Weights and tokens are random, so the models say nothing; sizes, seconds and bytes are those of the real shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
+
+from darwinlm.calibrate import calibrate
+from darwinlm.checkpoint import Checkpoint
+from darwinlm.config import DatabaseConfig
+from darwinlm.database import Database, add_unit
+from darwinlm.families import find_units
+from darwinlm.genome import level_grid
+from darwinlm.types import Structure
+
+BLOCKS = 2
+SHAPES: dict[str, tuple[PreTrainedConfig, Structure]] = {
+    "llama-2-7b": (
+        LlamaConfig(
+            hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_hidden_layers=32, vocab_size=32000
+        ),
+        "kv_group",
+    ),
+    "qwen2.5-14b": (
+        Qwen2Config(
+            hidden_size=5120, intermediate_size=13824, num_attention_heads=40, num_key_value_heads=8,
+            num_hidden_layers=48, vocab_size=152064, use_sliding_window=False, layer_types=["full_attention"] * 48,
+        ),
+        "head",
+    ),
+}  # fmt: skip
+
+
+def write_blocks(path: Path, shape: str) -> None:
+    """A random checkpoint of the shape's first blocks, one shard a few tensors."""
+    config, _ = SHAPES[shape]
+    fields = config.to_dict() | {"num_hidden_layers": BLOCKS}
+    fields.pop("layer_types", None)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(type(config)(**fields), dtype=torch.bfloat16)
+    model.save_pretrained(path, max_shard_size="500MB")
+
+
+def measure(path: Path, shape: str, tokens: int, dtype: torch.dtype) -> dict[str, float]:
+    """Seconds, peak memory above the interpreter with torch, and bytes of the database of the checkpoint's blocks."""
+    before = peak_memory()
+    checkpoint, config = Checkpoint(path), DatabaseConfig()
+    units = find_units(checkpoint.skeleton(), checkpoint.config, SHAPES[shape][1])
+    grid = level_grid(units, config.levels, config.granularity)
+    token_ids = torch.randint(32000, (tokens // 512, 512), generator=torch.Generator().manual_seed(0))
+    database = Database(path / "database", grid, {})
+    calibration = elimination = 0.0
+    start = time.monotonic()
+    for statistics in calibrate(
+        checkpoint, token_ids, batch_size=8, device=torch.device("cpu"), units=units, dtype=dtype
+    ):
+        calibrated = time.monotonic()
+        calibration += calibrated - start
+        add_unit(database, statistics, config, checkpoint.dtype)
+        start = time.monotonic()
+        elimination += start - calibrated
+        print(
+            f"  {statistics.unit.name}: {start - calibrated:.1f} s, peak {peak_memory() - before:.2f} GB",
+            file=sys.stderr,
+        )
+    stored = sum(file.stat().st_size for file in (path / "database").iterdir()) / 1e9
+    return {
+        "calibration": calibration,
+        "elimination": elimination,
+        "memory": peak_memory() - before,
+        "disk": stored,
+    }
+
+
+def peak_memory() -> float:
+    """GB, of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shapes", nargs="*", default=list(SHAPES))
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        measured = measure(
+            Path(arguments.child), arguments.shapes[0], arguments.tokens, getattr(torch, arguments.dtype)
+        )
+        print(json.dumps(measured))
+        return
+    for shape in arguments.shapes:
+        with tempfile.TemporaryDirectory() as directory:
+            write_blocks(Path(directory), shape)
+            # A process of its own: making the checkpoint must not count.
+            command = [sys.executable, __file__, shape, "--tokens", str(arguments.tokens), "--dtype", arguments.dtype]
+            answer = subprocess.run([*command, "--child", directory], check=True, stdout=subprocess.PIPE, text=True)
+        print(shape, json.loads(answer.stdout))
+
+
+if __name__ == "__main__":
+    main()
