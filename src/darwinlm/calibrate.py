@@ -71,7 +71,7 @@ def calibrate(
             for index in range(len(batches)):
                 states = stream.read(index)
                 stream.write(index, layer(states, **arguments[block][len(states)]))
-        owner = block % world
+        owner = parallel.owner(block)
         for gram in grams:
             gram.share(owner)
             if owner == parallel.rank():
@@ -190,7 +190,7 @@ def _embed(
     """
     family = checkpoint.family
     # Only the rows that are looked up: a whole embedding can be larger than a block.
-    used, ids = torch.cat(batches).unique(return_inverse=True)
+    used, ids = torch.cat(list(batches)).unique(return_inverse=True)
     rows = checkpoint.tensor(f"{family.embedding}.weight")[used].to(device, dtype)
     model.get_submodule(family.embedding).weight = nn.Parameter(rows, requires_grad=False)
     parent = model.get_submodule(family.blocks.rpartition(".")[0])

@@ -13,7 +13,7 @@ from typing import Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from darwinlm.types import SelectionStage, UsageError
+from darwinlm.types import SelectionStage, Structure, UsageError
 
 
 def _expect(holds: bool, flag: str, expected: str, found: object) -> None:
@@ -48,6 +48,9 @@ class DatabaseConfig:
 
     levels: int = 10
     """Levels a unit, N; at level i it has lost i/N of its structures. Fewer where a unit has fewer structures."""
+    structure: Structure = "kv_group"
+    """What an attention loses at a time: kv_group (a KV head with its query heads), balanced (one query head of every
+    group), head (the paper's: any query head; its export repeats K and V for every query head that is left)."""
     granularity: int = 32
     """MLP channels are removed in multiples of this many."""
     damping: float = 0.01

@@ -6,6 +6,7 @@ Everything works in a single process too, where it does nothing. `torchrun --npr
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,9 +14,13 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
-from darwinlm.types import DarwinError
+from darwinlm.progress import console
+from darwinlm.types import DarwinError, UsageError
 
+SPOKEN = "darwinlm/spoken"  # counts the processes of a run that have failed
+GRACE = 2.0  # seconds
 PATIENCE = timedelta(hours=6)  # one process may eliminate a large unit while the others wait for it
 
 
@@ -38,24 +43,55 @@ def first() -> bool:
     return rank() == 0
 
 
+def owner(block: int) -> int:
+    """Which process eliminates a block's structures."""
+    return block % processes()
+
+
+def is_mine(block: int) -> bool:
+    """Whether it is this one."""
+    return owner(block) == rank()
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """Join the other processes that torchrun has started, if any, and part from them in the end.
 
+    Whatever ends one process ends all. One of them says why: the one that failed, or, if it could not, another.
+
     Raises:
-        PeerLostError: if another process dies meanwhile.
+        PeerLostError: if another process died without a word.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    store, me, world = next(iter(rendezvous("env://", timeout=PATIENCE)))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=me, world_size=world, timeout=PATIENCE)
+    console.quiet = not first()
     try:
         yield
         wait_for_all()
+    except BaseException as error:
+        if store.add(SPOKEN, 1) > 1 and isinstance(error, DarwinError | OSError):
+            time.sleep(GRACE)  # torchrun ends the others once one is gone: let the other say why
+            raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+        raise
     finally:
+        console.quiet = False
         dist.destroy_process_group()
+
+
+@contextmanager
+def first_before_others() -> Iterator[None]:
+    """The first process does this alone, then the others, who find what it has left on the disk."""
+    if not first():
+        wait_for_all()
+    yield
+    if first():
+        wait_for_all()
 
 
 def sum_at(tensor: Tensor, owner: int) -> None:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from darwinlm import report
+from darwinlm import parallel, report
 from darwinlm.allocate.evolution import evolve
 from darwinlm.allocate.sensitivity import least_sensitive, sensitivities
 from darwinlm.allocate.uniform import uniform
@@ -28,13 +28,13 @@ from darwinlm.device import resolve_device, resolve_dtype
 from darwinlm.evaluate import Row, evaluate, parameter_bytes, parameter_count
 from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf, verify_export
-from darwinlm.families import block_sizes
+from darwinlm.families import block_sizes, find_units
 from darwinlm.fitness import Fitness
 from darwinlm.genome import Grid, level_grid
 from darwinlm.modeling import family_of, load, pruned_config
 from darwinlm.progress import say, track
 from darwinlm.run import Run, read_genome, versions
-from darwinlm.surgery import Stitcher
+from darwinlm.surgery import Stitcher, repeat_shared
 from darwinlm.types import DarwinError, Genome, SearchResult, SelectionStage
 
 Stage = Literal["database", "search", "report"]
@@ -69,14 +69,13 @@ def run(config: RunConfig, until: Stage = "report") -> Run:
         UsageError: if a setting cannot be used; a directory that was new is left as if nothing had happened.
         DarwinError: if a stage fails. The same call goes on from there once the cause is mended.
     """
-    with _told_in_one_sentence(config.out), locked_directory(Path(config.out)):
-        this = Run.claim(config)
+    with _told_in_one_sentence(config.out), parallel.together(), _held(config) as this:
         if this.finished:
             say(f"{this.path} is finished: {this.report_path} has its figures")
             return this
         work = _open(this, config, until)
         database = _eliminate(work)
-        if until == "database":
+        if until == "database" or not parallel.first():
             return this
         start, result = _allocate(work, database)
         if until == "search":
@@ -86,6 +85,19 @@ def run(config: RunConfig, until: Stage = "report") -> Run:
         rows = _evaluate(work, models)
         _report(work, start, result, rows)
     return this
+
+
+@contextmanager
+def _held(config: RunConfig) -> Iterator[Run]:
+    """The run's directory. The first process holds it, for all."""
+    if not parallel.first():
+        parallel.wait_for_all()
+        yield Run(config.out)
+        return
+    with locked_directory(Path(config.out)):
+        this = Run.claim(config)
+        parallel.wait_for_all()
+        yield this
 
 
 @dataclass(frozen=True)
@@ -107,11 +119,15 @@ def _open(this: Run, config: RunConfig, until: Stage) -> _Work:
     """Everything that can be wrong with the arguments is found here, before hours are spent."""
     try:
         device = resolve_device(config.device)
-        checkpoint = find_checkpoint(config.model, this.path)
+        with parallel.first_before_others():
+            checkpoint = find_checkpoint(config.model, this.path)
         if until == "report":
             family_of(checkpoint.config)  # that it can be exported
         checkpoint.check_length(config.calibration.sequence_length)
-        grid = level_grid(checkpoint.units, config.database.levels, config.database.granularity)
+        units = find_units(checkpoint.skeleton(), checkpoint.config, config.database.structure)
+        grid = level_grid(units, config.database.levels, config.database.granularity)
+        for sentence in grid.fewer(config.database.levels):
+            say(sentence)
         corpus = read_corpus(config.data, checkpoint.tokenizer, config.calibration.sequence_length, config.seed)
         tokens = corpus.draw(
             calibration=config.calibration.tokens,
@@ -122,7 +138,11 @@ def _open(this: Run, config: RunConfig, until: Stage) -> _Work:
         made_from = {
             "model": checkpoint.fingerprint,
             "text": corpus.fingerprint,
-            "grid": {"levels": config.database.levels, "granularity": config.database.granularity},
+            "grid": {
+                "levels": config.database.levels,
+                "granularity": config.database.granularity,
+                "structure": config.database.structure,
+            },
             "versions": versions(),
         }
         genome = None
@@ -131,7 +151,8 @@ def _open(this: Run, config: RunConfig, until: Stage) -> _Work:
             pruned_config(checkpoint.config, block_sizes(grid, genome, checkpoint.config))  # the same of this genome
         dtype = resolve_dtype(config.dtype, device)
     except DarwinError:
-        this.abandon()
+        if parallel.first():
+            this.abandon()
         raise
     return _Work(this, config, checkpoint, grid, genome, tokens, device, dtype, made_from)
 
@@ -148,9 +169,12 @@ def _eliminate(work: _Work) -> Database:
         batch_size=config.calibration.batch_size,
         device=work.device,
         finished=finished,
+        units=work.grid.units,
     )
-    for unit in track(statistics, "database", len(work.grid.units), len(finished)):
+    mine = [unit.name for unit in work.grid.units if parallel.is_mine(unit.block)]
+    for unit in track(statistics, "database", len(mine), len(finished.intersection(mine))):
         add_unit(database, unit, config.database, checkpoint.dtype)
+    parallel.wait_for_all()
     return database
 
 
@@ -183,7 +207,8 @@ def _stitch(work: _Work, database: Database, start: Genome, result: SearchResult
     """The dense, the uniform and the searched model, in the precision of the checkpoint."""
     dense = work.checkpoint.load(work.checkpoint.dtype, work.device)
     stitcher = Stitcher(dense, work.checkpoint.family, database)
-    return {"dense": dense, "uniform": stitcher.stitch(start), "searched": stitcher.stitch(result.best)}
+    uniform_model, searched = (repeat_shared(stitcher.stitch(genome)) for genome in (start, result.best))
+    return {"dense": dense, "uniform": uniform_model, "searched": searched}
 
 
 def _export(work: _Work, result: SearchResult, models: dict[str, PreTrainedModel]) -> None:

@@ -1,0 +1,107 @@
+"""Two real processes under torchrun build the database that one builds, and end together."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+
+from darwinlm.artifact import read_json
+from darwinlm.checkpoint import Checkpoint
+from darwinlm.database import Database
+from darwinlm.genome import level_grid
+
+DIE = """
+import os, signal, sys
+from darwinlm import database
+whole = database.Database.add
+def add(self, elimination, levels, dtype):
+    if elimination.unit.block == 1:
+        {how}
+    whole(self, elimination, levels, dtype)
+database.Database.add = add
+from darwinlm.cli import main
+raise SystemExit(main())
+"""
+
+
+def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
+    """The command in two processes."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run([*start, *command], capture_output=True, text=True, timeout=200, env=environment, check=False)
+
+
+def open_database(run: Path, checkpoint: Path) -> Database:
+    settings = runs.SHORT.database
+    grid = level_grid(Checkpoint(checkpoint).units, settings.levels, settings.granularity)
+    return Database(run / "database", grid, read_json(run / "database" / "database.json")["made_from"])
+
+
+def assert_same_levels(one: Database, two: Database) -> None:
+    for index in range(len(one.grid.units)):
+        for level in range(1, one.grid.highest(index)):
+            alone, shared = one.level(index, level), two.level(index, level)
+            assert alone.kept.tolist() == shared.kept.tolist()
+            torch.testing.assert_close(alone.weight, shared.weight, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoints: dict[str, Path], text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    assert runs.call(*runs.command(runs.short(checkpoints["llama-gqa"], text, out), name="database")) == 0
+    return out
+
+
+def test_two_processes_keep_what_one_keeps(
+    checkpoints: dict[str, Path], text: Path, tmp_path: Path, alone: Path
+) -> None:
+    """Each took half of the tokens, and at least one block each."""
+    out = tmp_path / "run"
+    done = torchrun("-m", "darwinlm", *runs.command(runs.short(checkpoints["llama-gqa"], text, out), name="database"))
+    assert done.returncode == 0, done.stderr
+    assert_same_levels(open_database(alone, checkpoints["llama-gqa"]), open_database(out, checkpoints["llama-gqa"]))
+
+
+def die(how: str, command: list[str], program: Path) -> str:
+    """The error of a run whose second process dies when it would write the first unit of its block."""
+    program.write_text(DIE.format(how=how))
+    dead = torchrun(str(program), *command)
+    assert dead.returncode != 0
+    errors = re.findall(r"^darwinlm: .*", dead.stderr, flags=re.MULTILINE)
+    assert len(errors) == 1, dead.stderr
+    return errors[0]
+
+
+def test_a_process_that_dies_ends_the_run_with_one_error_and_the_next_run_resumes(
+    checkpoints: dict[str, Path], text: Path, tmp_path: Path, alone: Path
+) -> None:
+    out = tmp_path / "run"
+    command = runs.command(runs.short(checkpoints["llama-gqa"], text, out), name="database")
+    error = die("os.kill(os.getpid(), signal.SIGKILL)", command, tmp_path / "dying.py")
+    assert re.search("another process of this run has died .* run the same command again", error)
+    assert not list((out / "database").glob("block-01*"))
+    finished = torchrun("-m", "darwinlm", *command)
+    assert finished.returncode == 0, finished.stderr
+    assert_same_levels(open_database(alone, checkpoints["llama-gqa"]), open_database(out, checkpoints["llama-gqa"]))
+
+
+def test_only_the_process_that_failed_says_why(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    command = runs.command(runs.short(checkpoints["llama-gqa"], text, tmp_path / "run"), name="database")
+    error = die("raise OSError(28, 'No space left on device')", command, tmp_path / "dying.py")
+    assert re.search("No space left on device; .* run the same command again", error)
+
+
+def test_arguments_that_cannot_be_used_are_told_once(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    config = runs.short(checkpoints["llama-gqa"], tmp_path / "missing.txt", tmp_path / "run")
+    done = torchrun("-m", "darwinlm", *runs.command(config, name="database"))
+    assert done.returncode != 0
+    assert len(re.findall(r"^darwinlm: .*", done.stderr, flags=re.MULTILINE)) == 1, done.stderr
+    assert not (tmp_path / "run" / "run.yaml").exists()
