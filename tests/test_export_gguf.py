@@ -107,7 +107,7 @@ def difference(
     token_ids = torch.tensor([prompt + answer.tokens])
     log_probs = model(token_ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
     ending = log_probs.new_zeros(log_probs.shape[1])
-    ending[ends] = -torch.inf
+    ending[list(ends)] = -torch.inf
     agreed = int(((log_probs + ending).argmax(-1) == torch.tensor(answer.tokens)).sum())
     largest = 0.0
     for row, places in zip(log_probs, answer.log_probs, strict=True):
@@ -380,4 +380,4 @@ def test_pruned_smollm2_in_llama_cpp(smollm2: Path, tmp_path: Path) -> None:
     assert len(by_ids.tokens) == agreed == NEW_TOKENS
     assert largest < 1e-3
     assert (by_text["f32"].prompt_tokens, by_text["f32"].tokens) == (len(prompt), by_ids.tokens)
-    assert difference(model, prompt, by_text["q8_0"], ends)[1] < 1.0
+    assert difference(model, prompt, by_text["q8_0"], ends)[0] > NEW_TOKENS - 6

@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from darwinlm.export.hf import export_hf, new_directory, verify_export
+from darwinlm.export.hf import Expected, export_hf, new_directory, verify_export
 from darwinlm.modeling import EXPORTABLE, load, pruned_config, register, remaining_blocks, render, renumber_blocks
 from darwinlm.types import BlockSizes, DarwinError, UsageError
 
@@ -419,6 +419,16 @@ def test_verify_passes_a_good_export_and_stops_a_bad_one(outcome: Outcome) -> No
     assert verify_export(directory, outcome.token_ids, logits) < 1e-4
     with pytest.raises(DarwinError, match="found a difference"):
         verify_export(directory, outcome.token_ids, logits + 0.01 * logits.abs().max())
+
+
+def test_bad_export_never_gets_its_name(outcome: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export = (outcome.stitched["mistral"], outcome.sizes["mistral"], make_tokenizer())
+    logits = outcome.expected["mistral"]["logits-sdpa"]
+    good = export_hf(*export, tmp_path / "good", CARD, Expected(outcome.token_ids, logits))
+    assert "loads without darwinlm, largest difference" in capsys.readouterr().err
+    with pytest.raises(DarwinError, match="expected the export to give the model's logits within"):
+        export_hf(*export, tmp_path / "bad", CARD, Expected(outcome.token_ids, logits * 1.01))
+    assert list(tmp_path.iterdir()) == [good]
 
 
 def test_verify_says_why_an_export_does_not_load(tmp_path: Path) -> None:

@@ -233,8 +233,13 @@ def _native_config(family: str, fields: dict[str, Any]) -> PreTrainedConfig | No
     return config
 
 
-def pruned_model(model: PreTrainedModel, sizes: Sequence[BlockSizes]) -> PreTrainedModel:
+def pruned_model(
+    model: PreTrainedModel, sizes: Sequence[BlockSizes], weights: Mapping[str, Tensor] | None = None
+) -> PreTrainedModel:
     """The stitched `model` as the class that its checkpoint loads into. It shares the weights of `model`.
+
+    Args:
+        weights: a state dict to use instead of that of `model`.
 
     Raises:
         UsageError: as `pruned_config`.
@@ -246,7 +251,7 @@ def pruned_model(model: PreTrainedModel, sizes: Sequence[BlockSizes]) -> PreTrai
     config._attn_implementation = model.config._attn_implementation
     with init_empty_weights():
         result = model_class(config)
-    state = renumber_blocks(model.state_dict(), remaining_blocks(sizes))
+    state = renumber_blocks(model.state_dict() if weights is None else weights, remaining_blocks(sizes))
     try:
         result.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:

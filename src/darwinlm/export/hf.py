@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,21 +20,35 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.modeling import auto_map, family_of, module_name, pruned_model, render
-from darwinlm.progress import quiet_transformers
+from darwinlm.progress import quiet_transformers, say
 from darwinlm.types import BlockSizes, DarwinError, UsageError
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What an export must give: the logits of the model that it was made from."""
+
+    token_ids: Int[Tensor, "sequences length"]
+    logits: Float[Tensor, "sequences length vocab"]
+
+
 def export_hf(
-    model: PreTrainedModel, sizes: Sequence[BlockSizes], tokenizer: PreTrainedTokenizerBase, out: Path, card: str
+    model: PreTrainedModel,
+    sizes: Sequence[BlockSizes],
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    card: str,
+    expected: Expected | None = None,
 ) -> Path:
     """Write a stitched model as a directory that `AutoModelForCausalLM` loads, and return `out`.
 
     It holds the weights in the model's own precision, the config, the tokenizer, the generation config, `card` as
-    README.md, and the code of the model unless a stock class will do. The directory appears whole or not at all.
+    README.md, and the code of the model unless a stock class will do. The directory appears whole or not at all: where
+    `expected` is given, once a fresh process has loaded it and found those logits.
 
     Raises:
         UsageError: if the family cannot be exported, or `out` exists and is not an empty directory.
-        DarwinError: if the weights of `model` do not have the sizes `sizes`.
+        DarwinError: if the weights of `model` do not have the sizes `sizes`, or as `verify_export`.
     """
     exported = pruned_model(model, sizes)
     with new_directory(out) as directory:
@@ -46,6 +61,9 @@ def export_hf(
         if own_code:
             (directory / f"{module_name(family)}.py").write_text(render(family), encoding="utf-8")
         _complete_config(directory / "config.json", auto_map(family) if own_code else {})
+        if expected is not None:
+            difference = verify_export(directory, expected.token_ids, expected.logits)
+            say(f"export: loads without darwinlm, largest difference of a logit {difference:.1e}")
     return out
 
 
@@ -134,13 +152,13 @@ def verify_export(
         found = load_file(outputs)["logits"]
     if found.shape != logits.shape:
         raise DarwinError(
-            f"expected logits of shape {tuple(logits.shape)} from {directory}, found {tuple(found.shape)}; "
+            f"expected logits of shape {tuple(logits.shape)} from the export, found {tuple(found.shape)}; "
             "export the model again"
         )
     difference = (found.float() - logits.cpu().float()).abs().max().item()
     if not difference <= allowed:  # not a number is wrong too
         raise DarwinError(
-            f"expected {directory} to give the model's logits within {allowed:.2g}, found a difference of "
+            f"expected the export to give the model's logits within {allowed:.2g}, found a difference of "
             f"{difference:.2g}; do not use it, and report this as a fault of darwinlm"
         )
     return difference
@@ -153,6 +171,6 @@ def _run_apart(scratch: Path, directory: Path, *arguments: Path | str) -> None:
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
         raise DarwinError(
-            f"expected {directory} to load in a fresh process, found: {reason}; do not use it, and report this as a "
+            f"expected the export to load in a fresh process, found: {reason}; do not use it, and report this as a "
             "fault of darwinlm"
         )

@@ -1,0 +1,135 @@
+"""What vLLM's Transformers backend would refuse of an export, and the zeros that make a pruned model acceptable.
+
+The rules were read in vLLM 0.33 (`vllm/model_executor/models/transformers`); vLLM itself is not run here.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from darwinlm.artifact import read_json
+from darwinlm.modeling import (
+    PRUNED,
+    auto_map,
+    block_sizes_of,
+    family_of,
+    module_name,
+    pruned_config,
+    pruned_model,
+    register,
+    render,
+)
+from darwinlm.types import BlockSizes, UsageError
+
+STUB = BlockSizes(query_heads=1, key_value_heads=1, intermediate=32)
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+LARGEST_PARALLEL = 8
+
+
+def zero_stubs(model: PreTrainedModel) -> PreTrainedModel:
+    """The same function with attention and MLP in every block: where one is gone, a small one of zeros.
+
+    It shares the weights of `model`, which is of the class that an export loads into. An attention of zeros has one
+    query head and one KV head, an MLP 32 channels.
+    """
+    sizes = block_sizes_of(model.config)
+    full = tuple(
+        BlockSizes(
+            block.query_heads or STUB.query_heads,
+            block.key_value_heads or STUB.key_value_heads,
+            block.intermediate or STUB.intermediate,
+        )
+        for block in sizes
+    )
+    weights = model.state_dict()
+    for name, parameter in _skeleton(pruned_config(model.config, full)).state_dict().items():
+        if name not in weights:
+            value = 1.0 if name.endswith("norm.weight") else 0.0
+            weights[name] = torch.full(parameter.shape, value, dtype=model.dtype, device=model.device)
+    return pruned_model(model, full, weights)
+
+
+def check_vllm(directory: Path) -> list[str]:
+    """What vLLM's Transformers backend would refuse of an export, each with its cure; nothing if it would serve it.
+
+    Raises:
+        UsageError: if there is no model of a supported family in the directory.
+    """
+    if not (directory / "config.json").is_file():
+        raise UsageError(f"no model in {directory}: expected config.json in it; name an export")
+    register()
+    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    family = family_of(config)
+    refusals: list[str] = []
+    for index, block in enumerate(block_sizes_of(config)):
+        if not block.query_heads:
+            refusals.append(f"block {index} has no attention: export with --compat vllm, which writes one of zeros")
+        elif block.query_heads % block.key_value_heads:
+            refusals.append(
+                f"block {index} has {block.query_heads} query heads for {block.key_value_heads} KV heads: prune with "
+                "--database.structure kv_group or balanced"
+            )
+    if config.model_type.startswith(PRUNED):
+        if read_json(directory / "config.json").get("auto_map") != auto_map(family):
+            refusals.append("config.json has no complete auto_map, AutoModel above all: export the model again")
+        code = directory / f"{module_name(family)}.py"
+        if not code.exists() or code.read_text(encoding="utf-8") != render(family):
+            refusals.append(f"{code.name} is missing or not that of this darwinlm: export the model again")
+    return refusals + _check_classes(_skeleton(config))
+
+
+def tensor_parallel_sizes(sizes: Sequence[BlockSizes]) -> tuple[int, ...]:
+    """How many devices tensor parallelism may split a model among: they divide the sizes of every block."""
+    numbers = [number for block in sizes for number in (block.query_heads, block.key_value_heads, block.intermediate)]
+    return tuple(size for size in range(1, LARGEST_PARALLEL + 1) if all(number % size == 0 for number in numbers))
+
+
+def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    register()
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _check_classes(model: PreTrainedModel) -> list[str]:
+    """What the classes of this version of transformers lack; none of the tested versions lacks anything."""
+    cure = "install the transformers that this darwinlm was tested with"
+    refusals: list[str] = []
+    if not model._supports_attention_backend:
+        refusals.append(f"{type(model).__name__} does not support attention backends: {cure}")
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "o_proj"):
+            calls = _interface_calls(type(module))
+            if calls != 1:
+                refusals.append(f"{name} calls the attention interface {calls} times, not once: {cure}")
+            if getattr(module, "config", None) is not model.config:
+                refusals.append(f"{name} does not read its attention backend from the model's config: {cure}")
+    return refusals
+
+
+def _interface_calls(cls: type[nn.Module]) -> int:
+    """How often `forward` calls what it has looked up in the table of attention functions: vLLM wants once."""
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward)))
+    nodes = list(ast.walk(ast.parse(source)))
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None and _is_lookup(node.value):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return sum(
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in found for node in nodes
+    )
+
+
+def _is_lookup(node: ast.expr) -> bool:
+    """Whether an expression is `ALL_ATTENTION_FUNCTIONS.get_interface(...)` or `ALL_ATTENTION_FUNCTIONS[...]`."""
+    found = node.func if isinstance(node, ast.Call) else node
+    return isinstance(found, ast.Attribute | ast.Subscript) and ast.unparse(found.value) == INTERFACE
