@@ -152,6 +152,7 @@ def finished(checkpoints: dict[str, Path], text: Path, tmp_path_factory: pytest.
         "database/block-01-mlp.safetensors",
         "database/database.json",
         "search/state.json",
+        "search/sensitivities.json",
         "search/result.json",
         "model",
         "table.json",

@@ -16,6 +16,7 @@ from darwinlm.types import DarwinError, UsageError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+PROG = "darwinlm"
 DESCRIPTION = "Compress a large language model: a smaller dense model by one command (DarwinLM, arXiv 2502.07780)."
 STAGES = {
     "compress": "everything, from a model and text to a smaller model; stops and resumes anywhere",
@@ -33,9 +34,10 @@ class Parser(ArgumentParser):
         return super().add_argument(*(a.replace("_", "-") if a.startswith("--") else a for a in args), **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        parser = getattr(ex, "subcommand_parser", None) or self
+        prog = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
+        prog = prog if prog.startswith(PROG) else PROG  # the parser of a list's item has another
         message = re.sub(r'Parser key "([^"]+)":', lambda key: f"--{key[1].replace('_', '-')}:", message)
-        sys.exit(_fail(f"{message}; {parser.prog.replace(' [options]', '')} --help lists what there is", 2))
+        sys.exit(_fail(f"{message}; {prog} --help lists what there is", 2))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     try:
-        settings = parser.instantiate(parser.parse_args(arguments))
+        settings = parser.instantiate(parser.parse_args(_files_first(sys.argv[1:] if arguments is None else arguments)))
         _run(settings.command, settings[settings.command])
     except UsageError as error:
         return _fail(str(error), 2)
@@ -57,8 +59,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _files_first(arguments: Sequence[str]) -> list[str]:
+    """The command, then `--config`, then the rest: what comes later wins, and flags win over files."""
+    files: list[str] = []
+    rest: list[str] = []
+    for argument, before in zip(arguments, ["", *arguments], strict=False):
+        is_file = argument == "--config" or argument.startswith("--config=") or before == "--config"
+        (files if is_file else rest).append(argument)
+    return [*rest[:1], *files, *rest[1:]]
+
+
 def _parser() -> ArgumentParser:
-    parser = Parser(prog="darwinlm", description=DESCRIPTION, version=version("darwinlm"))
+    parser = Parser(prog=PROG, description=DESCRIPTION, version=version("darwinlm"))
     commands = parser.add_subcommands(required=True, dest="command")
     for name, help_text in STAGES.items():
         stage = Parser(description=help_text)

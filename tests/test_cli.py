@@ -1,0 +1,183 @@
+"""The command line: what it accepts, what it says of what it does not, and its exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import runs
+import yaml
+
+from darwinlm import __version__, cli, pipeline
+from darwinlm.config import DEMO, RunConfig, SearchConfig, read_config
+from darwinlm.progress import console, say, track
+from darwinlm.types import DarwinError, SelectionStage, UsageError
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunConfig, str]]:
+    """The runs that a command starts, none of which is run."""
+    started: list[tuple[RunConfig, str]] = []
+    monkeypatch.setattr(pipeline, "run", lambda config, until: started.append((config, until)))
+    return started
+
+
+def test_flags_are_the_settings(ran: list[tuple[RunConfig, str]]):
+    flags = (
+        "compress M --data D --out O --target-level 2.5 --seed 7 --device cpu --dtype bfloat16 --genome G --no-verify"
+    )
+    nested = ("--calibration.sequence-length 64 --database.levels 6 --search.learning-rate 1e-3 "
+              "--search.max-switches 2 --evaluation.repeats 2")  # fmt: skip
+    stages = ["--search.stages", "[{survivors: 2, fitness_tokens: 64}, {survivors: 1, fitness_tokens: 128}]"]
+    assert cli.main([*flags.split(), *nested.split(), *stages]) == 0
+    ((config, until),) = ran
+    expected = RunConfig("M", "D", "O", 2.5, 7, "cpu", "bfloat16", "G", verify=False)
+    expected = dataclasses.replace(
+        expected,
+        calibration=dataclasses.replace(expected.calibration, sequence_length=64),
+        database=dataclasses.replace(expected.database, levels=6),
+        search=SearchConfig(stages=(SelectionStage(2, 64), SelectionStage(1, 128)), learning_rate=1e-3, max_switches=2),
+        evaluation=dataclasses.replace(expected.evaluation, repeats=2),
+    )
+    assert config == expected
+    assert until == "report"
+
+
+def test_every_setting_has_a_flag_with_help(capsys: pytest.CaptureFixture[str]):
+    assert runs.call("compress", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+
+    def flags(config: type, prefix: str = "") -> list[str]:
+        found = []
+        for field in dataclasses.fields(config):
+            factory = field.default_factory
+            nested = factory if isinstance(factory, type) and dataclasses.is_dataclass(factory) else None
+            found += flags(nested, f"{prefix}{field.name}.") if nested else [f"{prefix}{field.name}"]
+        return found
+
+    assert len(flags(RunConfig)) > 20
+    for flag in flags(RunConfig):
+        assert flag == "model" or f"--{flag.replace('_', '-')} " in text.replace(",", " "), flag
+
+
+def test_a_recipe_is_read_and_flags_win_over_it(tmp_path: Path, ran: list[tuple[RunConfig, str]]):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: M\ndata: D\nseed: 3\nverify: false\nsearch: {generations: 9, offspring: 5}\n")
+    flags = ["--out", "O", "--seed", "4", "--search.offspring", "6"]
+    assert cli.main(["compress", "--config", str(recipe), *flags]) == 0
+    assert cli.main(["compress", "OTHER", *flags, f"--config={recipe}", "--verify"]) == 0
+    assert cli.main(["compress", "OTHER", *flags, "--config", str(recipe)]) == 0
+    first, second, third = (config for config, _ in ran)
+    assert (third.model, third.seed, third.search.generations) == ("OTHER", 4, 9)
+    assert (first.model, first.data, first.out, first.verify) == ("M", "D", "O", False)
+    assert (first.seed, first.search.generations, first.search.offspring) == (4, 9, 6)
+    assert (second.model, second.verify) == ("OTHER", True)
+
+
+def test_run_yaml_is_a_recipe(tmp_path: Path, ran: list[tuple[RunConfig, str]]):
+    written = dataclasses.replace(runs.SHORT, genome="G", device="cpu")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(yaml.safe_load(_yaml(written))))
+    assert read_config(tmp_path / "run.yaml") == written
+    assert cli.main(["compress", "--config", str(tmp_path / "run.yaml")]) == 0
+    assert ran[0][0] == written
+
+
+def _yaml(config: RunConfig) -> str:
+    import json
+
+    return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))))
+
+
+def test_each_command_stops_after_its_stage(ran: list[tuple[RunConfig, str]]):
+    for command in ("database", "search", "compress"):
+        assert cli.main([command, "M", "--data", "D", "--out", "O"]) == 0
+    assert [until for _, until in ran] == ["database", "search", "report"]
+
+
+def test_the_demo_has_its_own_settings(tmp_path: Path, ran: list[tuple[RunConfig, str]]):
+    assert cli.main(["demo"]) == 0
+    assert cli.main(["demo", "--seed", "2", "--out", "elsewhere"]) == 0
+    (tmp_path / "demo.yaml").write_text("search: {generations: 1}\n")
+    assert cli.main(["demo", "--config", str(tmp_path / "demo.yaml")]) == 0
+    first, second, third = (config for config, _ in ran)
+    assert first == DEMO
+    assert second == dataclasses.replace(DEMO, seed=2, out="elsewhere")
+    assert third == dataclasses.replace(DEMO, search=dataclasses.replace(DEMO.search, generations=1))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("compress M --data D --out O --bogus 1", ["--bogus", "darwinlm compress --help"]),
+        ("compress M --data D --out O --seed x", ["--seed", "Expected", "int", "x"]),
+        ("compress M --data D --out O --search.learning-rate fast", ["--search.learning-rate", "float", "fast"]),
+        ("compress M --data D --out O --dtype float8", ["--dtype", "'float32'", "float8"]),
+        ("compress M --data D --out O --config nowhere.yaml", ["--config", "nowhere.yaml"]),
+        ("compress M --data D --out O --search.stages [{survivors:1}]", ["survivors:1", "darwinlm --help"]),
+        ("compress M --data D", ["out", "required"]),
+        ("compress --data D --out O", ["model", "required"]),
+        ("squash M", ["squash", "compress", "demo"]),
+        ("", ["command", "compress", "demo"]),
+    ],
+)
+def test_arguments_that_cannot_be_read(
+    flags: str, words: list[str], capsys: pytest.CaptureFixture[str], ran: list[tuple[RunConfig, str]]
+):
+    assert runs.call(*flags.split()) == 2
+    output = capsys.readouterr()
+    (line,) = output.err.splitlines()
+    assert line.startswith("darwinlm: ")
+    for word in words:
+        assert word in line
+    assert output.out == ""
+    assert not ran
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UsageError("a\n  b"), 2, "a b"),
+        (DarwinError("broken"), 1, "broken"),
+        (OSError(28, "No space left on device"), 1, "No space left"),
+        (KeyboardInterrupt(), 130, "the same command goes on from here"),
+    ],
+)
+def test_exit_codes(
+    error: BaseException,
+    code: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "run", fail)
+    assert cli.main(["compress", "M", "--data", "D", "--out", "O"]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
+def test_a_fault_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("an invariant")
+
+    monkeypatch.setattr(pipeline, "run", fail)
+    with pytest.raises(AssertionError, match="an invariant"):
+        cli.main(["compress", "M", "--data", "D", "--out", "O"])
+
+
+def test_version(capsys: pytest.CaptureFixture[str]):
+    assert runs.call("--version") == 0
+    assert __version__ in capsys.readouterr().out
+
+
+def test_progress_without_a_terminal_is_lines(capsys: pytest.CaptureFixture[str]):
+    assert not console.is_terminal
+    assert list(track("abc", "letters", 5, done=2)) == ["a", "b", "c"]
+    say("[bold]said[/bold]")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("letters: 5/5, ")
+    assert lines[0].endswith(" 0 s left")
+    assert lines[1:] == ["[bold]said[/bold]"]
