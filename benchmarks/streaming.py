@@ -8,8 +8,8 @@ Weights and tokens are random, so the models say nothing; sizes, seconds and byt
 from __future__ import annotations
 
 import argparse
+import copy
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,13 +21,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 
 from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import Checkpoint
-from darwinlm.config import DatabaseConfig
+from darwinlm.config import CalibrationConfig, DatabaseConfig
 from darwinlm.database import Database, add_unit
 from darwinlm.families import find_units
 from darwinlm.genome import level_grid
+from darwinlm.plan import measure_rates, plan
+from darwinlm.progress import quiet_transformers
 from darwinlm.types import Structure
 
 BLOCKS = 2
+FULL_TOKENS = 131_072  # what `compress` calibrates on by default
 SHAPES: dict[str, tuple[PreTrainedConfig, Structure]] = {
     "llama-2-7b": (
         LlamaConfig(
@@ -45,21 +48,41 @@ SHAPES: dict[str, tuple[PreTrainedConfig, Structure]] = {
 }  # fmt: skip
 
 
+def first_blocks(shape: str) -> PreTrainedConfig:
+    """The config of the shape's first blocks."""
+    config = copy.copy(SHAPES[shape][0])
+    config.num_hidden_layers = BLOCKS
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:BLOCKS]
+    config.dtype = torch.bfloat16
+    return config
+
+
 def write_blocks(path: Path, shape: str) -> None:
-    """A random checkpoint of the shape's first blocks, one shard a few tensors."""
-    config, _ = SHAPES[shape]
-    fields = config.to_dict() | {"num_hidden_layers": BLOCKS}
-    fields.pop("layer_types", None)
+    """A random checkpoint of those blocks."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(type(config)(**fields), dtype=torch.bfloat16)
-    model.save_pretrained(path, max_shard_size="500MB")
+    model = AutoModelForCausalLM.from_config(first_blocks(shape), dtype=torch.bfloat16)
+    with quiet_transformers():
+        model.save_pretrained(path, max_shard_size="500MB")
+
+
+def expect(shape: str, tokens: int, dtype: torch.dtype) -> dict[str, float]:
+    """What `darwinlm plan` says of these blocks."""
+    settings = CalibrationConfig(tokens=tokens), DatabaseConfig(structure=SHAPES[shape][1])
+    found = plan(first_blocks(shape), *settings, 5.0, measure_rates(dtype), dtype)
+    return {
+        "calibration": found.calibration_seconds,
+        "elimination": found.elimination_seconds,
+        "memory": found.memory_bytes / 1e9,
+        "disk": found.disk_bytes / 1e9,
+    }
 
 
 def measure(path: Path, shape: str, tokens: int, dtype: torch.dtype) -> dict[str, float]:
     """Seconds, peak memory above the interpreter with torch, and bytes of the database of the checkpoint's blocks."""
-    before = peak_memory()
-    checkpoint, config = Checkpoint(path), DatabaseConfig()
-    units = find_units(checkpoint.skeleton(), checkpoint.config, SHAPES[shape][1])
+    before = memory("VmRSS")
+    checkpoint, config = Checkpoint(path), DatabaseConfig(structure=SHAPES[shape][1])
+    units = find_units(checkpoint.skeleton(), checkpoint.config, config.structure)
     grid = level_grid(units, config.levels, config.granularity)
     token_ids = torch.randint(32000, (tokens // 512, 512), generator=torch.Generator().manual_seed(0))
     database = Database(path / "database", grid, {})
@@ -74,21 +97,25 @@ def measure(path: Path, shape: str, tokens: int, dtype: torch.dtype) -> dict[str
         start = time.monotonic()
         elimination += start - calibrated
         print(
-            f"  {statistics.unit.name}: {start - calibrated:.1f} s, peak {peak_memory() - before:.2f} GB",
+            f"  {statistics.unit.name}: {start - calibrated:.1f} s, peak {memory('VmHWM') - before:.2f} GB",
             file=sys.stderr,
         )
     stored = sum(file.stat().st_size for file in (path / "database").iterdir()) / 1e9
     return {
         "calibration": calibration,
         "elimination": elimination,
-        "memory": peak_memory() - before,
+        "memory": memory("VmHWM") - before,
         "disk": stored,
     }
 
 
-def peak_memory() -> float:
-    """GB, of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+def memory(figure: str) -> float:
+    """GB that this process holds now (`VmRSS`), or has held at most (`VmHWM`).
+
+    Not getrusage, whose peak a process inherits from the one that started it.
+    """
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(figure))
+    return int(line.split()[1]) * 1024 / 1e9
 
 
 def main() -> None:
@@ -110,7 +137,18 @@ def main() -> None:
             # A process of its own: making the checkpoint must not count.
             command = [sys.executable, __file__, shape, "--tokens", str(arguments.tokens), "--dtype", arguments.dtype]
             answer = subprocess.run([*command, "--child", directory], check=True, stdout=subprocess.PIPE, text=True)
-        print(shape, json.loads(answer.stdout))
+        measured, expected = json.loads(answer.stdout), expect(shape, arguments.tokens, getattr(torch, arguments.dtype))
+        print(f"{shape}, {BLOCKS} blocks, {arguments.tokens:,} tokens, {arguments.dtype} forward")
+        for name, unit in (("calibration", "s"), ("elimination", "s"), ("memory", "GB"), ("disk", "GB")):
+            ratio = expected[name] / measured[name]
+            print(f"  {name:12} {measured[name]:7.2f} {unit:2}  planned {expected[name]:7.2f} {unit:2}  {ratio:.2f}")
+        share = SHAPES[shape][0].num_hidden_layers / BLOCKS
+        calibration = measured["calibration"] * share * FULL_TOKENS / arguments.tokens
+        elimination = measured["elimination"] * share
+        print(
+            f"  the whole model, {FULL_TOKENS:,} tokens: calibration {calibration / 3600:.1f} h, elimination "
+            f"{elimination / 60:.0f} min, {measured['disk'] * share:.1f} GB"
+        )
 
 
 if __name__ == "__main__":

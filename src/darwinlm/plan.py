@@ -1,0 +1,254 @@
+"""What a run will take, from a model's config alone: parameters, seconds, memory and disk, before anything is computed.
+
+Work is counted in floating-point operations and bytes, and divided by rates that are measured on this machine.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+from accelerate import init_empty_weights
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from darwinlm import obs
+from darwinlm.calibrate import PANEL, SPILL_BYTES
+from darwinlm.checkpoint import PACKAGED, find_checkpoint
+from darwinlm.config import CalibrationConfig, DatabaseConfig
+from darwinlm.families import find_units, head_dim
+from darwinlm.genome import Grid, level_grid, prunable_parameters, uniform_genome
+from darwinlm.types import Unit, UsageError
+
+FLOAT = 4  # bytes of float32, in which statistics and elimination are
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine does in a second.
+
+    Attributes:
+        products: floating-point operations of large float32 matrix products.
+        forward: the same in the precision of the forward pass.
+        solves: floating-point operations of the level solves.
+        sweeps: matrix entries passed over between two products of an elimination of channels.
+        disk: bytes written.
+    """
+
+    products: float
+    forward: float
+    solves: float
+    sweeps: float
+    disk: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the dense model has, what is left of it, and what the database takes.
+
+    Attributes:
+        parameters: of the dense model, embeddings in.
+        target_parameters: of the uniform model at the target level, which is a run's budget.
+        calibration_seconds, elimination_seconds: of the whole model.
+        memory_bytes: the most that is held at a time, beside the interpreter with torch.
+        disk_bytes: the database.
+        spilled_bytes: activations in a temporary file.
+    """
+
+    parameters: int
+    target_parameters: int
+    calibration_seconds: float
+    elimination_seconds: float
+    memory_bytes: int
+    disk_bytes: int
+    spilled_bytes: int
+
+
+def plan(
+    config: PretrainedConfig,
+    calibration: CalibrationConfig,
+    database: DatabaseConfig,
+    target_level: float,
+    rates: Rates,
+    dtype: torch.dtype = torch.float32,
+) -> Plan:
+    """Work out what a run on a model of this config takes.
+
+    Args:
+        dtype: of the forward pass.
+
+    Raises:
+        UsageError: if the family is not supported or a setting cannot be used.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    units = find_units(model, config, database.structure)
+    grid = level_grid(units, database.levels, database.granularity)
+    genome = uniform_genome(grid, target_level, database.levels, Random(0))
+    size = sum(parameter.numel() for parameter in model.parameters())
+    stored = (config.dtype or torch.float32).itemsize
+    tokens, hidden = calibration.tokens, config.hidden_size
+    disk = [_level_bytes(grid, index, hidden, stored) for index in range(len(units))]
+    stream = tokens * hidden * dtype.itemsize
+    return Plan(
+        parameters=size,
+        target_parameters=size - prunable_parameters(grid, grid.dense()) + prunable_parameters(grid, genome),
+        calibration_seconds=sum(_measured(unit, config, calibration, rates) for unit in units),
+        elimination_seconds=sum(
+            _eliminated(grid, index, hidden, rates) + disk[index] / rates.disk for index in range(len(units))
+        ),
+        memory_bytes=stream * (stream <= SPILL_BYTES) + _working_bytes(units, config, calibration, dtype),
+        disk_bytes=sum(disk),
+        spilled_bytes=stream * (stream > SPILL_BYTES),
+    )
+
+
+def _columns(unit: Unit) -> int:
+    return unit.structures * unit.structure_width
+
+
+def _measured(unit: Unit, config: PretrainedConfig, calibration: CalibrationConfig, rates: Rates) -> float:
+    """Seconds of a unit's forward pass and its Hessian."""
+    operations = 2 * calibration.tokens * unit.parameters(0)
+    if unit.kind == "attention":  # scores and values
+        width = config.num_attention_heads * head_dim(config)
+        operations += 4 * calibration.tokens * calibration.sequence_length * width
+    d = _columns(unit)
+    return operations / rates.forward + calibration.tokens * d * (d + PANEL) / rates.products
+
+
+def _eliminated(grid: Grid, index: int, d_out: int, rates: Rates) -> float:
+    """Seconds of a unit's elimination and of its level solves."""
+    unit = grid.units[index]
+    swept = _columns(unit) ** 2 / rates.sweeps if unit.structure_width == 1 else 0.0
+    solved = _solve_operations(grid, index, d_out) / rates.solves
+    return _elimination_operations(unit, d_out) / rates.products + swept + solved
+
+
+def _elimination_operations(unit: Unit, d_out: int) -> int:
+    """The inverse, `W^T W`, and three symmetric updates a column."""
+    d = _columns(unit)
+    return 2 * d**3 + d_out * d**2
+
+
+def _solve_operations(grid: Grid, index: int, d_out: int) -> int:
+    """One Cholesky factor, and for every level that keeps `k` columns a product and a triangular solve."""
+    unit, d = grid.units[index], _columns(grid.units[index])
+    kept = [(unit.structures - removed) * unit.structure_width for removed in grid.removed[index][1:-1]]
+    return d**3 // 3 + sum(d_out * (2 * k * (d - k) + k * k) for k in kept)
+
+
+def _level_bytes(grid: Grid, index: int, d_out: int, stored: int) -> int:
+    unit = grid.units[index]
+    return sum(
+        (unit.structures - removed) * unit.structure_width * d_out * stored for removed in grid.removed[index][1:-1]
+    )
+
+
+def _working_bytes(
+    units: tuple[Unit, ...], config: PretrainedConfig, calibration: CalibrationConfig, dtype: torch.dtype
+) -> int:
+    """The most that a block holds: in its forward pass, or in the elimination of its larger unit."""
+    first = [unit for unit in units if unit.block == 0]
+    squares = [FLOAT * _columns(unit) ** 2 for unit in first]
+    weights = [FLOAT * _columns(unit) * config.hidden_size for unit in first]
+    block = dtype.itemsize * sum(unit.parameters(0) for unit in first)
+    in_flight = calibration.batch_size * calibration.sequence_length * FLOAT * 4 * max(map(_columns, first))
+    forward = block + sum(squares) + in_flight
+    # The Hessian as summed, damped and sorted, its inverse, the Gram matrix, and a Cholesky factor.
+    return max(forward, 6 * max(squares) + 2 * max(weights))
+
+
+def measure_rates(dtype: torch.dtype = torch.float32, size: int = 3072) -> Rates:
+    """A few seconds of the real work on a small matrix tell the rates."""
+    products = _product_rate(torch.float32, size)
+    forward = products if dtype == torch.float32 else _product_rate(dtype, size)
+    d_out = size // 3
+    unit = Unit("plan", 0, "mlp", "", (), 1, size, 0, 0)
+    grid = level_grid((unit,), 10, 1)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(d_out, size, generator=generator)
+    inputs = torch.randn(2 * size, size, generator=generator)
+    hessian = obs.dampen(inputs.T @ inputs / size)
+    start = time.perf_counter()
+    elimination = obs.eliminate(unit, weight, hessian)
+    swept = time.perf_counter() - start - _elimination_operations(unit, d_out) / products
+    solving = _seconds(lambda: obs.solve_levels(unit, weight, hessian, elimination, grid.removed[0]))
+    return Rates(
+        products=products,
+        forward=forward,
+        solves=_solve_operations(grid, 0, d_out) / solving,
+        sweeps=size**2 / max(swept, 1e-3),
+        disk=_disk_rate(),
+    )
+
+
+def _product_rate(dtype: torch.dtype, size: int) -> float:
+    matrix = torch.randn(size, size).to(dtype)
+    return 2 * size**3 / _seconds(lambda: matrix @ matrix)
+
+
+def _disk_rate(count: int = 1 << 28) -> float:
+    with tempfile.NamedTemporaryFile() as file:
+        content = os.urandom(1 << 20) * (count >> 20)
+        return count / _seconds(lambda: (file.write(content), file.flush()))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The shorter of two goes: the first one warms up."""
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def find_config(model: str) -> PretrainedConfig:
+    """The config that a user means by `MODEL_OR_CONFIG`: a model, a directory with a config, or the file itself.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    path = Path(model).expanduser()
+    if model in PACKAGED or path.suffix == ".gguf":
+        with tempfile.TemporaryDirectory() as directory:
+            return find_checkpoint(model, Path(directory)).config
+    try:
+        return AutoConfig.from_pretrained(path if path.exists() else model)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(
+            f"no config at {model}: expected a model, a directory with config.json, or such a file ({reason}); check it"
+        ) from None
+
+
+def table(name: str, found: Plan, database: DatabaseConfig, target_level: float) -> Table:
+    """A plan for people."""
+    result = Table("", name, title="what this run takes")
+    target = f"at level {target_level:g} of {database.levels}, {database.structure}"
+    rows = {
+        "parameters": f"{found.parameters / 1e9:.2f} B",
+        target: f"{found.target_parameters / 1e9:.2f} B",
+        "calibration": _duration(found.calibration_seconds),
+        "elimination": _duration(found.elimination_seconds),
+        "peak memory": f"{found.memory_bytes / 1e9:.1f} GB beside the interpreter",
+        "database on disk": f"{found.disk_bytes / 1e9:.1f} GB",
+        "activations on disk": f"{found.spilled_bytes / 1e9:.1f} GB",
+    }
+    for row, value in rows.items():
+        result.add_row(row, value)
+    return result
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

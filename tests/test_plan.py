@@ -1,0 +1,116 @@
+"""Plans: counts of published models by hand, of tiny models against what is really built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import pruned
+import pytest
+import tiny
+import torch
+from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
+
+from darwinlm.config import CalibrationConfig, DatabaseConfig
+from darwinlm.genome import uniform_genome
+from darwinlm.plan import Plan, Rates, find_config, measure_rates, plan
+from darwinlm.surgery import Stitcher
+from darwinlm.types import UsageError
+
+RATES = Rates(products=1e9, forward=1e9, solves=1e9, sweeps=1e9, disk=1e9)
+
+
+def planned(config: PreTrainedConfig, level: float = 5.0, **settings: object) -> Plan:
+    return plan(config, CalibrationConfig(), DatabaseConfig(**settings), level, RATES)  # pyright: ignore[reportArgumentType]
+
+
+def llama_2_7b() -> PreTrainedConfig:
+    return LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_hidden_layers=32, vocab_size=32000
+    )
+
+
+def llama_3_1_8b() -> PreTrainedConfig:
+    return LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8,
+        num_hidden_layers=32, vocab_size=128256,
+    )  # fmt: skip
+
+
+def qwen_2_5_14b() -> PreTrainedConfig:
+    return Qwen2Config(
+        hidden_size=5120, intermediate_size=13824, num_attention_heads=40, num_key_value_heads=8,
+        num_hidden_layers=48, vocab_size=152064, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "dense", "half"),
+    [(llama_2_7b, 6.74, 3.50), (llama_3_1_8b, 8.03, 4.67), (qwen_2_5_14b, 14.77, 8.42)],
+)
+def test_published_sizes(config: Callable[[], PreTrainedConfig], dense: float, half: float) -> None:
+    """Level 5 of 10 of the paper's models, query heads pruned, K and V kept: billions of parameters."""
+    found = planned(config(), structure="head")
+    assert round(found.parameters / 1e9, 2) == dense
+    assert round(found.target_parameters / 1e9, 2) == half
+
+
+def test_llama_2_7b_by_hand() -> None:
+    """32 blocks of four 4096 x 4096 and three 4096 x 11008 matrices, half of each; embeddings and norms stay."""
+    found = planned(llama_2_7b(), structure="head")
+    fixed = 2 * 32000 * 4096 + 4096 + 32 * 2 * 4096
+    assert found.parameters == fixed + 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    assert found.target_parameters == fixed + 32 * (2 * 4096 * 4096 + 3 * 4096 * 5504)
+
+
+@pytest.mark.parametrize("model", ["llama-gqa", "phi3", "olmo2", "starcoder2"])
+def test_a_plan_says_what_is_built(model: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Parameters are those of the stitched model, bytes those of the database but for the files' heads and orders."""
+    case = pruned.prune(checkpoints[model], tmp_path)
+    settings = pruned.CONFIG
+    found = plan(case.dense.config, CalibrationConfig(), settings, 2.0, RATES)
+    genome = uniform_genome(case.database.grid, 2.0, settings.levels, Random(0))
+    stitched = Stitcher(case.dense, case.checkpoint.family, case.database).stitch(genome)
+    assert found.parameters == sum(parameter.numel() for parameter in case.dense.parameters())
+    assert found.target_parameters == sum(parameter.numel() for parameter in stitched.parameters())
+    grid = case.database.grid
+    weights = [
+        case.database.level(index, level).weight
+        for index in range(len(grid.units))
+        for level in range(1, grid.highest(index))
+    ]
+    assert found.disk_bytes == sum(weight.nbytes for weight in weights)
+
+
+def test_twice_the_tokens_take_twice_the_time_to_measure_and_none_to_eliminate() -> None:
+    config, database = llama_2_7b(), DatabaseConfig()
+    short, long = (plan(config, CalibrationConfig(tokens=n), database, 5.0, RATES) for n in (65536, 131072))
+    assert long.calibration_seconds == pytest.approx(2 * short.calibration_seconds)
+    assert long.elimination_seconds == short.elimination_seconds
+    assert long.memory_bytes - short.memory_bytes == 65536 * 4096 * 4
+
+
+def test_activations_that_do_not_fit_are_planned_on_disk() -> None:
+    few, many = (
+        plan(llama_2_7b(), CalibrationConfig(tokens=tokens), DatabaseConfig(), 5.0, RATES)
+        for tokens in (131_072, 524_288)
+    )
+    assert few.spilled_bytes == 0
+    assert many.spilled_bytes == 524_288 * 4096 * 4
+    assert many.memory_bytes < few.memory_bytes
+
+
+def test_rates_are_positive_and_finite() -> None:
+    rates = measure_rates(torch.bfloat16, size=128)
+    assert all(0 < rate < 1e15 for rate in vars(rates).values())
+
+
+def test_a_config_is_found_by_directory_and_by_file(checkpoints: dict[str, Path]) -> None:
+    for path in (checkpoints["phi3"], checkpoints["phi3"] / "config.json"):
+        assert find_config(str(path)).to_dict()["intermediate_size"] == tiny.CONFIGS["phi3"].intermediate_size
+
+
+def test_no_config_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no config at .*; check it"):
+        find_config(str(tmp_path))
