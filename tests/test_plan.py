@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -12,6 +13,7 @@ import tiny
 import torch
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
+from darwinlm.cli import main
 from darwinlm.config import CalibrationConfig, DatabaseConfig
 from darwinlm.genome import uniform_genome
 from darwinlm.plan import Plan, Rates, find_config, measure_rates, plan
@@ -114,3 +116,39 @@ def test_a_config_is_found_by_directory_and_by_file(checkpoints: dict[str, Path]
 def test_no_config_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no config at .*; check it"):
         find_config(str(tmp_path))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates that take no seconds to measure."""
+    monkeypatch.setattr("darwinlm.plan.measure_rates", lambda: RATES)
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_command_prints_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    qwen_2_5_14b().save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path / "config.json"), "--database.structure", "head"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^parameters +14\.77 B$", printed, re.MULTILINE)
+    assert re.search(r"^at level 5 of 10, head +8\.42 B$", printed, re.MULTILINE)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--target-level", "10"], "--target-level: expected a level between 0 and 10"),
+        (["--database.structure", "column"], "structure"),
+        (["--database.granularity", "48"], "granularity must divide the 11008 channels"),
+    ],
+)
+def test_a_plan_of_settings_that_cannot_be_used_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], told: str
+) -> None:
+    llama_2_7b().save_pretrained(tmp_path)
+    try:
+        code = main(["plan", str(tmp_path), *flags])
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
+    assert told in capsys.readouterr().err

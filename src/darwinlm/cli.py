@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
 
-from darwinlm.config import DEMO, RunConfig
+from darwinlm.config import DEMO, CalibrationConfig, DatabaseConfig, RunConfig
 from darwinlm.types import DarwinError, UsageError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -24,6 +24,7 @@ STAGES = {
     "search": "the database, then the search for the best genome",
     "demo": "the same as compress, on a real model and corpus that come as packages",
 }
+PLAN = "what a run on a model takes, from its config alone: parameters, time, memory and disk"
 UNTIL: dict[str, Literal["database", "search"]] = {"database": "database", "search": "search"}
 
 
@@ -88,12 +89,23 @@ def _parser() -> ArgumentParser:
         if name == "demo":
             stage.set_defaults({key: value for key, value in dataclasses.asdict(DEMO).items() if key not in given})
         commands.add_subcommand(name, stage, help=help_text)
+    plan = Parser(description=PLAN)
+    plan.add_argument("model", type=str, help="a hub id, a directory or a file with a config, or smollm2-135m")
+    plan.add_argument("--config", action="config", help="a YAML file of settings; flags win over it")
+    plan.add_argument("--target-level", type=float, default=5.0, help="uniform level that the result is as small as")
+    plan.add_class_arguments(CalibrationConfig, "calibration")
+    plan.add_class_arguments(DatabaseConfig, "database")
+    commands.add_subcommand("plan", plan, help=PLAN)
     return parser
 
 
 def _run(command: str, fields: Namespace) -> None:
-    from darwinlm import pipeline  # torch and transformers, which no one should wait for to read --help
+    # torch and transformers, which no one should wait for to read --help
+    from darwinlm import pipeline, plan
 
+    if command == "plan":
+        plan.show(fields.model, fields.calibration, fields.database, fields.target_level)
+        return
     names = {field.name for field in dataclasses.fields(RunConfig)}
     given = {name: value for name, value in vars(fields).items() if name in names}
     config = dataclasses.replace(DEMO, **given) if command == "demo" else RunConfig(**given)

@@ -15,14 +15,13 @@ from random import Random
 
 import torch
 from accelerate import init_empty_weights
-from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from darwinlm import obs
 from darwinlm.calibrate import PANEL, SPILL_BYTES
 from darwinlm.checkpoint import PACKAGED, find_checkpoint
 from darwinlm.config import CalibrationConfig, DatabaseConfig
-from darwinlm.families import find_units, head_dim
+from darwinlm.families import find_family, find_units, head_dim
 from darwinlm.genome import Grid, level_grid, prunable_parameters, uniform_genome
 from darwinlm.types import Unit, UsageError
 
@@ -230,22 +229,33 @@ def find_config(model: str) -> PretrainedConfig:
         ) from None
 
 
-def table(name: str, found: Plan, database: DatabaseConfig, target_level: float) -> Table:
-    """A plan for people."""
-    result = Table("", name, title="what this run takes")
+def show(model: str, calibration: CalibrationConfig, database: DatabaseConfig, target_level: float) -> None:
+    """Print the plan of a run on this machine, the forward pass in float32.
+
+    Raises:
+        UsageError: as `find_config` and `plan`.
+    """
+    config = find_config(model)
+    if not 0 < target_level < database.levels:
+        raise UsageError(
+            f"--target-level: expected a level between 0 and {database.levels} (--database.levels), both excluded, "
+            f"found {target_level:g}; give another value"
+        )
+    find_family(config)  # before seconds are spent on rates
+    found = plan(config, calibration, database, target_level, measure_rates())
     target = f"at level {target_level:g} of {database.levels}, {database.structure}"
     rows = {
         "parameters": f"{found.parameters / 1e9:.2f} B",
         target: f"{found.target_parameters / 1e9:.2f} B",
-        "calibration": _duration(found.calibration_seconds),
+        f"calibration, {calibration.tokens:,} tokens": _duration(found.calibration_seconds),
         "elimination": _duration(found.elimination_seconds),
         "peak memory": f"{found.memory_bytes / 1e9:.1f} GB beside the interpreter",
         "database on disk": f"{found.disk_bytes / 1e9:.1f} GB",
         "activations on disk": f"{found.spilled_bytes / 1e9:.1f} GB",
     }
-    for row, value in rows.items():
-        result.add_row(row, value)
-    return result
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:{width}}  {value}")
 
 
 def _duration(seconds: float) -> str:
