@@ -1,0 +1,56 @@
+"""Counting equals what can be counted another way; measuring measures every model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from darwinlm.evaluate import parameter_bytes
+from darwinlm.speed import SpeedConfig, count, measure
+from darwinlm.types import UsageError
+
+SHORT = SpeedConfig(batch=2, prompt_tokens=12, new_tokens=4, repeats=2)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen2"])
+def test_operations_are_those_that_torch_counts(family: str) -> None:
+    model: Any = tiny.build(family)
+    model.set_attn_implementation("eager")
+    token_ids = torch.ones(SHORT.batch, SHORT.prompt_tokens, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(token_ids, logits_to_keep=1)
+    heads, blocks = model.config.num_attention_heads, model.config.num_hidden_layers
+    masked = SHORT.batch * blocks * 2 * heads * model.model.layers[0].self_attn.head_dim * SHORT.prompt_tokens**2
+    rotary = SHORT.batch * model.model.layers[0].self_attn.head_dim * SHORT.prompt_tokens
+    assert counter.get_total_flops() == pytest.approx(count(model, SHORT).prefill_flops + masked, abs=rotary)
+
+
+def test_bytes_are_the_weights_and_the_cache() -> None:
+    model = tiny.build("llama-gqa")
+    unread = sum(p.numel() for n, p in model.named_parameters() if "norm" in n or n.endswith("bias")) * 4
+    cache = 2 * 3 * 4 * 8 * (12 + 4 / 2) * 4  # keys and values, blocks, KV heads, their width, positions, bytes
+    assert count(model, SHORT).decode_bytes == parameter_bytes(model) - unread + SHORT.batch * cache
+
+
+def test_every_model_is_measured() -> None:
+    models: dict[str, PreTrainedModel] = {family: tiny.build(family) for family in ("llama-mha", "llama-gqa")}
+    found = measure(models, SHORT)
+    assert list(found) == list(models)
+    for name, measured in found.items():
+        config = models[name].config
+        width = config.num_key_value_heads * config.head_dim
+        assert measured.cache_bytes == 2 * 3 * width * (12 + 4) * 4 * SHORT.batch
+        assert math.isclose(measured.prefill_tokens_per_s * measured.first_token_s, 24)
+        assert measured.decode_tokens_per_s > 0
+        assert measured.peak_bytes is None or measured.peak_bytes >= parameter_bytes(models[name])
+
+
+def test_numbers_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(UsageError, match="--new-tokens: expected at least 1, found 0"):
+        SpeedConfig(new_tokens=0)
