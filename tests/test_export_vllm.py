@@ -50,7 +50,7 @@ def test_check_names_what_is_refused_and_the_cure(tmp_path: Path) -> None:
     before = exported(model, tmp_path / "before")
     after = exported(zero_stubs(model), tmp_path / "after", Expected(TOKEN_IDS, model(TOKEN_IDS).logits.detach()))
     assert check_vllm(before) == [
-        "block 1 has no attention: export with --compat vllm, which writes one of zeros",
+        "no attention in block 1: export with --compat vllm, which writes zeros there",
     ]
     assert check_vllm(after) == []
     path = after / "config.json"

@@ -7,11 +7,12 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
 
-from darwinlm.config import DEMO, CalibrationConfig, DatabaseConfig, RunConfig
+from darwinlm.config import DEMO, CalibrationConfig, DatabaseConfig, ExportConfig, RunConfig
 from darwinlm.types import DarwinError, UsageError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -25,6 +26,7 @@ STAGES = {
     "demo": "the same as compress, on a real model and corpus that come as packages",
 }
 PLAN = "what a run on a model takes, from its config alone: parameters, time, memory and disk"
+EXPORT = "a run's model, or a model directory, in another form"
 UNTIL: dict[str, Literal["database", "search"]] = {"database": "database", "search": "search"}
 
 
@@ -96,15 +98,29 @@ def _parser() -> ArgumentParser:
     plan.add_class_arguments(CalibrationConfig, "calibration")
     plan.add_class_arguments(DatabaseConfig, "database")
     commands.add_subcommand("plan", plan, help=PLAN)
+    export = Parser(description=EXPORT)
+    export.add_argument("source", type=str, help="a run directory, an export or a dense model directory")
+    export.add_argument("--out", type=str, required=True, help="a new directory, or for gguf a file named *.gguf")
+    export.add_class_arguments(ExportConfig, skip={"verify"})
+    export.add_argument(
+        "--verify", action=ActionYesNo(no_prefix="no-"), default=True, help="load an hf export in a fresh process"
+    )
+    commands.add_subcommand("export", export, help=EXPORT)
     return parser
 
 
 def _run(command: str, fields: Namespace) -> None:
     # torch and transformers, which no one should wait for to read --help
     from darwinlm import pipeline, plan
+    from darwinlm.export.convert import convert
+    from darwinlm.run import find_export
 
     if command == "plan":
         plan.show(fields.model, fields.calibration, fields.database, fields.target_level)
+        return
+    if command == "export":
+        options = {field.name: fields[field.name] for field in dataclasses.fields(ExportConfig)}
+        print(convert(find_export(Path(fields.source)), Path(fields.out), ExportConfig(**options)))
         return
     names = {field.name for field in dataclasses.fields(RunConfig)}
     given = {name: value for name, value in vars(fields).items() if name in names}

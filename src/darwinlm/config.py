@@ -126,6 +126,24 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """Export: the form that a model is written in."""
+
+    format: Literal["hf", "gguf"] = "hf"
+    """A directory for transformers and vLLM, or a file for llama.cpp, Ollama and LM Studio."""
+    type: Literal["f32", "f16", "bf16", "q8_0"] = "f16"
+    """Precision of a GGUF file. A directory keeps that of the model."""
+    compat: Literal["none", "vllm"] = "none"
+    """Write small modules of zeros where a block has none, which vLLM wants."""
+    verify: bool = True
+    """Load an hf export in a fresh process without darwinlm and compare its logits."""
+
+    def __post_init__(self) -> None:
+        fits = self.compat == "none" or self.format == "hf"
+        _expect(fits, "compat", "none for a GGUF file", self.compat)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that decides a run's result, and where it goes."""
 

@@ -12,6 +12,7 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.cache_utils import StaticLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 if int(transformers.__version__.split(".")[0]) < 5:  # it would not heed `rope_parameters`, and be silently wrong
@@ -54,6 +55,7 @@ class PrunedLlamaDecoderLayer(LlamaDecoderLayer):
     def __init__(self, config: PrunedLlamaConfig, layer_idx: int):
         layer = config.layer(layer_idx)
         super().__init__(layer, layer_idx)
+        self.layer_idx = layer_idx
         self.self_attn.config = self.mlp.config = config  # `set_attn_implementation` notes its choice in the whole's
         skipped = getattr(layer, "skip", ())
         if "attention" in skipped:
@@ -65,9 +67,17 @@ class PrunedLlamaDecoderLayer(LlamaDecoderLayer):
         if self.self_attn is not None:
             attended, *_ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
             hidden_states = hidden_states + attended
+        else:
+            self._note_batch_size(kwargs.get("past_key_values"), hidden_states.shape[0])
         if self.mlp is not None:
             hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states
+
+    def _note_batch_size(self, cache: Any, batch_size: int) -> None:
+        """A second use of a static cache asks every layer for it, in older transformers those that stay empty too."""
+        for layer in getattr(cache, "layers", [])[self.layer_idx : self.layer_idx + 1]:
+            if isinstance(layer, StaticLayer) and not layer.is_initialized:
+                layer.max_batch_size = batch_size
 
 
 class PrunedLlamaModel(LlamaModel):

@@ -27,7 +27,8 @@ from darwinlm.database import Database, add_unit
 from darwinlm.device import resolve_device, resolve_dtype
 from darwinlm.evaluate import Row, evaluate, parameter_bytes, parameter_count
 from darwinlm.export.card import model_card
-from darwinlm.export.hf import export_hf, verify_export
+from darwinlm.export.hf import Expected, export_hf, verify_export
+from darwinlm.export.vllm import check_vllm
 from darwinlm.families import block_sizes, find_units
 from darwinlm.fitness import Fitness
 from darwinlm.genome import Grid, level_grid
@@ -214,18 +215,22 @@ def _stitch(work: _Work, database: Database, start: Genome, result: SearchResult
 def _export(work: _Work, result: SearchResult, models: dict[str, PreTrainedModel]) -> None:
     """Write the searched model as a directory that transformers loads, and prove it in a fresh process."""
     model, exported = models["searched"], work.run.exported
+    expected = _expected(work, model) if work.config.verify else None
     if not exported.exists():
         sizes = block_sizes(work.grid, result.best, work.checkpoint.config)
         counts = parameter_count(models["dense"]), parameter_count(model)
         card = model_card(work.config.model, _settings(work, result), *counts)
-        export_hf(model, sizes, work.checkpoint.tokenizer, exported, card)
-    if not work.config.verify:
-        return
+        export_hf(model, sizes, work.checkpoint.tokenizer, exported, card, expected)
+        for refusal in check_vllm(exported):
+            say(f"vLLM would refuse this export: {refusal}")
+    elif expected is not None:
+        verify_export(exported, expected.token_ids, expected.logits)
+
+
+@torch.inference_mode()
+def _expected(work: _Work, model: PreTrainedModel) -> Expected:
     token_ids = work.tokens["evaluation"][:VERIFIED_SEQUENCES, :VERIFIED_TOKENS]
-    with torch.inference_mode():
-        logits = model(token_ids.to(work.device)).logits
-    difference = verify_export(exported, token_ids, logits)
-    say(f"export: loads without darwinlm, largest difference of a logit {difference:.1e}")
+    return Expected(token_ids, model(token_ids.to(work.device)).logits)
 
 
 def _evaluate(work: _Work, models: dict[str, PreTrainedModel]) -> list[Row]:

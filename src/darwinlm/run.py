@@ -123,6 +123,19 @@ class Run:
         return read_json(self.search / "result.json", "levels")
 
 
+def find_export(path: Path) -> Path:
+    """The model directory that a user means: that of a run, or the directory itself.
+
+    Raises:
+        UsageError: if there is no model there, or the run has none yet.
+    """
+    found = Run(path).exported if (path / SETTINGS).is_file() else path
+    if not (found / "config.json").is_file():
+        missing = "its run has not come to its export yet, run darwinlm compress again" if found != path else "name one"
+        raise UsageError(f"no model in {path}: expected config.json in {found}, found none; {missing}")
+    return found
+
+
 def read_genome(path: Path, grid: Grid, made_from: Mapping[str, Any]) -> Genome:
     """A genome for this model and grid: a run's `search/result.json`, or a JSON list of levels.
 

@@ -69,15 +69,19 @@ def check_vllm(directory: Path) -> list[str]:
     register()
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     family = family_of(config)
+    sizes = block_sizes_of(config)
     refusals: list[str] = []
-    for index, block in enumerate(block_sizes_of(config)):
-        if not block.query_heads:
-            refusals.append(f"block {index} has no attention: export with --compat vllm, which writes one of zeros")
-        elif block.query_heads % block.key_value_heads:
-            refusals.append(
-                f"block {index} has {block.query_heads} query heads for {block.key_value_heads} KV heads: prune with "
-                "--database.structure kv_group or balanced"
-            )
+    bare = [str(index) for index, block in enumerate(sizes) if not block.query_heads]
+    if bare:
+        refusals.append(f"no attention in block {', '.join(bare)}: export with --compat vllm, which writes zeros there")
+    uneven = [
+        str(i) for i, block in enumerate(sizes) if block.query_heads and block.query_heads % block.key_value_heads
+    ]
+    if uneven:
+        refusals.append(
+            f"query heads are not the same number for every KV head in block {', '.join(uneven)}: prune with "
+            "--database.structure kv_group or balanced"
+        )
     if config.model_type.startswith(PRUNED):
         if read_json(directory / "config.json").get("auto_map") != auto_map(family):
             refusals.append("config.json has no complete auto_map, AutoModel above all: export the model again")

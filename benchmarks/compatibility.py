@@ -1,0 +1,295 @@
+"""Which versions of transformers load an export, and what works there. Prints the table of the README.
+
+    python benchmarks/compatibility.py --versions 5.0.0 5.12.1 5.23.0
+
+Every version gets a virtual environment of its own, which borrows torch from this one. There darwinlm cannot be
+imported. What an export gives is compared with the dense model whose pruned weights are zero. Results go to
+RESULTS-compatibility.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import venv
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VERSIONS = ("5.0.0", "5.12.1", "5.23.0")
+RESULTS = Path(__file__).with_name("RESULTS-compatibility.md")
+NEW_TOKENS = 32
+TOLERANCE = 1e-3  # of the largest logit
+PROMPT = "The history of the Roman Empire begins with"
+OTHER_PROMPT = "Water boils at a temperature of"
+QUESTIONS = [
+    ("The capital of France is", ["Paris", "a fish"]),
+    ("Two and two make", ["four", "blue"]),
+    ("Snow is", ["white", "loud"]),
+    ("The opposite of hot is", ["cold", "seven"]),
+]
+
+
+def observe(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """Logits and tokens of a model: what an export and the zero-masked dense model must agree in."""
+    ids = batch["ids"]
+
+    def greedy(token_ids: Any = ids, **options: Any) -> Any:
+        options = {"attention_mask": torch.ones_like(token_ids)} | options
+        return model.generate(
+            token_ids, do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, **options
+        )
+
+    def logits(kind: str) -> Any:
+        model.set_attn_implementation(kind)
+        return model(ids).logits
+
+    padded = {"token_ids": batch["padded"], "attention_mask": batch["mask"]}
+    return {
+        "logits, sdpa": lambda: logits("sdpa"),
+        "logits, eager": lambda: logits("eager"),
+        "greedy with cache": lambda: greedy(),
+        "greedy without cache": lambda: greedy(use_cache=False),
+        "left-padded batch": lambda: greedy(**padded),
+        "static cache": lambda: greedy(cache_implementation="static"),
+        "left-padded batch, static cache": lambda: greedy(**padded, cache_implementation="static"),
+        "beam search": lambda: greedy(num_beams=3),
+    }
+
+
+def compare(found: Any, expected: Any) -> str:
+    """What a cell of the table says: how far logits are off, or how many new tokens agree."""
+    if found.is_floating_point():
+        difference = ((found - expected).abs().max() / expected.abs().max()).item()
+        if not difference <= TOLERANCE:
+            raise ValueError(f"{difference:.1e} of the largest logit")
+        return f"{difference:.0e}"
+    agreed = int((found == expected)[:, -NEW_TOKENS:].sum())
+    if found.shape != expected.shape or agreed != expected[:, -NEW_TOKENS:].numel():
+        raise ValueError(f"{agreed} of {expected[:, -NEW_TOKENS:].numel()} tokens")
+    return f"{agreed} of {agreed} tokens"
+
+
+# Runs in the virtual environment of a version.
+
+
+def check(directory: Path, inputs: Path, out: Path) -> None:
+    """Write a cell for every check as JSON."""
+    sys.meta_path.insert(0, Blocked())
+    from transformers import AutoModelForCausalLM
+
+    def load(path: Path) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=torch.float32)
+        return model.eval()
+
+    batch = torch.load(inputs)
+    cells: dict[str, str] = {}
+    model: Any = load(directory)
+
+    def saved_again() -> str:
+        with tempfile.TemporaryDirectory() as saved:
+            model.save_pretrained(saved)
+            return compare(load(Path(saved))(batch["ids"]).logits, batch["expected"]["logits, sdpa"])
+
+    with torch.no_grad():
+        for name, run in observe(model, batch).items():
+            cells[name] = _cell(lambda run=run, name=name: compare(run(), batch["expected"][name]))
+        cells["save and load again"] = _cell(saved_again)
+    cells["gradient checkpointing"] = _cell(lambda: _gradients(load(directory), batch["ids"]))
+    cells["LoRA on all-linear (PEFT)"] = _cell(lambda: _lora(load(directory), batch["ids"]))
+    cells["lm-eval by path"] = _cell(lambda: _lm_eval(directory, batch["lm_eval"]))
+    out.write_text(json.dumps(cells))
+
+
+class Blocked:
+    """An export must load without darwinlm."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.partition(".")[0] == "darwinlm":
+            raise ImportError("darwinlm is blocked")
+
+
+def _cell(run: Callable[[], str]) -> str:
+    try:
+        return run()
+    except Exception as error:
+        return f"FAILS: {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
+
+
+def _gradients(model: Any, ids: Any) -> str:
+    found = []
+    for checkpointing in (False, True):
+        model.train()
+        if checkpointing:
+            older_name = "gradient_checkpointing_enable"  # deprecated in transformers 5.23
+            getattr(model, "activation_checkpointing_enable", getattr(model, older_name))()
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        found.append(model.get_input_embeddings().weight.grad.clone())
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+    return "same gradients"
+
+
+def _lora(model: Any, ids: Any) -> str:
+    from peft import LoraConfig, get_peft_model
+
+    adapted: Any = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4))
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    for _ in range(5):
+        loss = adapted(ids, labels=ids).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if not losses[-1] < losses[0]:
+        raise ValueError(f"loss {losses[0]:.2f} to {losses[-1]:.2f}")
+    adapted.eval()
+    logits = adapted(ids).logits
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, logits, atol=1e-2, rtol=1e-3)
+    return "trains, merges"
+
+
+def _lm_eval(directory: Path, expected: list[float]) -> str:
+    found = lm_eval_scores(f"pretrained={directory},trust_remote_code=True,dtype=float32")
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-2, rtol=1e-3)
+    return "same scores"
+
+
+def lm_eval_scores(model: Any) -> list[float]:
+    """Log-likelihood of every answer in a small local task, by lm-evaluation-harness.
+
+    Args:
+        model: its `model_args`, or a model of its class.
+    """
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [{"question": question, "choices": choices, "answer": 0} for question, choices in QUESTIONS]
+        data = Path(folder, "data.jsonl")
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        task = {
+            "task": "darwinlm_tiny",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": folder},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{question}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "{{answer}}",
+            "metric_list": [{"metric": "acc"}],
+        }
+        given = {"model": "hf", "model_args": model} if isinstance(model, str) else {"model": model}
+        found: Any = lm_eval.simple_evaluate(
+            **given, tasks=[task], batch_size=1, device="cpu", task_manager=TaskManager(), bootstrap_iters=0
+        )
+    samples = sorted(found["samples"]["darwinlm_tiny"], key=lambda sample: sample["doc_id"])
+    return [float(answer[0]) for sample in samples for answer in sample["filtered_resps"]]
+
+
+# Runs here.
+
+
+def prepare(root: Path) -> tuple[Path, Path]:
+    """An uneven SmolLM2 with an attention and an MLP gone, and what the zero-masked dense model gives."""
+    from smollm2 import Kept, dense_smollm2, export, masked
+
+    checkpoint, dense = dense_smollm2(root)
+    draw = random.Random(0)
+    kept = [
+        Kept(
+            () if index == 9 else tuple(sorted(draw.sample(range(3), draw.randint(1, 3)))),
+            () if index == 17 else tuple(sorted(draw.sample(range(1536), 32 * draw.randint(16, 48)))),
+        )
+        for index in range(dense.config.num_hidden_layers)
+    ]
+    tokenizer: Any = checkpoint.tokenizer
+    tokenizer.padding_side = "left"
+    padded = tokenizer([PROMPT, OTHER_PROMPT], return_tensors="pt", padding=True)
+    batch: dict[str, Any] = {
+        "ids": tokenizer(PROMPT, return_tensors="pt")["input_ids"],
+        "padded": padded["input_ids"],
+        "mask": padded["attention_mask"],
+    }
+    oracle = masked(dense, kept)
+    with torch.no_grad():
+        batch["expected"] = {name: run() for name, run in observe(oracle, batch).items()}
+    directory = export(checkpoint, dense, kept, root / "export", None)
+    from lm_eval.models.huggingface import HFLM
+
+    batch["lm_eval"] = lm_eval_scores(HFLM(pretrained=oracle, tokenizer=tokenizer))
+    torch.save(batch, root / "inputs.pt")
+    return directory, root / "inputs.pt"
+
+
+def make_environment(root: Path, version: str) -> Path:
+    """Python of a virtual environment with this version of transformers."""
+    path = root / version
+    venv.create(path, with_pip=True)
+    python = path / "bin" / "python"
+    site = path / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
+    (site / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    wanted = [f"transformers=={version}", "peft", "lm-eval"]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
+    return python
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--versions", nargs="+", default=VERSIONS)
+    parser.add_argument("--check", nargs=3, type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.check:
+        check(*arguments.check)
+        return
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    columns: dict[str, dict[str, str]] = {}
+    with tempfile.TemporaryDirectory(prefix="darwinlm-compatibility-") as scratch:
+        root = Path(scratch)
+        directory, inputs = prepare(root)
+        for version in arguments.versions:
+            python = make_environment(root, version)
+            out = root / f"{version}.json"
+            command = [python, "-P", __file__, "--check", directory, inputs, out]
+            environment = os.environ | {"HF_MODULES_CACHE": str(root / f"modules-{version}")}
+            result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            if result.returncode:
+                print(result.stderr[-3000:], file=sys.stderr)
+                columns[version] = {"logits, sdpa": f"FAILS: {result.stderr.strip().splitlines()[-1][:100]}"}
+            else:
+                columns[version] = json.loads(out.read_text())
+            print(f"{version}: {columns[version]}", flush=True)
+    write(columns)
+
+
+def write(columns: dict[str, dict[str, str]]) -> None:
+    names = list(dict.fromkeys(name for cells in columns.values() for name in cells))
+    lines = [
+        "# Which versions of transformers load an export",
+        "",
+        f"SmolLM2-135M, uneven, one attention and one MLP gone, against the zero-masked dense model. {date.today()}, "
+        f"{platform.machine()}, torch {torch.__version__}: `python benchmarks/compatibility.py --versions "
+        f"{' '.join(columns)}`",
+        "",
+        "| transformers | " + " | ".join(columns) + " |",
+        "|---|" + "---|" * len(columns),
+        *(f"| {name} | " + " | ".join(cells.get(name, "") for cells in columns.values()) + " |" for name in names),
+    ]
+    RESULTS.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

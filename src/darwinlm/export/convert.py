@@ -1,0 +1,52 @@
+"""An export in another form: `darwinlm export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from darwinlm.config import ExportConfig
+from darwinlm.export.gguf import export_gguf
+from darwinlm.export.hf import Expected, export_hf
+from darwinlm.export.vllm import check_vllm, tensor_parallel_sizes, zero_stubs
+from darwinlm.modeling import block_sizes_of, load
+from darwinlm.progress import quiet_transformers, say
+
+VERIFIED_SHAPE = (2, 64)  # sequences and tokens that an export is verified on
+
+
+def convert(directory: Path, out: Path, config: ExportConfig) -> Path:
+    """Write the model in `directory`, pruned or dense, to `out` in the form that `config` describes.
+
+    Returns:
+        The directory or GGUF file.
+
+    Raises:
+        UsageError: if `out` exists already, or the model has no such form.
+        DarwinError: if weights are missing or damaged, or the export does not give the same logits in a fresh process.
+    """
+    if config.format == "gguf":
+        return export_gguf(directory, out, config.type)
+    model = load(directory).eval()
+    expected = _expected(model) if config.verify else None
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    card = directory / "README.md"
+    written = zero_stubs(model) if config.compat == "vllm" else model
+    sizes = block_sizes_of(written.config)
+    text = card.read_text(encoding="utf-8") if card.exists() else f"# {directory.absolute().name}\n"
+    export_hf(written, sizes, tokenizer, out, text, expected)
+    for refusal in check_vllm(out):
+        say(f"vLLM would refuse this export: {refusal}")
+    parallel = ", ".join(map(str, tensor_parallel_sizes(sizes)))
+    say(f"tensor parallelism: the sizes of every block can be split among {parallel} devices")
+    return out
+
+
+@torch.inference_mode()
+def _expected(model: PreTrainedModel) -> Expected:
+    generator = torch.Generator().manual_seed(0)
+    token_ids = torch.randint(model.config.vocab_size, VERIFIED_SHAPE, generator=generator)
+    return Expected(token_ids, model(token_ids).logits)

@@ -1,0 +1,78 @@
+"""`darwinlm export` writes a run's model, or any export, in another form."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from test_export_gguf import byte_pair_tokenizer
+from test_export_hf import CARD, Case, dense_model, stitched_model
+
+from darwinlm.export.hf import export_hf
+from darwinlm.export.vllm import check_vllm
+from darwinlm.modeling import load
+
+
+def export(*arguments: Path | str) -> int:
+    return runs.call("export", *map(str, arguments))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export with a block without attention and one without an MLP."""
+    case = Case("llama", {"vocab_size": 320})
+    stitched, sizes = stitched_model(dense_model(case), case)
+    return export_hf(stitched, sizes, byte_pair_tokenizer("qwen2"), tmp_path_factory.mktemp("source") / "model", CARD)
+
+
+def test_a_directory_for_vllm(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "for-vllm"
+    assert export(source, "--compat", "vllm", "--out", out) == 0
+    said = capsys.readouterr()
+    assert said.out.strip() == str(out)
+    assert "loads without darwinlm" in said.err
+    assert "split among 1 devices" in said.err
+    assert "vLLM would refuse" not in said.err
+    assert check_vllm(out) == []
+    assert (out / "README.md").read_text() == CARD
+    token_ids = torch.arange(20, 32)[None]
+    torch.testing.assert_close(load(out)(token_ids).logits, load(source)(token_ids).logits, atol=1e-5, rtol=0)
+
+
+def test_a_plain_copy_says_what_vllm_would_refuse(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(source, "--no-verify", "--out", tmp_path / "copy") == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no attention in block 1: export with --compat vllm" in said
+    assert "loads without darwinlm" not in said
+
+
+def test_a_run_as_a_gguf_file(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(source, run / "model")
+    (run / "run.yaml").touch()
+    out = tmp_path / "small.gguf"
+    assert export(run, "--format", "gguf", "--type", "q8_0", "--out", out) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    assert out.read_bytes()[:4] == b"GGUF"
+
+
+def test_what_cannot_be_exported_is_said_in_one_sentence(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").touch()
+    for arguments, sentence in (
+        ((tmp_path, "--out", tmp_path / "out"), "its run has not come to its export yet"),
+        ((tmp_path / "none", "--out", tmp_path / "out"), "no model in"),
+        ((source, "--out", source), "to be new or empty"),
+        ((source, "--format", "gguf", "--compat", "vllm", "--out", tmp_path / "out"), "--compat: expected none for a"),
+        ((source, "--format", "onnx", "--out", tmp_path / "out"), "--format"),
+    ):
+        assert export(*arguments) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert said.startswith("darwinlm: ")
+        assert sentence in said
