@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from darwinlm import obs
 from darwinlm.obs import dampen, eliminate, solve_levels
 from darwinlm.types import DarwinError, Unit
 
@@ -32,11 +33,10 @@ def naive_order(W: torch.Tensor, H: torch.Tensor, width: int) -> tuple[list[int]
     alive = list(range(W.shape[1] // width))
     order, errors, weights = [], [], []
     while alive:
-        scores = []
-        for s in alive:
-            J = slice(s * width, (s + 1) * width)
-            scores.append(float(torch.trace(W[:, J] @ torch.linalg.inv(P[J, J]) @ W[:, J].T)))
-        best = min(range(len(alive)), key=scores.__getitem__)
+        columns = torch.stack([W[:, s * width : (s + 1) * width] for s in alive])
+        blocks = torch.stack([P[s * width : (s + 1) * width, s * width : (s + 1) * width] for s in alive])
+        scores = (columns @ torch.linalg.inv(blocks) * columns).sum((1, 2)).tolist()
+        best = scores.index(min(scores))
         s = alive.pop(best)
         J = slice(s * width, (s + 1) * width)
         inverse = torch.linalg.inv(P[J, J])
@@ -53,7 +53,7 @@ def true_error(W: torch.Tensor, pruned: torch.Tensor, H: torch.Tensor) -> float:
     return float(torch.trace((W - pruned) @ H @ (W - pruned).T))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     structures=st.integers(1, 40),
     width=st.sampled_from([1, 1, 2, 5]),
@@ -71,13 +71,16 @@ def test_elimination_is_that_of_the_naive_loop(structures, width, d_out, queue, 
     assert errors == pytest.approx([true_error(W, pruned, H) for pruned in weights], rel=1e-9)
 
 
-@pytest.mark.parametrize(("structures", "width"), [(300, 1), (12, 16), (4, 64)], ids=["channels", "heads", "groups"])
+@pytest.mark.parametrize("panel", [1, 48, 1024])
+@pytest.mark.parametrize(("structures", "width"), [(90, 1), (10, 16), (4, 64)], ids=["channels", "heads", "groups"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_elimination_at_size(structures, width, dtype):
+def test_elimination_at_size(structures, width, dtype, panel, monkeypatch):
+    """Whatever the panels in which only half of the symmetric matrices is kept, and in both precisions."""
+    monkeypatch.setattr(obs, "PANEL", panel)
     W, _, H = make_problem(48, structures * width, 2 * structures * width, dtype=dtype)
     H = dampen(H)
     order, errors, _ = naive_order(W, H, width)
-    found = eliminate(make_unit(structures, width), W, H)
+    found = eliminate(make_unit(structures, width), W, H, queue=20)
     assert found.errors.dtype == dtype
     assert found.order.tolist() == order
     assert found.errors.tolist() == pytest.approx(errors, rel=1e-4 if dtype == torch.float32 else 1e-10)
@@ -174,13 +177,15 @@ def test_a_unit_that_never_fired(width):
 
 
 @pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("damping", [1e-4, 1e-6])
+@pytest.mark.filterwarnings("ignore:.*(not positive definite|near singular)")
 @pytest.mark.parametrize("weight", ["random", "zero", "repeated"])
-def test_few_tokens_in_float32(width, weight):
+def test_few_tokens_in_float32(width, weight, damping):
     """The Hessian's rank is an eighth of its size: rounding must not break the order or make the errors sink."""
-    W, _, H = make_problem(16, 320, 40, dtype=torch.float32)
-    W = {"random": W, "zero": torch.zeros_like(W), "repeated": W[:, :1].expand(-1, 320).contiguous()}[weight]
-    found = eliminate(make_unit(320 // width, width), W, dampen(H, 1e-4))
-    assert sorted(found.order.tolist()) == list(range(320 // width))
+    W, _, H = make_problem(16, 160, 20, dtype=torch.float32)
+    W = {"random": W, "zero": torch.zeros_like(W), "repeated": W[:, :1].expand(-1, 160).contiguous()}[weight]
+    found = eliminate(make_unit(160 // width, width), torch.nn.Parameter(W), dampen(H, damping))
+    assert sorted(found.order.tolist()) == list(range(160 // width))
     assert bool(found.errors.isfinite().all())
     assert bool((found.errors.diff() >= 0).all())
     assert bool((found.errors >= 0).all())
@@ -202,7 +207,7 @@ def test_indefinite_hessian_is_damped_further_with_a_warning(width):
 
 def test_hopeless_hessian_names_the_unit():
     W, _, H = make_problem(8, 20, 50)
-    with pytest.warns(UserWarning), pytest.raises(DarwinError, match="block-00-mlp"):
+    with pytest.warns(UserWarning, match="block-00-mlp"), pytest.raises(DarwinError, match="block-00-mlp"):
         eliminate(make_unit(20), W, H - 100 * H.diagonal().mean() * torch.eye(20, dtype=H.dtype))
 
 

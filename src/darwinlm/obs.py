@@ -16,9 +16,11 @@ from torch import Tensor
 from darwinlm.types import DarwinError, Elimination, Level, Unit
 
 QUEUE = 128  # channels removed between two matrix products
-PANEL = 1024  # rows of a symmetric matrix that are updated together
+PANEL = 512  # rows of a symmetric matrix that are updated together
+EXTRA_DAMPING = (0.1, 1.0, 10.0)  # tried in turn on a Hessian that is not positive definite
 
 
+@torch.no_grad()
 def dampen(hessian: Float[Tensor, "d_in d_in"], damping: float = 0.01) -> Float[Tensor, "d_in d_in"]:
     """`H + damping * mean(diag H) * I`, which makes dead channels (zero rows of `H`) harmless.
 
@@ -27,7 +29,7 @@ def dampen(hessian: Float[Tensor, "d_in d_in"], damping: float = 0.01) -> Float[
     Raises:
         DarwinError: the Hessian has entries that are not finite.
     """
-    if not bool(hessian.isfinite().all()):
+    if not _finite(hessian):
         raise DarwinError(
             "expected a finite Hessian, found NaN or infinity in it: the model's activations overflow; "
             "calibrate in float32 or bfloat16, or on other text"
@@ -37,6 +39,7 @@ def dampen(hessian: Float[Tensor, "d_in d_in"], damping: float = 0.01) -> Float[
     return damped
 
 
+@torch.no_grad()
 def eliminate(
     unit: Unit,
     weight: Float[Tensor, "d_out d_in"],
@@ -46,8 +49,8 @@ def eliminate(
 ) -> Elimination:
     """The greedy order in which the unit's structures leave, and the squared output error after each.
 
-    At every step the structure `J` of least `tr(W_J P_JJ^-1 W_J^T)`, `P = H^-1`, is removed and the rest makes up for it:
-    `W <- W - W_J P_JJ^-1 P_J:`, `P <- P - P_:J P_JJ^-1 P_J:` (DESIGN, The method, 2). `W` itself is never touched:
+    At every step the structure `J` of least `tr(W_J P_JJ^-1 W_J^T)`, `P = H^-1`, is removed and the rest makes up for
+    it: `W <- W - W_J P_JJ^-1 P_J:`, `P <- P - P_:J P_JJ^-1 P_J:` (DESIGN, The method, 2). `W` itself is never touched:
     its Gram matrix `S = W^T W` says all that the scores need.
 
     Args:
@@ -61,19 +64,26 @@ def eliminate(
     d_in, width = hessian.shape[0], unit.structure_width
     assert width * unit.structures == d_in == weight.shape[1]
     until = unit.structures if until is None else until
-    pair = _Pair(unit, weight, hessian)
-    if width == 1:
-        order, errors = _eliminate_channels(pair, hessian.diagonal().reciprocal(), until, queue)
-    else:
-        order, errors = _eliminate_blocks(pair, width, until)
-    cumulative = torch.tensor(errors, dtype=torch.float64).cumsum(0).to(hessian.dtype)
-    if not bool(cumulative.isfinite().all()):
-        raise DarwinError(
-            f"{unit.name}: elimination broke down; expected a better conditioned Hessian, raise the damping"
-        )
-    return Elimination(unit, torch.tensor(order, dtype=torch.int64), cumulative)
+    names = torch.arange(d_in, device=hessian.device)
+    if width == 1:  # with those at the end that will probably leave first, fewer of the others have to move later
+        names = (weight.to(hessian).square().sum(0) * hessian.diagonal()).argsort(descending=True)
+        weight = weight.index_select(1, names)
+        hessian = hessian.index_select(0, names).index_select(1, names)
+    for damping in EXTRA_DAMPING:
+        pair = _Pair(unit, weight, hessian)
+        if width == 1:
+            positions, errors = _eliminate_channels(pair, until, queue)
+        else:
+            positions, errors = _eliminate_blocks(unit, pair, until)
+        if sum(errors) <= pair.ceiling:
+            cumulative = torch.tensor(errors, dtype=torch.float64).cumsum(0).to(hessian.dtype)
+            return Elimination(unit, names.cpu()[torch.tensor(positions, dtype=torch.int64)], cumulative)
+        warnings.warn(f"{unit.name}: the Hessian is too near singular, damping it by {damping}", stacklevel=3)
+        hessian = dampen(hessian, damping)
+    raise DarwinError(f"{unit.name}: rounding swamps its Hessian; calibrate on more tokens or raise the damping")
 
 
+@torch.no_grad()
 def solve_levels(
     unit: Unit,
     weight: Float[Tensor, "d_out d_in"],
@@ -81,9 +91,9 @@ def solve_levels(
     elimination: Elimination,
     removed: Sequence[int],
 ) -> list[Level]:
-    """The weights of every level that keeps some of the unit's structures, by least squares from its kept set `K` alone.
+    """The weights of each level that keeps some of the unit's structures, by least squares from its kept set `K` alone.
 
-    `W_K + W_R L_RK L_KK^-1`, which equals `(W H)_{:,K} H_KK^-1`. With the columns in the reverse order of removal, every
+    `W_K + W_R L_RK L_KK^-1`, which equals `(W H)_{:,K} H_KK^-1`. With the columns in the reverse order of removal, each
     kept set is a leading block: one Cholesky factor `L L^T = H` serves all levels.
 
     Args:
@@ -102,98 +112,121 @@ def solve_levels(
     gone = set(eliminated)
     last_first = torch.tensor([s for s in range(structures) if s not in gone] + eliminated[::-1], device=hessian.device)
     columns = _columns(last_first, width)
-    factor = _cholesky(unit, hessian[columns[:, None], columns])
-    permuted = weight.to(hessian)[:, columns]
+    factor = _cholesky(unit, hessian.index_select(0, columns).index_select(1, columns))
+    permuted = weight.to(hessian).index_select(1, columns)
     levels = []
     for level, count in wanted:
         k = (structures - count) * width
         kept, ascending = last_first[: structures - count].sort()
-        push = torch.linalg.solve_triangular(factor[:k, :k], permuted[:, k:] @ factor[k:, :k], upper=False, left=False)
-        solved = push.add_(permuted[:, :k])[:, _columns(ascending, width)]
+        W_K, W_R = permuted.split([k, len(columns) - k], dim=1)
+        push = torch.linalg.solve_triangular(factor[:k, :k], W_R @ factor[k:, :k], upper=False, left=False)
+        solved = push.add_(W_K)[:, _columns(ascending, width)]
         levels.append(Level(unit, level, kept.cpu(), solved, float(elimination.errors[count - 1])))
     return levels
 
 
-def _eliminate_channels(pair: _Pair, floor: Tensor, until: int, queue: int) -> tuple[list[int], list[float]]:
+def _eliminate_channels(pair: _Pair, until: int, queue: int) -> tuple[list[int], list[float]]:
     """Structures of one column, whose updates queue up; only the diagonals of `P` and `S` are kept up to date.
 
-    Removing `j` (`u = P_j / sqrt(p)`, `t = S_j / sqrt(p) - s u / 2p`, `P <- P - u u^T`, `S <- S - u t^T - t u^T`) is one
-    step of the Cholesky factorisation of `P + e S` with `e^2 = 0`: `u + e t = (P_j + e S_j) / sqrt(p + e s)`. Here `e`
-    is the imaginary unit times a number so small that its square vanishes in rounding, which halves the kernel launches.
+    Removing `j`, with `p = P_jj` and `m = S_jj / p`: `u = P_j / sqrt(p)`, `t = S_j / sqrt(p) - m u / 2`, then
+    `P <- P - u u^T`, `S <- S - u t^T - t u^T`.
     """
     n = pair.n
     names = list(range(n))
-    diagonal = torch.complex(*pair.diagonals())
-    largest_p, largest_s = (float(part.max()) for part in (diagonal.real, diagonal.imag))
-    tiny = torch.finfo(floor.dtype).eps ** 2 * largest_p / (largest_s or 1.0)
-    diagonal.imag.mul_(tiny)
-    gone = torch.tensor(complex(largest_p, math.inf), dtype=diagonal.dtype, device=floor.device)
-    queued = diagonal.new_empty(queue, n)
-    parts = torch.view_as_real(queued)
-    scores = torch.empty_like(floor)
+    diagonals = pair.diagonals().clone()
+    queued = diagonals.new_empty(2, queue, n)  # U and T
+    diagonals[1] /= 2  # P_jj and S_jj / 2: one product then updates both
+    gone = torch.stack([diagonals[0].max(), diagonals.new_tensor(math.inf)])  # a score that is never the least again
+    scores = torch.empty_like(diagonals[0])
     order, errors, holes = [], [], []
     for _ in range(until):
         q = len(holes)
         if q == queue:
             n -= queue
-            hollow = sorted(hole for hole in holes if hole < n)
             taken = set(holes)
+            hollow = sorted(hole for hole in holes if hole < n)
             solid = [position for position in range(n, n + queue) if position not in taken]
             for hole, survivor in zip(hollow, solid, strict=True):
                 names[hole] = names[survivor]
-            empty, full = (torch.tensor(some, dtype=torch.int64, device=floor.device) for some in (hollow, solid))
-            floor, diagonal = (_moved(vector, empty, full)[:n] for vector in (floor, diagonal))
-            diagonal.real.clamp_(min=floor)  # P_jj >= 1 / H_jj and S_jj >= 0, whatever rounding says
-            diagonal.imag.clamp_(min=0)
-            _moved(queued, empty, full)
+            empty, full = (torch.tensor(some, dtype=torch.int64, device=gone.device) for some in (hollow, solid))
+            queued, diagonals = (_moved(each, empty, full)[..., :n] for each in (queued, diagonals))
+            diagonals[0].clamp_(min=pair.floor)
+            diagonals[1].clamp_(min=0)
             pair.shrink(n, empty, full)
-            pair.subtract(queued.real[:, :n].contiguous(), queued.imag[:, :n].div(tiny))
-            scores, holes, q = scores[:n], [], 0
-            queued, parts = queued[:, :n], parts[:, :n]
-        torch.div(diagonal.imag, diagonal.real, out=scores)
-        j = int(scores.argmin())
-        at_j = diagonal[j]
-        pivot = complex(at_j.item())
+            pair.subtract(*queued)
+            holes, q = [], 0
+            scores = torch.empty_like(diagonals[0])
+        j = int(torch.div(diagonals[1], diagonals[0], out=scores).argmin())
+        diagonal = diagonals[:, j]
+        p, half_s = diagonal.tolist()
+        p = max(p, pair.floor)
+        half_m = max(half_s, 0.0) / p
         order.append(names[j])
-        errors.append(max(pivot.imag, 0.0) / tiny / pivot.real)
+        errors.append(2 * half_m)
         holes.append(j)
 
-        pair.row(j, parts[q], tiny)
-        new = queued[q]
+        new = queued[:, q]
+        u, t = new
         if q:
-            new.addmv_(queued[:q].T, queued[:q, j], alpha=-1)
-        new.mul_(pivot**-0.5)
-        diagonal.addcmul_(new, new, value=-1)
-        at_j.copy_(gone)
+            U, T = queued[:, :q]
+            coefficients = queued[:, :q, j]  # U_j and T_j
+            torch.addmm(pair.rows(j, j + 1)[:, 0], coefficients, U, alpha=-1, out=new)  # P_j - U_j U, S_j - T_j U
+            t.addmv_(T.T, coefficients[0], alpha=-1)
+        else:
+            new.copy_(pair.rows(j, j + 1)[:, 0])
+        new.mul_(p**-0.5)
+        t.sub_(u, alpha=half_m)
+        diagonals.addcmul_(u, new, value=-1)
+        diagonal.copy_(gone)
     return order, errors
 
 
-def _eliminate_blocks(pair: _Pair, width: int, until: int) -> tuple[list[int], list[float]]:
+def _eliminate_blocks(unit: Unit, pair: _Pair, until: int) -> tuple[list[int], list[float]]:
     """Structures of several columns: one matrix product a removal, and all scores afresh from the diagonal blocks.
 
     With `C = chol(P_JJ)`: `U = P_:J C^-T`, `G = S_:J C^-T`, `M = C^-1 S_JJ C^-T`, `T = G - U M / 2`, score `tr M`.
     """
-    names = list(range(pair.n // width))
+    width, names = unit.structure_width, list(range(unit.structures))
     order, errors = [], []
     for _ in range(until):
         P_JJ, S_JJ = pair.blocks(width)
-        C = torch.linalg.cholesky(P_JJ)
+        C = _block_factors(P_JJ, pair.floor)
         M = torch.linalg.solve_triangular(C, S_JJ, upper=False)
         M = torch.linalg.solve_triangular(C.mT, M, upper=True, left=False)
         scores = M.diagonal(dim1=1, dim2=2).sum(1).clamp_(min=0)
+        if unit.in_turns:
+            scores[_waiting(unit, names)] = math.inf
         j = int(scores.argmin())
         order.append(names[j])
         errors.append(float(scores[j]))
-
         U, T = torch.linalg.solve_triangular(C[j], pair.rows(j * width, (j + 1) * width), upper=False)
         T.addmm_(M[j], U, alpha=-0.5)
-        names[j] = names[-1]
-        names.pop()
-        hole, last = (torch.arange(width, device=U.device) + width * at for at in (j, len(names)))
-        n = len(names) * width
-        pair.shrink(n, hole, last)
-        pair.subtract(_moved(U, hole, last)[:, :n], _moved(T, hole, last)[:, :n])
+        last = names.pop()
+        if j < len(names):
+            names[j] = last
+        if names:
+            n = len(names) * width
+            empty, full = (torch.arange(width, device=U.device) + width * at for at in (j, len(names)))
+            pair.shrink(n, empty, full)
+            pair.subtract(_moved(U, empty, full)[:, :n], _moved(T, empty, full)[:, :n])
     return order, errors
+
+
+def _block_factors(blocks: Float[Tensor, "structures width width"], floor: float) -> Tensor:
+    """Their Cholesky factors; where rounding has left one indefinite, all diagonals rise a little until none is."""
+    factors, failed = torch.linalg.cholesky_ex(blocks)
+    ridge = max(torch.finfo(blocks.dtype).eps * float(blocks.diagonal(dim1=1, dim2=2).max()), floor)
+    while bool(failed.any()) and math.isfinite(ridge):
+        factors, failed = torch.linalg.cholesky_ex(blocks + ridge * torch.eye(blocks.shape[1]).to(blocks))
+        ridge *= 10
+    return factors
+
+
+def _waiting(unit: Unit, alive: Sequence[int]) -> Tensor:
+    """For each structure that is alive, whether its group has lost one more than another group has."""
+    groups = torch.tensor(alive) // unit.readers
+    sizes = groups.bincount(minlength=unit.groups)
+    return (sizes < sizes.max())[groups]
 
 
 def _moved(matrix: Tensor, empty: Tensor, full: Tensor) -> Tensor:
@@ -204,19 +237,23 @@ def _moved(matrix: Tensor, empty: Tensor, full: Tensor) -> Tensor:
 class _Pair:
     """`P` and `S`, symmetric; what is alive is the leading `n` rows and columns.
 
-    Only the upper half is kept, in panels of rows: a panel holds everything from the first column of its diagonal block.
-    Products then cost about half, and a row to the left of its panel is read from a column.
+    Only the lower half is kept, in panels of rows: a panel holds everything up to the last column of its diagonal
+    block. Products then cost about half, and a row to the right of its panel is read from a column.
     """
 
     def __init__(self, unit: Unit, weight: Tensor, hessian: Tensor) -> None:
         weight = weight.to(hessian)
-        if not bool(weight.isfinite().all()) or not bool(hessian.isfinite().all()):
+        if not _finite(weight) or not _finite(hessian):
             raise DarwinError(f"{unit.name}: expected a finite weight and Hessian, found NaN or infinity")
         self.n = len(hessian)
         self.panel = max(PANEL - PANEL % unit.structure_width, unit.structure_width)
-        self.both = hessian.new_zeros(2, self.n, self.n)
-        torch.cholesky_inverse(_cholesky(unit, hessian), out=self.both[0])
-        self._add(self.both[1], weight, weight, 1)
+        self.both = hessian.new_empty(2, self.n, self.n)
+        torch.cholesky_inverse(_cholesky(unit, hessian), out=self.both[0].mT)  # LAPACK has columns first
+        self._add(self.both[1].zero_(), weight, weight, 1)
+        # P_jj >= 1 / H_jj throughout, whatever rounding says: what is alive of P is the inverse of a part of H.
+        self.floor = 1 / (float(hessian.diagonal().max()) + 2 * EXTRA_DAMPING[-1] * _scale(hessian))
+        # Nor can all errors together exceed tr(W H W^T), which is at most ||W||^2 tr H; they do where rounding has won.
+        self.ceiling = min(float(weight.square().sum()) * self.n / self.floor, torch.finfo(hessian.dtype).max)
 
     def diagonals(self) -> Tensor:
         return self.both.diagonal(dim1=1, dim2=2)
@@ -228,27 +265,19 @@ class _Pair:
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "2 rows n"]:
         """These rows, which lie in one panel."""
-        left = start - start % self.panel
-        return torch.cat([self.both[:, :left, start:stop].mT, self.both[:, start:stop, left : self.n]], dim=2)
-
-    def row(self, j: int, out: Float[Tensor, "n 2"], tiny: float) -> None:
-        """Row `j` of `P`, and of `S` times `tiny`."""
-        left = j - j % self.panel
-        if left:
-            out[:left] = self.both[:, :left, j].T
-            out[left:] = self.both[:, j, left : self.n].T
-        else:
-            out.copy_(self.both[:, j, : self.n].T)
-        out[:, 1].mul_(tiny)
+        right = min(start - start % self.panel + self.panel, self.n)
+        held = self.both[:, start:stop, :right]
+        return held if right == self.n else torch.cat([held, self.both[:, right : self.n, start:stop].mT], dim=2)
 
     def shrink(self, n: int, empty: Tensor, full: Tensor) -> None:
-        """Only `n` rows and columns stay: the survivors `full` beyond them move into the holes `empty`."""
-        columns = self.both[:, : self.n].index_select(2, full)
-        corner = columns[:, full].triu()
-        columns[:, empty] = corner + corner.triu(1).mT
-        columns = columns[:, :n]
-        self.both[:, empty, :n] = columns.mT
-        self.both[:, :n, empty] = columns
+        """Only `n` rows and columns stay: survivors beyond them, `full`, move into the holes `empty`; both ascend."""
+        rows = self.both.index_select(1, full)
+        corner = rows[:, :, full].tril()
+        rows[:, :, empty] = corner + corner.tril(-1).mT
+        self.both.index_copy_(1, empty, rows)
+        for start in range(0, n, self.panel):
+            here = (empty >= start) & (empty < start + self.panel)
+            self.both[:, start:n, empty[here]] = rows[:, here, start:n].mT
         self.n = n
 
     def subtract(self, U: Float[Tensor, "removed n"], T: Float[Tensor, "removed n"]) -> None:
@@ -260,22 +289,30 @@ class _Pair:
         n = self.n
         for start in range(0, n, self.panel):
             stop = min(start + self.panel, n)
-            matrix[start:stop, start:n].addmm_(left[:, start:stop].T, right[:, start:], alpha=sign)
+            matrix[start:stop, :stop].addmm_(left[:, start:stop].T, right[:, :stop], alpha=sign)
 
 
 def _cholesky(unit: Unit, hessian: Tensor) -> Tensor:
     """The lower factor of the Hessian, damped further, with a warning, where rounding has left it indefinite."""
-    for damping in (0.0, 0.1, 1.0, 10.0):
-        if damping:
-            warnings.warn(f"{unit.name}: the Hessian is not positive definite, damping it by {damping}", stacklevel=4)
-        factor = dampen(hessian, damping)
+    factor = hessian.mT.clone(memory_format=torch.contiguous_format).mT  # stored by columns, as LAPACK wants it
+    if _factorise(factor):
+        return factor
+    for damping in EXTRA_DAMPING:
+        warnings.warn(f"{unit.name}: the Hessian is not positive definite, damping it by {damping}", stacklevel=4)
+        factor = dampen(hessian, damping).mT
         if _factorise(factor):
-            return factor.tril_()
-    raise DarwinError(f"{unit.name}: expected a positive definite Hessian, found one that no damping up to 10 mends")
+            return factor
+    raise DarwinError(
+        f"{unit.name}: expected a positive definite Hessian, found one that damping by {EXTRA_DAMPING[-1]} does not "
+        "mend; calibrate on more tokens"
+    )
 
 
 def _factorise(matrix: Tensor) -> bool:
-    """Overwrites the lower triangle by its Cholesky factor, in halves: twice as fast as LAPACK on one thread."""
+    """Overwrites the lower triangle by its Cholesky factor, in halves: twice as fast as LAPACK on one thread.
+
+    What is left above the diagonal means nothing.
+    """
     half = len(matrix) // 2
     if half < 128:
         factor, info = torch.linalg.cholesky_ex(matrix)
@@ -287,6 +324,10 @@ def _factorise(matrix: Tensor) -> bool:
     below.copy_(torch.linalg.solve_triangular(matrix[:half, :half].mT, below, upper=True, left=False))
     matrix[half:, half:].addmm_(below, below.T, alpha=-1)
     return _factorise(matrix[half:, half:])
+
+
+def _finite(matrix: Tensor) -> bool:
+    return bool(torch.stack(torch.aminmax(matrix)).isfinite().all())
 
 
 def _scale(hessian: Tensor) -> float:

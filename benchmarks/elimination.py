@@ -1,0 +1,149 @@
+"""How fast a unit's order of removal is found, beside the published style of loop, one thread, in one run.
+
+    python benchmarks/elimination.py                 # all cases; the largest takes about two minutes and 5 GB
+    python benchmarks/elimination.py 576x1536        # some; d_outxd_in, or d_outxd_inxhead_dim for attention
+
+Both sides start from the damped Hessian in float32 and include its inversion. The published loop never shrinks, so a
+step costs the same from first to last: where the whole would take over a minute, steps are timed and multiplied.
+Ours counts everything that `eliminate` does. The share of the matrix-product rate divides the operations of the
+algorithm in its plain form by our seconds and by the rate of a one-thread float32 product:
+
+    channels   sum over n = d_in..1 of 6 n^2 (2 for P, 4 for S)  +  2 d_out d_in^2 (W^T W)  +  d_in^3 (inverse)
+    heads      sum over n = d_in, d_in - w.. of 6 n^2 w          +  the same
+
+Symmetry saves ours about half of these, so the share can pass what the machine truly spends: `halved` counts only
+the operations that symmetry leaves (3 n^2, d_out d_in^2, d_in^3).
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from darwinlm.obs import dampen, eliminate, solve_levels
+from darwinlm.types import Unit
+
+CASES = ("576x1536", "1024x4096", "4096x11008", "4096x4096x128")
+MINUTE = 60.0
+
+
+def make_problem(d_out: int, d_in: int) -> tuple[Tensor, Tensor]:
+    """A random weight, and the damped Hessian of inputs that are correlated and of unlike size."""
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randn(2048, 256, generator=generator) @ torch.randn(256, d_in, generator=generator) / 16
+    X = (factors + torch.randn(2048, d_in, generator=generator)) * torch.rand(d_in, generator=generator).add_(0.1)
+    return torch.randn(d_out, d_in, generator=generator), dampen(2 / 2048 * X.T @ X)
+
+
+def published(weight: Tensor, hessian: Tensor, width: int, deadline: float) -> tuple[list[int], float, int]:
+    """The published style of loop: the order found, its seconds for all structures, and how many steps were timed."""
+    began = time.perf_counter()
+    W, P = weight.clone(), torch.cholesky_inverse(torch.linalg.cholesky(hessian)).contiguous()  # LAPACK gives columns
+    preparation = time.perf_counter() - began
+    structures = len(P) // width
+    gone = torch.zeros(structures, dtype=torch.bool)
+    every = torch.arange(structures)
+    order, seconds = [], []
+    for step in range(structures):
+        if step >= 30 and median(seconds) * structures > deadline:
+            break
+        began = time.perf_counter()
+        if width == 1:
+            scores = W.square().sum(0) / P.diagonal()
+            scores[gone] = torch.inf
+            j = int(scores.argmin())
+            p, row = P[j, j].clone(), P[j].clone()
+            W -= torch.outer(W[:, j], row / p)
+            P -= torch.outer(row, row / p)
+        else:
+            inverses = torch.linalg.inv(P.view(structures, width, structures, width)[every, :, every])
+            columns = W.view(len(W), structures, width).transpose(0, 1)
+            solved = columns @ inverses
+            scores = (solved * columns).sum((1, 2))
+            scores[gone] = torch.inf
+            j = int(scores.argmin())
+            rows = P[j * width : (j + 1) * width].clone()
+            W -= solved[j] @ rows
+            P -= rows.T @ (inverses[j] @ rows)
+        J = slice(j * width, (j + 1) * width)
+        W[:, J], P[J], P[:, J] = 0, 0, 0
+        P.diagonal()[J] = 1
+        gone[j] = True
+        order.append(j)
+        seconds.append(time.perf_counter() - began)
+    whole = sum(seconds) if len(order) == structures else median(seconds) * structures
+    return order, preparation + whole, len(order)
+
+
+def operations(d_out: int, d_in: int, width: int, symmetric: bool) -> float:
+    """Floating-point operations of one elimination; see the top of this file."""
+    removal = sum(6.0 * n * n * width for n in range(d_in, 0, -width))
+    gram = 2.0 * d_out * d_in**2
+    return (removal + gram) / (2 if symmetric else 1) + float(d_in) ** 3
+
+
+def timed(work: Callable[[], object], repeats: int) -> list[float]:
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def product_rate(size: int) -> float:
+    """Operations a second of a plain float32 product of this size; the median of three."""
+    A, B, C = (torch.randn(size, size) for _ in range(3))
+    return 2.0 * size**3 / median(timed(lambda: torch.mm(A, B, out=C), 3))
+
+
+def compare(case: str) -> str:
+    d_out, d_in, width = [*map(int, case.split("x")), 1][:3]
+    structures = d_in // width
+    kind = "mlp" if width == 1 else "attention"
+    unit = Unit(f"block-00-{kind}", 0, kind, "consumer", (), width, structures, 1, 0)
+    weight, hessian = make_problem(d_out, d_in)
+    rate = product_rate(min(d_in, 4096))
+    found = eliminate(unit, weight, hessian)  # warms up, and is compared below
+    repeats = 1 if d_in > 8192 else 3 if d_in > 2048 else 7
+    ours = median(timed(lambda: eliminate(unit, weight, hessian), repeats))
+    removed = [round(level * structures / 10) for level in range(11)]
+    levels = timed(lambda: solve_levels(unit, weight, hessian, found, removed), 1)[0]
+    order, theirs, steps = published(weight, hessian, width, MINUTE)
+    same = sum(a == b for a, b in zip(order, found.order.tolist(), strict=False))
+    full, halved = (operations(d_out, d_in, width, symmetric) / ours / rate for symmetric in (False, True))
+    return (
+        f"| {case} | {theirs:.2f} s ({steps} of {structures} steps timed) | {ours:.3f} s ({repeats}) "
+        f"| {theirs / ours:.1f}x "
+        f"| {rate / 1e9:.0f} GFLOP/s | {full:.0%} | {halved:.0%} | {levels:.2f} s | {same} of {steps} |"
+    )
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    print(f"{datetime.date.today()}, {processor()}, one thread, torch {torch.__version__}, float32\n")
+    print(
+        "| case | published loop | ours (median of) | ratio | matrix product | share | halved | 9 levels | same order |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for case in sys.argv[1:] or CASES:
+        print(compare(case), flush=True)
+
+
+def processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
