@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
@@ -23,12 +24,14 @@ from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.config import CalibrationConfig, DatabaseConfig
 from darwinlm.database import Database, add_unit
+from darwinlm.device import DTYPES
 from darwinlm.families import find_units
 from darwinlm.genome import level_grid
 from darwinlm.plan import measure_rates, plan
 from darwinlm.progress import quiet_transformers
 from darwinlm.types import Structure
 
+Precision = Literal["float32", "bfloat16"]
 BLOCKS = 2
 FULL_TOKENS = 131_072  # what `compress` calibrates on by default
 SHAPES: dict[str, tuple[PreTrainedConfig, Structure]] = {
@@ -66,10 +69,10 @@ def write_blocks(path: Path, shape: str) -> None:
         model.save_pretrained(path, max_shard_size="500MB")
 
 
-def expect(shape: str, tokens: int, dtype: torch.dtype) -> dict[str, float]:
+def expect(shape: str, tokens: int, dtype: Precision) -> dict[str, float]:
     """What `darwinlm plan` says of these blocks."""
-    settings = CalibrationConfig(tokens=tokens), DatabaseConfig(structure=SHAPES[shape][1])
-    found = plan(first_blocks(shape), *settings, 5.0, measure_rates(dtype), dtype)
+    settings = CalibrationConfig(tokens=tokens, dtype=dtype), DatabaseConfig(structure=SHAPES[shape][1])
+    found = plan(first_blocks(shape), *settings, 5.0, measure_rates(DTYPES[dtype]))
     return {
         "calibration": found.calibration_seconds,
         "elimination": found.elimination_seconds,
@@ -137,7 +140,7 @@ def main() -> None:
             # A process of its own: making the checkpoint must not count.
             command = [sys.executable, __file__, shape, "--tokens", str(arguments.tokens), "--dtype", arguments.dtype]
             answer = subprocess.run([*command, "--child", directory], check=True, stdout=subprocess.PIPE, text=True)
-        measured, expected = json.loads(answer.stdout), expect(shape, arguments.tokens, getattr(torch, arguments.dtype))
+        measured, expected = json.loads(answer.stdout), expect(shape, arguments.tokens, arguments.dtype)
         print(f"{shape}, {BLOCKS} blocks, {arguments.tokens:,} tokens, {arguments.dtype} forward")
         for name, unit in (("calibration", "s"), ("elimination", "s"), ("memory", "GB"), ("disk", "GB")):
             ratio = expected[name] / measured[name]

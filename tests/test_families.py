@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from darwinlm.calibrate import calibrate
+from darwinlm.checkpoint import Checkpoint
 from darwinlm.families import FAMILIES, block_sizes, find_family, find_units, head_dim, linear_at
-from darwinlm.genome import prunable_parameters
+from darwinlm.genome import level_grid, prunable_parameters
 from darwinlm.surgery import NoAttn, repeat_shared
 from darwinlm.types import DarwinError, Genome, Level, Structure, Unit, UsageError
 
@@ -79,6 +81,35 @@ def test_stitched_logits_equal_the_zero_masked_models(case: Pruned) -> None:
         torch.testing.assert_close(case.stitcher.stitch(genome)(ids).logits, expected, rtol=1e-4, atol=2e-4)
 
 
+def test_activations_in_a_file_give_the_same_statistics(checkpoints: dict[str, Path]) -> None:
+    checkpoint = Checkpoint(checkpoints["gemma3"])
+    held, spilled = (
+        list(calibrate(checkpoint, pruned.token_ids(), batch_size=4, device=pruned.CPU, dtype=dtype, spill_bytes=size))
+        for dtype, size in ((torch.bfloat16, 1 << 30), (torch.bfloat16, 0))
+    )
+    assert all(torch.equal(one.hessian, other.hessian) for one, other in zip(held, spilled, strict=True))
+
+
+def test_units_already_measured_are_passed_through(checkpoints: dict[str, Path]) -> None:
+    checkpoint, ids = Checkpoint(checkpoints["phi3"]), pruned.token_ids()
+    everything = {s.unit.name: s.hessian for s in calibrate(checkpoint, ids, batch_size=4, device=pruned.CPU)}
+    done = [unit.name for unit in checkpoint.units[:3]]
+    rest = list(calibrate(checkpoint, ids, batch_size=4, device=pruned.CPU, finished=done))
+    assert [s.unit.name for s in rest] == [unit.name for unit in checkpoint.units[3:]]
+    assert all(torch.equal(s.hessian, everything[s.unit.name]) for s in rest)
+
+
+def test_a_bfloat16_forward_measures_nearly_the_same(checkpoints: dict[str, Path]) -> None:
+    checkpoint, ids = Checkpoint(checkpoints["llama-gqa"]), pruned.token_ids()
+    exact, rounded = (
+        list(calibrate(checkpoint, ids, batch_size=4, device=pruned.CPU, dtype=dtype))
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    for one, other in zip(exact, rounded, strict=True):
+        assert other.hessian.dtype == torch.float32
+        assert 0 < float((one.hessian - other.hessian).norm() / one.hessian.norm()) < 0.1
+
+
 def surplus(level: Level) -> int:
     """Parameters of K and V that a unit's cost counts and that its kept set does not need."""
     unit = level.unit
@@ -133,7 +164,7 @@ def test_written_out_attentions_have_the_sizes_that_an_export_says(case: Pruned)
                 assert sizes.query_heads == sizes.key_value_heads == 0
                 continue
             assert linear_at(model, unit.consumer).in_features == sizes.query_heads * head_dim(config)
-            assert sizes.query_heads == sizes.key_value_heads * attention.num_key_value_groups
+            assert sizes.query_heads == sizes.key_value_heads * int(attention.num_key_value_groups)  # pyright: ignore[reportArgumentType]
             value = unit.producers[2].module
             if len({producer.module for producer in unit.producers}) == 3:
                 assert linear_at(model, value).out_features == sizes.key_value_heads * head_dim(config)
@@ -149,6 +180,20 @@ def test_uneven_groups_were_among_the_cases(checkpoints: dict[str, Path], tmp_pa
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_without_grouped_queries_every_structure_is_the_head(structure: Structure) -> None:
     assert units_of("llama-mha", structure) == units_of("llama-mha")
+
+
+def test_fewer_structures_than_levels_are_told() -> None:
+    """Ten levels of four groups: one a group, and a sentence instead of duplicates."""
+    told_of: dict[Structure, tuple[int, str]] = {
+        "kv_group": (4, "4 structures"),
+        "head": (8, "8 structures"),
+        "balanced": (2, "8 structures to lose, 4 at a time"),
+    }
+    for structure, (count, told) in told_of.items():
+        grid = level_grid(units_of("qwen2", structure), 10, 4)
+        assert grid.removed[0] == tuple(range(0, grid.units[0].structures + 1, grid.units[0].structures // count))
+        (sentence,) = grid.fewer(10)
+        assert re.search(f"attention units have {count} levels instead of 10: they have {told}", sentence)
 
 
 def test_norms_over_all_heads_keep_their_projections() -> None:

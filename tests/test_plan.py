@@ -121,7 +121,7 @@ def test_no_config_is_one_sentence(tmp_path: Path) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates that take no seconds to measure."""
-    monkeypatch.setattr("darwinlm.plan.measure_rates", lambda: RATES)
+    monkeypatch.setattr("darwinlm.plan.measure_rates", lambda _: RATES)
 
 
 @pytest.mark.usefixtures("quick")

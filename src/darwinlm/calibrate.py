@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
 
@@ -62,25 +62,26 @@ def calibrate(
     stream, arguments = _embed(checkpoint, model, batches, dtype, device, spill_bytes)
     mine: list[UnitStatistics] = []
     last = pending[-1].block
-    for block in range(last + 1):
-        layer = checkpoint.fill(model, checkpoint.family.block(block), dtype, device)
-        grams = [_Gram(unit, linear_at(model, unit.consumer)) for unit in pending if unit.block == block]
-        with ExitStack() as hooks:
+    with closing(stream):
+        for block in range(last + 1):
+            layer = checkpoint.fill(model, checkpoint.family.block(block), dtype, device)
+            grams = [_Gram(unit, linear_at(model, unit.consumer)) for unit in pending if unit.block == block]
+            with ExitStack() as hooks:
+                for gram in grams:
+                    hooks.callback(gram.consumer.register_forward_pre_hook(gram).remove)
+                for index in range(len(batches)):
+                    states = stream.read(index)
+                    stream.write(index, layer(states, **arguments[block][len(states)]))
+            owner = parallel.owner(block)
             for gram in grams:
-                hooks.callback(gram.consumer.register_forward_pre_hook(gram).remove)
-            for index in range(len(batches)):
-                states = stream.read(index)
-                stream.write(index, layer(states, **arguments[block][len(states)]))
-        owner = parallel.owner(block)
-        for gram in grams:
-            gram.share(owner)
-            if owner == parallel.rank():
-                mine.append(gram.statistics())
-        del grams
-        layer.to("meta")
-        if owner == world - 1 or block == last:  # every process has a block of its own to eliminate
-            while mine:
-                yield mine.pop(0)
+                gram.share(owner)
+                if owner == parallel.rank():
+                    mine.append(gram.statistics())
+            del grams
+            layer.to("meta")
+            if owner == world - 1 or block == last:  # every process has a block of its own to eliminate
+                while mine:
+                    yield mine.pop(0)
 
 
 class _Gram:
@@ -140,6 +141,11 @@ class _Stream:
         count = os.preadv(self.file.fileno(), [_bytes(states)], self.offsets[index])
         assert count == states.nbytes
         return states.to(self.device)
+
+    def close(self) -> None:
+        """Give the file back."""
+        if self.file is not None:
+            self.file.close()
 
     def write(self, index: int, states: Float[Tensor, "sequences length hidden"]) -> None:
         if self.file is None:

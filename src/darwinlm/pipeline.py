@@ -24,7 +24,7 @@ from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.config import RunConfig
 from darwinlm.data import read_corpus
 from darwinlm.database import Database, add_unit
-from darwinlm.device import resolve_device, resolve_dtype
+from darwinlm.device import DTYPES, resolve_device, resolve_dtype
 from darwinlm.evaluate import Row, evaluate, parameter_bytes, parameter_count
 from darwinlm.export.card import model_card
 from darwinlm.export.hf import Expected, export_hf, verify_export
@@ -171,6 +171,7 @@ def _eliminate(work: _Work) -> Database:
         device=work.device,
         finished=finished,
         units=work.grid.units,
+        dtype=DTYPES[config.calibration.dtype],
     )
     mine = [unit.name for unit in work.grid.units if parallel.is_mine(unit.block)]
     for unit in track(statistics, "database", len(mine), len(finished.intersection(mine))):

@@ -21,6 +21,7 @@ from darwinlm import obs
 from darwinlm.calibrate import PANEL, SPILL_BYTES
 from darwinlm.checkpoint import PACKAGED, find_checkpoint
 from darwinlm.config import CalibrationConfig, DatabaseConfig
+from darwinlm.device import DTYPES
 from darwinlm.families import find_family, find_units, head_dim
 from darwinlm.genome import Grid, level_grid, prunable_parameters, uniform_genome
 from darwinlm.types import Unit, UsageError
@@ -75,12 +76,11 @@ def plan(
     database: DatabaseConfig,
     target_level: float,
     rates: Rates,
-    dtype: torch.dtype = torch.float32,
 ) -> Plan:
     """Work out what a run on a model of this config takes.
 
     Args:
-        dtype: of the forward pass.
+        rates: measured with the precision of `calibration`.
 
     Raises:
         UsageError: if the family is not supported or a setting cannot be used.
@@ -92,6 +92,7 @@ def plan(
     grid = level_grid(units, database.levels, database.granularity)
     genome = uniform_genome(grid, target_level, database.levels, Random(0))
     size = sum(parameter.numel() for parameter in model.parameters())
+    dtype = DTYPES[calibration.dtype]
     stored = (config.dtype or torch.float32).itemsize
     tokens, hidden = calibration.tokens, config.hidden_size
     disk = [_level_bytes(grid, index, hidden, stored) for index in range(len(units))]
@@ -230,7 +231,7 @@ def find_config(model: str) -> PretrainedConfig:
 
 
 def show(model: str, calibration: CalibrationConfig, database: DatabaseConfig, target_level: float) -> None:
-    """Print the plan of a run on this machine, the forward pass in float32.
+    """Print the plan of a run on this machine.
 
     Raises:
         UsageError: as `find_config` and `plan`.
@@ -242,7 +243,7 @@ def show(model: str, calibration: CalibrationConfig, database: DatabaseConfig, t
             f"found {target_level:g}; give another value"
         )
     find_family(config)  # before seconds are spent on rates
-    found = plan(config, calibration, database, target_level, measure_rates())
+    found = plan(config, calibration, database, target_level, measure_rates(DTYPES[calibration.dtype]))
     target = f"at level {target_level:g} of {database.levels}, {database.structure}"
     rows = {
         "parameters": f"{found.parameters / 1e9:.2f} B",
