@@ -21,6 +21,7 @@ import tempfile
 import venv
 from collections.abc import Callable
 from datetime import date
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +142,8 @@ def _gradients(model: Any, ids: Any) -> str:
 
 
 def _lora(model: Any, ids: Any) -> str:
-    from peft import LoraConfig, get_peft_model
-
-    adapted: Any = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4))
+    peft: Any = import_module("peft")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4))
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-3)
     losses = []
     for _ in range(5):
@@ -173,9 +173,8 @@ def lm_eval_scores(model: Any) -> list[float]:
     Args:
         model: its `model_args`, or a model of its class.
     """
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
+    lm_eval: Any = import_module("lm_eval")
+    tasks: Any = import_module("lm_eval.tasks")
     with tempfile.TemporaryDirectory() as folder:
         rows = [{"question": question, "choices": choices, "answer": 0} for question, choices in QUESTIONS]
         data = Path(folder, "data.jsonl")
@@ -192,9 +191,8 @@ def lm_eval_scores(model: Any) -> list[float]:
             "metric_list": [{"metric": "acc"}],
         }
         given = {"model": "hf", "model_args": model} if isinstance(model, str) else {"model": model}
-        found: Any = lm_eval.simple_evaluate(
-            **given, tasks=[task], batch_size=1, device="cpu", task_manager=TaskManager(), bootstrap_iters=0
-        )
+        options = {"batch_size": 1, "device": "cpu", "bootstrap_iters": 0}
+        found = lm_eval.simple_evaluate(**given, **options, tasks=[task], task_manager=tasks.TaskManager())
     samples = sorted(found["samples"]["darwinlm_tiny"], key=lambda sample: sample["doc_id"])
     return [float(answer[0]) for sample in samples for answer in sample["filtered_resps"]]
 
@@ -227,9 +225,8 @@ def prepare(root: Path) -> tuple[Path, Path]:
     with torch.no_grad():
         batch["expected"] = {name: run() for name, run in observe(oracle, batch).items()}
     directory = export(checkpoint, dense, kept, root / "export", None)
-    from lm_eval.models.huggingface import HFLM
-
-    batch["lm_eval"] = lm_eval_scores(HFLM(pretrained=oracle, tokenizer=tokenizer))
+    wrapper: Any = import_module("lm_eval.models.huggingface").HFLM
+    batch["lm_eval"] = lm_eval_scores(wrapper(pretrained=oracle, tokenizer=tokenizer))
     torch.save(batch, root / "inputs.pt")
     return directory, root / "inputs.pt"
 

@@ -28,10 +28,11 @@ from typing import Any
 import torch
 from smollm2 import Kept, dense_smollm2, export
 
+from darwinlm.config import SpeedConfig
 from darwinlm.evaluate import parameter_count
 from darwinlm.export.gguf import export_gguf
 from darwinlm.modeling import load
-from darwinlm.speed import SpeedConfig, count, measure
+from darwinlm.speed import count, measure
 
 RESULTS = Path(__file__).with_name("RESULTS-speed.md")
 TARGET = 0.85

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from darwinlm.config import SpeedConfig
 from darwinlm.evaluate import parameter_bytes
-from darwinlm.speed import SpeedConfig, count, measure
+from darwinlm.speed import count, measure
 from darwinlm.types import UsageError
 
 SHORT = SpeedConfig(batch=2, prompt_tokens=12, new_tokens=4, repeats=2)
@@ -49,6 +52,21 @@ def test_every_model_is_measured() -> None:
         assert math.isclose(measured.prefill_tokens_per_s * measured.first_token_s, 24)
         assert measured.decode_tokens_per_s > 0
         assert measured.peak_bytes is None or measured.peak_bytes >= parameter_bytes(models[name])
+
+
+def test_command_prints_both_models(
+    checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command = ["evaluate", "--speed", str(checkpoints["llama-mha"]), "--against", str(checkpoints["llama-mha"])]
+    assert runs.call(*command, "--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "1") == 0
+    lines = capsys.readouterr().out.splitlines()
+    titles = "parameters|prefill, tokens/s|decode, tokens/s|time to first token, s|KV cache, MB|peak memory, MB"
+    assert [line.split("  ")[0] for line in lines[1:]] == titles.split("|")
+    assert lines[3].endswith("times, 1.00 predicted")
+    assert runs.call(*command[:-1], str(tmp_path / "none")) == 2
+    assert "no model at" in capsys.readouterr().err
+    assert runs.call(*command, "--repeats", "0") == 2
+    assert "--repeats: expected at least 1, found 0" in capsys.readouterr().err
 
 
 def test_numbers_that_make_no_sense_are_refused() -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
 
-from darwinlm.config import DEMO, CalibrationConfig, DatabaseConfig, ExportConfig, RunConfig
+from darwinlm.config import DEMO, CalibrationConfig, DatabaseConfig, ExportConfig, RunConfig, SpeedConfig
 from darwinlm.types import DarwinError, UsageError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -27,6 +27,7 @@ STAGES = {
 }
 PLAN = "what a run on a model takes, from its config alone: parameters, time, memory and disk"
 EXPORT = "a run's model, or a model directory, in another form"
+EVALUATE = "how fast a model is beside the dense one"
 UNTIL: dict[str, Literal["database", "search"]] = {"database": "database", "search": "search"}
 
 
@@ -106,12 +107,18 @@ def _parser() -> ArgumentParser:
         "--verify", action=ActionYesNo(no_prefix="no-"), default=True, help="load an hf export in a fresh process"
     )
     commands.add_subcommand("export", export, help=EXPORT)
+    evaluate = Parser(description=EVALUATE)
+    evaluate.add_argument("source", type=str, help="a run directory or an export")
+    evaluate.add_argument("--speed", action="store_true", required=True, help="time prefill and decoding")
+    evaluate.add_argument("--against", type=str, required=True, help="the dense model: as MODEL of darwinlm compress")
+    evaluate.add_class_arguments(SpeedConfig)
+    commands.add_subcommand("evaluate", evaluate, help=EVALUATE)
     return parser
 
 
 def _run(command: str, fields: Namespace) -> None:
     # torch and transformers, which no one should wait for to read --help
-    from darwinlm import pipeline, plan
+    from darwinlm import pipeline, plan, speed
     from darwinlm.export.convert import convert
     from darwinlm.run import find_export
 
@@ -121,6 +128,10 @@ def _run(command: str, fields: Namespace) -> None:
     if command == "export":
         options = {field.name: fields[field.name] for field in dataclasses.fields(ExportConfig)}
         print(convert(find_export(Path(fields.source)), Path(fields.out), ExportConfig(**options)))
+        return
+    if command == "evaluate":
+        options = {field.name: fields[field.name] for field in dataclasses.fields(SpeedConfig)}
+        speed.compare(find_export(Path(fields.source)), fields.against, SpeedConfig(**options))
         return
     names = {field.name for field in dataclasses.fields(RunConfig)}
     given = {name: value for name, value in vars(fields).items() if name in names}

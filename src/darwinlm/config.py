@@ -37,8 +37,6 @@ class CalibrationConfig:
     """Tokens in a sequence, for calibration, search and evaluation."""
     batch_size: int = 8
     """Sequences in one forward pass."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the dense model's forward pass; bfloat16 is faster where the device is. Sums are float32."""
 
     def __post_init__(self) -> None:
         _expect_at_least(self, "calibration", tokens=1, sequence_length=2, batch_size=1)
@@ -125,6 +123,25 @@ class EvaluationConfig:
             self, "evaluation", tokens=1, continuation_tokens=0, speed_tokens=1, decode_tokens=1, repeats=1
         )
         _expect(all(self.prompts), "evaluation.prompts", "prompts of at least one word", list(self.prompts))
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """Speed: what is timed."""
+
+    batch: int = 1
+    """Sequences at a time."""
+    prompt_tokens: int = 512
+    """Tokens in each prompt."""
+    new_tokens: int = 32
+    """Tokens written after each prompt."""
+    repeats: int = 5
+    """Turns a model; the median counts."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "prompt_tokens", "new_tokens", "repeats"):
+            found = getattr(self, name)
+            _expect(found >= 1, name, "at least 1", found)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,34 +15,15 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from darwinlm.evaluate import parameter_bytes
+from darwinlm.checkpoint import find_checkpoint
+from darwinlm.config import SpeedConfig
+from darwinlm.evaluate import parameter_bytes, parameter_count
 from darwinlm.families import head_dim
-from darwinlm.modeling import block_sizes_of
+from darwinlm.modeling import block_sizes_of, load
 from darwinlm.progress import track
-from darwinlm.types import UsageError
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # written to CLEAR: Linux forgets the highest memory so far
-
-
-@dataclass(frozen=True)
-class SpeedConfig:
-    """Speed: what is timed."""
-
-    batch: int = 1
-    """Sequences at a time."""
-    prompt_tokens: int = 512
-    """Tokens in each prompt."""
-    new_tokens: int = 32
-    """Tokens written after each prompt."""
-    repeats: int = 5
-    """Turns a model; the median counts."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "prompt_tokens", "new_tokens", "repeats"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise UsageError(f"--{flag}: expected at least 1, found {getattr(self, name)}; give another value")
 
 
 @dataclass(frozen=True)
@@ -177,3 +159,45 @@ def count(model: PreTrainedModel, config: SpeedConfig) -> Counted:
     cached = length + config.new_tokens / 2
     cache = sum(2 * block.key_value_heads * width * cached for block in sizes) * head.element_size()
     return Counted(config.batch * each, read + config.batch * cache)
+
+
+def compare(directory: Path, dense: str, config: SpeedConfig) -> None:
+    """Print how fast the model in `directory` is beside the dense one, and the speed-ups that counting predicts.
+
+    Args:
+        dense: a directory, a hub id, a .gguf file, or smollm2-135m.
+
+    Raises:
+        UsageError: if there is no such model.
+    """
+    with tempfile.TemporaryDirectory(prefix="darwinlm-speed-") as workspace:
+        models = {"dense": load(find_checkpoint(dense, Path(workspace)).path), "model": load(directory)}
+    before, after = measure(models, config).values()
+    counted_before, counted_after = (count(model, config) for model in models.values())
+    predicted = {
+        "prefill": counted_before.prefill_flops / counted_after.prefill_flops,
+        "decode": counted_before.decode_bytes / counted_after.decode_bytes,
+    }
+    found = {
+        "prefill": after.prefill_tokens_per_s / before.prefill_tokens_per_s,
+        "decode": after.decode_tokens_per_s / before.decode_tokens_per_s,
+    }
+    rows = [("", "dense", "model", "")]
+    rows += [("parameters", *(f"{parameter_count(model):,}" for model in models.values()), "")]
+    rows += [
+        (f"{stage}, tokens/s", f"{a:.1f}", f"{b:.1f}", f"{found[stage]:.2f} times, {predicted[stage]:.2f} predicted")
+        for stage, a, b in (
+            ("prefill", before.prefill_tokens_per_s, after.prefill_tokens_per_s),
+            ("decode", before.decode_tokens_per_s, after.decode_tokens_per_s),
+        )
+    ]
+    rows += [("time to first token, s", f"{before.first_token_s:.3f}", f"{after.first_token_s:.3f}", "")]
+    rows += [("KV cache, MB", f"{before.cache_bytes / 1e6:.1f}", f"{after.cache_bytes / 1e6:.1f}", "")]
+    rows += [("peak memory, MB", _megabytes(before.peak_bytes), _megabytes(after.peak_bytes), "")]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for name, left, right, note in rows:
+        print(f"{name:{widths[0]}}  {left:>{widths[1]}}  {right:>{widths[2]}}  {note}".rstrip())
+
+
+def _megabytes(number: int | None) -> str:
+    return "unknown" if number is None else f"{number / 1e6:.0f}"
