@@ -37,6 +37,8 @@ class CalibrationConfig:
     """Tokens in a sequence, for calibration, search and evaluation."""
     batch_size: int = 8
     """Sequences in one forward pass."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the dense model's forward pass; bfloat16 is faster where the device is. Sums are float32."""
 
     def __post_init__(self) -> None:
         _expect_at_least(self, "calibration", tokens=1, sequence_length=2, batch_size=1)
