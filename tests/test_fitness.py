@@ -100,7 +100,7 @@ def test_training_lowers_the_loss(stitcher: Stitcher) -> None:
 
 
 def test_bfloat16_steps_of_a_small_learning_rate_are_not_lost(checkpoints: dict[str, Path], stitcher: Stitcher) -> None:
-    """Masters are float32: after training a bfloat16 candidate differs from what rounding each step away would leave."""
+    """Masters are float32: rounding away each step would leave a bfloat16 candidate as it was."""
     scorer = fitness(stitcher, (STAGES[0],), learning_rate=1e-4)
     model = tiny.build("llama-gqa").to(torch.bfloat16)
     before = {name: p.clone() for name, p in model.named_parameters()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from random import Random
 
 import pytest
@@ -35,7 +36,7 @@ def test_levels_lead_in_rising_steps_from_dense_to_nothing(shape: tuple[int, int
     for u, removed in zip(grid.units, grid.removed, strict=True):
         assert removed[0] == 0
         assert removed[-1] == u.structures
-        assert all(a < b for a, b in zip(removed, removed[1:], strict=False))
+        assert all(a < b for a, b in itertools.pairwise(removed))
         assert len(removed) <= levels + 1
         assert all(count % 32 == 0 for count in removed) or u.kind == "attention"
 

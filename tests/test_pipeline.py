@@ -94,7 +94,6 @@ def test_the_run_directory_holds_what_the_design_says_and_nothing_else(compresse
         "search.png",
         "search/sensitivities.json",
         "search/state.json",
-        "search/sensitivities.json",
         "search/result.json",
         "database/database.json",
         *(f"database/{unit.name}.safetensors" for unit in _grid(compressed).units),

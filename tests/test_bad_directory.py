@@ -1,0 +1,188 @@
+"""Run directories that a run cannot use, or finds damaged: one sentence, and what is there stays as it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from refusals import as_if_nothing_had_happened, copied_model, only_sentence, refused
+from safetensors.torch import load_file, save_file
+
+from darwinlm import pipeline
+from darwinlm.artifact import locked_directory
+from darwinlm.config import RunConfig
+
+
+@pytest.fixture
+def config(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> RunConfig:
+    """A run that would work."""
+    return runs.short(checkpoints["qwen2"], text, tmp_path / "run")
+
+
+def test_directory_that_cannot_be_written_to(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").write_text("a file")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        refused(replace(config, out=str(out)), capsys, 2, f"cannot write to {out}", "choose another --out")
+    assert (tmp_path / "file").read_text() == "a file"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_directory_without_permission(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    out = tmp_path / "locked" / "run"
+    refused(replace(config, out=str(out)), capsys, 2, "cannot write", "Permission denied", "choose another --out")
+
+
+def test_directory_that_holds_another_run(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pipeline.run(config, until="database")
+    before = runs.files(tmp_path / "run")
+    words = "holds another run", "its seed is 0, not 7", "choose another --out"
+    refused(replace(config, seed=7), capsys, 2, *words)
+    other = replace(config.calibration, tokens=512)
+    refused(replace(config, calibration=other), capsys, 2, "its calibration.tokens is 1024, not 512")
+    assert runs.files(tmp_path / "run") == before
+    (tmp_path / "run" / "run.yaml").write_text("seed: [")
+    refused(config, capsys, 2, "run.yaml", "does not hold the settings of a run")
+
+
+def test_directory_that_holds_something_else(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "letters.partial").write_text("mine")
+    refused(config, capsys, 2, "not empty and holds no run", "letters.partial", "choose another --out")
+    assert runs.files(tmp_path / "run") == {"letters.partial": b"mine"}
+
+
+def test_two_runs_in_one_directory(config: RunConfig, capsys: pytest.CaptureFixture[str]):
+    with locked_directory(Path(config.out)):
+        arguments, environment = runs.process(*runs.command(config))
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "another process is working in" in only_sentence(done.stderr)
+    as_if_nothing_had_happened(config)
+
+
+def test_a_corrected_command_may_use_the_same_directory(config: RunConfig, capsys: pytest.CaptureFixture[str]):
+    refused(replace(config, data="nowhere.txt"), capsys, 2)
+    assert runs.call(*runs.command(config, name="database")) == 0
+
+
+def test_a_wrong_command_leaves_an_unfinished_run_alone(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copy(config.data, tmp_path / "text.jsonl")
+    config = replace(config, data=str(tmp_path / "text.jsonl"))
+    pipeline.run(config, until="database")
+    before = runs.files(tmp_path / "run")
+    (tmp_path / "text.jsonl").unlink()
+    refused(config, capsys, 2, "no text at")
+    assert runs.files(tmp_path / "run") == before
+
+
+# The database.
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+@pytest.fixture
+def measured(config: RunConfig, tmp_path: Path) -> Path:
+    """The database of a run that has not searched yet."""
+    pipeline.run(config, until="database")
+    return tmp_path / "run" / "database"
+
+
+@pytest.mark.parametrize("damage", [_flip, _truncate])
+def test_damaged_unit(
+    damage: Callable[[Path], None], measured: Path, config: RunConfig, capsys: pytest.CaptureFixture[str]
+):
+    whole = runs.files(measured)
+    damage(measured / "block-01-mlp.safetensors")
+    words = "block-01-mlp.safetensors", "truncated or altered", "delete that file and run the command again"
+    refused(config, capsys, 1, *words)
+    (measured / "block-01-mlp.safetensors").unlink()  # as it was told
+    assert runs.call(*runs.command(config, name="database")) == 0
+    assert runs.files(measured) == whole
+
+
+def test_damaged_manifest(measured: Path, config: RunConfig, capsys: pytest.CaptureFixture[str]):
+    manifest = measured / "database.json"
+    whole = manifest.read_text()
+    _truncate(manifest)
+    refused(config, capsys, 1, "database.json", "is damaged", "delete it and run the command again")
+    changed = json.loads(whole)
+    changed["made_from"]["model"] = "another"
+    manifest.write_text(json.dumps(changed))
+    refused(config, capsys, 2, "made from another model", "choose another --out")
+    for nonsense in ("[]", "{}"):
+        manifest.write_text(nonsense)
+        refused(config, capsys, 1, "database.json", "is damaged", "lacks made_from")
+
+
+def test_damaged_record_of_a_unit(measured: Path, config: RunConfig, capsys: pytest.CaptureFixture[str]):
+    record = measured / "block-01-mlp.json"
+    record.write_text(json.dumps({"sha256": "0" * 64}))
+    refused(config, capsys, 1, "block-01-mlp.safetensors", "altered")
+    record.write_text("{}")
+    refused(config, capsys, 1, "block-01-mlp.json", "is damaged", "delete it")
+
+
+def test_damaged_search(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pipeline.run(config, until="search")
+    state = tmp_path / "run" / "search" / "state.json"
+    for damaged in (state.read_text()[:-9], "{}"):
+        state.write_text(damaged)
+        refused(config, capsys, 1, "state.json", "is damaged", "delete it")
+
+
+# The machine.
+
+
+def test_full_disk(config: RunConfig, tmp_path: Path):
+    """No file may grow beyond a few kilobytes, as on a full disk; the same command then goes on."""
+    arguments, environment = runs.process(*runs.command(config))
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))
+
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False, preexec_fn=limit)
+    assert done.returncode == 1, done.stderr
+    sentence = only_sentence(done.stderr)
+    assert "File too large" in sentence
+    assert "run the same command again" in sentence
+    assert (tmp_path / "run" / "run.yaml").exists()
+    assert not list((tmp_path / "run" / "database").glob("*.safetensors"))
+    assert runs.call(*runs.command(config, name="database")) == 0
+
+
+def test_a_failure_is_one_sentence_in_a_real_process_too(config: RunConfig):
+    arguments, environment = runs.process(*runs.command(replace(config, data="nowhere.txt")))
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert only_sentence(done.stderr) == "darwinlm: no text at nowhere.txt: expected a file; check --data"
+    assert done.stdout == ""
+
+
+def test_overflow_in_the_activations(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model = copied_model(config, tmp_path)
+    weights = load_file(model / "model.safetensors")
+    for name in weights:
+        if "up_proj" in name or "gate_proj" in name:
+            weights[name] = torch.full_like(weights[name], 1e30)
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    refused(replace(config, model=str(model)), capsys, 1, "NaN or infinity", "overflow")
