@@ -9,7 +9,7 @@ import pytest
 import runs
 import torch
 from test_export_gguf import byte_pair_tokenizer
-from test_export_hf import CARD, Case, dense_model, stitched_model
+from exports import CARD, Case, dense_model, stitched_model
 
 from darwinlm.export.hf import export_hf
 from darwinlm.export.vllm import check_vllm

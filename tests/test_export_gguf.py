@@ -17,7 +17,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from test_export_hf import LLAMA_3_ROPE, Case, dense_model, stitched_model
+from exports import LLAMA_3_ROPE, Case, dense_model, stitched_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 

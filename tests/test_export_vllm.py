@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_export_hf import CARD, CASES, VOCAB, dense_model, make_tokenizer, stitched_model
+from exports import CARD, CASES, VOCAB, dense_model, make_tokenizer, stitched_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
