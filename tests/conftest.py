@@ -11,8 +11,9 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test touches a network
 
-import tiny
 import torch
+
+import tiny
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -7,11 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from random import Random
 
-import tiny
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import tiny
 from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.config import DatabaseConfig

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 
+import runs
 from darwinlm.config import RunConfig
 
 PROGRESS = ("reading ", "database: ", "search: ", "generation ")

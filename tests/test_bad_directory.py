@@ -12,14 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import runs
 import torch
-from refusals import as_if_nothing_had_happened, copied_model, only_sentence, refused
 from safetensors.torch import load_file, save_file
 
+import runs
 from darwinlm import pipeline
 from darwinlm.artifact import locked_directory
 from darwinlm.config import RunConfig
+from refusals import as_if_nothing_had_happened, copied_model, only_sentence, refused
 
 
 @pytest.fixture

@@ -6,15 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import runs
-from refusals import as_if_nothing_had_happened, change_config, copied_model, refused
 from safetensors.torch import load_file, save_file
 
+import runs
 from darwinlm import pipeline
 from darwinlm.config import CalibrationConfig, DatabaseConfig, EvaluationConfig, RunConfig, SearchConfig
 from darwinlm.families import FAMILIES
 from darwinlm.modeling import EXPORTABLE
 from darwinlm.types import SelectionStage
+from refusals import as_if_nothing_had_happened, change_config, copied_model, refused
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import pruned
 import pytest
-import tiny
 import torch
 from transformers import PreTrainedModel
 
+import pruned
+import tiny
 from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.config import DatabaseConfig

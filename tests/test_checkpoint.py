@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import tiny
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.types import DarwinError, UsageError
 

@@ -6,9 +6,9 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-import runs
 import yaml
 
+import runs
 from darwinlm import __version__, cli, pipeline
 from darwinlm.config import DEMO, RunConfig, SearchConfig, read_config
 from darwinlm.progress import console, say, track

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
+import tiny
 from darwinlm.data import HELD_OUT_SHARE, Corpus, is_held_out, read_corpus
 from darwinlm.types import UsageError
 

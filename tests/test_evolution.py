@@ -7,13 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-from test_genome import units
-
 from darwinlm.allocate.evolution import evolve
 from darwinlm.allocate.uniform import uniform
 from darwinlm.config import SearchConfig
 from darwinlm.genome import level_grid
 from darwinlm.types import Genome, SelectionStage
+from test_genome import units
 
 GRID = level_grid(units(6, heads=8, channels=320), 8, 32)
 STAGES = (SelectionStage(4, 100), SelectionStage(2, 200, 50), SelectionStage(1, 400, 100))

@@ -14,19 +14,19 @@ from typing import Any
 
 import gguf
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from exports import LLAMA_3_ROPE, Case, dense_model, stitched_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+import tiny
 from darwinlm.checkpoint import find_checkpoint
 from darwinlm.export.gguf import FileType, export_gguf
 from darwinlm.export.gguf_vocabulary import SPLITS, add_vocabulary
 from darwinlm.export.hf import export_hf
 from darwinlm.modeling import load
 from darwinlm.types import DarwinError, UsageError
+from exports import LLAMA_3_ROPE, Case, dense_model, stitched_model
 
 needs_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="needs the package xllamacpp, a prebuilt llama.cpp"

@@ -13,6 +13,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+
+from darwinlm.export.hf import Expected, export_hf, new_directory, verify_export
+from darwinlm.modeling import EXPORTABLE, load, pruned_config, register, remaining_blocks, render, renumber_blocks
+from darwinlm.types import BlockSizes, DarwinError, UsageError
 from exports import (
     BLOCKS,
     CARD,
@@ -28,20 +42,6 @@ from exports import (
     observe,
     stitched_model,
 )
-from safetensors import safe_open
-from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-)
-
-from darwinlm.export.hf import Expected, export_hf, new_directory, verify_export
-from darwinlm.modeling import EXPORTABLE, load, pruned_config, register, remaining_blocks, render, renumber_blocks
-from darwinlm.types import BlockSizes, DarwinError, UsageError
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from exports import CARD, CASES, VOCAB, dense_model, make_tokenizer, stitched_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -18,6 +17,7 @@ from darwinlm.export.hf import Expected, export_hf
 from darwinlm.export.vllm import _interface_calls, check_vllm, tensor_parallel_sizes, zero_stubs
 from darwinlm.modeling import block_sizes_of, load, pruned_model
 from darwinlm.types import BlockSizes, UsageError
+from exports import CARD, CASES, VOCAB, dense_model, make_tokenizer, stitched_model
 
 TOKEN_IDS = torch.randint(4, VOCAB, (1, 12), generator=torch.Generator().manual_seed(3))
 UNEVEN = ("llama-gqa-tied", "llama-biases", "qwen2", "mistral", "qwen3")

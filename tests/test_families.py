@@ -8,20 +8,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import pruned
 import pytest
-import tiny
 import torch
-from pruned import Pruned
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
+import pruned
+import tiny
 from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.families import FAMILIES, block_sizes, find_family, find_units, head_dim, linear_at
 from darwinlm.genome import level_grid, prunable_parameters
 from darwinlm.surgery import NoAttn, repeat_shared
 from darwinlm.types import DarwinError, Genome, Level, Structure, Unit, UsageError
+from pruned import Pruned
 
 STRUCTURES: tuple[Structure, ...] = ("kv_group", "balanced", "head")
 CASES = [

@@ -6,10 +6,9 @@ from pathlib import Path
 from random import Random
 
 import pytest
-import tiny
 import torch
-from test_surgery import CONFIG, token_ids, zero_masked
 
+import tiny
 from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.database import Database, add_unit
@@ -17,6 +16,7 @@ from darwinlm.fitness import Fitness
 from darwinlm.genome import level_grid
 from darwinlm.surgery import Stitcher
 from darwinlm.types import Genome, SelectionStage
+from test_surgery import CONFIG, token_ids, zero_masked
 
 CPU = torch.device("cpu")
 STAGES = tuple(SelectionStage(1, tokens) for tokens in (64, 128, 256))

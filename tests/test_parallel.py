@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 
+import runs
 from darwinlm.artifact import read_json
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.database import Database

@@ -9,11 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import runs
-import tiny
 import torch
 
 import darwinlm
+import runs
+import tiny
 from darwinlm import pipeline
 from darwinlm.artifact import read_json
 from darwinlm.checkpoint import Checkpoint

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-import pruned
 import pytest
-import tiny
 import torch
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
+import pruned
+import tiny
 from darwinlm.cli import main
 from darwinlm.config import CalibrationConfig, DatabaseConfig
 from darwinlm.genome import uniform_genome

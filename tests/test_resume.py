@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import runs
 
+import runs
 from darwinlm import pipeline
 from darwinlm.config import CalibrationConfig, RunConfig, SearchConfig
 from darwinlm.types import SelectionStage

@@ -9,11 +9,11 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_genome import units
 
 from darwinlm.allocate.sensitivity import least_sensitive, sensitivities
 from darwinlm.genome import Budget, Grid, ceilings, level_grid, prunable_parameters
 from darwinlm.types import Genome, SelectionStage
+from test_genome import units
 
 STAGE = SelectionStage(1, 100)
 

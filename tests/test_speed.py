@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+import runs
+import tiny
 from darwinlm.config import SpeedConfig
 from darwinlm.evaluate import parameter_bytes
 from darwinlm.speed import count, measure

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pruned
 import pytest
 import torch
-from pruned import Pruned
 
+import pruned
 from darwinlm.types import Genome, UsageError
+from pruned import Pruned
 
 
 @pytest.fixture(scope="module")
