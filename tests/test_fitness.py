@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +103,8 @@ def test_training_lowers_the_loss(stitcher: Stitcher) -> None:
 def test_bfloat16_steps_of_a_small_learning_rate_are_not_lost(checkpoints: dict[str, Path], stitcher: Stitcher) -> None:
     """Masters are float32: rounding away each step would leave a bfloat16 candidate as it was."""
     scorer = fitness(stitcher, (STAGES[0],), learning_rate=1e-4)
-    model = tiny.build("llama-gqa").to(torch.bfloat16)
+    model: Any = tiny.build("llama-gqa")
+    model.to(torch.bfloat16)
     before = {name: p.clone() for name, p in model.named_parameters()}
     trained = dict(scorer._train(model, tokens=256).named_parameters())
     weights = [name for name, p in before.items() if p.dim() == 2]

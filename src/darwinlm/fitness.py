@@ -112,7 +112,7 @@ class Fitness:
             for block, arguments in zip(blocks[fork:], trace.arguments[fork:], strict=True):
                 hidden = block(hidden, **arguments)
             hidden = model.get_submodule(self.stitcher.family.final_norm)(hidden)
-        return self._references[index].kl(hidden.flatten(0, 1), model.get_output_embeddings())
+        return self._references[index].kl(hidden.flatten(0, 1), _head(model))
 
     def _fork(self, genome: Genome, parent: Genome) -> int:
         """The first block in which two genomes differ."""
@@ -134,7 +134,7 @@ class Fitness:
         Weights are float32 while they train: at 1e-5 a bfloat16 step rounds away.
         """
         dtype = candidate.dtype
-        model = copy.deepcopy(candidate).float().train()
+        model: Any = copy.deepcopy(candidate).float().train()
         model.requires_grad_(True)
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.learning_rate, weight_decay=0.0)
         for batch in self.training_ids[: self._sequences(tokens)].split(1):
@@ -191,7 +191,7 @@ class _Reference:
         hidden = dense.get_decoder()(token_ids, use_cache=False).last_hidden_state.flatten(0, 1)
         parts = []
         for rows in hidden.split(ROWS):
-            log_p = _logits(dense.get_output_embeddings(), rows).log_softmax(-1)
+            log_p = _logits(_head(dense), rows).log_softmax(-1)
             p = log_p.exp().half()
             parts.append((p, (p.float() * log_p).sum(-1), p.float().sum(-1)))
         return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -206,6 +206,12 @@ class _Reference:
             divergence = negentropy - torch.linalg.vecdot(p.float(), z) + mass * z.logsumexp(-1)
             total += divergence.double().sum().item()
         return total
+
+
+def _head(model: PreTrainedModel) -> nn.Module:
+    head = model.get_output_embeddings()
+    assert head is not None
+    return head
 
 
 def _logits(head: nn.Module, hidden: Tensor) -> Tensor:
