@@ -121,7 +121,7 @@ def main() -> None:
         parameters = {name: parameter_count(model) for name, model in models.items()}
         measured = measure(models, config)
         del models
-        files = {name: export_gguf(directories[name], root / f"{name}.gguf", "f32") for name in ("dense", "pruned")}
+        files = {name: export_gguf(path, root / f"{name}.gguf", "f32") for name, path in directories.items()}
         seconds = llama_cpp_seconds(files, config, root)
     flops = counted["dense"].prefill_flops / counted["pruned"].prefill_flops
     read = counted["dense"].decode_bytes / counted["pruned"].decode_bytes
@@ -148,16 +148,18 @@ def main() -> None:
         f"| KV cache | {a.cache_bytes / 1e6:.1f} MB | {b.cache_bytes / 1e6:.1f} MB |",
         f"| peak memory | {(a.peak_bytes or 0) / 1e6:.0f} MB | {(b.peak_bytes or 0) / 1e6:.0f} MB |",
         "",
-        f"Overhead in transformers, by a model of {parameters['empty']:,} parameters in as many blocks:",
+        f"Overhead, by a model of {parameters['empty']:,} parameters in as many blocks; for one decoded token:",
         "",
         "| | empty | pruned | dense |",
         "|---|---|---|---|",
-        "| ms a decoded token | "
-        + " | ".join(f"{1000 / measured[name].decode_tokens_per_s:.1f}" for name in ("empty", "pruned", "dense"))
-        + " |",
-        "| MB read for it | "
-        + " | ".join(f"{counted[name].decode_bytes / 1e6:.0f}" for name in ("empty", "pruned", "dense"))
-        + " |",
+        *(
+            f"| {title} | " + " | ".join(f"{values[name]:.1f}" for name in ("empty", "pruned", "dense")) + " |"
+            for title, values in (
+                ("MB read", {name: found.decode_bytes / 1e6 for name, found in counted.items()}),
+                ("ms in transformers", {name: 1000 / found.decode_tokens_per_s for name, found in measured.items()}),
+                ("ms in llama.cpp", {name: 1000 * found[1] / new for name, found in seconds.items()}),
+            )
+        ),
     ]
     RESULTS.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -10,16 +10,11 @@ import pytest
 import torch
 
 import tiny
-from darwinlm.calibrate import calibrate
-from darwinlm.checkpoint import Checkpoint
-from darwinlm.database import Database, add_unit
 from darwinlm.fitness import Fitness
-from darwinlm.genome import level_grid
 from darwinlm.surgery import Stitcher
 from darwinlm.types import Genome, SelectionStage
-from test_surgery import CONFIG, token_ids, zero_masked
+from pruned import prune, token_ids, zero_masked
 
-CPU = torch.device("cpu")
 STAGES = tuple(SelectionStage(1, tokens) for tokens in (64, 128, 256))
 
 
@@ -27,12 +22,7 @@ STAGES = tuple(SelectionStage(1, tokens) for tokens in (64, 128, 256))
 def stitcher(
     request: pytest.FixtureRequest, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Stitcher:
-    checkpoint = Checkpoint(checkpoints[request.param])
-    grid = level_grid(checkpoint.units, CONFIG.levels, CONFIG.granularity)
-    database = Database(tmp_path_factory.mktemp("database"), grid, {})
-    for statistics in calibrate(checkpoint, token_ids(), batch_size=6, device=CPU):
-        add_unit(database, statistics, CONFIG, torch.float32)
-    return Stitcher(checkpoint.load(torch.float32, CPU), checkpoint.family, database)
+    return prune(checkpoints[request.param], tmp_path_factory.mktemp("database")).stitcher
 
 
 def fitness(stitcher: Stitcher, stages: tuple[SelectionStage, ...] = STAGES, learning_rate: float = 1e-3) -> Fitness:
