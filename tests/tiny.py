@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -73,7 +74,7 @@ FAMILIES = ["llama-mha", "llama-gqa", "qwen2", "mistral", "qwen3"]  # whose prun
 def build(family: str, seed: int = 0) -> PreTrainedModel:
     """A random model whose every parameter is random: biases and norms too."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter, std=0.3)
