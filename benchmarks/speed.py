@@ -5,8 +5,8 @@
 SmolLM2-135M against a copy with half of the prunable parameters removed, evenly over its blocks; which are removed does
 not matter to speed. Decoding should speed up as the bytes that are read for a token shrink, prefill as its operations
 do: `share` is the speed-up found in that predicted. The models take turns and medians count. `empty` is the model
-with 1 KV group and 32 channels in every block: nearly all that is left of it is overhead. Results go to
-RESULTS-speed.md beside this file.
+with 1 KV group and 32 channels in every block: nearly all that is left of it is the head, and overhead. llama.cpp
+decodes on one thread and on all. Results go to RESULTS-speed.md beside this file.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def serve(file):
     params = llama.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel = file, 2048, 1
     params.n_batch = params.n_ubatch = 512
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job["threads"]
+    params.cpuparams.n_threads, params.cpuparams_batch.n_threads = job["decode_threads"], job["threads"]
     return llama.Server(params)
 
 servers = {name: serve(file) for name, file in job["files"].items()}
@@ -73,11 +73,14 @@ def half(blocks: int) -> list[Kept]:
     ]
 
 
-def llama_cpp_seconds(files: Mapping[str, Path], config: SpeedConfig, root: Path) -> dict[str, tuple[float, float]]:
-    """Seconds of prefill and of decoding of each file, medians."""
+def llama_cpp_seconds(
+    files: Mapping[str, Path], config: SpeedConfig, root: Path, decode_threads: int
+) -> dict[str, tuple[float, float]]:
+    """Seconds of prefill, on all threads, and of decoding of each file, medians."""
     job = {
         "files": {name: str(file) for name, file in files.items()},
         "threads": torch.get_num_threads(),
+        "decode_threads": decode_threads,
         "repeats": config.repeats,
         "new_tokens": config.new_tokens,
         "prompt": torch.randint(3, 49152, (config.prompt_tokens,)).tolist(),
@@ -122,7 +125,11 @@ def main() -> None:
         measured = measure(models, config)
         del models
         files = {name: export_gguf(path, root / f"{name}.gguf", "f32") for name, path in directories.items()}
-        seconds = llama_cpp_seconds(files, config, root)
+        # Its threads wait for each other in every operation, which on shared cores costs as much as a second one gives.
+        by_threads = {
+            threads: llama_cpp_seconds(files, config, root, threads) for threads in sorted({1, torch.get_num_threads()})
+        }
+    seconds = by_threads[torch.get_num_threads()]
     flops = counted["dense"].prefill_flops / counted["pruned"].prefill_flops
     read = counted["dense"].decode_bytes / counted["pruned"].decode_bytes
     a, b = measured["dense"], measured["pruned"]
@@ -140,7 +147,10 @@ def main() -> None:
         row("transformers", "prefill", a.prefill_tokens_per_s, b.prefill_tokens_per_s, flops),
         row("transformers", "decode", a.decode_tokens_per_s, b.decode_tokens_per_s, read),
         row("llama.cpp", "prefill", prompt / seconds["dense"][0], prompt / seconds["pruned"][0], flops),
-        row("llama.cpp", "decode", new / seconds["dense"][1], new / seconds["pruned"][1], read),
+        *(
+            row(f"llama.cpp, threads: {number}", "decode", new / found["dense"][1], new / found["pruned"][1], read)
+            for number, found in by_threads.items()
+        ),
         "",
         "| | dense | pruned |",
         "|---|---|---|",
@@ -157,7 +167,10 @@ def main() -> None:
             for title, values in (
                 ("MB read", {name: found.decode_bytes / 1e6 for name, found in counted.items()}),
                 ("ms in transformers", {name: 1000 / found.decode_tokens_per_s for name, found in measured.items()}),
-                ("ms in llama.cpp", {name: 1000 * found[1] / new for name, found in seconds.items()}),
+                *(
+                    (f"ms in llama.cpp, threads: {number}", {name: 1000 * s[1] / new for name, s in found.items()})
+                    for number, found in by_threads.items()
+                ),
             )
         ),
     ]
