@@ -6,10 +6,13 @@ Everything works in a single process too, where it does nothing. `torchrun --npr
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from types import FrameType
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -71,15 +74,18 @@ def together() -> Iterator[None]:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=me, world_size=world, timeout=PATIENCE)
     console.quiet = not first()
+    before = signal.signal(signal.SIGTERM, _told_to_end)
     try:
         yield
         wait_for_all()
     except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends as it is
         if store.add(SPOKEN, 1) > 1 and isinstance(error, DarwinError | OSError):
             time.sleep(GRACE)  # torchrun ends the others once one is gone: let the other say why
             raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
         raise
     finally:
+        signal.signal(signal.SIGTERM, before)
         console.quiet = False
         dist.destroy_process_group()
 
@@ -119,7 +125,15 @@ def _peers() -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
-        raise PeerLostError(
-            f"another process of this run has died ({reason}); run the same command again, it goes on from what is "
-            "finished"
-        ) from None
+        raise _peer_lost(reason) from None
+
+
+def _told_to_end(_signal: int, _frame: FrameType | None) -> NoReturn:
+    """torchrun ends all processes once one is gone, maybe before its absence is felt here."""
+    raise _peer_lost("torchrun ended this one")
+
+
+def _peer_lost(reason: str) -> PeerLostError:
+    return PeerLostError(
+        f"another process of this run has died ({reason}); run the same command again, it goes on from what is finished"
+    )
