@@ -94,11 +94,12 @@ def solve_levels(
     """The weights of each level that keeps some of the unit's structures, by least squares from its kept set `K` alone.
 
     `W_K + W_R L_RK L_KK^-1`, which equals `(W H)_{:,K} H_KK^-1`. With the columns in the reverse order of removal, each
-    kept set is a leading block: one Cholesky factor `L L^T = H` serves all levels.
+    kept set is a leading block: one Cholesky factor `L L^T = H` serves all levels, and each level goes on from the one
+    before.
 
     Args:
         hessian: damped, the one that `elimination` had.
-        removed: for each level, how many structures have left. Levels that keep all or none yield nothing.
+        removed: for each level, how many structures have left, ascending. Levels that keep all or none yield nothing.
 
     Raises:
         DarwinError: as `eliminate`.
@@ -108,20 +109,21 @@ def solve_levels(
     if not wanted:
         return []
     eliminated = elimination.order.tolist()
-    assert max(count for _, count in wanted) <= len(eliminated)
+    assert max(count for _, count in wanted) <= len(eliminated) and list(removed) == sorted(removed)
     gone = set(eliminated)
     last_first = torch.tensor([s for s in range(structures) if s not in gone] + eliminated[::-1], device=hessian.device)
     columns = _columns(last_first, width)
     factor = _cholesky(unit, hessian.index_select(0, columns).index_select(1, columns))
-    permuted = weight.to(hessian).index_select(1, columns)
+    solved = weight.to(hessian).index_select(1, columns)
     levels = []
     for level, count in wanted:
         k = (structures - count) * width
+        L_KK, L_RK = factor[:k, :k], factor[k : solved.shape[1], :k]
+        solution = torch.linalg.solve_triangular(L_KK, L_RK, upper=False, left=False)
+        solved = solved[:, :k].addmm(solved[:, k:], solution)
         kept, ascending = last_first[: structures - count].sort()
-        W_K, W_R = permuted.split([k, len(columns) - k], dim=1)
-        push = torch.linalg.solve_triangular(factor[:k, :k], W_R @ factor[k:, :k], upper=False, left=False)
-        solved = push.add_(W_K)[:, _columns(ascending, width)]
-        levels.append(Level(unit, level, kept.cpu(), solved, float(elimination.errors[count - 1])))
+        weights = solved.index_select(1, _columns(ascending, width))
+        levels.append(Level(unit, level, kept.cpu(), weights, float(elimination.errors[count - 1])))
     return levels
 
 
