@@ -36,6 +36,7 @@ from transformers import (
 
 from darwinlm.artifact import read_json
 from darwinlm.families import Family, find_family, find_units
+from darwinlm.modeling import register
 from darwinlm.progress import quiet_transformers, say
 from darwinlm.types import DarwinError, Unit, UsageError
 
@@ -46,7 +47,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 class Checkpoint:
-    """A directory of safetensors shards with a config, as transformers writes it.
+    """A directory of safetensors shards with a config, as transformers writes it, of a dense or a pruned model.
 
     Weights are read when asked for and never kept, so that a model larger than memory can be processed block by block.
 
@@ -63,8 +64,12 @@ class Checkpoint:
         raw = read_json(path / "config.json", "model_type")
         # Before AutoConfig, which for a family that it does not know asks to trust code, or gives advice on upgrades.
         self.family: Family = find_family(PretrainedConfig.from_dict({"model_type": str(raw["model_type"])}))
+        register()
         try:
-            self.config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
+            # Code in the directory is never run: the classes of pruned models are this package's own.
+            self.config: PretrainedConfig = AutoConfig.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
         except (ValueError, TypeError, StrictDataclassError) as error:
             raise UsageError(f"{path / 'config.json'} is no usable config ({error}); fetch the model again") from None
         if getattr(self.config, "quantization_config", None):
@@ -114,24 +119,24 @@ class Checkpoint:
             if not any((self.path / name).exists() for name in TOKENIZERS):  # transformers would make an empty one
                 raise FileNotFoundError(f"expected {' or '.join(TOKENIZERS)}, found none")
             with quiet_transformers():
-                return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+                return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, TypeError, KeyError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise UsageError(f"no tokenizer in {self.path} ({reason}); put its files there") from None
 
-    def check_length(self, length: int) -> None:
+    def check_length(self, length: int, flag: str = "calibration.sequence-length") -> None:
         """Raise `UsageError` if a sequence is longer than the model has positions for."""
         positions = getattr(self.config, "max_position_embeddings", None)
         if positions is not None and length > positions:
             raise UsageError(
-                f"--calibration.sequence-length: expected at most the {positions} positions of the model, "
+                f"--{flag}: expected at most the {positions} positions of the model, "
                 f"found {length}; give a smaller one"
             )
 
     def skeleton(self) -> PreTrainedModel:
         """The whole model without its weights: parameters on the meta device, buffers real."""
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(self.config)
+            return AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
 
     def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """The whole model with its weights, in evaluation mode.
@@ -141,7 +146,12 @@ class Checkpoint:
         """
         with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.path, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+                self.path,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
         model, report = loaded
         wrong = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])

@@ -11,6 +11,8 @@ from transformers import PretrainedConfig
 from darwinlm.genome import Grid
 from darwinlm.types import BlockSizes, DarwinError, Genome, Kind, Producer, Structure, Unit, UsageError
 
+PRUNED = "pruned_"  # before the model type of an export
+
 
 @dataclass(frozen=True)
 class Family:
@@ -83,17 +85,18 @@ FAMILIES = {
 
 
 def find_family(config: PretrainedConfig) -> Family:
-    """The row of a model's family.
+    """The row of a model's family. What darwinlm has pruned is still of its family.
 
     Raises:
         UsageError: if the family has no row.
     """
-    if config.model_type not in FAMILIES:
+    name = config.model_type.removeprefix(PRUNED)
+    if name not in FAMILIES:
         raise UsageError(
-            f"unsupported model family {config.model_type!r}: darwinlm prunes {', '.join(sorted(FAMILIES))}; "
+            f"unsupported model family {name!r}: darwinlm prunes {', '.join(sorted(FAMILIES))}; "
             "convert the model to one of these, or add a row to families.py"
         )
-    return FAMILIES[config.model_type]
+    return FAMILIES[name]
 
 
 def head_dim(config: PretrainedConfig) -> int:
