@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from darwinlm.families import PRUNED, head_dim
+from darwinlm.families import FAMILIES, PRUNED, head_dim
 from darwinlm.progress import quiet_transformers
 from darwinlm.types import BlockSizes, DarwinError, UsageError
 
@@ -48,9 +48,9 @@ def family_of(config: PreTrainedConfig) -> str:
     """
     family = config.model_type.removeprefix(PRUNED)
     if family not in EXPORTABLE:
+        cure = "darwinlm search takes it, and stops before the export" if family in FAMILIES else "convert it to one"
         raise UsageError(
-            f"expected a model of one of the families {', '.join(EXPORTABLE)} to export, found {family!r}; "
-            "convert it to one of these"
+            f"expected a model of one of the families {', '.join(EXPORTABLE)} to export, found {family!r}; {cure}"
         )
     return family
 
