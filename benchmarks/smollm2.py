@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
-from darwinlm.export.hf import Expected, export_hf
+from darwinlm.export.hf import export_hf
+from darwinlm.export.verify import Expected
 from darwinlm.surgery import NoAttn, NoMLP
 from darwinlm.types import BlockSizes
 

@@ -24,7 +24,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from darwinlm.export.hf import Expected, export_hf, new_directory, verify_export
+from darwinlm.export.hf import export_hf, new_directory
+from darwinlm.export.verify import Expected, float32_logits, verify_export
 from darwinlm.modeling import EXPORTABLE, load, pruned_config, register, remaining_blocks, render, renumber_blocks
 from darwinlm.types import BlockSizes, DarwinError, UsageError
 from exports import (
@@ -195,24 +196,42 @@ def test_export_leaves_the_model_as_it_was(outcome: Outcome, tmp_path: Path) -> 
 def test_verify_passes_a_good_export_and_stops_a_bad_one(outcome: Outcome) -> None:
     logits = outcome.expected["llama-mha"]["logits-sdpa"]
     directory = outcome.directory("llama-mha")
-    assert verify_export(directory, outcome.token_ids, logits) < 1e-4
+    assert verify_export(directory, Expected(outcome.token_ids, logits)) < 1e-4
     with pytest.raises(DarwinError, match="found a difference"):
-        verify_export(directory, outcome.token_ids, logits + 0.01 * logits.abs().max())
+        verify_export(directory, Expected(outcome.token_ids, logits + 1e-3 * logits.abs().max()))
 
 
 def test_bad_export_never_gets_its_name(outcome: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    export = (outcome.stitched["mistral"], outcome.sizes["mistral"], make_tokenizer())
-    logits = outcome.expected["mistral"]["logits-sdpa"]
-    good = export_hf(*export, tmp_path / "good", CARD, Expected(outcome.token_ids, logits))
+    """Even in bfloat16, where the fault is too small to be seen in logits of that precision."""
+    model: Any = load(outcome.directory("mistral"), dtype="bfloat16").eval()
+    export = (model, outcome.sizes["mistral"], make_tokenizer())
+    expected = Expected.of(model)
+    good = export_hf(*export, tmp_path / "good", CARD, expected)
     assert "loads without darwinlm, largest difference" in capsys.readouterr().err
+    rounded = model(expected.token_ids).logits
+    model.model.layers[3].mlp.up_proj.weight.data[5, :8] += 0.05
+    assert (model(expected.token_ids).logits - rounded).abs().max() < 4 * 2**-7 * rounded.abs().max()
     with pytest.raises(DarwinError, match="expected the export to give the model's logits within"):
-        export_hf(*export, tmp_path / "bad", CARD, Expected(outcome.token_ids, logits * 1.01))
+        export_hf(*export, tmp_path / "bad", CARD, expected)
     assert list(tmp_path.iterdir()) == [good]
 
 
 def test_verify_says_why_an_export_does_not_load(tmp_path: Path) -> None:
     with pytest.raises(DarwinError, match="to load in a fresh process, found"):
-        verify_export(tmp_path, torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, 8))
+        verify_export(tmp_path, Expected(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, 8)))
+
+
+def test_weights_of_16_bits_are_run_in_float32_and_left_as_they_were(outcome: Outcome) -> None:
+    for name in ("llama-gqa-tied", "qwen2"):
+        model = copy.deepcopy(outcome.stitched[name]).bfloat16()
+        before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+        found = float32_logits(model, outcome.token_ids)
+        assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
+        assert model.dtype == torch.bfloat16
+        rounded = model(outcome.token_ids).logits
+        exact = model.float()(outcome.token_ids).logits
+        torch.testing.assert_close(found, exact, atol=1e-5, rtol=0)
+        assert (rounded - exact).abs().max() > 1e-2
 
 
 def test_alike_blocks_need_no_code_where_every_runtime_heeds_the_head_size(outcome: Outcome) -> None:

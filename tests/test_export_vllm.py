@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from darwinlm.export.hf import Expected, export_hf
+from darwinlm.export.hf import export_hf
+from darwinlm.export.verify import Expected
 from darwinlm.export.vllm import _interface_calls, check_vllm, tensor_parallel_sizes, zero_stubs
 from darwinlm.modeling import block_sizes_of, load, pruned_model
 from darwinlm.types import BlockSizes, UsageError

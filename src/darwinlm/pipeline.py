@@ -27,7 +27,8 @@ from darwinlm.database import Database, add_unit
 from darwinlm.device import DTYPES, resolve_device, resolve_dtype
 from darwinlm.evaluate import Row, evaluate, parameter_bytes, parameter_count
 from darwinlm.export.card import model_card
-from darwinlm.export.hf import Expected, export_hf, verify_export
+from darwinlm.export.hf import export_hf
+from darwinlm.export.verify import Expected, verify_export
 from darwinlm.export.vllm import check_vllm
 from darwinlm.families import block_sizes, find_units
 from darwinlm.fitness import Fitness
@@ -39,7 +40,6 @@ from darwinlm.surgery import Stitcher, repeat_shared
 from darwinlm.types import DarwinError, Genome, SearchResult, SelectionStage
 
 Stage = Literal["database", "search", "report"]
-VERIFIED_SEQUENCES, VERIFIED_TOKENS = 2, 128
 
 
 def compress(
@@ -216,7 +216,7 @@ def _stitch(work: _Work, database: Database, start: Genome, result: SearchResult
 def _export(work: _Work, result: SearchResult, models: dict[str, PreTrainedModel]) -> None:
     """Write the searched model as a directory that transformers loads, and prove it in a fresh process."""
     model, exported = models["searched"], work.run.exported
-    expected = _expected(work, model) if work.config.verify else None
+    expected = Expected.of(model) if work.config.verify else None
     if not exported.exists():
         sizes = block_sizes(work.grid, result.best, work.checkpoint.config)
         counts = parameter_count(models["dense"]), parameter_count(model)
@@ -225,13 +225,7 @@ def _export(work: _Work, result: SearchResult, models: dict[str, PreTrainedModel
         for refusal in check_vllm(exported):
             say(f"vLLM would refuse this export: {refusal}")
     elif expected is not None:
-        verify_export(exported, expected.token_ids, expected.logits)
-
-
-@torch.inference_mode()
-def _expected(work: _Work, model: PreTrainedModel) -> Expected:
-    token_ids = work.tokens["evaluation"][:VERIFIED_SEQUENCES, :VERIFIED_TOKENS]
-    return Expected(token_ids, model(token_ids.to(work.device)).logits)
+        verify_export(exported, expected)
 
 
 def _evaluate(work: _Work, models: dict[str, PreTrainedModel]) -> list[Row]:

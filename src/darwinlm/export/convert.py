@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 from darwinlm.config import ExportConfig
 from darwinlm.export.gguf import export_gguf
-from darwinlm.export.hf import Expected, export_hf
+from darwinlm.export.hf import export_hf
+from darwinlm.export.verify import Expected
 from darwinlm.export.vllm import check_vllm, tensor_parallel_sizes, zero_stubs
 from darwinlm.modeling import block_sizes_of, load
 from darwinlm.progress import quiet_transformers, say
-
-VERIFIED_SHAPE = (2, 64)  # sequences and tokens that an export is verified on
 
 
 def convert(directory: Path, out: Path, config: ExportConfig) -> Path:
@@ -30,7 +28,7 @@ def convert(directory: Path, out: Path, config: ExportConfig) -> Path:
     if config.format == "gguf":
         return export_gguf(directory, out, config.type)
     model = load(directory).eval()
-    expected = _expected(model) if config.verify else None
+    expected = Expected.of(model) if config.verify else None
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     card = directory / "README.md"
@@ -43,10 +41,3 @@ def convert(directory: Path, out: Path, config: ExportConfig) -> Path:
     parallel = ", ".join(map(str, tensor_parallel_sizes(sizes)))
     say(f"tensor parallelism: the sizes of every block can be split among {parallel} devices")
     return out
-
-
-@torch.inference_mode()
-def _expected(model: PreTrainedModel) -> Expected:
-    generator = torch.Generator().manual_seed(0)
-    token_ids = torch.randint(model.config.vocab_size, VERIFIED_SHAPE, generator=generator)
-    return Expected(token_ids, model(token_ids).logits)
