@@ -44,7 +44,7 @@ def short(model: Path, data: Path, out: Path, **changes: Any) -> RunConfig:
     return replace(SHORT, model=str(model), data=str(data), out=str(out), **changes)
 
 
-def command(config: RunConfig, *flags: str, name: str = "compress") -> list[str]:
+def command(config: Any, *flags: str, name: str = "compress") -> list[str]:
     """The arguments that mean `config`; its settings are in a YAML file beside the run directory."""
     settings = json.loads(json.dumps(asdict(config)))
     model, data, out, verify = (settings.pop(key) for key in ("model", "data", "out", "verify"))

@@ -12,7 +12,7 @@ from typing import Any, Literal, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
 
-from darwinlm.config import DEMO, CalibrationConfig, DatabaseConfig, ExportConfig, RunConfig, SpeedConfig
+from darwinlm.config import DEMO, CalibrationConfig, DatabaseConfig, ExportConfig, RunConfig, SpeedConfig, TrainConfig
 from darwinlm.types import DarwinError, UsageError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -25,6 +25,7 @@ STAGES = {
     "search": "the database, then the search for the best genome",
     "demo": "the same as compress, on a real model and corpus that come as packages",
 }
+TRAIN = "a pruned model on text, alone or with the dense model as its teacher; stops and resumes anywhere"
 PLAN = "what a run on a model takes, from its config alone: parameters, time, memory and disk"
 EXPORT = "a run's model, or a model directory, in another form"
 EVALUATE = "how fast a model is beside the dense one"
@@ -83,15 +84,16 @@ def _parser() -> ArgumentParser:
             stage.add_argument("model", type=str, help="a hub id, a directory, a .gguf file, or smollm2-135m")
         stage.add_argument("--config", action="config", help="a YAML file of settings; flags win over it")
         stage.add_class_arguments(RunConfig, skip={*given, "verify"})
-        stage.add_argument(
-            "--verify",
-            action=ActionYesNo(no_prefix="no-"),
-            default=True,
-            help="load the export in a fresh process without darwinlm and compare its logits (default: yes)",
-        )
+        _add_verify(stage)
         if name == "demo":
             stage.set_defaults({key: value for key, value in dataclasses.asdict(DEMO).items() if key not in given})
         commands.add_subcommand(name, stage, help=help_text)
+    train = Parser(description=TRAIN)
+    train.add_argument("model", type=str, help="a run directory, an export, or a dense model as for compress")
+    train.add_argument("--config", action="config", help="a YAML file of settings; flags win over it")
+    train.add_class_arguments(TrainConfig, skip={"model", "verify"})
+    _add_verify(train)
+    commands.add_subcommand("train", train, help=TRAIN)
     plan = Parser(description=PLAN)
     plan.add_argument("model", type=str, help="a hub id, a directory or a file with a config, or smollm2-135m")
     plan.add_argument("--config", action="config", help="a YAML file of settings; flags win over it")
@@ -103,9 +105,7 @@ def _parser() -> ArgumentParser:
     export.add_argument("source", type=str, help="a run directory, an export or a dense model directory")
     export.add_argument("--out", type=str, required=True, help="a new directory, or for gguf a file named *.gguf")
     export.add_class_arguments(ExportConfig, skip={"verify"})
-    export.add_argument(
-        "--verify", action=ActionYesNo(no_prefix="no-"), default=True, help="load an hf export in a fresh process"
-    )
+    _add_verify(export)
     commands.add_subcommand("export", export, help=EXPORT)
     evaluate = Parser(description=EVALUATE)
     evaluate.add_argument("source", type=str, help="a run directory or an export")
@@ -114,6 +114,15 @@ def _parser() -> ArgumentParser:
     evaluate.add_class_arguments(SpeedConfig)
     commands.add_subcommand("evaluate", evaluate, help=EVALUATE)
     return parser
+
+
+def _add_verify(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--verify",
+        action=ActionYesNo(no_prefix="no-"),
+        default=True,
+        help="load an hf export in a fresh process without darwinlm and compare its logits (default: yes)",
+    )
 
 
 def _run(command: str, fields: Namespace) -> None:
@@ -132,6 +141,11 @@ def _run(command: str, fields: Namespace) -> None:
     if command == "evaluate":
         options = {field.name: fields[field.name] for field in dataclasses.fields(SpeedConfig)}
         speed.compare(find_export(Path(fields.source)), fields.against, SpeedConfig(**options))
+        return
+    if command == "train":
+        from darwinlm.train import train
+
+        train(TrainConfig(**{field.name: fields[field.name] for field in dataclasses.fields(TrainConfig)}))
         return
     names = {field.name for field in dataclasses.fields(RunConfig)}
     given = {name: value for name, value in vars(fields).items() if name in names}

@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -99,7 +99,7 @@ class Corpus:
         needed = count * self.sequence_length
         end = self.tokenizer.eos_token_id
         stream: list[int] = []
-        for batch in _batched(documents, 256):
+        for batch in batched(documents, 256):
             if len(stream) >= needed:
                 break
             for ids in self.tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
@@ -122,8 +122,8 @@ def read_corpus(data: str, tokenizer: PreTrainedTokenizerBase, sequence_length: 
     """
     sources, seen = [], set()
     for part in data.split(","):
-        name, weight = _name_and_weight(part.strip())
-        documents = tuple(dict.fromkeys(document for document in _read(name) if document.strip()))
+        name, weight = name_and_weight(part.strip())
+        documents = tuple(dict.fromkeys(document for document in read_documents(name) if document.strip()))
         if not documents:
             raise UsageError(f"the corpus {name} is empty: expected at least one document with text; name another")
         new = tuple(document for document in documents if document not in seen)
@@ -134,7 +134,7 @@ def read_corpus(data: str, tokenizer: PreTrainedTokenizerBase, sequence_length: 
     return Corpus(tuple(sources), tokenizer, sequence_length, seed)
 
 
-def _name_and_weight(part: str) -> tuple[str, float]:
+def name_and_weight(part: str) -> tuple[str, float]:
     """`SOURCE=WEIGHT` apart; a `=` with a slash after it belongs to a path."""
     name, equals, weight = part.rpartition("=")
     if not equals or "/" in weight:
@@ -149,10 +149,11 @@ def is_held_out(document: str) -> bool:
     return int.from_bytes(hashlib.sha256(document.encode()).digest()[:4]) < HELD_OUT_SHARE * 2**32
 
 
-def _read(name: str) -> Iterator[str]:
+def read_documents(name: str) -> Iterator[str]:
+    """The documents of one source, empty ones included. Raises `UsageError` if it is unknown or unreadable."""
     path = Path(name).expanduser()
     if name in PACKAGED:
-        return (_text_of(record, name) for record in json.loads(_packaged(name).read_text(encoding="utf-8")).values())
+        return (text_of(record, name) for record in json.loads(_packaged(name).read_text(encoding="utf-8")).values())
     if path.suffix in (".txt", ".jsonl", ".parquet"):
         if not path.is_file():
             raise UsageError(f"no text at {name}: expected a file; check --data")
@@ -176,7 +177,7 @@ def _read_file(path: Path) -> Iterator[str]:
             with path.open(encoding="utf-8") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        yield _text_of(json.loads(line), f"line {number} of {path}")
+                        yield text_of(json.loads(line), f"line {number} of {path}")
         else:
             from pyarrow.parquet import ParquetFile  # slow to import, and only these sources need it
 
@@ -184,7 +185,7 @@ def _read_file(path: Path) -> Iterator[str]:
                 columns = [name for name in TEXT_COLUMNS if name in file.schema_arrow.names]
                 for batch in file.iter_batches(columns=columns):
                     for record in batch.to_pylist():
-                        yield _text_of(record, str(path))
+                        yield text_of(record, str(path))
     except (OSError, ValueError) as error:
         if isinstance(error, DarwinError):
             raise
@@ -210,7 +211,7 @@ def _read_hub(name: str) -> Iterator[str]:
     try:
         stream = load_dataset(repository, subset, split=split, streaming=True)
         for _, record in zip(range(HUB_DOCUMENTS), stream, strict=False):
-            yield _text_of(record, name)
+            yield text_of(record, name)
     except (DatasetNotFoundError, OSError, ValueError) as error:
         if isinstance(error, DarwinError):
             raise
@@ -221,15 +222,17 @@ def _read_hub(name: str) -> Iterator[str]:
         ) from None
 
 
-def _text_of(record: object, where: str) -> str:
+def text_of(record: object, where: str) -> str:
+    """The text of a record, or `UsageError` if it has none under a name that is known."""
     for column in TEXT_COLUMNS:
         if isinstance(record, dict) and isinstance(record.get(column), str):
             return record[column]
     raise UsageError(f"{where} has no text: expected a column {' or '.join(TEXT_COLUMNS)}; rename the text's column")
 
 
-def _batched(items: list[str], size: int) -> Iterator[list[str]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
+def batched(items: Sequence[str], size: int) -> Iterator[list[str]]:
+    """Consecutive slices of `size` items, the last maybe shorter."""
+    return (list(items[start : start + size]) for start in range(0, len(items), size))
 
 
 def _interleave(parts: list[Tensor]) -> Tensor:

@@ -15,12 +15,12 @@ import yaml
 from transformers import PreTrainedModel
 
 from darwinlm.artifact import read_json, sweep, write_json, write_text
-from darwinlm.config import RunConfig, read_config
+from darwinlm.config import Config, RunConfig, read_config
 from darwinlm.genome import Grid
 from darwinlm.modeling import load
 from darwinlm.types import DarwinError, Genome, SearchResult, UsageError
 
-SETTINGS = "run.yaml"
+SETTINGS, TRAIN_SETTINGS = "run.yaml", "train.yaml"
 FREE = ("out", "verify")  # settings that may change when a run is resumed: a run may be moved
 
 
@@ -57,21 +57,8 @@ class Run:
         Raises:
             UsageError: if the directory holds a run of other settings, or anything else.
         """
-        run = cls(config.out)
-        settings = run.path / SETTINGS
-        if not settings.exists():
-            strangers = [entry.name for entry in run.path.iterdir() if not entry.name.startswith((".", SETTINGS))]
-            if strangers:
-                raise UsageError(
-                    f"{run.path} is not empty and holds no run (found {strangers[0]}); choose another --out"
-                )
-            write_text(settings, yaml.safe_dump(_plain(config), sort_keys=False))
-        old, new = _plain(run.config), _plain(config)
-        changed = _differences(old | {name: new[name] for name in FREE}, new)
-        if changed:
-            raise UsageError(f"{run.path} holds another run ({'; '.join(changed)}); choose another --out, or delete it")
-        sweep(run.path)
-        return run
+        claim(Path(config.out), SETTINGS, config)
+        return cls(config.out)
 
     def abandon(self) -> None:
         """Leave the directory to another run if this one has done nothing yet: its arguments were wrong."""
@@ -123,24 +110,49 @@ class Run:
         return read_json(self.search / "result.json", "levels")
 
 
+def claim(path: Path, settings: str, config: Config) -> None:
+    """Make a directory that of a configuration, or find that it is. The directory must be held by this process.
+
+    Args:
+        settings: name of the file that holds the configuration.
+
+    Raises:
+        UsageError: if the directory holds other settings, or anything else.
+    """
+    file = path / settings
+    if not file.exists():
+        strangers = [entry.name for entry in path.iterdir() if not entry.name.startswith((".", settings))]
+        if strangers:
+            raise UsageError(f"{path} is not empty and holds no run (found {strangers[0]}); choose another --out")
+        write_text(file, yaml.safe_dump(_plain(config), sort_keys=False))
+    old, new = _plain(read_config(file, type(config))), _plain(config)
+    changed = _differences(old | {name: new[name] for name in FREE if name in new}, new)
+    if changed:
+        raise UsageError(f"{path} holds another run ({'; '.join(changed)}); choose another --out, or delete it")
+    sweep(path)
+
+
 def find_export(path: Path) -> Path:
-    """The model directory that a user means: that of a run, or the directory itself.
+    """The model directory that a user means: that of a run or of a training, or the directory itself.
 
     Raises:
         UsageError: if there is no model there, or the run has none yet.
     """
-    found = Run(path).exported if (path / SETTINGS).is_file() else path
+    inside = any((path / settings).is_file() for settings in (SETTINGS, TRAIN_SETTINGS))
+    found = Run(path).exported if inside else path
     if not (found / "config.json").is_file():
-        missing = "its run has not come to its export yet, run darwinlm compress again" if found != path else "name one"
+        missing = "its run has not come to its export yet, run the same command again" if inside else "name one"
         raise UsageError(f"no model in {path}: expected config.json in {found}, found none; {missing}")
     return found
 
 
-def read_genome(path: Path, grid: Grid, made_from: Mapping[str, Any]) -> Genome:
+def read_genome(path: Path, grid: Grid, made_from: Mapping[str, Any], flag: str = "--genome") -> Genome:
     """A genome for this model and grid: a run's `search/result.json`, or a JSON list of levels.
 
     Args:
-        made_from: what the result of a search on this model, with these levels, would say it was made from.
+        made_from: what the result of a search on this model, with these levels, would say it was made from, as far as
+            it must be the same.
+        flag: which names the file.
 
     Raises:
         UsageError: if there is no such file, it holds no genome, or the genome is for another model or other levels.
@@ -148,18 +160,18 @@ def read_genome(path: Path, grid: Grid, made_from: Mapping[str, Any]) -> Genome:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"--genome: no genome in {path} ({error}); name a search/result.json") from None
+        raise UsageError(f"{flag}: no genome in {path} ({error}); name a search/result.json") from None
     levels = found.get("levels") if isinstance(found, dict) else found
     if not isinstance(levels, list) or not all(type(level) is int for level in levels):
         raise UsageError(
-            f"--genome: no genome in {path}: expected a JSON list of whole numbers, one a unit, or a "
+            f"{flag}: no genome in {path}: expected a JSON list of whole numbers, one a unit, or a "
             "search/result.json that has them; name another file"
         )
     origin = found.get("made_from", {}) if isinstance(found, dict) else {}
     for what, key in (("model", "model"), ("level grid", "grid")):
-        if key in origin and origin[key] != made_from[key]:
+        if key in origin and key in made_from and origin[key] != made_from[key]:
             raise UsageError(
-                f"--genome: the genome in {path} is for another {what}: expected {made_from[key]}, found "
+                f"{flag}: the genome in {path} is for another {what}: expected {made_from[key]}, found "
                 f"{origin[key]}; search one on this model and these levels, or give its levels as a JSON list"
             )
     genome = Genome(tuple(levels))
@@ -172,7 +184,7 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("darwinlm", "torch", "transformers")}
 
 
-def _plain(config: RunConfig) -> dict[str, Any]:
+def _plain(config: Any) -> dict[str, Any]:
     """The configuration as YAML has it, with lists for tuples."""
     return _lists(asdict(config))
 

@@ -15,8 +15,7 @@ tags: [pruned, structured-pruning, darwinlm]
 # {name}, pruned to {share:.0%}
 
 {parameters:,} parameters, pruned by darwinlm from the {dense_parameters:,} of `{name}`. It is a dense model whose
-blocks differ in heads and MLP width. Its licence and its limits are those of the original. It was not trained
-after pruning.
+blocks differ in heads and MLP width. Its licence and its limits are those of the original. {trained}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -36,6 +35,23 @@ Method: DarwinLM, evolutionary structured pruning of large language models (Tang
 """
 
 
+UNTRAINED = "It was not trained\nafter pruning."
+TRAINED = "It was trained\nafter pruning."
+TRAINING = """
+## How it was trained
+
+{settings}
+"""
+
+
+def trained_card(card: str, model: str, settings: Mapping[str, str], parameters: int) -> str:
+    """The card of a model after training: that which it had before, or a new one, with the training added."""
+    if not card.startswith("---"):
+        card = f"# {Path(model).name}, trained\n\n{parameters:,} parameters, trained by darwinlm.\n"
+    listed = "\n".join(f"- {name}: {value}" for name, value in settings.items())
+    return card.replace(UNTRAINED, TRAINED) + TRAINING.format(settings=listed)
+
+
 def model_card(model: str, settings: Mapping[str, str], dense_parameters: int, parameters: int) -> str:
     """The text of an export's README.md."""
     return CARD.format(
@@ -43,5 +59,6 @@ def model_card(model: str, settings: Mapping[str, str], dense_parameters: int, p
         share=parameters / dense_parameters,
         parameters=parameters,
         dense_parameters=dense_parameters,
+        trained=UNTRAINED,
         settings="\n".join(f"- {name}: {value}" for name, value in settings.items()),
     )

@@ -1,0 +1,351 @@
+"""Training tokens at scale: documents streamed, filtered, tokenised once, packed, and kept for any number of runs.
+
+A source is split into lanes, a lane into parts. Processes fill lanes side by side, a part is written whole or not at
+all and remembers where in the source the next one begins, so filling resumes anywhere. Which sequences are drawn
+depends on the source, the filter and their number alone; the seed decides their order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import IterableDataset, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from jaxtyping import Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from darwinlm import parallel
+from darwinlm.artifact import locked_directory, read_json, sweep, write_json
+from darwinlm.config import StreamConfig
+from darwinlm.data import HUB, PACKAGED, batched, is_held_out, name_and_weight, read_documents, text_of
+from darwinlm.progress import say
+from darwinlm.types import DarwinError, UsageError
+
+LANES = 64  # of a source at most, whatever the number of processes
+FIRST_PART, LARGEST_PART = 64, 8192  # documents; each part of a lane is twice as large as the one before
+LOADERS = {".jsonl": "json", ".parquet": "parquet"}
+MANIFEST = "tokens.json"
+Place = tuple[int, int, int]  # lane, part of the lane, row of the part
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """Packed sequences of one source on disk.
+
+    Attributes:
+        path: directory of the store; its name holds the hash of what it is made from.
+        source: as the user named it.
+        tokenizer: of the model that will read the sequences.
+        config: filter and sequence length.
+        held_out: whether it holds the documents that are kept for evaluation, or the others.
+    """
+
+    path: Path
+    source: str
+    tokenizer: PreTrainedTokenizerBase
+    config: StreamConfig
+    held_out: bool
+
+    @classmethod
+    def open(
+        cls, cache: Path, source: str, tokenizer: PreTrainedTokenizerBase, config: StreamConfig, held_out: bool = False
+    ) -> TokenStore:
+        """The store of these documents in a cache directory, with what earlier runs have put there."""
+        made_from = {
+            "source": _identity(source),
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "filter": {"column": config.score_column, "least": config.min_score, "held_out": held_out},
+            "sequence_length": config.sequence_length,
+        }
+        key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+        store = cls(cache / f"{'held-out' if held_out else 'tokens'}-{key}", source, tokenizer, config, held_out)
+        if parallel.first() and not (store.path / MANIFEST).exists():
+            write_json(store.path / MANIFEST, {"made_from": made_from})
+        parallel.wait_for_all()
+        return store
+
+    def fill(self, sequences: int) -> list[Place]:
+        """See that at least `sequences` are there, and return their places.
+
+        All processes call it together, each fills its own lanes. The places do not depend on how many there are, nor
+        on what was there before.
+
+        Raises:
+            UsageError: if the source has too little text, or cannot be read.
+            PeerLostError: if another process dies.
+        """
+        if not parallel.first():
+            parallel.wait_for_all()
+            return self._fill(sequences)
+        with locked_directory(self.path):
+            sweep(self.path)
+            parallel.wait_for_all()
+            return self._fill(sequences)
+
+    def _fill(self, sequences: int) -> list[Place]:
+        lanes = range(min(self._documents.num_shards, LANES))
+        quota, counts = 0, dict.fromkeys(lanes, 0)
+        while (missing := sequences - sum(min(counts[lane], quota) for lane in lanes)) > 0:
+            live = [lane for lane in lanes if counts[lane] > quota or not self._exhausted(lane)]
+            if not live:
+                length = self.config.sequence_length
+                raise UsageError(
+                    f"too little text in {self.source}: expected {sequences * length:,} tokens (sequences "
+                    f"of {length}), found {sum(counts.values()) * length:,} {self._kept}; give more text or ask for "
+                    "fewer tokens"
+                )
+            quota += -(-missing // len(live))
+            for lane in live:
+                if lane % parallel.processes() == parallel.rank():
+                    self._extend(lane, quota)
+            parallel.wait_for_all()
+            counts = {lane: sum(part["sequences"] for part in self._parts(lane)) for lane in lanes}
+        return [place for lane in lanes for place in islice(self._places(lane), quota)][:sequences]
+
+    def _places(self, lane: int) -> Iterator[Place]:
+        for number, part in enumerate(self._parts(lane)):
+            yield from ((lane, number, row) for row in range(part["sequences"]))
+
+    @property
+    def _kept(self) -> str:
+        kept = "among held-out documents" if self.held_out else "beside the tenth that is held out"
+        column, least = self.config.score_column, self.config.min_score
+        return kept if column is None else f"{kept} where {column} is at least {least:g}"
+
+    def read(self, lane: int, part: int, row: int) -> Int[Tensor, " length"]:
+        """One sequence, read by memory map."""
+        return open_tensors(self._file(lane, part)).get_slice("tokens")[row].long()
+
+    def _extend(self, lane: int, sequences: int) -> None:
+        """Add parts to a lane until it has `sequences`, or its documents are at an end."""
+        parts = self._parts(lane)
+        if parts and not parts[-1]["whole"] and sum(part["sequences"] for part in parts) < sequences:
+            parts.pop()  # it was cut off where an earlier run had enough
+        done = sum(part["sequences"] for part in parts)
+        while done < sequences and not (parts and parts[-1]["end"]):
+            start = parts[-1]["next"] if parts else None
+            tokens, record = self._make_part(lane, start, len(parts), sequences - done)
+            file = self._file(lane, len(parts))
+            file.parent.mkdir(exist_ok=True)
+            temporary = file.with_suffix(".partial")
+            save_file({"tokens": tokens}, temporary)
+            temporary.rename(file)
+            write_json(file.with_suffix(".json"), record)
+            parts.append(record)
+            done += record["sequences"]
+            say(f"tokens: {self.source}, part {len(parts)} of lane {lane}, {done:,} sequences in it")
+
+    def _make_part(
+        self, lane: int, start: Any, number: int, wanted: int
+    ) -> tuple[Int[Tensor, "sequences length"], dict[str, Any]]:
+        """Tokens of the documents after the state `start`, no more than `wanted` sequences, and what to remember."""
+        documents = self._documents.shard(min(self._documents.num_shards, LANES), lane)
+        if start is not None:
+            documents.load_state_dict(start)
+        size = min(FIRST_PART << number, LARGEST_PART)
+        with _told(self.source):
+            kept = list(islice(self._kept_texts(documents), size))
+        state = documents.state_dict()
+        # Neighbours in a source are often alike: in the order of their hashes they are not.
+        kept.sort(key=lambda text: hashlib.sha256(text.encode()).digest())
+        tokens, whole = _pack(kept, self.tokenizer, self.config.sequence_length, wanted)
+        end = whole and len(kept) < size
+        return tokens, {"sequences": len(tokens), "whole": whole, "end": end, "next": state}
+
+    def _kept_texts(self, documents: IterableDataset) -> Iterator[str]:
+        column, least = self.config.score_column, self.config.min_score
+        for record in documents:
+            text = text_of(record, self.source)
+            if column is not None:
+                if column not in record:
+                    raise UsageError(
+                        f"--stream.score-column: {self.source} has no column {column}, it has {', '.join(record)}; "
+                        "name one of these"
+                    )
+                if record[column] is None or record[column] < least:
+                    continue
+            if text.strip() and is_held_out(text) == self.held_out:
+                yield text
+
+    @cached_property
+    def _documents(self) -> IterableDataset:
+        return _stream(self.source)
+
+    def _exhausted(self, lane: int) -> bool:
+        parts = self._parts(lane)
+        return bool(parts) and parts[-1]["end"]
+
+    def _parts(self, lane: int) -> list[dict[str, Any]]:
+        return [read_json(file, "sequences", "whole", "end", "next") for file in self._files(lane)]
+
+    def _files(self, lane: int) -> list[Path]:
+        """Records of a lane's finished parts."""
+        return sorted((self.path / f"lane-{lane:02d}").glob("*.json"))
+
+    def _file(self, lane: int, number: int) -> Path:
+        return self.path / f"lane-{lane:02d}" / f"{number:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Sequences(torch.utils.data.Dataset):
+    """Sequences of one or several stores in the order in which a model reads them.
+
+    Attributes:
+        places: store, lane, part and row of each.
+    """
+
+    stores: tuple[TokenStore, ...]
+    places: Int[Tensor, "sequences 4"]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        store, *place = self.places[index].tolist()
+        return {"input_ids": self.stores[store].read(*place)}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of what the sequences are made from and of their order."""
+        names = " ".join(store.path.name for store in self.stores)
+        return hashlib.sha256(names.encode() + self.places.numpy().tobytes()).hexdigest()
+
+
+def draw_sequences(
+    data: str, sequences: int, tokenizer: PreTrainedTokenizerBase, config: StreamConfig, cache: Path, seed: int
+) -> Sequences:
+    """Training sequences of `SOURCE` or a mixture `SOURCE=WEIGHT,SOURCE=WEIGHT`, shuffled by `seed`.
+
+    Raises:
+        UsageError: if a source cannot be read or has too little text.
+    """
+    drawn = _draw(data, sequences, tokenizer, config, cache, held_out=False)
+    order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed))[:sequences]
+    return Sequences(drawn.stores, drawn.places[order])
+
+
+def draw_held_out(
+    data: str, sequences: int, tokenizer: PreTrainedTokenizerBase, config: StreamConfig, cache: Path
+) -> Sequences:
+    """Sequences of documents that are kept for evaluation; the same for every seed. Raises as `draw_sequences`."""
+    return _draw(data, sequences, tokenizer, config, cache, held_out=True)
+
+
+def _draw(
+    data: str, sequences: int, tokenizer: PreTrainedTokenizerBase, config: StreamConfig, cache: Path, held_out: bool
+) -> Sequences:
+    sources = [name_and_weight(part.strip()) for part in data.split(",")]
+    total = sum(weight for _, weight in sources)
+    stores, places = [], []
+    for number, (source, weight) in enumerate(sources):
+        store = TokenStore.open(cache, source, tokenizer, config, held_out)
+        stores.append(store)
+        places += [(number, *place) for place in store.fill(-int(-sequences * weight // total))]
+    return Sequences(tuple(stores), torch.tensor(places, dtype=torch.int32).view(-1, 4))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the vocabulary and of how text is split: two tokenizers share it if they give the same tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = json.dumps(sorted(tokenizer.get_vocab().items()))
+    if backend is not None:
+        parts: Mapping[str, Any] = json.loads(backend.to_str())
+        kept = {name: parts.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
+        content += json.dumps(kept, sort_keys=True)
+    return hashlib.sha256(f"{content}{tokenizer.eos_token_id}".encode()).hexdigest()
+
+
+def _pack(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, wanted: int
+) -> tuple[Int[Tensor, "sequences length"], bool]:
+    """The documents' tokens one after another, an end-of-text token between them, and whether all of them are used."""
+    end = tokenizer.eos_token_id
+    stream: list[int] = []
+    for batch in batched(documents, 256):
+        if len(stream) >= wanted * length:
+            return _cut(stream, length, wanted), False
+        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+            stream += [*ids, end] if end is not None else ids
+    return _cut(stream, length, wanted), len(stream) // length <= wanted
+
+
+def _cut(stream: list[int], length: int, wanted: int) -> Int[Tensor, "sequences length"]:
+    count = min(len(stream) // length, wanted)
+    return torch.tensor(stream[: count * length], dtype=torch.int32).view(count, length)
+
+
+def _stream(source: str) -> IterableDataset:
+    """The documents of a source, as records, in shards of their own."""
+    files = _shards(source)
+    if files and files[0].suffix in LOADERS:
+        with _told(source):
+            names = [str(file) for file in files]
+            return load_dataset(LOADERS[files[0].suffix], data_files=names, split="train", streaming=True)
+    if source in PACKAGED or files:
+        return IterableDataset.from_generator(_in_memory, gen_kwargs={"source": source})
+    repository, subset, split = HUB.get(source, (source, None, "train"))
+    with _told(source):
+        return load_dataset(repository, subset, split=split, streaming=True)
+
+
+def _in_memory(source: str) -> Iterator[dict[str, str]]:
+    documents = dict.fromkeys(read_documents(source))
+    for text in sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest()):
+        yield {"text": text}
+
+
+def _shards(source: str) -> list[Path]:
+    """The local files that a user means by a file, a directory or a pattern with `*`.
+
+    Raises:
+        UsageError: if it is one of these and there are no such files.
+    """
+    path = Path(source).expanduser()
+    if "*" in source:
+        found = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+    elif path.is_dir():
+        found = sorted(entry for entry in path.iterdir() if entry.suffix in LOADERS)
+    elif path.suffix in (".txt", *LOADERS):
+        found = [path] if path.is_file() else []
+    else:
+        return []
+    if not found or len({file.suffix for file in found}) > 1:
+        kinds = " and ".join(sorted({file.suffix for file in found})) or "none"
+        raise UsageError(f"no text at {source}: expected .jsonl or .parquet files of one kind, found {kinds}; check it")
+    return found
+
+
+def _identity(source: str) -> object:
+    """What a source is: local files by name, size and time, anything else by its name."""
+    files = _shards(source)
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] or source
+
+
+@contextmanager
+def _told(source: str) -> Iterator[None]:
+    """What the reader of a source stumbles over becomes one sentence."""
+    try:
+        yield
+    except (DatasetNotFoundError, OSError, ValueError) as error:
+        if isinstance(error, DarwinError):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"no text in {source} that can be read ({reason}); check --data") from None
+
+
+@cache
+def open_tensors(file: Path) -> Any:
+    """A safetensors file, mapped into memory once for each process."""
+    return safe_open(file, framework="pt").__enter__()

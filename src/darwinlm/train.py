@@ -1,0 +1,378 @@
+"""Post-training: `darwinlm train`. A pruned model recovers on text, alone or with the dense model as its teacher."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments, set_seed
+
+from darwinlm import parallel
+from darwinlm.artifact import locked_directory, read_json, write_json
+from darwinlm.checkpoint import Checkpoint, find_checkpoint
+from darwinlm.config import TrainConfig
+from darwinlm.data_stream import Sequences, draw_held_out, draw_sequences, tokenizer_fingerprint
+from darwinlm.device import resolve_device, resolve_dtype
+from darwinlm.distill import Target, teacher_target
+from darwinlm.evaluate import parameter_count
+from darwinlm.export.card import trained_card
+from darwinlm.export.hf import Expected, export_hf
+from darwinlm.modeling import block_sizes_of, family_of
+from darwinlm.progress import quiet_transformers, say
+from darwinlm.run import SETTINGS, TRAIN_SETTINGS, claim, find_export, versions
+from darwinlm.trainer import FINISHED, Batch, DivergedError, RecoveryTrainer, Teacher
+from darwinlm.types import DarwinError, UsageError
+
+VERIFIED_SEQUENCES, VERIFIED_TOKENS = 2, 128
+
+
+class Training:
+    """The directory that a training writes, and its results.
+
+    Attributes:
+        exported: the trained model, as `export_hf` writes it.
+        checkpoints: where it goes on from.
+        log_path: the history, a line of JSON for each log and evaluation.
+        result_path: held-out figures before and after, written last.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.exported = self.path / "model"
+        self.checkpoints = self.path / "checkpoints"
+        self.log_path = self.path / "log.jsonl"
+        self.result_path = self.path / "result.json"
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Every line of the log so far."""
+        lines = self.log_path.read_text(encoding="utf-8").splitlines() if self.log_path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """Held-out figures before and after. Raises `DarwinError` if it has not finished."""
+        return read_json(self.result_path, "before", "after")
+
+    def last_checkpoint(self, made_from: Mapping[str, Any]) -> Path | None:
+        """The newest whole checkpoint. Raises `UsageError` if it is of another training."""
+        whole = {int(file.parent.name.rpartition("-")[2]): file for file in self.checkpoints.glob(f"*/{FINISHED}")}
+        if not whole:
+            return None
+        newest = whole[max(whole)]
+        found = read_json(newest, "made_from")["made_from"]
+        changed = [name for name in made_from if found.get(name) != made_from[name]]
+        if changed:
+            raise UsageError(
+                f"{newest.parent} is a checkpoint of another training: expected the same {' and '.join(changed)}, "
+                "found another; remove it, or choose another --out"
+            )
+        return newest.parent
+
+
+def train(config: TrainConfig) -> Training:
+    """Train a model and export it. What an earlier, interrupted call has done is not done again.
+
+    Raises:
+        UsageError: if a setting cannot be used; a directory that was new is left as if nothing had happened.
+        DarwinError: if the training fails or diverges. The same call goes on from the last checkpoint.
+    """
+    with _told_in_one_sentence(config.out), parallel.together(), _held(config) as this:
+        if this.result_path.exists():
+            say(f"{this.path} is finished: {this.exported} is the model")
+            return this
+        work = _open(this, config)
+        last = _train(work)
+        if parallel.first():
+            _export(work, last)
+            _conclude(work)
+    return this
+
+
+@contextmanager
+def _held(config: TrainConfig) -> Iterator[Training]:
+    """The training's directory. The first process holds it, for all."""
+    this = Training(config.out)
+    if not parallel.first():
+        parallel.wait_for_all()
+        yield this
+        return
+    with locked_directory(this.path):
+        claim(this.path, TRAIN_SETTINGS, config)
+        parallel.wait_for_all()
+        yield this
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the steps of a training read."""
+
+    this: Training
+    config: TrainConfig
+    checkpoint: Checkpoint
+    teacher: Checkpoint | None
+    sequences: Sequences
+    held_out: Sequences
+    device: torch.device
+    dtype: torch.dtype  # of products
+    made_from: dict[str, Any]
+
+
+def _open(this: Training, config: TrainConfig) -> _Work:
+    """Everything that can be wrong with the arguments is found here, before hours are spent."""
+    try:
+        device = resolve_device(config.device)
+        with parallel.first_before_others():
+            checkpoint = _find(config.model, this.path / "student")
+            teacher = None if config.teacher is None else _find(config.teacher, this.path / "teacher")
+        family_of(checkpoint.config)  # that it can be exported
+        _accumulation(config)
+        checkpoint.check_length(config.stream.sequence_length, "stream.sequence-length")
+        if teacher is not None:
+            teacher.check_length(config.stream.sequence_length, "stream.sequence-length")
+            _check_tokenizers(config, checkpoint, teacher)
+        cache = Path(config.cache) if config.cache else this.path / "cache"
+        text = config.data, config.steps * config.training.batch_size, checkpoint.tokenizer, config.stream, cache
+        sequences = draw_sequences(*text, config.seed)
+        held_out = draw_held_out(
+            config.data,
+            -(-config.training.evaluation_tokens // config.stream.sequence_length),
+            checkpoint.tokenizer,
+            config.stream,
+            cache,
+        )
+        made_from = {
+            "model": checkpoint.fingerprint,
+            "teacher": None if teacher is None else teacher.fingerprint,
+            "text": sequences.fingerprint,
+            "settings": asdict(config.training) | asdict(config.distillation) | {"seed": config.seed},
+        }
+        made_from = json.loads(json.dumps(made_from))  # as a checkpoint says it
+        this.last_checkpoint(made_from)
+        dtype = resolve_dtype(config.training.dtype, device)
+    except DarwinError:
+        if parallel.first() and not this.checkpoints.exists():
+            (this.path / TRAIN_SETTINGS).unlink(missing_ok=True)
+        raise
+    return _Work(this, config, checkpoint, teacher, sequences, held_out, device, dtype, made_from)
+
+
+def _find(model: str, workspace: Path) -> Checkpoint:
+    path = Path(model).expanduser()
+    inside = any((path / settings).is_file() for settings in (SETTINGS, TRAIN_SETTINGS))
+    return Checkpoint(find_export(path)) if inside else find_checkpoint(model, workspace)
+
+
+def _accumulation(config: TrainConfig) -> int:
+    """Forward passes of one process in a step. Raises `UsageError` unless they make up the batch."""
+    together = config.training.micro_batch_size * parallel.processes()
+    if config.training.batch_size % together:
+        raise UsageError(
+            f"--training.batch-size: expected a multiple of {together} ({parallel.processes()} processes with "
+            f"{config.training.micro_batch_size} sequences at a time), found {config.training.batch_size}; "
+            "change it or --training.micro-batch-size"
+        )
+    return config.training.batch_size // together
+
+
+def _check_tokenizers(config: TrainConfig, student: Checkpoint, teacher: Checkpoint) -> None:
+    tokenizers = [tokenizer_fingerprint(checkpoint.tokenizer) for checkpoint in (student, teacher)]
+    sizes = [checkpoint.config.vocab_size for checkpoint in (student, teacher)]
+    if tokenizers[0] != tokenizers[1] or sizes[0] != sizes[1]:
+        raise UsageError(
+            f"--teacher: expected the tokenizer of {config.model} ({sizes[0]:,} tokens), found another in "
+            f"{config.teacher} ({sizes[1]:,} tokens); name the dense model that it was pruned from"
+        )
+
+
+class _OnlineTeacher:
+    """The teacher runs beside the student, in the precision of the products."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    def target(self, batch: Batch, temperature: float) -> Target:
+        return teacher_target(self.model, batch["input_ids"], temperature)
+
+
+def _train(work: _Work) -> Path:
+    """Train to the end, from the last checkpoint if there is one, and return the final checkpoint."""
+    config, this = work.config, work.this
+    last = this.last_checkpoint(work.made_from)
+    if last is not None and last.name == f"checkpoint-{config.steps}":
+        return last
+    set_seed(config.seed)
+    model: Any = work.checkpoint.load(torch.float32, work.device).requires_grad_(True).train()
+    if config.training.lora_rank:
+        model = _with_adapters(model, config)
+    teacher: Teacher | None = None
+    if work.teacher is not None:
+        teacher = _OnlineTeacher(work.teacher.load(work.dtype, work.device).requires_grad_(False))
+    with quiet_transformers():
+        trainer = RecoveryTrainer(
+            model,
+            _arguments(work, resumed=last is not None),
+            work.sequences,
+            work.held_out,
+            teacher,
+            config.distillation,
+            work.made_from,
+            this.log_path,
+        )
+        try:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        except DivergedError as error:
+            good = this.last_checkpoint(work.made_from)
+            kept = "no state was kept yet" if good is None else f"the last good state is in {good}"
+            raise DarwinError(
+                f"training diverged: {error}; {kept}; lower --training.learning-rate and choose another --out"
+            ) from None
+        finally:
+            trainer.close()
+    parallel.wait_for_all()
+    last = this.last_checkpoint(work.made_from)
+    assert last is not None
+    return last
+
+
+def _arguments(work: _Work, resumed: bool) -> TrainingArguments:
+    config = work.config.training
+    return TrainingArguments(
+        output_dir=str(work.this.checkpoints),
+        max_steps=work.config.steps,
+        per_device_train_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=_accumulation(work.config),
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup_steps,
+        optim="adamw_torch",
+        weight_decay=0.0,
+        max_grad_norm=config.max_gradient_norm,
+        bf16=work.dtype == torch.bfloat16,
+        **(_activation_checkpointing() if config.gradient_checkpointing else {}),
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=config.evaluate_every,
+        eval_on_start=not resumed,
+        save_steps=config.save_every,
+        save_total_limit=2,
+        seed=work.config.seed,
+        report_to=list(config.report_to) or "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        average_tokens_across_devices=False,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=work.device.type == "cuda",
+        use_cpu=work.device.type == "cpu",
+        ddp_find_unused_parameters=False,
+    )
+
+
+def _activation_checkpointing() -> dict[str, Any]:
+    """The arguments by their name in the transformers that is installed: it has changed within 5."""
+    names = {field.name for field in fields(TrainingArguments)}
+    name = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in names)
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def _with_adapters(model: PreTrainedModel, config: TrainConfig) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise UsageError("--training.lora-rank wants the package peft: pip install darwinlm[lora]") from None
+    training = config.training
+    adapters = LoraConfig(
+        r=training.lora_rank,
+        lora_alpha=training.lora_alpha,  # pyright: ignore[reportArgumentType]
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft's own, about names in transformers
+        return get_peft_model(model, adapters)  # pyright: ignore[reportArgumentType]
+
+
+def _trained(work: _Work, last: Path) -> PreTrainedModel:
+    """The model of the final checkpoint, adapters merged, in the precision of the one that was given."""
+    if work.config.training.lora_rank:
+        from peft import PeftModel
+
+        given: Any = work.checkpoint.load(torch.float32, work.device)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            model: Any = PeftModel.from_pretrained(given, last).merge_and_unload()
+    else:
+        model = Checkpoint(last).load(torch.float32, work.device)
+        model.config = work.checkpoint.skeleton().config  # which the Trainer has changed for its own ends
+    return model.to(work.checkpoint.dtype).eval()
+
+
+def _export(work: _Work, last: Path) -> None:
+    """Write the trained model as a directory that transformers loads, and prove it in a fresh process."""
+    if work.this.exported.exists():
+        return
+    model = _trained(work, last)
+    expected = None
+    if work.config.verify:
+        token_ids = torch.stack([work.held_out[i]["input_ids"] for i in range(VERIFIED_SEQUENCES)])
+        token_ids = token_ids[:, :VERIFIED_TOKENS]
+        with torch.inference_mode():
+            expected = Expected(token_ids, model(token_ids.to(work.device)).logits)
+    source = work.checkpoint.path / "README.md"
+    before = source.read_text(encoding="utf-8") if source.exists() else ""
+    card = trained_card(before, work.config.model, _settings(work), parameter_count(model))
+    export_hf(model, block_sizes_of(model.config), work.checkpoint.tokenizer, work.this.exported, card, expected)
+
+
+def _settings(work: _Work) -> dict[str, str]:
+    """What the training was, for people."""
+    config = work.config
+    loss = "cross-entropy"
+    if config.teacher is not None and config.distillation.weight > 0:
+        share = config.distillation.weight
+        loss = f"KL divergence from {config.teacher}" + (f" ({share:g}) and cross-entropy" if share < 1 else "")
+    steps = f"{config.steps:,} steps of {config.training.batch_size:,} sequences of {config.stream.sequence_length:,}"
+    return {
+        "Trained from": config.model,
+        "Text": config.data,
+        "Tokens": f"{config.steps * config.training.batch_size * config.stream.sequence_length:,}: {steps} tokens",
+        "Loss": loss,
+        "Learning rate": f"{config.training.learning_rate:g}, warm-up {config.training.warmup_steps} steps, cosine",
+        "Seed": str(config.seed),
+        "Versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
+    }
+
+
+def _conclude(work: _Work) -> None:
+    evaluations = [line for line in work.this.history if "eval_perplexity" in line]
+    before, after = (_figures(evaluations[i]) for i in (0, -1))
+    write_json(work.this.result_path, {"before": before, "after": after, "made_from": work.made_from})
+    for name, figures in (("before", before), ("after", after)):
+        say(f"{name}: " + ", ".join(f"{what} {value:.4g}" for what, value in figures.items()))
+    print(work.this.exported)
+
+
+def _figures(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
+
+
+@contextmanager
+def _told_in_one_sentence(out: str) -> Iterator[None]:
+    """What the machine lacks becomes a `DarwinError`: a full disk, a directory taken away, too little memory."""
+    cure = "mend this and run the same command again, it goes on from the last checkpoint"
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise DarwinError(f"the training in {out} has stopped: {error}; {cure}") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise DarwinError(
+            f"the training in {out} has stopped: out of memory; lower --training.micro-batch-size or switch on "
+            "--training.gradient-checkpointing"
+        ) from None

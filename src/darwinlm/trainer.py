@@ -1,0 +1,228 @@
+"""transformers' Trainer with the loss of distill.py: what it must know of hidden states, teachers and divergence."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from darwinlm.artifact import write_json, write_text
+from darwinlm.config import DistillationConfig
+from darwinlm.distill import Losses, Target, chunked_loss, hidden_for_logits
+from darwinlm.progress import say
+from darwinlm.types import DarwinError
+
+FINISHED = "darwinlm.json"  # written into a checkpoint once it is whole
+Batch = dict[str, Tensor]
+
+
+class DivergedError(DarwinError):
+    """The loss or its gradient is not a number any more. No step was taken with it."""
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """What the student learns from."""
+
+    def target(self, batch: Batch, temperature: float) -> Target:
+        """Its distribution after every token but the last of each sequence, in their order."""
+        ...
+
+
+class RecoveryTrainer(Trainer):
+    """Trains on packed sequences with the chunked loss; the order is that of the data set.
+
+    Args:
+        teacher: None for cross-entropy alone.
+        held_out: sequences on which perplexity and KL divergence are measured.
+        made_from: written into every checkpoint, which is whole once it has it.
+        log: file of lines of JSON, kept equal to the history that a checkpoint holds.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        args: TrainingArguments,
+        train: Dataset,
+        held_out: Dataset,
+        teacher: Teacher | None,
+        distillation: DistillationConfig,
+        made_from: Mapping[str, Any],
+        log: Path,
+    ):
+        super().__init__(model, args, train_dataset=train, eval_dataset=held_out)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Log(log))
+        self.teacher = teacher
+        self.distillation = distillation
+        self.made_from = dict(made_from)
+        self.loss_is_scaled_for_ga = False  # it is the mean over a batch
+        self.model_accepts_loss_kwargs = False
+        wrapper: Any = model
+        inner: Any = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
+        self._objective = inner.loss_function = _Objective(distillation.weight)
+        self._head = hidden_for_logits(inner)
+        self._objective.head = self._head.__enter__()
+        self._sums = torch.zeros(3, dtype=torch.float64)  # cross-entropy, KL and batches since they were logged
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean loss over a batch's tokens."""
+        teacher = self.teacher if self.distillation.weight > 0 else None
+        losses = self._losses(model, inputs, teacher, self.distillation.temperature)
+        self._sums += torch.tensor([losses.cross_entropy.item(), losses.kl.item(), 1.0], dtype=torch.float64)
+        return (losses.loss, {}) if return_outputs else losses.loss
+
+    def _losses(self, model: nn.Module, batch: Batch, teacher: Teacher | None, temperature: float) -> Losses:
+        """All of it happens within the model's forward, where DistributedDataParallel and FSDP expect it."""
+        ids = batch["input_ids"]
+        self._objective.set(None if teacher is None else teacher.target(batch, temperature), temperature)
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        return self._objective.take(loss)
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        """One batch forwards and backwards. Raises `DivergedError` on all processes if its loss is no number."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        wrong: Any = self.accelerator.reduce((~loss.isfinite()).float(), "sum")
+        if wrong > 0:
+            raise DivergedError(f"the loss of step {self.state.global_step + 1} is not a finite number")
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm: Any = super()._get_grad_norm(model, grad_norm)
+        if not math.isfinite(float(norm)):
+            raise DivergedError(f"the gradient of step {self.state.global_step + 1} is not finite")
+        return norm
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Perplexity on the held-out sequences, and KL(teacher || model) in nats a token if there is a teacher."""
+        data: Any = self.eval_dataset
+        model: Any = self.model_wrapped
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        was_training = model.training
+        model.eval()
+        sums = torch.zeros(3, dtype=torch.float32, device=self.args.device)
+        with torch.no_grad():
+            for index in range(rank, -(-len(data) // world) * world, world):  # as many for each process
+                item = data[min(index, len(data) - 1)]
+                batch = {name: tensor[None].to(self.args.device) for name, tensor in item.items()}
+                losses = self._losses(model, batch, self.teacher, 1.0)
+                if index < len(data):
+                    sums += torch.stack((losses.cross_entropy, losses.kl, torch.ones_like(losses.kl))).to(sums)
+        model.train(was_training)
+        loss, kl, count = self._over_processes(sums).tolist()
+        metrics = {"eval_perplexity": _exp(loss / count)} | ({"eval_kl": kl / count} if self.teacher else {})
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the loss's parts to its mean over the last steps."""
+        if "loss" in logs:
+            cross_entropy, kl, batches = self._over_processes(self._sums.float().to(self.args.device)).tolist()
+            logs["cross_entropy"] = cross_entropy / max(batches, 1)
+            if self.teacher is not None and self.distillation.weight > 0:
+                logs["kl"] = kl / max(batches, 1)
+            self._sums.zero_()
+        super().log(logs, start_time)
+
+    def _over_processes(self, sums: Tensor) -> Tensor:
+        total: Any = self.accelerator.reduce(sums, "sum")
+        return total
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        """The data set is in its final order already."""
+        dataset: Any = train_dataset or self.train_dataset
+        return SequentialSampler(dataset)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A checkpoint counts once all processes have written their parts of it, and only if its weights are finite."""
+        parts = (getattr(p, "to_local", lambda p=p: p)() for p in model.parameters())
+        wrong = torch.tensor(float(not all(part.isfinite().all() for part in parts)), device=self.args.device)
+        if self._over_processes(wrong) > 0:
+            raise DivergedError(f"the weights after step {self.state.global_step} are not finite")
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            step = self.state.global_step
+            directory = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
+            write_json(directory / FINISHED, {"step": step, "made_from": self.made_from})
+
+    def close(self) -> None:
+        """Give the model its logits back."""
+        self._head.__exit__(None, None, None)
+
+
+class _Objective:
+    """What transformers calls for the loss of a forward pass; its logits are the hidden states, see distill.py."""
+
+    def __init__(self, kl_weight: float):
+        self.kl_weight = kl_weight
+        self.head: Any = None
+        self._target: Target | None = None
+        self._temperature = 1.0
+        self._losses: Losses | None = None
+
+    def set(self, target: Target | None, temperature: float) -> None:
+        self._target, self._temperature = target, temperature
+
+    def __call__(self, logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+        self._losses = chunked_loss(
+            logits[:, :-1].flatten(0, 1),
+            self.head.weight,
+            labels[:, 1:].flatten(),
+            self._target,
+            kl_weight=self.kl_weight,
+            temperature=self._temperature,
+        )
+        return self._losses.loss
+
+    def take(self, loss: Tensor) -> Losses:
+        """The losses of the pass that gave `loss`, which wrappers of the model may have replaced by their own."""
+        assert self._losses is not None
+        losses, self._losses, self._target = self._losses, None, None
+        return losses._replace(loss=loss)
+
+
+class _Log(TrainerCallback):
+    """The history on the screen and in a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:  # what came after the checkpoint is forgotten
+            write_text(self.path, "".join(f"{json.dumps(line)}\n" for line in state.log_history))
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        if not state.is_world_process_zero or "train_runtime" in (logs or {}):
+            return
+        line = state.log_history[-1]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"{json.dumps(line)}\n")
+        shown = {name.removeprefix("eval_"): value for name, value in line.items() if name not in ("epoch", "step")}
+        kind = "held-out" if "eval_perplexity" in line else "training"
+        values = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
+        say(f"{kind}: step {line['step']}/{state.max_steps}, {values}")
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
