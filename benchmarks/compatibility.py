@@ -53,6 +53,9 @@ def observe(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
 
     def logits(kind: str) -> Any:
         model.set_attn_implementation(kind)
+        heeded = {module.config._attn_implementation for module in model.modules() if hasattr(module, "o_proj")}
+        if heeded != {kind}:
+            raise ValueError(f"{kind} was asked for, {heeded} is used")
         return model(ids).logits
 
     padded = {"token_ids": batch["padded"], "attention_mask": batch["mask"]}
@@ -84,10 +87,14 @@ def compare(found: Any, expected: Any) -> str:
 # Runs in the virtual environment of a version.
 
 
-def check(directory: Path, inputs: Path, out: Path) -> None:
+def check(directory: Path, inputs: Path, out: Path, version: str) -> None:
     """Write a cell for every check as JSON."""
     sys.meta_path.insert(0, Blocked())
+    import transformers
     from transformers import AutoModelForCausalLM
+
+    if transformers.__version__ != version:
+        raise ValueError(f"expected transformers {version}, found {transformers.__version__}")
 
     def load(path: Path) -> Any:
         model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=torch.float32)
@@ -106,7 +113,7 @@ def check(directory: Path, inputs: Path, out: Path) -> None:
         for name, run in observe(model, batch).items():
             cells[name] = _cell(lambda run=run, name=name: compare(run(), batch["expected"][name]))
         cells["save and load again"] = _cell(saved_again)
-    cells["gradient checkpointing"] = _cell(lambda: _gradients(load(directory), batch["ids"]))
+    cells["gradient checkpointing"] = _cell(lambda: _checkpointed(load(directory), batch))
     cells["LoRA on all-linear (PEFT)"] = _cell(lambda: _lora(load(directory), batch["ids"]))
     cells["lm-eval by path"] = _cell(lambda: _lm_eval(directory, batch["lm_eval"]))
     out.write_text(json.dumps(cells))
@@ -127,23 +134,38 @@ def _cell(run: Callable[[], str]) -> str:
         return f"FAILS: {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
 
 
-def _gradients(model: Any, ids: Any) -> str:
-    found = []
-    for checkpointing in (False, True):
-        model.train()
-        if checkpointing:
-            older_name = "gradient_checkpointing_enable"  # deprecated in transformers 5.23
-            getattr(model, "activation_checkpointing_enable", getattr(model, older_name))()
-        model.zero_grad()
-        model(ids, labels=ids, use_cache=False).loss.backward()
-        found.append(model.get_input_embeddings().weight.grad.clone())
-    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
-    return "same gradients"
+def gradient(model: Any, ids: Any) -> Any:
+    """Gradient of the embedding, through every block."""
+    model.train()
+    model.zero_grad()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    return model.get_input_embeddings().weight.grad
+
+
+def _checkpointed(model: Any, batch: dict[str, Any]) -> str:
+    older_name = "gradient_checkpointing_enable"  # deprecated in transformers 5.23
+    getattr(model, "activation_checkpointing_enable", getattr(model, older_name))()
+    calls: list[int] = []
+    for module in model.modules():
+        if hasattr(module, "o_proj"):
+            module.register_forward_pre_hook(lambda *_: calls.append(1))
+    found = gradient(model, batch["ids"])
+    attentions = sum(hasattr(module, "o_proj") for module in model.modules())
+    if len(calls) != 2 * attentions:  # forward, and again for the way back
+        raise ValueError(f"{attentions} attentions were run {len(calls)} times")
+    difference = ((found - batch["gradient"]).abs().max() / batch["gradient"].abs().max()).item()
+    if not difference <= TOLERANCE:
+        raise ValueError(f"gradient is {difference:.1e} of the largest off")
+    return f"{difference:.0e}"
 
 
 def _lora(model: Any, ids: Any) -> str:
     peft: Any = import_module("peft")
+    linears = sum(isinstance(module, torch.nn.Linear) for module in model.base_model.modules())
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4))
+    adapters = sum(name.endswith("lora_A") for name, _ in adapted.named_modules())
+    if adapters != linears:
+        raise ValueError(f"{adapters} adapters for {linears} linear layers")
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-3)
     losses = []
     for _ in range(5):
@@ -158,7 +180,7 @@ def _lora(model: Any, ids: Any) -> str:
     logits = adapted(ids).logits
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(merged(ids).logits, logits, atol=1e-2, rtol=1e-3)
-    return "trains, merges"
+    return f"{adapters} of {linears} train, merge"
 
 
 def _lm_eval(directory: Path, expected: list[float]) -> str:
@@ -227,6 +249,7 @@ def prepare(root: Path) -> tuple[Path, Path]:
     directory = export(checkpoint, dense, kept, root / "export", None)
     wrapper: Any = import_module("lm_eval.models.huggingface").HFLM
     batch["lm_eval"] = lm_eval_scores(wrapper(pretrained=oracle, tokenizer=tokenizer))
+    batch["gradient"] = gradient(oracle, batch["ids"])
     torch.save(batch, root / "inputs.pt")
     return directory, root / "inputs.pt"
 
@@ -246,10 +269,11 @@ def make_environment(root: Path, version: str) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--versions", nargs="+", default=VERSIONS)
-    parser.add_argument("--check", nargs=3, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--check", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.check:
-        check(*arguments.check)
+        directory, inputs, out, version = arguments.check
+        check(Path(directory), Path(inputs), Path(out), version)
         return
     os.environ["HF_HUB_OFFLINE"] = "1"
     columns: dict[str, dict[str, str]] = {}
@@ -259,7 +283,7 @@ def main() -> None:
         for version in arguments.versions:
             python = make_environment(root, version)
             out = root / f"{version}.json"
-            command = [python, "-P", __file__, "--check", directory, inputs, out]
+            command = [python, "-P", __file__, "--check", directory, inputs, out, version]
             environment = os.environ | {"HF_MODULES_CACHE": str(root / f"modules-{version}")}
             result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
             if result.returncode:
