@@ -24,14 +24,13 @@ from darwinlm.device import resolve_device, resolve_dtype
 from darwinlm.distill import Target, teacher_target
 from darwinlm.evaluate import parameter_count
 from darwinlm.export.card import trained_card
-from darwinlm.export.hf import Expected, export_hf
+from darwinlm.export.hf import export_hf
+from darwinlm.export.verify import Expected
 from darwinlm.modeling import block_sizes_of, family_of
 from darwinlm.progress import quiet_transformers, say
 from darwinlm.run import SETTINGS, TRAIN_SETTINGS, claim, find_export, versions
 from darwinlm.trainer import FINISHED, Batch, DivergedError, RecoveryTrainer, Teacher
 from darwinlm.types import DarwinError, UsageError
-
-VERIFIED_SEQUENCES, VERIFIED_TOKENS = 2, 128
 
 
 class Training:
@@ -311,7 +310,9 @@ def _trained(work: _Work, last: Path) -> PreTrainedModel:
     else:
         model = Checkpoint(last).load(torch.float32, work.device)
         model.config = work.checkpoint.skeleton().config  # which the Trainer has changed for its own ends
-    return model.to(work.checkpoint.dtype).eval()
+    for parameter in model.parameters():  # not the buffers: rotary frequencies stay float32, as where it is loaded
+        parameter.data = parameter.data.to(work.checkpoint.dtype)
+    return model.eval()
 
 
 def _export(work: _Work, last: Path) -> None:
@@ -319,12 +320,7 @@ def _export(work: _Work, last: Path) -> None:
     if work.this.exported.exists():
         return
     model = _trained(work, last)
-    expected = None
-    if work.config.verify:
-        token_ids = torch.stack([work.held_out[i]["input_ids"] for i in range(VERIFIED_SEQUENCES)])
-        token_ids = token_ids[:, :VERIFIED_TOKENS]
-        with torch.inference_mode():
-            expected = Expected(token_ids, model(token_ids.to(work.device)).logits)
+    expected = Expected.of(model) if work.config.verify else None
     source = work.checkpoint.path / "README.md"
     before = source.read_text(encoding="utf-8") if source.exists() else ""
     card = trained_card(before, work.config.model, _settings(work), parameter_count(model))
