@@ -16,7 +16,8 @@ from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.config import DatabaseConfig
 from darwinlm.database import Database, add_unit
-from darwinlm.families import find_units, linear_at
+from darwinlm.export.hf import export_hf
+from darwinlm.families import block_sizes, find_units, linear_at
 from darwinlm.genome import level_grid
 from darwinlm.surgery import Stitcher
 from darwinlm.types import Genome, Structure
@@ -81,3 +82,9 @@ def zero_masked(dense: PreTrainedModel, database: Database, genome: Genome) -> P
             consumer.weight.data.zero_()
             consumer.weight.data[:, columns] = found.weight
     return model
+
+
+def write_export(case: Pruned, genome: Genome, out: Path) -> Path:
+    """The model of a genome as a directory."""
+    sizes = block_sizes(case.database.grid, genome, case.dense.config)
+    return export_hf(case.stitcher.stitch(genome), sizes, tiny.tokenizer(), out, "")

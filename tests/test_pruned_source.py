@@ -9,16 +9,8 @@ import pytest
 import torch
 
 import pruned
-import tiny
 from darwinlm.checkpoint import Checkpoint
-from darwinlm.export.hf import export_hf
-from darwinlm.families import block_sizes
 from darwinlm.types import Genome
-
-
-def write_export(case: pruned.Pruned, genome: Genome, out: Path) -> Path:
-    sizes = block_sizes(case.database.grid, genome, case.dense.config)
-    return export_hf(case.stitcher.stitch(genome), sizes, tiny.tokenizer(), out, "")
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "qwen2"])
@@ -26,7 +18,7 @@ def test_an_export_is_read_like_a_dense_checkpoint(family: str, checkpoints: dic
     case = pruned.prune(checkpoints[family], tmp_path / "database")
     grid = case.database.grid
     genome = Genome(tuple(grid.highest(i) if i in (2, 5) else 1 for i in range(len(grid.units))))
-    checkpoint = Checkpoint(write_export(case, genome, tmp_path / "export"))
+    checkpoint = Checkpoint(pruned.write_export(case, genome, tmp_path / "export"))
     assert checkpoint.family == case.checkpoint.family
     stitched: Any = case.stitcher.stitch(genome)
     read: Any = checkpoint.load(torch.float32, pruned.CPU)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,20 @@ import runs
 import tiny
 import trainings
 from darwinlm.checkpoint import Checkpoint
-from darwinlm.config import TrainConfig
+from darwinlm.config import DistillationConfig, TrainConfig
 from darwinlm.data_stream import draw_held_out, draw_sequences
 from darwinlm.evaluate import perplexity_and_kl
 from darwinlm.modeling import load
 from darwinlm.train import train
-from darwinlm.types import DarwinError, Genome, UsageError
-from test_pruned_source import write_export
+from darwinlm.types import DarwinError, UsageError
 
 PATIENCE = 60.0  # seconds
 
 
 @pytest.fixture(scope="module")
 def export(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pruned tiny Llama with tied embeddings: its second MLP and its last attention are gone."""
-    root = tmp_path_factory.mktemp("pruned")
-    case = pruned.prune(checkpoints["llama-gqa"], root / "database")
-    grid = case.database.grid
-    genome = Genome(tuple(grid.highest(i) if i in (3, 4) else 1 for i in range(len(grid.units))))
-    return write_export(case, genome, root / "model")
+    """A pruned tiny Llama with tied embeddings."""
+    return trainings.write_pruned(checkpoints["llama-gqa"], tmp_path_factory.mktemp("pruned"))
 
 
 @pytest.fixture(scope="module")
@@ -239,3 +235,38 @@ def test_a_checkpoint_of_another_training_is_refused(whole: TrainConfig, tmp_pat
     (out / "train.yaml").write_text((out / "train.yaml").read_text().replace("seed: 0", "seed: 1"))
     with pytest.raises(UsageError, match="checkpoint of another training: expected the same text and settings"):
         train(config)
+
+
+def test_top_k_of_the_whole_vocabulary_trains_like_the_teacher_itself(whole: TrainConfig, tmp_path: Path):
+    """Logits from the disk, which are rounded to half precision."""
+    export, text, dense = Path(whole.model), Path(whole.data), Path(str(whole.teacher))
+    cached = replace(
+        trainings.distilled(export, text, tmp_path / "out", dense),
+        distillation=DistillationConfig(weight=0.5, top_k=tiny.VOCAB),
+        cache=str(tmp_path / "cache"),
+    )
+    found = train(cached).history
+    expected = train(whole).history
+    assert trainings.losses(found) == pytest.approx(trainings.losses(expected), abs=3e-3)
+    assert [line["eval_kl"] for line in found if "eval_kl" in line] == pytest.approx(
+        [line["eval_kl"] for line in expected if "eval_kl" in line], abs=3e-3
+    )
+
+
+def test_the_teachers_logits_are_written_once_for_many_runs(whole: TrainConfig, tmp_path: Path):
+    """Another seed reads them; what is deleted, or cut off by a kill, is written again and alone."""
+    export, text, dense = Path(whole.model), Path(whole.data), Path(str(whole.teacher))
+    settings = {"distillation": DistillationConfig(top_k=8, temperature=2.0), "cache": str(tmp_path / "cache")}
+    first = replace(trainings.distilled(export, text, tmp_path / "first", dense), **settings)
+    train(first)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+    logits = [path for path in files if "logits" in str(path)]
+    assert len(logits) >= 4
+    lost = logits[0]
+    lost.unlink()
+    lost.with_suffix(".partial").write_bytes(b"half a file")
+    second = train(replace(first, out=str(tmp_path / "second"), seed=1))
+    again = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+    assert [path for path in files if again[path] != files[path]] == [lost]
+    assert len(second.history) == len(train(first).history)
+    assert trainings.losses(second.history) != trainings.losses(train(first).history)

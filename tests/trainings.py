@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pruned
 from darwinlm.config import DistillationConfig, StreamConfig, TrainConfig, TrainingConfig
+from darwinlm.types import Genome
 
 STEPS, BATCH, LENGTH = 12, 4, 32
 SHORT = TrainConfig(
@@ -43,6 +45,14 @@ def distilled(model: Path, data: Path, out: Path, teacher: Path, **changes: Any)
     return replace(
         short(model, data, out, **changes), teacher=str(teacher), distillation=DistillationConfig(weight=0.5)
     )
+
+
+def write_pruned(dense: Path, root: Path) -> Path:
+    """An export of a tiny Llama whose second MLP and last attention are gone, the rest smaller."""
+    case = pruned.prune(dense, root / "database")
+    grid = case.database.grid
+    genome = Genome(tuple(grid.highest(i) if i in (3, 4) else 1 + i % 2 for i in range(len(grid.units))))
+    return pruned.write_export(case, genome, root / "model")
 
 
 def losses(history: list[dict[str, Any]]) -> list[float]:

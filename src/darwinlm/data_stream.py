@@ -138,7 +138,7 @@ class TokenStore:
             start = parts[-1]["next"] if parts else None
             tokens, record = self._make_part(lane, start, len(parts), sequences - done)
             file = self._file(lane, len(parts))
-            file.parent.mkdir(exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             temporary = file.with_suffix(".partial")
             save_file({"tokens": tokens}, temporary)
             temporary.rename(file)
@@ -345,7 +345,11 @@ def _told(source: str) -> Iterator[None]:
         raise UsageError(f"no text in {source} that can be read ({reason}); check --data") from None
 
 
-@cache
 def open_tensors(file: Path) -> Any:
-    """A safetensors file, mapped into memory once for each process."""
+    """A safetensors file, mapped into memory once for each process, and again if it was rewritten."""
+    return _open(file, file.stat().st_mtime_ns)
+
+
+@cache
+def _open(file: Path, _: int) -> Any:
     return safe_open(file, framework="pt").__enter__()

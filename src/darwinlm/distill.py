@@ -43,7 +43,19 @@ class HiddenTarget:
 
     def log_probs(self, rows: slice, student: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
         """The teacher's log-probabilities."""
-        return (self.head(self.hidden[rows]).to(student.dtype) / self.temperature).log_softmax(-1)
+        return self._of(rows).to(student.dtype)
+
+    def top_k(self, k: int) -> tuple[Float[Tensor, "tokens top_k"], Int[Tensor, "tokens top_k"]]:
+        """The likeliest `k` tokens' log-probabilities, and which they are."""
+        starts = range(0, len(self.hidden), CHUNK)
+        values, indices = zip(*(self._of(slice(i, i + CHUNK)).topk(k) for i in starts), strict=True)
+        return torch.cat(values), torch.cat(indices)
+
+    @torch.no_grad()
+    def _of(self, rows: slice) -> Float[Tensor, "rows vocab"]:
+        logits = self.head(self.hidden[rows])
+        exact = torch.promote_types(torch.float32, logits.dtype)
+        return (logits.to(exact) / self.temperature).log_softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -184,7 +196,9 @@ def _unchanged(hidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def teacher_target(teacher: PreTrainedModel, token_ids: Int[Tensor, "sequences length"], temperature: float) -> Target:
+def teacher_target(
+    teacher: PreTrainedModel, token_ids: Int[Tensor, "sequences length"], temperature: float
+) -> HiddenTarget:
     """The teacher's distribution after every token but the last of each sequence, in their order."""
     with hidden_for_logits(teacher):
         hidden = teacher(input_ids=token_ids, use_cache=False).logits[:, :-1]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from darwinlm import parallel
@@ -29,6 +30,7 @@ from darwinlm.export.verify import Expected
 from darwinlm.modeling import block_sizes_of, family_of
 from darwinlm.progress import quiet_transformers, say
 from darwinlm.run import SETTINGS, TRAIN_SETTINGS, claim, find_export, versions
+from darwinlm.teacher_logits import CachedTeacher, TaughtSequences, TeacherLogits
 from darwinlm.trainer import FINISHED, Batch, DivergedError, RecoveryTrainer, Teacher
 from darwinlm.types import DarwinError, UsageError
 
@@ -120,6 +122,7 @@ class _Work:
     teacher: Checkpoint | None
     sequences: Sequences
     held_out: Sequences
+    cache: Path
     device: torch.device
     dtype: torch.dtype  # of products
     made_from: dict[str, Any]
@@ -138,6 +141,8 @@ def _open(this: Training, config: TrainConfig) -> _Work:
         if teacher is not None:
             teacher.check_length(config.stream.sequence_length, "stream.sequence-length")
             _check_tokenizers(config, checkpoint, teacher)
+        elif config.distillation.top_k:
+            raise UsageError("--distillation.top-k: expected --teacher with it, found none; name the dense model")
         cache = Path(config.cache) if config.cache else this.path / "cache"
         text = config.data, config.steps * config.training.batch_size, checkpoint.tokenizer, config.stream, cache
         sequences = draw_sequences(*text, config.seed)
@@ -161,7 +166,7 @@ def _open(this: Training, config: TrainConfig) -> _Work:
         if parallel.first() and not this.checkpoints.exists():
             (this.path / TRAIN_SETTINGS).unlink(missing_ok=True)
         raise
-    return _Work(this, config, checkpoint, teacher, sequences, held_out, device, dtype, made_from)
+    return _Work(this, config, checkpoint, teacher, sequences, held_out, cache, device, dtype, made_from)
 
 
 def _find(model: str, workspace: Path) -> Checkpoint:
@@ -202,6 +207,25 @@ class _OnlineTeacher:
         return teacher_target(self.model, batch["input_ids"], temperature)
 
 
+def _teacher(work: _Work) -> tuple[Teacher | None, Dataset, Dataset]:
+    """The teacher, if there is one, and the sequences for training and evaluation with what it needs of them."""
+    checkpoint, config = work.teacher, work.config.distillation
+    if checkpoint is None:
+        return None, work.sequences, work.held_out
+
+    def load() -> PreTrainedModel:
+        return checkpoint.load(work.dtype, work.device).requires_grad_(False)
+
+    if not config.top_k:
+        return _OnlineTeacher(load()), work.sequences, work.held_out
+    taught: list[Dataset] = []
+    for sequences, temperature in ((work.sequences, config.temperature), (work.held_out, 1.0)):
+        logits = TeacherLogits.open(work.cache, checkpoint.fingerprint, config.top_k, temperature)
+        logits.fill(sequences, load)
+        taught.append(TaughtSequences(sequences, logits))
+    return CachedTeacher(), taught[0], taught[1]
+
+
 def _train(work: _Work) -> Path:
     """Train to the end, from the last checkpoint if there is one, and return the final checkpoint."""
     config, this = work.config, work.this
@@ -212,15 +236,13 @@ def _train(work: _Work) -> Path:
     model: Any = work.checkpoint.load(torch.float32, work.device).requires_grad_(True).train()
     if config.training.lora_rank:
         model = _with_adapters(model, config)
-    teacher: Teacher | None = None
-    if work.teacher is not None:
-        teacher = _OnlineTeacher(work.teacher.load(work.dtype, work.device).requires_grad_(False))
+    teacher, sequences, held_out = _teacher(work)
     with quiet_transformers():
         trainer = RecoveryTrainer(
             model,
             _arguments(work, resumed=last is not None),
-            work.sequences,
-            work.held_out,
+            sequences,
+            held_out,
             teacher,
             config.distillation,
             work.made_from,
@@ -273,6 +295,7 @@ def _arguments(work: _Work, resumed: bool) -> TrainingArguments:
         dataloader_pin_memory=work.device.type == "cuda",
         use_cpu=work.device.type == "cpu",
         ddp_find_unused_parameters=False,
+        **({"fsdp": True, "fsdp_config": {"version": 2}} if config.fsdp else {}),
     )
 
 

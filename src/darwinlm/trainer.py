@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import (
     PreTrainedModel,
@@ -79,6 +82,18 @@ class RecoveryTrainer(Trainer):
         self._head = hidden_for_logits(inner)
         self._objective.head = self._head.__enter__()
         self._sums = torch.zeros(3, dtype=torch.float64)  # cross-entropy, KL and batches since they were logged
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in the Trainer; accelerate (1.15) passes FSDP over on CPUs, where torch can do it too."""
+        super().create_accelerator_and_postprocess()
+        state: Any = self.accelerator.state
+        settings: Any = self.args.fsdp_plugin_args
+        if settings and state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**settings)
+            if self.accelerator.mixed_precision != "no":
+                state.fsdp_plugin.set_mixed_precision(self.accelerator.mixed_precision)
+            self.is_fsdp_enabled = True
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -164,6 +179,21 @@ class RecoveryTrainer(Trainer):
             directory = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
             write_json(directory / FINISHED, {"step": step, "made_from": self.made_from})
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in the Trainer; sharded weights are gathered one by one, tied ones once, which it (5.23) fails at."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        model: Any = self.model_wrapped
+        state, gathered = {}, {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if id(parameter) not in gathered:
+                whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+                gathered[id(parameter)] = whole.detach().cpu() if self.args.should_save else None
+            state[name] = gathered[id(parameter)]
+        if self.args.should_save:
+            self._save(output_dir, state)
+
     def close(self) -> None:
         """Give the model its logits back."""
         self._head.__exit__(None, None, None)
@@ -206,7 +236,12 @@ class _Log(TrainerCallback):
     def __init__(self, path: Path):
         self.path = path
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        sharded = [name for name, module in model.named_modules() if name and isinstance(module, FSDPModule)]
+        if sharded:
+            say(f"FSDP2: {len(sharded)} modules, each decoder block one, shared by {args.world_size} processes")
         if state.is_world_process_zero:  # what came after the checkpoint is forgotten
             write_text(self.path, "".join(f"{json.dumps(line)}\n" for line in state.log_history))
 

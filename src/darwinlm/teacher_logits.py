@@ -1,0 +1,130 @@
+"""The teacher's likeliest tokens on disk: written once for a set of sequences, read by any number of trainings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+from darwinlm import parallel
+from darwinlm.artifact import locked_directory, sweep, write_json
+from darwinlm.data_stream import Sequences, open_tensors
+from darwinlm.distill import Target, TopKTarget, teacher_target
+from darwinlm.progress import track
+
+ROWS = 16  # sequences in a file
+MANIFEST = "logits.json"
+
+
+@dataclass(frozen=True)
+class TeacherLogits:
+    """Top-K log-probabilities of one teacher at one temperature, a file for every `ROWS` rows of a part of tokens.
+
+    A file is named after the token store, lane and part that its sequences are in, so trainings of any length, order
+    and seed find theirs. It takes six bytes for each of the K tokens at every position: an index and a half.
+    """
+
+    path: Path
+    top_k: int
+    temperature: float
+
+    @classmethod
+    def open(cls, cache: Path, teacher_fingerprint: str, top_k: int, temperature: float) -> TeacherLogits:
+        """The logits of this teacher in a cache directory, with what earlier trainings have put there."""
+        made_from = {"teacher": teacher_fingerprint, "top_k": top_k, "temperature": temperature}
+        key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
+        return cls(cache / f"logits-{key}", top_k, temperature)
+
+    def fill(self, sequences: Sequences, load_teacher: Callable[[], PreTrainedModel]) -> None:
+        """Write what is missing for these sequences; all processes call it together and share the work.
+
+        Args:
+            load_teacher: called only if anything is missing.
+        """
+        if not parallel.first():
+            parallel.wait_for_all()
+            self._fill(sequences, load_teacher)
+            return
+        with locked_directory(self.path):
+            sweep(self.path)
+            if not (self.path / MANIFEST).exists():
+                write_json(self.path / MANIFEST, {"top_k": self.top_k, "temperature": self.temperature})
+            parallel.wait_for_all()
+            self._fill(sequences, load_teacher)
+
+    def _fill(self, sequences: Sequences, load_teacher: Callable[[], PreTrainedModel]) -> None:
+        rows: dict[tuple[int, ...], int] = {}  # how many rows of each file are needed
+        for store, lane, part, row in sequences.places.tolist():
+            group = (store, lane, part, row // ROWS)
+            rows[group] = max(rows.get(group, 0), row % ROWS + 1)
+        missing = [(group, count) for group, count in sorted(rows.items()) if self._count(sequences, group) < count]
+        mine = missing[parallel.rank() :: parallel.processes()]
+        teacher = load_teacher() if mine else None
+        for group, count in track(mine, "teacher's logits", len(mine)):
+            store, lane, part, number = group
+            first = number * ROWS
+            ids = torch.stack([sequences.stores[store].read(lane, part, first + i) for i in range(count)])
+            assert teacher is not None
+            file = self._file(sequences, group)
+            file.parent.mkdir(exist_ok=True)
+            temporary = file.with_suffix(".partial")
+            save_file(self._top_k(teacher, ids), temporary)
+            temporary.rename(file)
+        parallel.wait_for_all()
+
+    def _count(self, sequences: Sequences, group: tuple[int, ...]) -> int:
+        """Rows that a file has. An earlier training may have needed fewer of them."""
+        file = self._file(sequences, group)
+        return open_tensors(file).get_slice("values").get_shape()[0] if file.exists() else 0
+
+    def _file(self, sequences: Sequences, group: tuple[int, ...]) -> Path:
+        store, lane, part, number = group
+        return self.path / sequences.stores[store].path.name / f"{lane:02d}-{part:05d}-{number:05d}.safetensors"
+
+    def _top_k(self, teacher: PreTrainedModel, token_ids: Int[Tensor, "sequences length"]) -> dict[str, Tensor]:
+        """One sequence at a time, a few tokens' logits at a time."""
+        found: dict[str, list[Tensor]] = {"indices": [], "values": []}
+        for ids in token_ids:
+            target = teacher_target(teacher, ids[None].to(teacher.device), self.temperature)
+            values, indices = target.top_k(self.top_k)
+            found["indices"].append(indices.to("cpu", torch.int32))
+            found["values"].append(values.to("cpu", torch.float16))
+        return {name: torch.stack(tensors) for name, tensors in found.items()}
+
+    def read(self, sequences: Sequences, index: int) -> dict[str, Tensor]:
+        """`indices` and `values` after every token but the last of a sequence, each `[length - 1, top_k]`."""
+        store, lane, part, row = sequences.places[index].tolist()
+        file = open_tensors(self._file(sequences, (store, lane, part, row // ROWS)))
+        return {name: file.get_slice(name)[row % ROWS] for name in ("indices", "values")}
+
+
+@dataclass(frozen=True)
+class TaughtSequences(Dataset):
+    """Sequences with what the teacher says of them."""
+
+    sequences: Sequences
+    logits: TeacherLogits
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.sequences[index] | self.logits.read(self.sequences, index)
+
+
+class CachedTeacher:
+    """A teacher whose top-K log-probabilities come with the batch, at the temperature that they were written for."""
+
+    def target(self, batch: dict[str, Any], temperature: float) -> Target:
+        """What the batch brings."""
+        return TopKTarget(batch["indices"].flatten(0, 1), batch["values"].flatten(0, 1))

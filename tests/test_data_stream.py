@@ -1,0 +1,176 @@
+"""Training text at scale: shards with scores, filtered, packed once, whoever and whenever does it."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from darwinlm import data_stream, parallel
+from darwinlm.config import StreamConfig
+from darwinlm.data import is_held_out
+from darwinlm.data_stream import Sequences, TokenStore, draw_held_out, draw_sequences
+from darwinlm.types import UsageError
+
+SCORED = StreamConfig(sequence_length=32, score_column="language_score", min_score=0.9)
+SHARDS, DOCUMENTS = 5, 120
+
+
+def records(shard: int) -> list[dict[str, object]]:
+    rng = random.Random(shard)
+    words = " ".join(tiny.documents()).split()
+    return [
+        {
+            "text": " ".join(rng.choices(words, k=rng.randint(10, 80))),
+            "url": "http://example.org",
+            "language_score": rng.choice([0.5, 0.89, 0.9, 0.97, None]),
+        }
+        for _ in range(DOCUMENTS)
+    ]
+
+
+@pytest.fixture(scope="module", params=["jsonl", "parquet"])
+def shards(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of shards with the columns of FineWeb-Edu that count."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path_factory.mktemp(request.param)
+    for shard in range(SHARDS):
+        file = path / f"{shard:03d}.{request.param}"
+        if request.param == "parquet":
+            pq.write_table(pa.Table.from_pylist(records(shard)), file, row_group_size=50)
+        else:
+            file.write_text("".join(f"{json.dumps(record)}\n" for record in records(shard)))
+    return path
+
+
+def draw(shards: Path | str, count: int, cache: Path, seed: int = 0, config: StreamConfig = SCORED) -> Sequences:
+    return draw_sequences(str(shards), count, tiny.tokenizer(), config, cache, seed)
+
+
+def rows(sequences: Sequences) -> list[tuple[int, ...]]:
+    return [tuple(sequences[i]["input_ids"].tolist()) for i in range(len(sequences))]
+
+
+def test_only_documents_of_the_score_are_there_and_none_that_is_held_out(shards: Path, tmp_path: Path):
+    """Every whole document between two end-of-text tokens is one that should be there, and many of them are."""
+    every = [record for shard in range(SHARDS) for record in records(shard)]
+    good = {str(r["text"]) for r in every if isinstance(r["language_score"], float) and r["language_score"] >= 0.9}
+    tokenizer = tiny.tokenizer()
+    for held_out, drawn in (
+        (False, draw(shards, 1200, tmp_path)),
+        (True, draw_held_out(str(shards), 100, tokenizer, SCORED, tmp_path)),
+    ):
+        wanted = {text for text in good if is_held_out(text) == held_out}
+        store, *_ = drawn.stores
+        found: set[str] = set()
+        for lane, part in {(lane, part) for _, lane, part, _ in drawn.places.tolist()}:
+            count = sum((lane, part) == tuple(place[1:3]) for place in drawn.places.tolist())
+            stream = torch.cat([store.read(lane, part, row) for row in range(count)]).tolist()
+            text = tokenizer.decode(stream)
+            found |= set(str(text).split("<end>")[1:-1])
+        assert found <= wanted
+        assert len(found) > 0.25 * len(wanted)
+
+
+def test_what_is_drawn_depends_on_neither_processes_nor_what_was_there(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The same sequences from one process; from three that take turns at the lanes; and after a smaller draw."""
+    expected = draw(shards, 300, tmp_path / "one")
+    draw(shards, 7, tmp_path / "grown")
+    grown = draw(shards, 300, tmp_path / "grown")
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "processes", lambda: 3)
+        patch.setattr(parallel, "wait_for_all", lambda: None)
+        for rank in (2, 1, 0, 2, 1, 0):  # each round sees what the others have written
+            patch.setattr(parallel, "rank", lambda rank=rank: rank)
+            patch.setattr(parallel, "first", lambda rank=rank: rank == 0)
+            store = TokenStore.open(tmp_path / "three", str(shards), tiny.tokenizer(), SCORED)
+            quota = -(-300 // SHARDS)
+            for lane in range(rank, SHARDS, 3):
+                store._extend(lane, quota)
+    three = draw(shards, 300, tmp_path / "three")
+    assert rows(expected) == rows(grown) == rows(three)
+    assert expected.fingerprint == grown.fingerprint == three.fingerprint
+
+
+def test_the_seed_decides_the_order_alone(shards: Path, tmp_path: Path):
+    first, second, again = (draw(shards, 100, tmp_path, seed) for seed in (0, 1, 0))
+    assert rows(first) == rows(again) != rows(second)
+    assert Counter(rows(first)) == Counter(rows(second))
+    places = first.places[:, 1].tolist()
+    assert places != sorted(places)
+
+
+def test_what_is_there_is_not_tokenised_again(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    expected = rows(draw(shards, 100, tmp_path))
+    monkeypatch.setattr(data_stream, "_pack", None)
+    assert rows(draw(shards, 100, tmp_path)) == expected
+    with pytest.raises(TypeError):
+        draw(shards, 300, tmp_path)
+
+
+def test_an_interrupted_filling_goes_on_from_its_last_part(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What a kill leaves: whole parts, a half one, one without its record. Small parts, so that a lane has several."""
+    monkeypatch.setattr(data_stream, "FIRST_PART", 4)
+    monkeypatch.setattr(data_stream, "LARGEST_PART", 8)
+    expected = draw(shards, 1000, tmp_path / "whole")
+    store = tmp_path / "killed" / expected.stores[0].path.name
+    shutil.copytree(expected.stores[0].path, store)
+    lane = store / "lane-01"
+    assert len(list(lane.glob("*.json"))) > 3
+    for file in sorted(lane.iterdir()):
+        if int(file.name[:5]) >= 2:
+            file.unlink()
+    (lane / "00001.json").unlink()
+    (lane / "00002.partial").write_bytes(b"half a file")
+    kept = (lane / "00000.safetensors").stat().st_mtime_ns
+    assert rows(draw(shards, 1000, tmp_path / "killed")) == rows(expected)
+    assert (lane / "00000.safetensors").stat().st_mtime_ns == kept
+    assert not list(store.rglob("*.partial"))
+
+
+def test_a_pattern_names_files_and_a_mixture_keeps_its_weights(shards: Path, text: Path, tmp_path: Path):
+    suffix = next(shards.iterdir()).suffix
+    plain = StreamConfig(sequence_length=32)
+    mixed = draw(f"{shards}/00[01]{suffix}".replace("[01]", "*") + f"=3,{text}=1", 80, tmp_path, config=plain)
+    assert len(mixed) == 80
+    assert Counter(mixed.places[:, 0].tolist()) == {0: 60, 1: 20}
+
+
+@pytest.mark.parametrize(
+    ("change", "count", "sentence"),
+    [
+        ({"score_column": "rating"}, 10, "has no column rating, it has text, url, language_score"),
+        (
+            {"min_score": 0.99},
+            10,
+            r"expected 320 tokens \(sequences of 32\), found 0 .* language_score is at least 0.99",
+        ),
+        ({}, 10**6, "too little text .* expected 32,000,000 tokens .* beside the tenth that is held out"),
+    ],
+)
+def test_too_little_text_is_one_sentence(
+    shards: Path, change: dict[str, object], count: int, sentence: str, tmp_path: Path
+):
+    with pytest.raises(UsageError, match=sentence):
+        draw(shards, count, tmp_path, config=replace(SCORED, **change))  # pyright: ignore[reportArgumentType]
+
+
+def test_what_cannot_be_read_is_one_sentence(tmp_path: Path):
+    (tmp_path / "bad.jsonl").write_text("{no json\n")
+    (tmp_path / "empty").mkdir()
+    for source in (tmp_path / "bad.jsonl", tmp_path / "empty", tmp_path / "*.parquet", tmp_path / "none.parquet"):
+        with pytest.raises(UsageError, match="no text"):
+            draw(source, 1, tmp_path / "cache")
