@@ -19,7 +19,7 @@ from darwinlm.database import Database, add_unit
 from darwinlm.export.hf import export_hf
 from darwinlm.families import block_sizes, find_units, linear_at
 from darwinlm.genome import level_grid
-from darwinlm.surgery import Stitcher
+from darwinlm.surgery import Stitcher, repeat_shared
 from darwinlm.types import Genome, Structure
 
 CPU = torch.device("cpu")
@@ -87,4 +87,4 @@ def zero_masked(dense: PreTrainedModel, database: Database, genome: Genome) -> P
 def write_export(case: Pruned, genome: Genome, out: Path) -> Path:
     """The model of a genome as a directory."""
     sizes = block_sizes(case.database.grid, genome, case.dense.config)
-    return export_hf(case.stitcher.stitch(genome), sizes, tiny.tokenizer(), out, "")
+    return export_hf(repeat_shared(case.stitcher.stitch(genome)), sizes, tiny.tokenizer(), out, "")

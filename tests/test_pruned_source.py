@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 import pruned
 from darwinlm.checkpoint import Checkpoint
-from darwinlm.types import Genome
+from darwinlm.modeling import load
+from darwinlm.types import Genome, Structure
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "qwen2"])
@@ -26,3 +28,45 @@ def test_an_export_is_read_like_a_dense_checkpoint(family: str, checkpoints: dic
     torch.testing.assert_close(read(ids).logits, stitched(ids).logits)
     shapes = {name: tensor.shape for name, tensor in checkpoint.skeleton().state_dict().items()}
     assert shapes == {name: tensor.shape for name, tensor in read.state_dict().items()}
+
+
+@pytest.mark.parametrize("structure", ["kv_group", "head"])
+def test_a_pruned_model_is_pruned_further_from_each_units_own_level(
+    structure: Structure, checkpoints: dict[str, Path], tmp_path: Path
+):
+    """Level 0 is the model as it is; every other level leaves what one of the dense unit does."""
+    dense = pruned.prune(checkpoints["llama-gqa"], tmp_path / "first", structure)
+    grid = dense.database.grid
+    rng = Random(1)
+    levels = [rng.randint(0, grid.highest(i) - 1) for i in range(len(grid.units))]
+    levels[3] = grid.highest(3)  # a block without MLP
+    export = pruned.write_export(dense, Genome(tuple(levels)), tmp_path / "export")
+    again = pruned.prune(export, tmp_path / "second", structure)
+    smaller = again.database.grid
+    own = {unit.name: (unit, removed) for unit, removed in zip(smaller.units, smaller.removed, strict=True)}
+    for unit, removed, level in zip(grid.units, grid.removed, levels, strict=True):
+        if level == len(removed) - 1:
+            assert unit.name not in own
+            continue
+        now, further = own[unit.name]
+        assert now.structures * now.structure_width == (unit.structures - removed[level]) * unit.structure_width
+        assert [now.structures - count for count in further] == [unit.structures - count for count in removed[level:]]
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen2"])
+def test_what_is_pruned_twice_computes_what_the_zero_masked_model_does(
+    family: str, checkpoints: dict[str, Path], tmp_path: Path
+):
+    """Stitched, exported and read again, it gives the logits of the first export with the removed columns at zero."""
+    first = pruned.prune(checkpoints[family], tmp_path / "first")
+    grid = first.database.grid
+    once = Genome(tuple(grid.highest(i) if i in (2, 5) else 1 for i in range(len(grid.units))))
+    second = pruned.prune(pruned.write_export(first, once, tmp_path / "export"), tmp_path / "second")
+    ids = pruned.token_ids()
+    for genome in second.genomes():
+        stitched: Any = second.stitcher.stitch(genome)
+        expected = pruned.zero_masked(second.dense, second.database, genome)(ids).logits
+        torch.testing.assert_close(stitched(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    genome = Genome(tuple(min(1, second.database.grid.highest(i)) for i in range(len(second.database.grid.units))))
+    read: Any = load(pruned.write_export(second, genome, tmp_path / "twice"))
+    torch.testing.assert_close(read(ids).logits, second.stitcher.stitch(genome)(ids).logits)

@@ -107,6 +107,8 @@ def head_dim(config: PretrainedConfig) -> int:
 def find_units(model: nn.Module, config: PretrainedConfig, structure: Structure = "kv_group") -> tuple[Unit, ...]:
     """Every attention and MLP of the model, block by block; a model on the meta device will do.
 
+    Those of a pruned model are as small as they are, and know what they have lost.
+
     Args:
         structure: what an attention loses at a time: a KV head with the query heads that read it (`kv_group`), any
             query head, its KV head staying while another reads it (`head`, the paper's), or a query head of every KV
@@ -119,29 +121,38 @@ def find_units(model: nn.Module, config: PretrainedConfig, structure: Structure 
     family = find_family(config)
     units: list[Unit] = []
     for block in range(config.num_hidden_layers):
-        found = _Block(model, family, block)
-        units += [_attention(found, config, structure), _mlp(found, config)]
+        found, layer = _Block(model, family, block), layer_config(config, block)
+        lost = getattr(layer, "skip", ())
+        units += [_attention(found, layer, config, structure)] if "attention" not in lost else []
+        units += [_mlp(found, layer, config)] if "mlp" not in lost else []
     return tuple(units)
 
 
-def _attention(block: _Block, config: PretrainedConfig, structure: Structure) -> Unit:
-    family, head = block.family, head_dim(config)
-    readers = config.num_attention_heads // config.num_key_value_heads
+def layer_config(config: PretrainedConfig, block: int) -> PretrainedConfig:
+    """What a decoder block is built from: in a pruned model each has sizes of its own, the whole has the dense ones."""
+    return config.layer(block) if hasattr(config, "layer") else config
+
+
+def _attention(block: _Block, layer: PretrainedConfig, dense: PretrainedConfig, structure: Structure) -> Unit:
+    family, head = block.family, head_dim(layer)
+    readers = layer.num_attention_heads // layer.num_key_value_heads
     together = readers if structure == "kv_group" else 1  # query heads in one structure
     sharers = readers // together
+    structures = layer.num_attention_heads // together
     return block.unit(
         "attention",
         inputs=[(family.query, together * head, 1), (family.key, head, sharers), (family.value, head, sharers)],
         output=family.attention_output,
         members=(family.attention, *family.attention_norms),
         width=together * head,
-        structures=config.num_attention_heads // together,
+        structures=structures,
+        lost=(dense.num_attention_heads if together == 1 else dense.num_key_value_heads) - structures,
         readers=sharers,
         in_turns=structure == "balanced" and sharers > 1,
     )
 
 
-def _mlp(block: _Block, config: PretrainedConfig) -> Unit:
+def _mlp(block: _Block, layer: PretrainedConfig, dense: PretrainedConfig) -> Unit:
     family = block.family
     return block.unit(
         "mlp",
@@ -149,7 +160,8 @@ def _mlp(block: _Block, config: PretrainedConfig) -> Unit:
         output=family.mlp_output,
         members=(family.mlp, *family.mlp_norms),
         width=1,
-        structures=config.intermediate_size,
+        structures=layer.intermediate_size,
+        lost=dense.intermediate_size - layer.intermediate_size,
     )
 
 
@@ -170,6 +182,7 @@ class _Block:
         members: Sequence[str],
         width: int,
         structures: int,
+        lost: int,
         readers: int = 1,
         in_turns: bool = False,
     ) -> Unit:
@@ -201,6 +214,7 @@ class _Block:
             readers=readers,
             shared_parameters=shared,
             in_turns=in_turns,
+            lost=lost,
         )
 
     def _check(self, path: str, found: int, expected: int) -> None:
@@ -223,9 +237,14 @@ def block_sizes(grid: Grid, genome: Genome, config: PretrainedConfig) -> tuple[B
     }
     sizes = []
     for block in range(config.num_hidden_layers):
-        unit, remaining = left[block, "attention"]
-        queries = remaining * unit.structure_width // head_dim(config)
-        sizes.append(BlockSizes(queries, key_value_heads(unit, remaining, queries), left[block, "mlp"][1]))
+        heads, intermediate = (0, 0), 0
+        if (block, "attention") in left:  # an earlier pruning may have removed it
+            unit, remaining = left[block, "attention"]
+            queries = remaining * unit.structure_width // head_dim(config)
+            heads = queries, key_value_heads(unit, remaining, queries)
+        if (block, "mlp") in left:
+            intermediate = left[block, "mlp"][1]
+        sizes.append(BlockSizes(*heads, intermediate))
     return tuple(sizes)
 
 

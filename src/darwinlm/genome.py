@@ -58,7 +58,8 @@ def level_grid(units: tuple[Unit, ...], levels: int, granularity: int) -> Grid:
 
     A unit at level `i` of `N` has lost `Round(i * S / N)` of its `S` steps, where a step is one attention structure
     (one of every group, if they leave in turns) or `granularity` MLP channels. A unit with fewer steps than levels has
-    one level a step.
+    one level a step. A unit that an earlier pruning has made smaller starts where it stands, and goes on with those
+    levels of the dense unit at which it loses more.
 
     Raises:
         UsageError: if `levels` is not positive or the granularity does not divide the number of MLP channels.
@@ -74,28 +75,11 @@ def _removed(unit: Unit, levels: int, granularity: int) -> tuple[int, ...]:
         raise UsageError(
             f"database.granularity must divide the {unit.structures} channels of {unit.name}, found {granularity}"
         )
-    steps = unit.structures // step
+    steps = (unit.structures + unit.lost) // step
     count = min(levels, steps)
     # Round half up, unlike Python's round, so that equal fractions of different units round alike.
-    return tuple(step * ((2 * level * steps + count) // (2 * count)) for level in range(count + 1))
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The most a genome may cost, in prunable parameters, and the highest level each unit may take."""
-
-    grid: Grid
-    limit: int
-    ceilings: tuple[int, ...]
-
-    def cost(self, genome: Genome) -> int:
-        """Prunable parameters that are left in the model."""
-        return prunable_parameters(self.grid, genome)
-
-    def admits(self, genome: Genome) -> bool:
-        """Whether the genome is small enough and no unit is above its ceiling."""
-        within = all(0 <= level <= top for level, top in zip(genome.levels, self.ceilings, strict=True))
-        return within and self.cost(genome) <= self.limit
+    ladder = (step * ((2 * level * steps + count) // (2 * count)) for level in range(count + 1))
+    return (0, *(removed - unit.lost for removed in ladder if removed > unit.lost))
 
 
 def prunable_parameters(grid: Grid, genome: Genome) -> int:

@@ -164,7 +164,9 @@ def _open_up(dense: PreTrainedModel, family: Family) -> PreTrainedModel:
     paths = {family.blocks[:at] for at, letter in enumerate(family.blocks) if letter == "."} | {family.blocks}
     for block in range(dense.config.num_hidden_layers):
         root = family.block(block)
-        paths |= {root, f"{root}.{family.attention}", f"{root}.{family.mlp}"}
+        parts = (family.attention, family.mlp)  # of which an earlier pruning may have left None
+        here = model.get_submodule(root)
+        paths |= {root, *(f"{root}.{part}" for part in parts if getattr(here, part, None) is not None)}
     for path in sorted(paths, key=lambda path: path.count(".")):
         model.set_submodule(path, _shallow(model.get_submodule(path)))
     return model

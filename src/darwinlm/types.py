@@ -61,6 +61,7 @@ class Unit:
         readers: structures in a row that form a group and share rows (K and V).
         shared_parameters: parameters of a group's shared rows. They leave the model with the group's last structure.
         in_turns: no group loses a structure before all others have lost as many, so that groups stay even.
+        lost: structures that an earlier pruning has removed from the dense unit; they are not in `structures`.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Unit:
     readers: int = 1
     shared_parameters: int = 0
     in_turns: bool = False
+    lost: int = 0
 
     @property
     def groups(self) -> int:
