@@ -82,6 +82,24 @@ def _removed(unit: Unit, levels: int, granularity: int) -> tuple[int, ...]:
     return (0, *(removed - unit.lost for removed in ladder if removed > unit.lost))
 
 
+@dataclass(frozen=True)
+class Budget:
+    """The most a genome may cost, in prunable parameters, and the highest level each unit may take."""
+
+    grid: Grid
+    limit: int
+    ceilings: tuple[int, ...]
+
+    def cost(self, genome: Genome) -> int:
+        """Prunable parameters that are left in the model."""
+        return prunable_parameters(self.grid, genome)
+
+    def admits(self, genome: Genome) -> bool:
+        """Whether the genome is small enough and no unit is above its ceiling."""
+        within = all(0 <= level <= top for level, top in zip(genome.levels, self.ceilings, strict=True))
+        return within and self.cost(genome) <= self.limit
+
+
 def prunable_parameters(grid: Grid, genome: Genome) -> int:
     """Parameters of all units at the genome's levels; embeddings, the final norm and the head are not in it."""
     return sum(
