@@ -1,0 +1,61 @@
+"""All allocators by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+from darwinlm.allocate.cosine import cosine
+from darwinlm.allocate.evolution import evolve
+from darwinlm.allocate.evopress import evopress
+from darwinlm.allocate.mutation import restore
+from darwinlm.allocate.problem import Allocator, Problem
+from darwinlm.allocate.sensitivity import least_sensitive, sensitivities
+from darwinlm.allocate.shortened_llama import shortened_llama, shortened_llama_taylor
+from darwinlm.allocate.shortgpt import shortgpt
+from darwinlm.allocate.ziplm import ziplm
+from darwinlm.config import SearchConfig
+from darwinlm.types import Genome, SelectionStage, UsageError
+
+
+def evolution(problem: Problem) -> Genome:
+    """The search of this package on untrained candidates."""
+    untrained = tuple(replace(stage, training_tokens=0) for stage in problem.config.stages)
+    return _evolution(problem, replace(problem.config, stages=untrained))
+
+
+def training_aware(problem: Problem) -> Genome:
+    """The search of this package with training before selection (section 3.2 of the paper).
+
+    Raises:
+        UsageError: if no stage of the search trains.
+    """
+    if not any(stage.training_tokens for stage in problem.config.stages):
+        raise UsageError(
+            "training-aware needs training: expected training_tokens above 0 in --search.stages, found none; "
+            "give some, or take the method evolution"
+        )
+    return _evolution(problem, problem.config)
+
+
+def _evolution(problem: Problem, config: SearchConfig) -> Genome:
+    budget, starts = problem.budget, {"uniform": problem.even}
+    if config.start == "sensitivity":
+        stage = SelectionStage(1, config.stages[0].fitness_tokens)
+        table = sensitivities(budget.grid, problem.fitness, stage, problem.state / "sensitivities.json")
+        starts["sensitivity"] = restore(least_sensitive(budget, table), budget, Random(problem.seed))
+    fitting = {name: genome for name, genome in starts.items() if budget.fits(genome)}
+    return evolve(fitting, budget, problem.fitness, config, problem.seed, problem.state / "history.jsonl").best
+
+
+ALLOCATORS: dict[str, Allocator] = {
+    "uniform": lambda problem: problem.even,
+    "shortgpt": shortgpt,
+    "cosine": cosine,
+    "shortened-llama": shortened_llama,
+    "shortened-llama-taylor": shortened_llama_taylor,
+    "evopress": evopress,
+    "ziplm": ziplm,
+    "evolution": evolution,
+    "training-aware": training_aware,
+}

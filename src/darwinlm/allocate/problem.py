@@ -1,0 +1,43 @@
+"""What every allocator is given: they are ways to choose a genome, over one database and within one budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtyping import Int
+from torch import Tensor
+
+from darwinlm.budget import Budget
+from darwinlm.config import SearchConfig
+from darwinlm.fitness import Scorer
+from darwinlm.surgery import Stitcher
+from darwinlm.types import Genome
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A dense model, its database, and how small it is to become.
+
+    Attributes:
+        stitcher: has the dense model, its family and the database.
+        even: the uniform genome of the budget.
+        fitness: scores genomes, for allocators that try some.
+        token_ids: calibration text, for those that measure the dense model.
+        config: what a search may spend. Allocators that search try as many candidates as its evolution does.
+        state: a directory in which an allocator may keep what it resumes from.
+    """
+
+    stitcher: Stitcher
+    budget: Budget
+    even: Genome
+    fitness: Scorer
+    token_ids: Int[Tensor, "sequences length"]
+    config: SearchConfig
+    seed: int
+    state: Path
+
+
+Allocator = Callable[[Problem], Genome]
+"""Returns a genome that fits the problem's budget. Raises `UsageError` if it knows of none."""

@@ -1,0 +1,82 @@
+"""Shortened LLaMA (Kim et al., 2024, arXiv 2402.02834): blocks leave by their perplexity or Taylor importance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from darwinlm.allocate.depth import removable_blocks, remove_until_it_fits, without_blocks
+from darwinlm.allocate.problem import Problem
+from darwinlm.families import Family, Head
+from darwinlm.metric import CrossEntropy
+from darwinlm.progress import track
+from darwinlm.types import Genome
+
+KEPT_FIRST, KEPT_LAST = 4, 2  # blocks that Taylor+ keeps, as removing them hurts more than the score says
+
+
+def shortened_llama(problem: Problem) -> Genome:
+    """The dense model without the blocks whose removal, of each alone, raises perplexity least (equation 2).
+
+    Raises:
+        UsageError: if that cannot fit the budget.
+    """
+    budget, stitcher = problem.budget, problem.stitcher
+    blocks = removable_blocks(budget)
+    importance = [0.0] * stitcher.dense.config.num_hidden_layers
+    for block in track(blocks, "perplexity without a block", len(blocks)):
+        importance[block] = _surprise(stitcher.stitch(without_blocks(budget, [block])), problem.token_ids)
+    return remove_until_it_fits(budget, importance)
+
+
+def shortened_llama_taylor(problem: Problem) -> Genome:
+    """The dense model without the blocks of least Taylor+ importance.
+
+    The first four blocks and the last two leave only once no others are left.
+
+    Raises:
+        UsageError: if that cannot fit the budget.
+    """
+    stitcher = problem.stitcher
+    importance = taylor_importance(stitcher.dense, stitcher.family, problem.token_ids)
+    most = max(importance)
+    last = len(importance) - KEPT_LAST
+    kept = [value + (block < KEPT_FIRST or block >= last) * (1 + most) for block, value in enumerate(importance)]
+    return remove_until_it_fits(problem.budget, kept)
+
+
+@torch.inference_mode()
+def _surprise(model: PreTrainedModel, token_ids: Int[Tensor, "sequences length"]) -> float:
+    """Summed over tokens: its order is that of perplexity."""
+    total = 0.0
+    for ids in token_ids.to(model.device).split(1):
+        hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        total += CrossEntropy(ids).total(hidden, Head(model))
+    return total
+
+
+def taylor_importance(
+    model: PreTrainedModel, family: Family, token_ids: Int[Tensor, "sequences length"]
+) -> list[float]:
+    """`sum |dL/dW * W|` over the weight matrices of every block, `L` being the language-model loss on the text."""
+    blocks: Any = model.get_submodule(family.blocks)
+    weights = [[m.weight for m in block.modules() if isinstance(m, nn.Linear)] for block in blocks]
+    every = [weight for block in weights for weight in block]
+    trainable = [weight.requires_grad for weight in every]
+    gradients = [torch.zeros_like(weight) for weight in every]
+    try:
+        for weight in every:
+            weight.requires_grad_(True)
+        for ids in token_ids.to(model.device).split(1):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            for sum_, gradient in zip(gradients, torch.autograd.grad(loss, every), strict=True):
+                sum_ += gradient
+    finally:
+        for weight, was in zip(every, trainable, strict=True):
+            weight.requires_grad_(was)
+    importance = iter((g * w.detach()).abs().double().sum().item() for g, w in zip(gradients, every, strict=True))
+    return [sum(next(importance) for _ in block) for block in weights]

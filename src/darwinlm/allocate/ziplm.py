@@ -1,0 +1,52 @@
+"""ZipLM's allocation (Kurtic et al., 2023, arXiv 2302.04089): layer errors, dynamic programming, random re-weighting.
+
+SPDY (Frantar and Alistarh, 2022, arXiv 2201.13096) minimises a weighted sum of layer errors within a budget, and
+searches the weights by the loss of the stitched model. ZipLM takes as a unit's error its squared error relative to that
+of dropping it, and as a step of the search new random weights for a tenth of the units.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+from darwinlm.allocate.problem import Problem
+from darwinlm.allocate.sensitivity import least_sensitive
+from darwinlm.database import Database
+from darwinlm.progress import track
+from darwinlm.types import Genome, SelectionStage
+
+MUTATED = 0.1  # share of the weights that a step draws anew
+
+
+def ziplm(problem: Problem) -> Genome:
+    """The best stitched model among least weighted sums of layer errors.
+
+    The first weights are all 1, and a step that makes the model worse is taken back. There are as many steps as the
+    evolution has candidates (the paper takes 1,000).
+    """
+    config, rng = problem.config, Random(problem.seed)
+    errors = relative_errors(problem.stitcher.database)
+    stage = SelectionStage(1, config.stages[-1].fitness_tokens)
+    weights = [1.0] * len(errors)
+    best = _allocate(problem, errors, weights)
+    (least,) = problem.fitness.scores([best], stage)
+    steps = config.generations * config.offspring
+    for _ in track(range(steps), "ziplm", steps):
+        changed = rng.sample(range(len(weights)), max(1, round(MUTATED * len(weights))))
+        tried = [rng.random() if index in changed else weight for index, weight in enumerate(weights)]
+        genome = _allocate(problem, errors, tried)
+        (score,) = problem.fitness.scores([genome], stage, best)
+        if score <= least:
+            weights, best, least = tried, genome, score
+    return best
+
+
+def relative_errors(database: Database) -> list[list[float]]:
+    """`|W'X - WX|^2 / |WX|^2` of each unit at each level: 0 where it is dense, 1 where nothing of it is left."""
+    tables = [database.errors(index) for index in range(len(database.grid.units))]
+    return [[error / (errors[-1] or 1.0) for error in errors] for errors in tables]
+
+
+def _allocate(problem: Problem, errors: list[list[float]], weights: list[float]) -> Genome:
+    weighted = [[weight * error for error in row] for weight, row in zip(weights, errors, strict=True)]
+    return least_sensitive(problem.budget, weighted)

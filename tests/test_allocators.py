@@ -1,0 +1,237 @@
+"""Every allocator on a model that was built so that the right answer is known."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import tiny
+from darwinlm.allocate.cosine import angular_distances
+from darwinlm.allocate.methods import ALLOCATORS
+from darwinlm.allocate.problem import Problem
+from darwinlm.allocate.shortened_llama import KEPT_FIRST, KEPT_LAST
+from darwinlm.allocate.shortgpt import block_influence
+from darwinlm.budget import Budget, parameter_costs
+from darwinlm.config import SearchConfig
+from darwinlm.database import Database
+from darwinlm.evaluate import parameter_count
+from darwinlm.families import FAMILIES, find_units
+from darwinlm.fitness import Fitness
+from darwinlm.genome import ceilings, level_grid, uniform_genome
+from darwinlm.surgery import Stitcher
+from darwinlm.types import Genome, SelectionStage, UsageError
+from pruned import prune, token_ids
+
+BLOCKS = 9
+SEARCH = SearchConfig(
+    generations=8,
+    offspring=6,
+    stages=(SelectionStage(3, 64), SelectionStage(1, 128, 32)),
+    start="uniform",
+    learning_rate=1e-3,
+)
+DEPTH = ["shortgpt", "cosine", "shortened-llama", "shortened-llama-taylor"]
+
+
+def model_of(idle_attention: Sequence[int], idle_mlp: Sequence[int]) -> PreTrainedModel:
+    """A random Llama of which some modules add nothing to the stream."""
+    config = copy.deepcopy(tiny.CONFIGS["llama-mha"])
+    config.num_hidden_layers = BLOCKS
+    torch.manual_seed(0)
+    model: Any = tiny.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    for block in idle_attention:
+        model.model.layers[block].self_attn.o_proj.weight.zero_()
+    for block in idle_mlp:
+        model.model.layers[block].mlp.down_proj.weight.zero_()
+    return model
+
+
+def written_by(model: Any) -> Tensor:
+    """Text that the model wrote itself: on average no other model finds it likelier."""
+    with torch.no_grad():
+        start = torch.randint(1, tiny.VOCAB, (16, 1), generator=torch.Generator().manual_seed(1))
+        torch.manual_seed(0)
+        return model.generate(
+            start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, min_new_tokens=47, max_new_tokens=47
+        )
+
+
+def problem_of(model: PreTrainedModel, path: Path, blocks_gone: int, **changes: Any) -> Problem:
+    """To make the model as small as it is without some blocks."""
+    grid = level_grid(find_units(model, model.config), 4, 8)
+    costs = parameter_costs(grid, parameter_count(model))
+    of_a_block = sum(row[0] for row in costs.units[:2])
+    limit = float(costs.of(grid.dense()) - blocks_gone * of_a_block)
+    budget = Budget(grid, costs, limit, 0.99 * limit, ceilings(grid))
+    stitcher = Stitcher(model, FAMILIES["llama"], Database(path / "database", grid, {}))
+    text = written_by(model)
+    fitness = Fitness(stitcher, text, text[:2], SEARCH)
+    even = uniform_genome(grid, 4 * blocks_gone / BLOCKS, 4, Random(0))
+    return replace(Problem(stitcher, budget, even, fitness, text, SEARCH, 0, path), **changes)
+
+
+def blocks_gone(problem: Problem, genome: Genome) -> list[int]:
+    """Which blocks have nothing left. All others must be whole."""
+    levels = list(zip(genome.levels[::2], genome.levels[1::2], strict=True))
+    whole = (problem.budget.grid.highest(0), problem.budget.grid.highest(1))
+    assert all(pair in ((0, 0), whole) for pair in levels)
+    return [block for block, pair in enumerate(levels) if pair == whole]
+
+
+@pytest.mark.parametrize("method", DEPTH)
+def test_blocks_that_do_nothing_leave_first(method: str, tmp_path: Path) -> None:
+    idle = [5, 6]
+    problem = problem_of(model_of(idle, idle), tmp_path, len(idle))
+    genome = ALLOCATORS[method](problem)
+    assert blocks_gone(problem, genome) == idle
+    assert problem.budget.fits(genome)
+    assert not problem.budget.fits(genome.replace({10: 0, 11: 0}))
+
+
+@pytest.mark.parametrize("method", DEPTH)
+def test_the_first_block_stays_though_it_does_nothing(method: str, tmp_path: Path) -> None:
+    """Caches rely on its attention, and a method of whole blocks does not take its MLP alone."""
+    problem = problem_of(model_of([0, 6], [0, 6]), tmp_path, 2)
+    gone = blocks_gone(problem, ALLOCATORS[method](problem))
+    assert len(gone) == 2
+    assert 0 not in gone
+    assert 6 in gone
+    everything = replace(problem, budget=replace(problem.budget, limit=problem.budget.cost(problem.budget.least) + 1.0))
+    with pytest.raises(UsageError, match="whole blocks cannot make the model this small: expected a budget of at"):
+        ALLOCATORS[method](everything)
+
+
+def test_cosine_takes_a_window_and_shortgpt_does_not(tmp_path: Path) -> None:
+    """Blocks 3 and 4 undo each other: each turns the stream, both together do not."""
+    model: Any = model_of([3, 4], [])
+    for block, sign in ((3, 1.0), (4, -1.0)):  # a constant step, and the same one back
+        mlp = model.model.layers[block].mlp
+        model.model.layers[block].mlp = Step(sign, mlp)
+    problem = problem_of(model_of([], []), tmp_path, 2)
+    problem = replace(problem, stitcher=Stitcher(model, FAMILIES["llama"], problem.stitcher.database))
+    assert blocks_gone(problem, ALLOCATORS["cosine"](problem)) == [3, 4]
+    assert blocks_gone(problem, ALLOCATORS["shortgpt"](problem)) != [3, 4]
+
+
+class Step(torch.nn.Module):
+    """Adds the same vector to every token."""
+
+    def __init__(self, sign: float, mlp: torch.nn.Module):
+        super().__init__()
+        self.mlp, self.sign = mlp, sign
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.full_like(hidden, 30.0 * self.sign) * (torch.arange(hidden.shape[-1]) % 2)
+
+
+def test_taylor_keeps_the_first_blocks_and_the_last_while_others_are_left(tmp_path: Path) -> None:
+    idle = [2, 8]  # of the first four and of the last two
+    problem = problem_of(model_of(idle, idle), tmp_path, BLOCKS - KEPT_FIRST - KEPT_LAST + 2)
+    middle = set(range(KEPT_FIRST, BLOCKS - KEPT_LAST))
+    assert set(blocks_gone(problem, ALLOCATORS["shortened-llama-taylor"](problem))) == middle | set(idle)
+
+
+def test_influence_and_distance_are_those_of_hidden_states() -> None:
+    """Against transformers' own hidden states, of which the last is normed and left out."""
+    model, ids = model_of([2], [2]), token_ids().clamp(min=1)  # 0 pads: its embedding is zero
+    with torch.no_grad():
+        states = model(ids, output_hidden_states=True).hidden_states[:-1]
+    influence = block_influence(model, FAMILIES["llama"], ids)
+    distance = angular_distances(model, FAMILIES["llama"], ids)
+    assert len(influence) == BLOCKS
+    for block in range(BLOCKS - 1):
+        a, b = states[block].double(), states[block + 1].double()
+        cos = (a * b).sum(-1) / a.norm(dim=-1) / b.norm(dim=-1)
+        assert influence[block] == pytest.approx(1 - cos.mean().item(), abs=1e-5)
+        angle = torch.arccos(cos[:, -1].clamp(max=1)).mean().item() / torch.pi
+        assert distance[block, block + 1].item() == pytest.approx(angle, abs=1e-5)
+    assert influence[2] == pytest.approx(0, abs=1e-6)
+
+
+def test_evopress_finds_the_modules_that_do_nothing(tmp_path: Path) -> None:
+    problem = problem_of(model_of([3], [7]), tmp_path, 1)
+    genome = ALLOCATORS["evopress"](problem)
+    gone = {i for i, level in enumerate(genome.levels) if level}
+    assert gone == {2 * 3, 2 * 7 + 1}
+    assert all(genome.levels[i] == problem.budget.grid.highest(i) for i in gone)
+    assert problem.fitness.scores([genome], SEARCH.stages[0])[0] == pytest.approx(0, abs=1e-5)
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A model whose loss is a weighted sum of its units' errors: what ziplm takes every model for."""
+
+    errors: list[list[float]]
+    weights: list[float]
+
+    def scores(self, genomes: Sequence[Genome], stage: SelectionStage, parent: Genome | None = None) -> list[float]:
+        rows = [zip(self.weights, self.errors, genome.levels, strict=True) for genome in genomes]
+        return [sum(weight * row[level] for weight, row, level in cells) for cells in rows]
+
+
+def test_ziplm_is_the_best_of_all_genomes_and_its_search_finds_weights(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    case = prune(checkpoints["mistral"], tmp_path / "database")
+    grid, database = case.database.grid, case.database
+    costs = parameter_costs(grid, parameter_count(case.dense))
+    table = [database.errors(i) for i in range(len(grid.units))]
+    relative = [[error / row[-1] for error in row] for row in table]
+    assert all(row[0] == 0 and row[-1] == 1 and row == sorted(row) for row in relative)
+    rest = costs.fixed + 0.6 * (costs.of(grid.dense()) - costs.fixed)
+    budget = Budget(grid, costs, rest, 0.0, ceilings(grid))
+    genomes = map(Genome, itertools.product(*(range(top + 1) for top in budget.ceilings)))
+    fitting = [genome for genome in genomes if budget.fits(genome)]
+
+    def best(weights: list[float]) -> float:
+        return min(Weighted(relative, weights).scores(fitting, SEARCH.stages[0]), default=inf)
+
+    even, uneven = [1.0] * 6, [1.0, 0.1, 1.0, 0.2, 0.15, 1.0]
+    problem = Problem(case.stitcher, budget, grid.dense(), Weighted(relative, even), token_ids(), SEARCH, 0, tmp_path)
+    plain = ALLOCATORS["ziplm"](replace(problem, config=replace(SEARCH, generations=0)))
+    assert budget.fits(plain)
+    assert Weighted(relative, even).scores([plain], SEARCH.stages[0]) == [pytest.approx(best(even))]
+    truth = Weighted(relative, uneven)
+    found = ALLOCATORS["ziplm"](replace(problem, fitness=truth, config=replace(SEARCH, generations=50)))
+    assert budget.fits(found)
+    found_loss, plain_loss = truth.scores([found, plain], SEARCH.stages[0])
+    assert plain_loss > 1.05 * best(uneven)  # so that there is something to find
+    assert found_loss == pytest.approx(best(uneven), rel=0.02)
+
+
+def test_evolution_is_no_worse_than_its_start_with_training_and_without(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    case = prune(checkpoints["mistral"], tmp_path / "database")
+    grid = case.database.grid
+    even = uniform_genome(grid, 2.0, 4, Random(0))
+    costs = parameter_costs(grid, parameter_count(case.dense))
+    limit = float(costs.of(even))
+    budget = Budget(grid, costs, limit, 0.97 * limit, ceilings(grid))
+    for method, stage in (("evolution", SelectionStage(1, 128)), ("training-aware", SEARCH.stages[-1])):
+        fitness = Fitness(case.stitcher, token_ids(), token_ids(1)[:1], SEARCH)
+        state = tmp_path / method
+        problem = Problem(case.stitcher, budget, even, fitness, token_ids(), SEARCH, 0, state)
+        genome = ALLOCATORS[method](problem)
+        assert budget.fits(genome)
+        assert fitness.score(genome, stage) < fitness.score(even, stage)
+        assert (state / "history.jsonl").is_file()
+    untrained = replace(SEARCH, stages=(SelectionStage(1, 64),))
+    with pytest.raises(UsageError, match="training-aware needs training"):
+        ALLOCATORS["training-aware"](replace(problem, config=untrained))
+
+
+def test_uniform_is_the_even_genome(tmp_path: Path) -> None:
+    problem = problem_of(model_of([], []), tmp_path, 3)
+    assert ALLOCATORS["uniform"](problem) == problem.even
