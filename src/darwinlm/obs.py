@@ -109,7 +109,8 @@ def solve_levels(
     if not wanted:
         return []
     eliminated = elimination.order.tolist()
-    assert max(count for _, count in wanted) <= len(eliminated) and list(removed) == sorted(removed)
+    assert list(removed) == sorted(removed)
+    assert wanted[-1][1] <= len(eliminated)
     gone = set(eliminated)
     last_first = torch.tensor([s for s in range(structures) if s not in gone] + eliminated[::-1], device=hessian.device)
     columns = _columns(last_first, width)

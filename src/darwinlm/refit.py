@@ -1,0 +1,182 @@
+"""Refit: the consumers of a stitched model, solved again together against the dense model's own distribution.
+
+The database solves each unit alone and against the dense model's activations, so errors pile up with depth and nobody
+sees their sum. Least squares on the pruned model's activations mends little of it: what is lost is hardly a linear
+function of what is left (docs/log.md). The gradient of the divergence needs no such thing: one pass of AdamW over
+fresh tokens, which changes only the matrices that elimination has already re-solved.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from darwinlm.config import RefitConfig
+from darwinlm.families import Head, linear_at
+from darwinlm.metric import ROWS
+from darwinlm.progress import say, track
+from darwinlm.surgery import Stitcher
+from darwinlm.types import DarwinError, Genome
+
+SAVE_SECONDS = 60.0  # the most work that a kill costs, as a rule
+WARM_UP = 0.1  # of all steps
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@torch.enable_grad()
+def refit(
+    stitcher: Stitcher,
+    genome: Genome,
+    token_ids: Int[Tensor, "sequences length"],
+    config: RefitConfig,
+    file: Path,
+    made_from: dict[str, Any],
+) -> dict[str, Float[Tensor, "d_out kept"]]:
+    """The float32 weights of the stitched model's consumers, by path, after one pass over `token_ids`.
+
+    Minimises KL(dense || stitched), the mean over tokens, by AdamW without weight decay; the learning rate rises over
+    the first tenth of the steps and falls to zero as a cosine. `file` keeps the result, and until then where the pass
+    stands: a later call goes on from it and ends with the same weights.
+
+    Raises:
+        DarwinError: if `file` is of another refit.
+    """
+    identity = json.dumps(made_from | {"genome": genome.levels, "refit": asdict(config)}, sort_keys=True)
+    done, tensors = _read(file, identity)
+    steps = -(-len(token_ids) // config.batch_size)
+    if done == steps:
+        return {name.removeprefix("weight."): tensor for name, tensor in tensors.items()}
+    dense, model = stitcher.dense, stitcher.stitch(genome)
+    alive = [index for index, level in enumerate(genome.levels) if level < stitcher.grid.highest(index)]
+    weights = _own_weights(model, [stitcher.grid.units[index].consumer for index in alive])
+    optimizer = torch.optim.AdamW(list(weights.values()), weight_decay=0.0)
+    _restore(weights, optimizer, tensors)
+    heads, device = (Head(dense), Head(model)), dense.device
+    low = dense.dtype == torch.bfloat16
+    saved, divergences = time.monotonic(), []
+    for step in track(range(done, steps), "refit", steps, done):
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * _schedule(step, steps)
+        batch, total = token_ids[step * config.batch_size :][: config.batch_size], 0.0
+        for ids in batch.split(1):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
+                total += _accumulate(dense, model, heads, ids.to(device), batch.numel())
+        if not math.isfinite(total):
+            raise DarwinError(
+                f"the refit diverged at step {step + 1}: lower --refit.learning-rate, or --refit.tokens 0 leaves it out"
+            )
+        divergences.append(total)
+        nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if time.monotonic() - saved > SAVE_SECONDS:
+            _write(file, weights, optimizer, step + 1, identity)
+            saved = time.monotonic()
+    say(f"refit: KL {_mean(divergences[:8]):.4f} in the first steps, {_mean(divergences[-8:]):.4f} in the last")
+    _write(file, weights, None, steps, identity)
+    return {path: weight.detach() for path, weight in weights.items()}
+
+
+def set_consumers(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+    """Give a stitched model refitted consumers, in its own precision."""
+    for path, weight in weights.items():
+        old = linear_at(model, path)
+        _replace(model, path, weight.to(old.weight))
+
+
+def _own_weights(model: PreTrainedModel, consumers: list[str]) -> dict[str, nn.Parameter]:
+    """Float32 copies of the weights that train, put into the model; everything else is shared and frozen."""
+    model.requires_grad_(False)
+    weights = {}
+    for path in consumers:
+        new = _replace(model, path, linear_at(model, path).weight.detach().float().clone())
+        new.weight.requires_grad_(True)
+        weights[path] = new.weight
+    return weights
+
+
+def _replace(model: PreTrainedModel, path: str, weight: Tensor) -> nn.Linear:
+    old = linear_at(model, path)
+    new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    new.weight = nn.Parameter(weight, requires_grad=False)
+    new.bias = old.bias
+    model.set_submodule(path, new)
+    return new
+
+
+def _accumulate(
+    dense: PreTrainedModel,
+    model: PreTrainedModel,
+    heads: tuple[Head, Head],
+    ids: Int[Tensor, "one length"],
+    tokens: int,
+) -> float:
+    """Add the gradient of a sequence's divergence over `tokens`; the logits of `ROWS` tokens exist at a time."""
+    with torch.no_grad():
+        wanted = dense.get_decoder()(ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    gradients, total = [], 0.0
+    for rows, target in zip(hidden.detach().split(ROWS), wanted.split(ROWS), strict=True):
+        log_p, log_q = heads[0](target).log_softmax(-1), heads[1](rows.requires_grad_()).log_softmax(-1)
+        loss = F.kl_div(log_q, log_p, reduction="sum", log_target=True) / tokens
+        gradients.append(torch.autograd.grad(loss, rows)[0])
+        total += loss.item()
+    hidden.backward(torch.cat(gradients))
+    return total
+
+
+def _schedule(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / (WARM_UP * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / max(len(values), 1)
+
+
+def _read(file: Path, identity: str) -> tuple[int, dict[str, Tensor]]:
+    """Steps that are done, and the tensors of a refit that has begun."""
+    if not file.exists():
+        return 0, {}
+    with safe_open(file, framework="pt") as opened:
+        about = opened.metadata()
+        if about.get("made_from") != identity:
+            raise DarwinError(f"{file} is of another refit: expected this run's; delete it and run the command again")
+        return int(about["steps"]), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+
+
+def _write(
+    file: Path, weights: dict[str, nn.Parameter], optimizer: torch.optim.AdamW | None, steps: int, identity: str
+) -> None:
+    tensors = {f"weight.{path}": weight.detach() for path, weight in weights.items()}
+    if optimizer is not None:
+        tensors |= {f"{key}.{path}": optimizer.state[weights[path]][key] for path in weights for key in MOMENTS}
+    temporary = file.with_suffix(".partial")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
+        temporary,
+        {"steps": str(steps), "made_from": identity},
+    )
+    temporary.rename(file)
+
+
+def _restore(weights: dict[str, nn.Parameter], optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]) -> None:
+    if not tensors:
+        return
+    for path, weight in weights.items():
+        weight.data.copy_(tensors[f"weight.{path}"])
+        optimizer.state[weight] = {
+            key: tensors[f"{key}.{path}"].to("cpu" if key == "step" else weight.device) for key in MOMENTS
+        }

@@ -1,0 +1,121 @@
+"""The refit against a plain loop over whole logits, across an interruption, and on what it must not touch."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from darwinlm import refit as module
+from darwinlm.config import RefitConfig
+from darwinlm.families import linear_at
+from darwinlm.refit import refit, set_consumers
+from darwinlm.surgery import Stitcher
+from darwinlm.types import DarwinError, Genome
+from pruned import prune, token_ids
+
+CONFIG = RefitConfig(tokens=256, learning_rate=1e-2, batch_size=3)
+TEXT = token_ids(3, 8)
+
+
+@pytest.fixture(scope="module", params=["llama-gqa", "gemma2"])  # biases; and logits that are capped
+def stitcher(
+    request: pytest.FixtureRequest, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Stitcher:
+    return prune(checkpoints[request.param], tmp_path_factory.mktemp("database")).stitcher
+
+
+@pytest.fixture(scope="module")
+def genome(stitcher: Stitcher) -> Genome:
+    """Dense, pruned and vanished units."""
+    return Genome((0, 1, 2, stitcher.grid.highest(3), 1, 0))
+
+
+def divergence(stitcher: Stitcher, model: Any, ids: Tensor) -> Tensor:
+    """KL(dense || model), plainly."""
+    with torch.no_grad():
+        log_p = stitcher.dense(ids).logits.log_softmax(-1)
+    log_q = model(ids).logits.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def plain_refit(stitcher: Stitcher, genome: Genome) -> dict[str, Tensor]:
+    """The same optimisation as a user would write it, on a model that is rebuilt with weights of its own."""
+    model = stitcher.stitch(genome)
+    alive = [u.consumer for i, u in enumerate(stitcher.grid.units) if genome.levels[i] < stitcher.grid.highest(i)]
+    set_consumers(model, {path: linear_at(model, path).weight.detach().clone() for path in alive})
+    weights = {path: linear_at(model, path).weight.requires_grad_() for path in alive}
+    optimizer = torch.optim.AdamW(weights.values(), weight_decay=0.0)
+    steps = math.ceil(len(TEXT) / CONFIG.batch_size)
+    for step in range(steps):
+        rate = CONFIG.learning_rate * min(1, (step + 1) / (0.1 * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.param_groups[0]["lr"] = rate
+        divergence(stitcher, model, TEXT[step * CONFIG.batch_size : (step + 1) * CONFIG.batch_size]).backward()
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {path: weight.detach() for path, weight in weights.items()}
+
+
+def test_it_is_the_plain_optimisation_of_the_divergence(stitcher: Stitcher, genome: Genome, tmp_path: Path) -> None:
+    found = refit(stitcher, genome, TEXT, CONFIG, tmp_path / "refit.safetensors", {})
+    expected = plain_refit(stitcher, genome)
+    assert found.keys() == expected.keys()
+    for path, weight in found.items():
+        torch.testing.assert_close(weight, expected[path], rtol=1e-3, atol=1e-4)
+
+
+def test_the_divergence_falls_and_nothing_shared_changes(stitcher: Stitcher, genome: Genome, tmp_path: Path) -> None:
+    dense = {name: tensor.clone() for name, tensor in stitcher.dense.state_dict().items()}
+    with torch.no_grad():
+        before = divergence(stitcher, stitcher.stitch(genome), TEXT)
+        weights = refit(stitcher, genome, TEXT, CONFIG, tmp_path / "refit.safetensors", {})
+        model = stitcher.stitch(genome)
+        assert divergence(stitcher, model, TEXT) == before
+        set_consumers(model, weights)
+        assert divergence(stitcher, model, TEXT) < 0.97 * before
+        assert divergence(stitcher, stitcher.stitch(genome), TEXT) == before
+    for name, tensor in stitcher.dense.state_dict().items():
+        assert torch.equal(tensor, dense[name])
+
+
+def test_one_that_was_interrupted_ends_with_the_same_weights(
+    stitcher: Stitcher, genome: Genome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = refit(stitcher, genome, TEXT, CONFIG, tmp_path / "whole.safetensors", {})
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
+    part, calls, accumulate = tmp_path / "part.safetensors", [], module._accumulate
+
+    def interrupted(*arguments: Any) -> float:
+        calls.append(1)
+        if len(calls) == 5:  # in the second step
+            raise KeyboardInterrupt
+        return accumulate(*arguments)
+
+    monkeypatch.setattr(module, "_accumulate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        refit(stitcher, genome, TEXT, CONFIG, part, {})
+    calls += [1] * 10
+    resumed = refit(stitcher, genome, TEXT, CONFIG, part, {})
+    assert len(calls) == 15 + len(TEXT) - CONFIG.batch_size  # the first step was not done again
+    again = refit(stitcher, genome, TEXT, CONFIG, part, {})
+    for path, weight in whole.items():
+        assert torch.equal(weight, resumed[path])
+        assert torch.equal(weight, again[path])
+
+
+def test_the_file_of_another_refit_is_refused(stitcher: Stitcher, genome: Genome, tmp_path: Path) -> None:
+    refit(stitcher, genome, TEXT, CONFIG, tmp_path / "refit.safetensors", {"seed": 0})
+    with pytest.raises(DarwinError, match="is of another refit"):
+        refit(stitcher, genome, TEXT, CONFIG, tmp_path / "refit.safetensors", {"seed": 1})
+
+
+def test_one_that_diverges_says_what_to_do(stitcher: Stitcher, genome: Genome, tmp_path: Path) -> None:
+    config = RefitConfig(tokens=256, learning_rate=1e36, batch_size=1)
+    with pytest.raises(DarwinError, match=r"diverged at step \d+: lower --refit.learning-rate"):
+        refit(stitcher, genome, TEXT, config, tmp_path / "refit.safetensors", {})
+    assert not list(tmp_path.iterdir())
