@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Literal
+
+import pytest
 
 from darwinlm.allocate.evolution import evolve
+from darwinlm.allocate.mutation import priced
 from darwinlm.allocate.uniform import uniform
-from darwinlm.config import SearchConfig
-from darwinlm.genome import level_grid
-from darwinlm.types import Genome, SelectionStage
+from darwinlm.budget import parameter_costs
+from darwinlm.config import DatabaseConfig, RunConfig, SearchConfig
+from darwinlm.genome import Grid, level_grid
+from darwinlm.progress import console
+from darwinlm.types import DarwinError, Genome, SelectionStage
 from test_genome import units
 
 GRID = level_grid(units(6, heads=8, channels=320), 8, 32)
 STAGES = (SelectionStage(4, 100), SelectionStage(2, 200, 50), SelectionStage(1, 400, 100))
-CONFIG = SearchConfig(generations=25, offspring=8, stages=STAGES)
+CONFIG = SearchConfig(generations=25, offspring=8, stages=STAGES, moves="within_kinds")
+
+
+def at_level(grid: Grid, level: float, levels: int = 8):
+    """The uniform genome and its budget."""
+    config = RunConfig("M", "D", "O", level, database=DatabaseConfig(levels=levels))
+    return uniform(grid, parameter_costs(grid, 10**5), config)
 
 
 class KnownFitness:
@@ -26,14 +39,17 @@ class KnownFitness:
         self.target, self.noise = target, noise
         self.asked: list[tuple[Genome, SelectionStage]] = []
 
-    def score(self, genome: Genome, stage: SelectionStage, parent: Genome | None = None) -> float:
+    def scores(self, genomes: Sequence[Genome], stage: SelectionStage, parent: Genome | None = None) -> list[float]:
+        return [self.score(genome, stage) for genome in genomes]
+
+    def score(self, genome: Genome, stage: SelectionStage) -> float:
         self.asked.append((genome, stage))
         distance = sum((a - b) ** 2 for a, b in zip(genome.levels, self.target.levels, strict=True))
         return distance + self.noise * Random(f"{genome} {stage}").random()
 
 
 def target() -> Genome:
-    start, _ = uniform(GRID, 4.0, 8, 0)
+    start, _ = at_level(GRID, 4.0)
     levels = list(start.levels)
     for up, down in ((0, 2), (2, 4), (1, 5), (3, 7), (1, 7), (9, 11)):
         levels[up] += 1
@@ -42,9 +58,9 @@ def target() -> Genome:
 
 
 def search(path: Path, config: SearchConfig = CONFIG, seed: int = 0, noise: float = 0.0):
-    start, budget = uniform(GRID, 4.0, 8, 0)
+    start, budget = at_level(GRID, 4.0)
     fitness = KnownFitness(target(), noise)
-    return evolve([start], budget, fitness, config, seed, path / "state.json"), fitness, budget
+    return evolve({"uniform": start}, budget, fitness, config, seed, path / "history.jsonl"), fitness, budget
 
 
 def test_it_finds_the_optimum(tmp_path: Path) -> None:
@@ -61,15 +77,40 @@ def test_the_best_is_never_lost(tmp_path: Path) -> None:
     assert len(scores) == CONFIG.generations + 1
 
 
-def test_stages_narrow_the_field_and_the_parent_joins_the_last(tmp_path: Path) -> None:
+def test_stages_narrow_the_field(tmp_path: Path) -> None:
     _, fitness, _ = search(tmp_path, replace(CONFIG, generations=1))
-    start = fitness.asked[0][0]
     by_stage = [[genome for genome, stage in fitness.asked[1:] if stage == wanted] for wanted in STAGES]
-    assert [len(asked) for asked in by_stage] == [8, 4, 2 + 1]
-    assert start in by_stage[2]
-    assert start not in by_stage[0] + by_stage[1]
-    best_four = sorted(by_stage[0], key=lambda genome: fitness.score(genome, STAGES[0]))[:4]
-    assert set(by_stage[1]) == set(best_four)
+    assert [len(asked) for asked in by_stage] == [8, 4, 2]
+    for before, after, stage in zip(by_stage, by_stage[1:], STAGES, strict=False):
+        best = sorted(before, key=lambda genome: fitness.score(genome, stage))[: len(after)]
+        assert set(after) == set(best)
+
+
+def test_the_parent_joins_the_last_stage(tmp_path: Path) -> None:
+    """It stays where nothing is better, with the fitness it was chosen by, and is not scored again."""
+    start, budget = at_level(GRID, 4.0)
+    fitness = KnownFitness(start)
+    history = evolve({"uniform": start}, budget, fitness, replace(CONFIG, generations=2), 0, tmp_path / "h").history
+    assert [(line.genome, line.fitness, line.origin) for line in history] == [
+        (start, 0.0, "uniform"), (start, 0.0, "parent"), (start, 0.0, "parent"),
+    ]  # fmt: skip
+    assert [genome for genome, _ in fitness.asked].count(start) == 1
+
+
+def test_history_is_a_line_a_generation(tmp_path: Path) -> None:
+    result, _, budget = search(tmp_path, noise=2.0)
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [line["generation"] for line in lines] == list(range(CONFIG.generations + 1))
+    assert lines[-1]["genome"] == list(result.best.levels)
+    assert {line["origin"] for line in lines} == {"uniform", "parent", "within_kinds mutation"}
+    for line in lines[1:]:
+        assert len(line["stage_fitness"]) == 3
+        assert line["stage_fitness"][-1] == line["fitness"]
+        # Stage 1 does not train. Those of stage 2 train 50 tokens, those of stage 3 50 more.
+        assert line["training_tokens"] == 4 * 50 + 2 * 50
+        assert line["fitness_tokens"] == 8 * 100 + 4 * 200 + 2 * 400
+        assert line["seconds"] >= 0
+    assert budget.admits(result.best)
 
 
 def test_an_interrupted_search_takes_the_same_path(tmp_path: Path) -> None:
@@ -78,9 +119,7 @@ def test_an_interrupted_search_takes_the_same_path(tmp_path: Path) -> None:
     search(part, replace(CONFIG, generations=7), noise=2.0)
     resumed, fitness, _ = search(part, noise=2.0)
     assert [(g.fitness, g.genome) for g in resumed.history] == [(g.fitness, g.genome) for g in result.history]
-    assert len(fitness.asked) == (CONFIG.generations - 7) * (8 + 4 + 3)
-    states = [json.loads((path / "state.json").read_text()) for path in (whole, part)]
-    assert states[0]["rng_state"] == states[1]["rng_state"]
+    assert len(fitness.asked) == (CONFIG.generations - 7) * (8 + 4 + 2)
 
 
 def test_a_seed_decides_the_path(tmp_path: Path) -> None:
@@ -91,28 +130,82 @@ def test_a_seed_decides_the_path(tmp_path: Path) -> None:
 
 
 def test_it_starts_from_the_best_start(tmp_path: Path) -> None:
-    start, budget = uniform(GRID, 4.0, 8, 0)
+    start, budget = at_level(GRID, 4.0)
     fitness = KnownFitness(target())
-    result = evolve([start, target()], budget, fitness, replace(CONFIG, generations=1), 0, tmp_path / "state.json")
+    result = evolve(
+        {"uniform": start, "better": target()},
+        budget,
+        fitness,
+        replace(CONFIG, generations=1),
+        0,
+        tmp_path / "history.jsonl",
+    )
     assert result.history[0].genome == target()
     assert result.history[0].scored == 2
 
 
 def test_offspring_are_distinct_even_where_few_exist(tmp_path: Path) -> None:
     grid = level_grid(units(2, heads=2, channels=64), 2, 32)
-    start, budget = uniform(grid, 1.0, 2, 0)
+    start, budget = at_level(grid, 1.0, 2)
     fitness = KnownFitness(start)
-    evolve([start], budget, fitness, replace(CONFIG, generations=1, offspring=50), 0, tmp_path / "state.json")
+    evolve(
+        {"uniform": start}, budget, fitness, replace(CONFIG, generations=1, offspring=50), 0, tmp_path / "history.jsonl"
+    )
     first = [genome for genome, stage in fitness.asked[1:] if stage == STAGES[0]]
     assert 0 < len(first) == len(set(first)) < 50
 
 
-def test_a_candidate_that_diverged_is_never_chosen(tmp_path: Path) -> None:
-    start, budget = uniform(GRID, 4.0, 8, 0)
+def test_a_candidate_that_diverged_is_never_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start, budget = at_level(GRID, 4.0)
 
     class Diverging(KnownFitness):
-        def score(self, genome: Genome, stage: SelectionStage, parent: Genome | None = None) -> float:
+        def score(self, genome: Genome, stage: SelectionStage) -> float:
             return 1.0 if genome == start else float("inf")
 
-    result = evolve([start], budget, Diverging(start), replace(CONFIG, generations=2), 0, tmp_path / "state.json")
+    with console.capture() as said:
+        starts = {"uniform": start}
+        result = evolve(starts, budget, Diverging(start), replace(CONFIG, generations=1), 0, tmp_path / "h")
     assert result.best == start
+    assert "generation 1: 8 of 8 candidates diverged and are out\n" in said.get()
+
+
+def test_a_search_whose_starts_diverge_ends_with_one_sentence(tmp_path: Path) -> None:
+    start, budget = at_level(GRID, 4.0)
+
+    class Diverging(KnownFitness):
+        def score(self, genome: Genome, stage: SelectionStage) -> float:
+            return float("inf")
+
+    with pytest.raises(DarwinError, match="every start of the search diverges: expected a finite fitness"):
+        evolve({"uniform": start}, budget, Diverging(start), CONFIG, 0, tmp_path / "h")
+    assert not (tmp_path / "h").exists()
+
+
+@pytest.mark.parametrize("moves", ["priced", "within_kinds"])
+def test_where_no_mutant_exists_the_search_ends_with_its_start(
+    moves: Literal["priced", "within_kinds"], tmp_path: Path
+) -> None:
+    grid = level_grid(units(1, heads=1, channels=32), 1, 32)
+    start, budget = at_level(grid, 0.5, 1)
+    with console.capture() as said:
+        config = replace(CONFIG, moves=moves)
+        result = evolve({"uniform": start}, budget, KnownFitness(start), config, 0, tmp_path / "h")
+    assert (result.best, len(result.history)) == (start, 1)
+    assert said.get().count("\n") == 1
+    assert "ends after 0 generations" in said.get()
+    assert len((tmp_path / "h").read_text().splitlines()) == 1
+
+
+def test_priced_moves_find_what_level_switches_cannot(tmp_path: Path) -> None:
+    """A target that has given all attention back for MLP channels."""
+    start, budget = at_level(GRID, 4.0)
+    rng = Random(3)
+    wanted = start
+    for _ in range(40):
+        wanted = priced(wanted, budget, rng, 3) or wanted
+    assert sum(wanted.levels[::2]) != sum(start.levels[::2])
+    found = {}
+    for moves in ("priced", "within_kinds"):
+        config = replace(CONFIG, moves=moves, generations=60)
+        found[moves] = evolve({"uniform": start}, budget, KnownFitness(wanted), config, 0, tmp_path / moves).fitness
+    assert found["priced"] < found["within_kinds"]

@@ -8,12 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import tiny
+from darwinlm import tuning
+from darwinlm.config import SearchConfig
+from darwinlm.families import Head
 from darwinlm.fitness import Fitness
+from darwinlm.metric import metric as make_metric
 from darwinlm.surgery import Stitcher
-from darwinlm.types import Genome, SelectionStage
-from pruned import prune, token_ids, zero_masked
+from darwinlm.tuning import Tuner, _training, rounded, trainable_copy
+from darwinlm.types import Genome, MetricName, SelectionStage
+from pruned import CPU, prune, token_ids, zero_masked
 
 STAGES = tuple(SelectionStage(1, tokens) for tokens in (64, 128, 256))
 
@@ -25,8 +31,9 @@ def stitcher(
     return prune(checkpoints[request.param], tmp_path_factory.mktemp("database")).stitcher
 
 
-def fitness(stitcher: Stitcher, stages: tuple[SelectionStage, ...] = STAGES, learning_rate: float = 1e-3) -> Fitness:
-    return Fitness(stitcher, token_ids(1, 8), token_ids(2, 8), stages, learning_rate)
+def fitness(stitcher: Stitcher, stages: tuple[SelectionStage, ...] = STAGES, metric: MetricName = "kl") -> Fitness:
+    config = SearchConfig(stages=stages, learning_rate=1e-3, metric=metric, top_k=20)
+    return Fitness(stitcher, token_ids(1, 8), token_ids(2, 8), config)
 
 
 def random_genomes(stitcher: Stitcher, count: int) -> list[Genome]:
@@ -46,8 +53,68 @@ def test_fitness_is_the_kl_of_the_zero_masked_model(stitcher: Stitcher) -> None:
             assert scorer.score(genome, stage) == pytest.approx(expected, abs=1e-4, rel=1e-3)
 
 
-def test_the_dense_model_has_no_divergence(stitcher: Stitcher) -> None:
-    assert abs(fitness(stitcher).score(stitcher.grid.dense(), STAGES[-1])) < 1e-6
+@pytest.mark.parametrize("metric", ["kl", "top-k-kl"])
+def test_the_dense_model_has_no_divergence(stitcher: Stitcher, metric: MetricName) -> None:
+    assert abs(fitness(stitcher, metric=metric).score(stitcher.grid.dense(), STAGES[-1])) < 1e-6
+
+
+@pytest.mark.parametrize("metric", ["top-k-kl", "perplexity"])
+def test_the_other_metrics_are_those_of_the_stitched_model(stitcher: Stitcher, metric: MetricName) -> None:
+    for genome in random_genomes(stitcher, 3):
+        expected = oracle(metric, stitcher.dense, stitcher.stitch(genome), token_ids(1, 8))
+        assert fitness(stitcher, metric=metric).score(genome, STAGES[-1]) == pytest.approx(expected, abs=1e-4)
+
+
+def oracle(metric: MetricName, dense: Any, candidate: Any, ids: torch.Tensor, top_k: int = 20) -> float:
+    """The plain formulas, in float64."""
+    log_p, log_q = (model(ids).logits.double().log_softmax(-1) for model in (dense, candidate))
+    if metric == "perplexity":
+        return -log_q[:, :-1].gather(-1, ids[:, 1:, None]).mean().item()
+    if metric == "top-k-kl":
+        known = log_p.topk(top_k).indices
+        p, q = (part.exp().gather(-1, known) for part in (log_p, log_q))
+        p, q = (torch.cat([part, 1 - part.sum(-1, keepdim=True)], -1) for part in (p, q))
+        return (p * (p / q).log()).sum(-1).mean().item()
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("family", ["granite", "gemma2", "phi3", "olmo2"])
+@pytest.mark.parametrize("metric", ["kl", "perplexity"])
+def test_logits_are_scaled_and_capped_as_the_family_does(
+    family: str, metric: MetricName, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    stitcher = prune(checkpoints[family], tmp_path).stitcher
+    stage = SelectionStage(1, 256)
+    for genome in random_genomes(stitcher, 2):
+        expected = oracle(metric, stitcher.dense, stitcher.stitch(genome), token_ids(1, 8))
+        assert fitness(stitcher, (stage,), metric).score(genome, stage) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("vocabulary", [320, 5000])
+@pytest.mark.parametrize("metric", ["kl", "top-k-kl"])
+def test_divergences_hold_for_peaked_and_flat_distributions(vocabulary: int, metric: MetricName) -> None:
+    """Also where the candidate's logits are bfloat16: sums are float32 or better."""
+    generator = torch.Generator().manual_seed(0)
+    settings: dict[str, Any] = tiny.COMMON | {"vocab_size": vocabulary}
+    model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**settings))
+    for scale in (0.01, 1.0, 20.0):
+        model.lm_head.weight.data.normal_(std=scale / 5, generator=generator)
+        ids = torch.randint(vocabulary, (2, 100), generator=generator)
+        reference = make_metric(metric, model, ids, 20)
+        with torch.inference_mode():
+            hidden = model.get_decoder()(ids).last_hidden_state.flatten(0, 1)
+            other = hidden + 0.1 * torch.randn(hidden.shape, generator=generator)
+            log_p, log_q = (model.lm_head(states).double().log_softmax(-1) for states in (hidden, other))
+        if metric == "top-k-kl":
+            known = log_p.topk(20).indices
+            p, q = (part.exp().gather(-1, known) for part in (log_p, log_q))
+            p, q = (torch.cat([part, (1 - part.sum(-1, keepdim=True)).clamp(min=1e-12)], -1) for part in (p, q))
+            expected = (p * (p / q).log()).sum().item()
+        else:
+            expected = (log_p.exp() * (log_p - log_q)).sum().item()
+        with torch.inference_mode():
+            found = reference.total(other, Head(model))
+        assert found / reference.tokens == pytest.approx(expected / 200, abs=1e-4, rel=1e-3)
 
 
 def test_a_score_does_not_depend_on_what_was_asked_before(stitcher: Stitcher) -> None:
@@ -80,28 +147,107 @@ def test_training_lowers_the_divergence_on_the_text_trained_on(stitcher: Stitche
     assert fitness(stitcher, (more,)).score(genome, more) not in (before, after)
 
 
+TRAINED = tuple(SelectionStage(2, 64, tokens) for tokens in (64, 128, 256))
+
+
+@pytest.mark.parametrize("kept_bytes", [1 << 30, 0])
+def test_survivors_go_on_training_where_they_stood(
+    stitcher: Stitcher, kept_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit what training from scratch would have made of them, kept in memory or on disk."""
+    monkeypatch.setattr(tuning, "KEPT_BYTES", kept_bytes)
+    genomes = random_genomes(stitcher, 4)
+    scorer, steps = fitness(stitcher, TRAINED), []
+    step = scorer._tuner._step
+    monkeypatch.setattr(scorer._tuner, "_step", lambda *given: (steps.append(1), step(*given)))
+    for count, stage in zip((4, 2, 2), TRAINED, strict=True):
+        steps.clear()
+        scores = scorer.scores(genomes[:count], stage)
+        # Sequences of 32 tokens: only those that the stage adds are trained on, unless both survivors were others.
+        whole, added = stage.training_tokens // 32, {64: 2, 128: 2, 256: 4}[stage.training_tokens]
+        assert len(steps) in (count * added, added + whole, count * whole)
+        assert scores == [fitness(stitcher, TRAINED).score(genome, stage) for genome in genomes[:count]]
+        assert len(scorer._tuner._kept) + len(scorer._tuner._spilled) <= stage.survivors
+        genomes = [genomes[i] for i in sorted(range(count), key=scores.__getitem__)]
+    assert len(steps) == 2 * 4
+
+
+def test_no_more_than_the_survivors_are_kept(stitcher: Stitcher) -> None:
+    scorer, most = fitness(stitcher, TRAINED), 0
+    keep = scorer._tuner.keep
+
+    def watched(genome: Genome, trained: tuning.Trained) -> None:
+        nonlocal most
+        keep(genome, trained)
+        most = max(most, len(scorer._tuner._kept))
+
+    scorer._tuner.keep = watched
+    genomes = random_genomes(stitcher, 6)
+    scores = scorer.scores(genomes, TRAINED[0])
+    assert most == TRAINED[0].survivors + 1
+    best = sorted(genomes, key=lambda genome: scores[genomes.index(genome)])[:2]
+    assert set(scorer._tuner._kept) == set(best)
+    scorer.scores(best, TRAINED[-1])
+    assert not scorer._tuner._kept
+
+
 def test_training_lowers_the_loss(stitcher: Stitcher) -> None:
-    scorer = fitness(stitcher, (STAGES[0],), learning_rate=3e-3)
-    model = stitcher.stitch(random_genomes(stitcher, 1)[0])
+    model: Any = stitcher.stitch(random_genomes(stitcher, 1)[0])
     ids = token_ids(2, 8)
     loss = model(input_ids=ids, labels=ids).loss
-    trained = scorer._train(model, tokens=256)
+    trained: Any = Tuner(ids, 3e-3, CPU).train(stitcher.grid.dense(), model, 8).model
     assert trained(input_ids=ids, labels=ids).loss < loss
     assert model(input_ids=ids, labels=ids).loss == loss
 
 
-def test_bfloat16_steps_of_a_small_learning_rate_are_not_lost(checkpoints: dict[str, Path], stitcher: Stitcher) -> None:
+def test_a_step_is_that_of_the_plain_loss(stitcher: Stitcher) -> None:
+    """The gradient taken a few tokens at a time, with a frozen head, is autograd's of the whole cross-entropy."""
+    model = stitcher.stitch(random_genomes(stitcher, 1)[0])
+    ids = token_ids(2, 1)
+    trained = Tuner(ids, 1e-3, CPU).train(stitcher.grid.dense(), model, 1)
+    plain: Any = trainable_copy(model)
+    plain.train()(input_ids=ids, labels=ids).loss.backward()
+    weights = [p for p in plain.parameters() if p.requires_grad]
+    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    for weight, (_, after) in zip(weights, _training(trained.model), strict=True):
+        assert weight.grad is not None
+        moment = trained.optimizer.state[after]["exp_avg"]
+        torch.testing.assert_close(moment, 0.1 * weight.grad, atol=1e-6, rtol=1e-4)
+
+
+def token_embeddings(model: Any) -> torch.Tensor:
+    return model.get_input_embeddings().weight.detach()
+
+
+def test_embeddings_and_head_are_shared_and_stay(stitcher: Stitcher) -> None:
+    model = stitcher.stitch(stitcher.grid.dense())
+    before = token_embeddings(stitcher.dense).clone()
+    trained = Tuner(token_ids(2, 8), 1e-2, CPU).train(stitcher.grid.dense(), model, 8).model
+    both: Any = (
+        (stitcher.dense.get_input_embeddings(), trained.get_input_embeddings()),
+        (stitcher.dense.get_output_embeddings(), trained.get_output_embeddings()),
+    )
+    for dense, copied in both:
+        mine, theirs = next(iter(copied.parameters())), next(iter(dense.parameters()))
+        assert mine.data_ptr() == theirs.data_ptr()
+        assert not mine.requires_grad
+    assert torch.equal(token_embeddings(stitcher.dense), before)
+    names = {name for name, _ in _training(trained)}
+    assert all(".layers." in name or name.endswith("model.norm.weight") for name in names)
+
+
+def test_bfloat16_steps_of_a_small_learning_rate_are_not_lost() -> None:
     """Masters are float32: rounding away each step would leave a bfloat16 candidate as it was."""
-    scorer = fitness(stitcher, (STAGES[0],), learning_rate=1e-4)
     model: Any = tiny.build("llama-gqa")
     model.to(torch.bfloat16)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    trained = dict(scorer._train(model, tokens=256).named_parameters())
-    weights = [name for name, p in before.items() if p.dim() == 2]
-    changed = sum((trained[name] != before[name]).sum().item() for name in weights)
+    trained = Tuner(token_ids(2, 8), 1e-4, CPU).train(Genome(()), model, 8)
+    after = dict(rounded(trained.model, torch.bfloat16).named_parameters())
+    weights = [name for name, p in _training(trained.model) if p.dim() == 2]
+    changed = sum((after[name] != before[name]).sum().item() for name in weights)
     # Eight steps of 1e-4 on weights of about 0.3, whose bfloat16 spacing is 2e-3: each alone would round away.
     assert changed > 0.1 * sum(before[name].numel() for name in weights)
-    assert trained[weights[0]].dtype == torch.bfloat16
+    assert after[weights[0]].dtype == torch.bfloat16
 
 
 def test_a_candidate_that_diverges_is_worst(stitcher: Stitcher) -> None:

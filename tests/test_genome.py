@@ -1,4 +1,4 @@
-"""The level grid, budgets and mutation."""
+"""The level grid and the uniform genome."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import itertools
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from darwinlm.genome import Budget, ceilings, level_grid, mutate, prunable_parameters, uniform_genome
+from darwinlm.genome import level_grid, prunable_parameters, uniform_genome
 from darwinlm.types import Genome, Kind, Unit, UsageError
 
 
@@ -70,56 +70,6 @@ def test_a_target_between_two_levels_mixes_both_at_random() -> None:
     assert len(genomes) > 1
     for genome in genomes:
         assert sorted(genome.levels[1::2]) == [2] * 4 + [3] * 4
-
-
-@settings(max_examples=50)
-@given(shapes, st.floats(0.15, 0.85), st.integers(0, 1000), st.integers(1, 4))
-def test_mutation_keeps_the_budget_and_each_kinds_level_sum(
-    shape: tuple[int, int, int], share: float, seed: int, switches: int
-) -> None:
-    grid, rng = level_grid(units(*shape), 10, 32), Random(seed)
-    parent = uniform_genome(grid, share * 10, 10, rng)
-    budget = Budget(grid, prunable_parameters(grid, parent), ceilings(grid))
-    try:
-        mutant = mutate(parent, budget, rng, switches)
-    except UsageError:
-        return  # a grid of one step a unit may hold no mutant at all
-    grid.check(mutant)
-    assert mutant != parent
-    assert budget.cost(mutant) <= budget.cost(parent)
-    changes = [abs(a - b) for a, b in zip(parent.levels, mutant.levels, strict=True)]
-    assert 2 <= sum(changes) <= 2 * switches
-    for kind in (0, 1):
-        assert sum(parent.levels[kind::2]) == sum(mutant.levels[kind::2])
-
-
-def test_small_mutations_are_the_most_frequent() -> None:
-    grid, rng = level_grid(units(12, 8, 320), 8, 32), Random(0)
-    parent = uniform_genome(grid, 4.0, 8, rng)
-    budget = Budget(grid, 10**9, ceilings(grid))
-    changed = [
-        sum(abs(a - b) for a, b in zip(parent.levels, mutate(parent, budget, rng, 3).levels, strict=True)) // 2
-        for _ in range(2000)
-    ]
-    # min(U{1..3}, U{1..3}) is 1, 2, 3 with 5/9, 3/9, 1/9; a switch that undoes another adds a few to the small ones.
-    assert changed.count(1) / 2000 == pytest.approx(5 / 9, abs=0.06)
-    assert changed.count(3) / 2000 == pytest.approx(1 / 9, abs=0.04)
-
-
-def test_the_first_attention_never_vanishes() -> None:
-    grid, rng = level_grid(units(3, 2, 64), 2, 32), Random(0)
-    genome = uniform_genome(grid, 1.0, 2, rng)
-    budget = Budget(grid, prunable_parameters(grid, genome), ceilings(grid))
-    for _ in range(300):
-        genome = mutate(genome, budget, rng)
-        assert genome.levels[0] < grid.highest(0)
-    assert any(mutate(genome, budget, rng).levels[2] == grid.highest(2) for _ in range(300))
-
-
-def test_a_grid_too_coarse_for_any_mutation_says_so() -> None:
-    grid = level_grid(units(2, 1, 32), 1, 32)
-    with pytest.raises(UsageError, match=r"too coarse for this target; raise database\.levels"):
-        mutate(grid.dense(), Budget(grid, 0, ceilings(grid)), Random(0))
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def _units(run: Path) -> int:
 def _generations(run: Path) -> int:
     try:
         return len(runs.history(run)) - 1
-    except ValueError:  # not there yet
+    except OSError:  # not there yet
         return 0
 
 
@@ -118,7 +118,7 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_was_not(
     assert 2 <= _generations(run) < GENERATIONS
     assert early == {path: path.stat().st_mtime_ns for path in early}, "finished units were done again"
     (run / "database" / "block-00-mlp.partial").write_bytes(b"half a file")
-    (run / "search" / "state.json.partial").write_text('{"rng_st')
+    (run / "search" / "history.jsonl.partial").write_text('{"generat')
 
     _kill_when(arguments, environment, (run / "search" / "result.json").exists)
     assert not (run / "model").exists()
@@ -151,7 +151,7 @@ def finished(checkpoints: dict[str, Path], text: Path, tmp_path_factory: pytest.
     [
         "database/block-01-mlp.safetensors",
         "database/database.json",
-        "search/state.json",
+        "search/history.jsonl",
         "search/sensitivities.json",
         "search/result.json",
         "model",

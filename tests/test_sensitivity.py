@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -11,11 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from darwinlm.allocate.sensitivity import least_sensitive, sensitivities
-from darwinlm.genome import Budget, Grid, ceilings, level_grid, prunable_parameters
+from darwinlm.budget import Budget, parameter_costs
+from darwinlm.genome import Grid, ceilings, level_grid
+from darwinlm.progress import console
 from darwinlm.types import Genome, SelectionStage
 from test_genome import units
 
 STAGE = SelectionStage(1, 100)
+DENSE = 3.0  # what the dense model scores: not nothing where the fitness is perplexity
 
 
 @settings(max_examples=30, deadline=None)
@@ -23,18 +28,20 @@ STAGE = SelectionStage(1, 100)
 def test_it_is_the_best_of_all_genomes_within_the_budget(seed: int, share: float) -> None:
     grid, rng = level_grid(units(2, heads=3, channels=160), 5, 32), Random(seed)
     table = [sorted(rng.random() for _ in removed) for removed in grid.removed]
-    budget = Budget(grid, int(share * prunable_parameters(grid, grid.dense())), ceilings(grid))
+    costs = parameter_costs(grid, 5000)
+    limit = costs.fixed + share * (costs.of(grid.dense()) - costs.fixed)
+    budget = Budget(grid, costs, limit, 0.0, ceilings(grid))
 
     def total(genome: Genome) -> float:
         return sum(row[level] for row, level in zip(table, genome.levels, strict=True))
 
     everything = (Genome(levels) for levels in itertools.product(*(range(len(removed)) for removed in grid.removed)))
-    best = min((genome for genome in everything if budget.admits(genome)), key=total)
+    best = min((genome for genome in everything if budget.fits(genome)), key=total)
     found = least_sensitive(budget, table)
-    assert budget.admits(found)
+    assert budget.fits(found)
     # Costs are rounded up to cells, so a genome that fills the budget to the last parameter may be passed over.
-    tight = Budget(grid, int(budget.limit * 0.999), budget.ceilings)
-    assert total(found) == pytest.approx(total(best)) or not tight.admits(best)
+    tight = replace(budget, limit=limit - 0.001 * (limit - costs.fixed))
+    assert total(found) == pytest.approx(total(best)) or not tight.fits(best)
 
 
 class Counting:
@@ -43,11 +50,16 @@ class Counting:
     def __init__(self, grid: Grid):
         self.grid, self.asked = grid, 0
 
-    def score(self, genome: Genome, stage: SelectionStage, parent: Genome | None = None) -> float:
+    def scores(self, genomes: Sequence[Genome], stage: SelectionStage, parent: Genome | None = None) -> list[float]:
+        return [self.score(genome, parent) for genome in genomes]
+
+    def score(self, genome: Genome, parent: Genome | None) -> float:
         self.asked += 1
+        if genome == self.grid.dense():
+            return DENSE
         assert parent == self.grid.dense()
         (index,) = (i for i, level in enumerate(genome.levels) if level)
-        return (index + 1) * genome.levels[index] ** 2
+        return DENSE + (index + 1) * genome.levels[index] ** 2
 
 
 def test_each_unit_is_measured_alone_and_between_levels_interpolated(tmp_path: Path) -> None:
@@ -66,10 +78,10 @@ def test_an_interrupted_measurement_goes_on(tmp_path: Path) -> None:
     grid = level_grid(units(3, heads=3, channels=640), 20, 32)
 
     class Stopped(Counting):
-        def score(self, genome: Genome, stage: SelectionStage, parent: Genome | None = None) -> float:
+        def score(self, genome: Genome, parent: Genome | None) -> float:
             if genome.levels[3]:
                 raise KeyboardInterrupt
-            return super().score(genome, stage, parent)
+            return super().score(genome, parent)
 
     with pytest.raises(KeyboardInterrupt):
         sensitivities(grid, Stopped(grid), STAGE, tmp_path / "state.json")
@@ -78,3 +90,27 @@ def test_an_interrupted_measurement_goes_on(tmp_path: Path) -> None:
     whole = Counting(grid)
     assert table == sensitivities(grid, whole, STAGE, tmp_path / "other.json")
     assert again.asked < whole.asked
+
+
+def test_sensitivities_of_another_grid_are_measured_again(tmp_path: Path) -> None:
+    small, large = (level_grid(units(2, heads=3, channels=32 * steps), 20, 32) for steps in (10, 20))
+    sensitivities(small, Counting(small), STAGE, tmp_path / "state.json")
+    with console.capture() as said:
+        table = sensitivities(large, Counting(large), STAGE, tmp_path / "state.json")
+    assert "state.json is of another model or other levels: its sensitivities are measured again\n" in said.get()
+    assert table == sensitivities(large, Counting(large), STAGE, tmp_path / "fresh.json")
+    (tmp_path / "state.json").write_text("[[0.0, null], 7]")
+    assert sensitivities(large, Counting(large), STAGE, tmp_path / "state.json") == table
+
+
+def test_a_unit_without_which_nothing_is_finite_is_kept(tmp_path: Path) -> None:
+    grid = level_grid(units(2, heads=3, channels=160), 5, 32)
+
+    class Diverging(Counting):
+        def score(self, genome: Genome, parent: Genome | None) -> float:
+            return float("inf") if genome.levels[3] > 2 else super().score(genome, parent)
+
+    table = sensitivities(grid, Diverging(grid), STAGE, tmp_path / "state.json")
+    costs = parameter_costs(grid, 5000)
+    limit = costs.fixed + 0.5 * (costs.of(grid.dense()) - costs.fixed)
+    assert least_sensitive(Budget(grid, costs, limit, 0.0, ceilings(grid)), table).levels[3] <= 2

@@ -41,10 +41,29 @@ def read_json(path: Path, *keys: str) -> Any:
         raise DarwinError(f"{path} is missing; run the stage that writes it first") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DarwinError(f"{path} is damaged ({error}); delete it and run the command again") from None
+    _expect_keys(path, value, keys)
+    return value
+
+
+def read_json_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
+    """Read a file of one JSON object a line, each with `keys`.
+
+    Raises:
+        DarwinError: if a line is no JSON, or lacks a key.
+    """
+    try:
+        values = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DarwinError(f"{path} is damaged ({error}); delete it and run the command again") from None
+    for value in values:
+        _expect_keys(path, value, keys)
+    return values
+
+
+def _expect_keys(path: Path, value: Any, keys: tuple[str, ...]) -> None:
     missing = [key for key in keys if not isinstance(value, dict) or key not in value]
     if missing:
         raise DarwinError(f"{path} is damaged (it lacks {missing[0]}); delete it and run the command again")
-    return value
 
 
 def sweep(path: Path) -> None:

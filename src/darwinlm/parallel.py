@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
@@ -109,6 +109,17 @@ def sum_at(tensor: Tensor, owner: int) -> None:
     if processes() > 1:
         with _peers():
             dist.reduce(tensor, owner)
+
+
+def sums_everywhere(values: Sequence[float]) -> list[float]:
+    """The sums over all processes of what each gives, the same everywhere. Raises `PeerLostError` if one has gone."""
+    if processes() == 1:
+        return list(values)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    with _peers():
+        dist.all_reduce(sums)
+    return sums.tolist()
 
 
 def wait_for_all() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -23,23 +23,26 @@ def say(message: str) -> None:
     console.print(message, markup=False)
 
 
-def track(items: Iterable[Item], description: str, total: int, done: int = 0) -> Iterator[Item]:
-    """Yield `items`, showing how many of `total` are done and an estimate of what is left.
+def track(
+    items: Iterable[Item], description: str, total: int, done: int = 0, status: Callable[[], str] = str
+) -> Iterator[Item]:
+    """Yield `items`, showing how many of `total` are done, an estimate of what is left, and what `status` says.
 
     `done` items were finished by an earlier run; they count as progress but not towards the speed.
     """
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
-            task = bar.add_task(description, total=total, completed=done)
+        left = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[status]}"))
+        with Progress(*columns, *left, console=console) as bar:
+            task = bar.add_task(description, total=total, completed=done, status=status())
             for item in items:
                 yield item
-                bar.advance(task)
+                bar.update(task, advance=1, status=status())
         return
-    yield from _log(items, description, total, done)
+    yield from _log(items, description, total, done, status)
 
 
-def _log(items: Iterable[Item], description: str, total: int, done: int) -> Iterator[Item]:
+def _log(items: Iterable[Item], description: str, total: int, done: int, status: Callable[[], str]) -> Iterator[Item]:
     start = last = time.monotonic()
     finished = done
     for item in items:
@@ -48,7 +51,8 @@ def _log(items: Iterable[Item], description: str, total: int, done: int) -> Iter
         now = time.monotonic()
         if now - last >= LOG_EVERY or finished == total:
             left = (now - start) / (finished - done) * (total - finished)
-            say(f"{description}: {finished}/{total}, {now - start:.0f} s, {left:.0f} s left")
+            told = f", {status()}" if status() else ""
+            say(f"{description}: {finished}/{total}, {now - start:.0f} s, {left:.0f} s left{told}")
             sys.stderr.flush()
             last = now
 

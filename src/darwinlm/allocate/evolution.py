@@ -2,95 +2,134 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from math import inf
 from pathlib import Path
 from random import Random
-from typing import Any
 
-from darwinlm.artifact import read_json, write_json
+from darwinlm import parallel
+from darwinlm.allocate.mutation import Move, priced, within_kinds
+from darwinlm.artifact import read_json_lines, write_text
+from darwinlm.budget import Budget, amount_of
 from darwinlm.config import SearchConfig
 from darwinlm.fitness import Scorer
-from darwinlm.genome import Budget, mutate
+from darwinlm.metric import label
 from darwinlm.progress import say, track
-from darwinlm.types import Generation, Genome, SearchResult
+from darwinlm.types import DarwinError, Generation, Genome, SearchResult
 
+MOVES: dict[str, Move] = {"priced": priced, "within_kinds": within_kinds}
 DUPLICATE_TRIES = 100
 
 
 def evolve(
-    starts: Sequence[Genome], budget: Budget, fitness: Scorer, config: SearchConfig, seed: int, state: Path
+    starts: Mapping[str, Genome], budget: Budget, fitness: Scorer, config: SearchConfig, seed: int, history_path: Path
 ) -> SearchResult:
-    """Find a genome within the budget that diverges little from the dense model.
+    """Find a genome within the budget that is close to the dense model.
 
-    The first parent is the best of `starts`. Each generation draws offspring of the parent by level-switch mutation;
-    stages train and score them and keep the best; the parent joins the last stage, so the best is never lost. The file
-    `state` is rewritten after each generation; if it exists the search goes on from it and takes the same path as one
-    that was never stopped.
+    The first parent is the best of `starts`, by name. Each generation draws offspring of the parent; stages train and
+    score them and keep the best; the parent joins the last stage with the fitness that it was chosen by, so the best is
+    never lost. A generation's randomness comes from the seed and its number alone. So the history, rewritten after each
+    generation, is all that a search needs to go on from it, on any number of processes, as if it had never stopped.
 
     Raises:
-        UsageError: if the level grid is too coarse for any mutation within the budget.
+        DarwinError: if every start diverges.
     """
-    rng = Random(seed)
-    history: list[Generation] = []
-    if state.exists():
-        history = _restore(read_json(state, "rng_state", "history"), rng)
-    else:
-        scores = {start: fitness.score(start, config.stages[-1]) for start in starts}
-        best = min(scores, key=scores.__getitem__)
-        history.append(Generation(0, scores[best], best, len(scores), seconds=0.0))
-    for number in track(range(len(history), config.generations + 1), "search", config.generations, len(history) - 1):
-        began = time.monotonic()
-        parent = history[-1].genome
-        offspring = _offspring(parent, budget, config, rng)
-        best, score = _select(parent, offspring, fitness, config)
-        history.append(Generation(number, score, best, len(offspring), time.monotonic() - began))
-        write_json(state, _saved(history, rng))
-        say(f"generation {number}: KL {score:.4f}, {len(offspring)} offspring, {history[-1].seconds:.0f} s")
+    history = _read(history_path)
+    if not history:
+        history.append(_begin(starts, fitness, config))
+    numbers = range(len(history), config.generations + 1)
+
+    def best() -> str:
+        return f"{label(config.metric)} {history[-1].fitness:.4f}"
+
+    for number in track(numbers, "search", config.generations, len(history) - 1, best):
+        rng = Random(f"{seed} {number}")
+        offspring = _offspring(history[-1].genome, budget, config, rng)
+        if not offspring:
+            say(
+                f"search: it ends after {number - 1} generations, no genome within {amount_of(budget.limit)} "
+                f"{budget.costs.measure} is a mutation away; raise --database.levels for more"
+            )
+            break
+        history.append(_generation(number, history[-1], offspring, fitness, config))
+        _write(history_path, history)
+    _write(history_path, history)
     return SearchResult(history[-1].genome, history[-1].fitness, tuple(history))
 
 
+def _begin(starts: Mapping[str, Genome], fitness: Scorer, config: SearchConfig) -> Generation:
+    """The best of the starts, scored as the last stage scores."""
+    began, last = time.monotonic(), config.stages[-1]
+    names: dict[Genome, str] = {}
+    for name, genome in starts.items():
+        names.setdefault(genome, name)
+    scores = dict(zip(names, fitness.scores(list(names), last), strict=True))
+    best = min(scores, key=scores.__getitem__)
+    if scores[best] == inf:
+        raise DarwinError(
+            "every start of the search diverges: expected a finite fitness, found NaN or infinity; "
+            "lower --search.learning-rate, or take --dtype float32"
+        )
+    tokens = (len(scores) * last.fitness_tokens, len(scores) * last.training_tokens)
+    seconds = time.monotonic() - began
+    return Generation(0, scores[best], best, len(scores), seconds, names[best], (scores[best],), *tokens)
+
+
 def _offspring(parent: Genome, budget: Budget, config: SearchConfig, rng: Random) -> list[Genome]:
-    """Distinct mutants of the parent; fewer than asked for where the grid has no more."""
+    """Distinct mutants of the parent; fewer than asked for, or none, where the grid has no more."""
     mutants: dict[Genome, None] = {}
     for _ in range(config.offspring + DUPLICATE_TRIES):
-        mutants[mutate(parent, budget, rng, config.max_switches)] = None
+        mutant = MOVES[config.moves](parent, budget, rng, config.max_switches)
+        if mutant is None:
+            break
+        mutants[mutant] = None
         if len(mutants) == config.offspring:
             break
     return list(mutants)
 
 
-def _select(parent: Genome, offspring: list[Genome], fitness: Scorer, config: SearchConfig) -> tuple[Genome, float]:
-    """The best of offspring and parent after all stages, and its fitness at the last."""
-    candidates, scores = offspring, [float("inf")]
+def _generation(
+    number: int, before: Generation, offspring: Sequence[Genome], fitness: Scorer, config: SearchConfig
+) -> Generation:
+    """The best of offspring and parent after all stages."""
+    began = time.monotonic()
+    candidates, trained, scored = list(offspring), 0, 0
+    by_stage: list[float] = []
+    scores: list[float] = []
+    fitness_tokens = training_tokens = 0
     for stage in config.stages:
-        last = stage is config.stages[-1]
-        if last:
-            candidates = [parent, *candidates]  # first, so that it wins a tie
-        scores = [fitness.score(candidate, stage, parent) for candidate in candidates]
+        scores = fitness.scores(candidates, stage, before.genome)
+        # Untrained candidates keep what they were scored on, trained ones what they were trained on.
+        fitness_tokens += len(candidates) * max(0, stage.fitness_tokens - (0 if stage.training_tokens else scored))
+        training_tokens += len(candidates) * (stage.training_tokens - trained)
+        trained, scored = stage.training_tokens, stage.fitness_tokens
+        if diverged := scores.count(inf):
+            say(f"generation {number}: {diverged} of {len(candidates)} candidates diverged and are out")
+        if stage is config.stages[-1]:  # the parent first, so that it wins a tie
+            candidates, scores = [before.genome, *candidates], [before.fitness, *scores]
         ranked = sorted(range(len(candidates)), key=scores.__getitem__)[: stage.survivors]
         candidates, scores = [candidates[i] for i in ranked], [scores[i] for i in ranked]
-    return candidates[0], scores[0]
+        by_stage.append(scores[0])
+    origin = "parent" if candidates[0] == before.genome else f"{config.moves} mutation"
+    seconds = time.monotonic() - began
+    spent = (fitness_tokens, training_tokens)
+    return Generation(number, scores[0], candidates[0], len(offspring), seconds, origin, tuple(by_stage), *spent)
 
 
-def _saved(history: list[Generation], rng: Random) -> dict[str, Any]:
-    lines = [
-        {
-            "generation": g.generation,
-            "fitness": g.fitness,
-            "levels": g.genome.levels,
-            "scored": g.scored,
-            "seconds": g.seconds,
-        }
-        for g in history
-    ]
-    return {"rng_state": rng.getstate(), "history": lines}
+def _write(path: Path, history: Sequence[Generation]) -> None:
+    """One line of JSON a generation, the genome's levels among them."""
+    if parallel.first():
+        lines = (asdict(generation) | {"genome": generation.genome.levels} for generation in history)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def _restore(saved: dict[str, Any], rng: Random) -> list[Generation]:
-    version, words, gauss = saved["rng_state"]
-    rng.setstate((version, tuple(words), gauss))
+def _read(path: Path) -> list[Generation]:
+    lines = read_json_lines(path, "generation", "fitness", "genome") if path.exists() else []
+    parallel.wait_for_all()  # all have read it before the first process writes
     return [
-        Generation(g["generation"], g["fitness"], Genome(tuple(g["levels"])), g["scored"], g["seconds"])
-        for g in saved["history"]
+        Generation(**line | {"genome": Genome(tuple(line["genome"])), "stage_fitness": tuple(line["stage_fitness"])})
+        for line in lines
     ]

@@ -1,0 +1,186 @@
+"""Training before selection (section 3.2 of the paper): candidates a little, survivors on from where they stood."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from darwinlm.families import Head
+from darwinlm.metric import ROWS
+from darwinlm.types import Genome
+
+KEPT_BYTES = 8 << 30  # of trained states in memory; what is beyond goes to a temporary directory
+
+
+@dataclass
+class Trained:
+    """A candidate in training, and how many sequences it has seen.
+
+    Weights of the blocks are float32: at 1e-5 a bfloat16 step rounds away. Embeddings and head are the dense model's,
+    shared and frozen.
+    """
+
+    model: PreTrainedModel
+    optimizer: torch.optim.AdamW
+    sequences: int
+
+    @property
+    def bytes(self) -> int:
+        """Of the weights that train and of their two moments."""
+        return 3 * sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+
+
+class Tuner:
+    """Trains candidates on prefixes of the same sequences, one AdamW step a sequence.
+
+    A candidate trained on 10 and then on 50 sequences is, to the last bit, one that was trained on 50 at once. So what
+    is kept saves time and decides nothing.
+
+    Args:
+        token_ids: to train on.
+        learning_rate: constant.
+        device: of the candidates.
+    """
+
+    def __init__(self, token_ids: Int[Tensor, "sequences length"], learning_rate: float, device: torch.device):
+        self.token_ids = token_ids
+        self.learning_rate = learning_rate
+        self.device = device
+        self._kept: dict[Genome, Trained] = {}
+        self._spilled: dict[Genome, tuple[Path, int]] = {}
+        self._directory: Path | None = None
+        self._numbers = count()
+
+    def train(self, genome: Genome, candidate: PreTrainedModel, sequences: int) -> Trained:
+        """The candidate after training on the first `sequences` sequences. Its own weights stay as they are."""
+        trained = self._resume(genome, candidate, sequences)
+        model: Any = trained.model
+        model.train()
+        head = Head(model)
+        for ids in self.token_ids[trained.sequences : sequences].split(1):
+            self._step(model, head, trained.optimizer, ids.to(self.device), candidate.dtype)
+        model.eval()
+        trained.sequences = sequences
+        return trained
+
+    def keep(self, genome: Genome, trained: Trained) -> None:
+        """Remember where a candidate stands."""
+        held = sum(state.bytes for state in self._kept.values())
+        if held + trained.bytes <= KEPT_BYTES:
+            self._kept[genome] = trained
+        else:
+            self._spill(genome, trained)
+
+    def forget_all_but(self, genomes: Iterable[Genome]) -> None:
+        """Forget where all other candidates stand."""
+        wanted = set(genomes)
+        self._kept = {genome: state for genome, state in self._kept.items() if genome in wanted}
+        for genome in self._spilled.keys() - wanted:
+            self._spilled.pop(genome)[0].unlink()
+
+    def _resume(self, genome: Genome, candidate: PreTrainedModel, sequences: int) -> Trained:
+        """Where the genome stood, if that is kept and is no further than `sequences`; else where it starts."""
+        kept = self._kept.pop(genome, None)
+        if kept is None and genome in self._spilled:
+            kept = self._unspill(genome, candidate)
+        return kept if kept is not None and kept.sequences <= sequences else self._start(candidate)
+
+    def _start(self, candidate: PreTrainedModel) -> Trained:
+        model = trainable_copy(candidate)
+        weights = [p for p in model.parameters() if p.requires_grad]
+        return Trained(model, torch.optim.AdamW(weights, lr=self.learning_rate, weight_decay=0.0, fused=True), 0)
+
+    def _step(
+        self, model: Any, head: Head, optimizer: torch.optim.AdamW, ids: Int[Tensor, "one length"], dtype: torch.dtype
+    ) -> None:
+        low = dtype == torch.bfloat16
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low):
+            hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state
+            states = hidden[:, :-1].flatten(0, 1)
+            gradient = _loss_gradient(states.detach(), head, ids[:, 1:].flatten())
+        states.backward(gradient)
+        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _spill(self, genome: Genome, trained: Trained) -> None:
+        if self._directory is None:
+            self._directory = Path(tempfile.mkdtemp(prefix="darwinlm-search-"))
+            weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
+        path = self._directory / f"{next(self._numbers)}.safetensors"
+        tensors = {}
+        for name, weight in _training(trained.model):
+            state = trained.optimizer.state[weight]
+            tensors |= {f"weight.{name}": weight.detach()} | {f"{key}.{name}": state[key] for key in _MOMENTS}
+        save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, path)
+        self._spilled[genome] = path, trained.sequences
+
+    def _unspill(self, genome: Genome, candidate: PreTrainedModel) -> Trained:
+        path, sequences = self._spilled.pop(genome)
+        tensors, trained = load_file(path, device=str(self.device)), self._start(candidate)
+        path.unlink()
+        for name, weight in _training(trained.model):
+            weight.data = tensors[f"weight.{name}"]
+            trained.optimizer.state[weight] = {key: tensors[f"{key}.{name}"] for key in _MOMENTS}
+        trained.sequences = sequences
+        return trained
+
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def _training(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def trainable_copy(candidate: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose blocks have float32 weights of their own that train; embeddings and head stay shared, and frozen."""
+    frozen = _frozen(candidate)
+    model = copy.deepcopy(candidate, dict(frozen))
+    for parameter in model.parameters():
+        if all(parameter is not kept for kept in frozen.values()):
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+    return model
+
+
+def rounded(trained: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The trained model as it is scored, in the precision of the search."""
+    model = copy.deepcopy(trained, dict(_frozen(trained)))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _frozen(model: PreTrainedModel) -> dict[int, nn.Parameter]:
+    """The weights of embeddings and head, by the id of the parameter that each is to stand for in a copy."""
+    modules = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
+    weights = [parameter for module in modules for parameter in module.parameters()]
+    return {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in weights}
+
+
+def _loss_gradient(
+    states: Float[Tensor, "tokens d_out"], head: Head, wanted: Int[Tensor, " tokens"]
+) -> Float[Tensor, "tokens d_out"]:
+    """The gradient of the mean cross-entropy for the hidden states, the logits of `ROWS` tokens at a time."""
+    parts = []
+    for rows, labels in zip(states.split(ROWS), wanted.split(ROWS), strict=True):
+        rows.requires_grad_(True)
+        loss = F.cross_entropy(head(rows), labels, reduction="sum") / len(wanted)
+        parts.append(torch.autograd.grad(loss, rows)[0])
+    return torch.cat(parts)

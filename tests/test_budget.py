@@ -1,0 +1,202 @@
+"""Costs against what models really have, and targets that are reached, or refused."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+
+import runs
+from darwinlm import pipeline
+from darwinlm.allocate.mutation import priced
+from darwinlm.allocate.uniform import uniform
+from darwinlm.budget import Budget, Costs, Target, cache_costs, flop_costs, parameter_costs
+from darwinlm.checkpoint import Checkpoint
+from darwinlm.config import DatabaseConfig, RunConfig
+from darwinlm.evaluate import parameter_count
+from darwinlm.genome import Grid, level_grid
+from darwinlm.progress import console
+from darwinlm.surgery import repeat_shared
+from darwinlm.types import Genome, Structure, Unit, UsageError
+from pruned import Pruned, prune, token_ids
+from test_genome import units
+
+STRUCTURES = get_args(Structure)
+LENGTH = 32
+
+
+@pytest.fixture(scope="module", params=STRUCTURES)
+def pruned(
+    request: pytest.FixtureRequest, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Pruned:
+    return prune(checkpoints["mistral"], tmp_path_factory.mktemp("database"), request.param)  # which has no biases
+
+
+def test_parameters_are_those_of_the_exported_model(pruned: Pruned) -> None:
+    costs = parameter_costs(pruned.database.grid, parameter_count(pruned.dense))
+    for genome in pruned.genomes():
+        assert costs.of(genome) == parameter_count(repeat_shared(pruned.stitcher.stitch(genome)))
+
+
+def test_cache_is_what_generation_keeps(pruned: Pruned) -> None:
+    costs = cache_costs(pruned.database.grid, pruned.dense.config, 4)
+    for genome in pruned.genomes():
+        model: Any = repeat_shared(pruned.stitcher.stitch(genome))
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(token_ids()[:1], past_key_values=cache, use_cache=True)
+        tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+        # A block without attention before others leaves the cache an empty layer.
+        assert costs.of(genome) * LENGTH == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def test_flops_are_those_that_torch_counts(pruned: Pruned) -> None:
+    """It counts attention over all tokens, so the context of causal attention is twice as long."""
+    costs = flop_costs(pruned.database.grid, pruned.dense.config, 2 * LENGTH)
+    for genome in pruned.genomes():
+        model = repeat_shared(pruned.stitcher.stitch(genome))
+        model.set_attn_implementation("eager")  # which it knows
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(token_ids()[:1], use_cache=False)
+        assert counter.get_total_flops() / LENGTH == costs.of(genome)
+
+
+def test_a_group_that_keeps_a_head_keeps_its_cache() -> None:
+    """Single heads of grouped queries: an export repeats K and V, so that losing one head costs cache."""
+    unit = Unit("a", 0, "attention", "", (), 2, 6, 10, 1, readers=3, shared_parameters=8)
+    costs = Costs("parameters", ((6 * 10 + 2 * 8 + 1, *((6 - i) * 18 + 1 for i in range(1, 6)), 0),), 0)
+    grid = level_grid((unit,), 6, 32)
+    assert parameter_costs(grid, 77).units == costs.units
+    budget = Budget(grid, costs, 80.0, 0.0, (6,))
+    assert budget.steps == ((0, 2, 3, 4, 5, 6),)  # level 1 costs more than the dense unit
+    assert budget.worth(Genome((1,))) == Genome((0,))
+    assert budget.cheaper(Genome((0,)), 0) == 2
+    assert budget.dearer(Genome((2,)), 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("params=0.6", Target("params", 0.6, True)),
+        ("params=4.7B", Target("params", 4.7e9, False)),
+        ("params=.5", Target("params", 0.5, True)),
+        ("flops=1.2G", Target("flops", 1.2e9, False)),
+        ("kv-cache=12K", Target("kv-cache", 12e3, False)),
+        ("params=100000", Target("params", 1e5, False)),
+        ("latency=0.7", Target("latency", 0.7, True)),
+        ("latency=20ms", Target("latency", 0.02, False)),
+    ],
+)
+def test_a_target_is_a_share_or_an_amount(text: str, expected: Target) -> None:
+    found = Target.parse(text)
+    assert (found.measure, found.share) == (expected.measure, expected.share)
+    assert found.amount == pytest.approx(expected.amount)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0.6", "params", "params=", "params=-1", "params=0", "size=0.6", "flops=2ms", "params=1x"]
+)
+def test_what_is_no_target_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"--target: expected params, flops, .* found .*; give another value"):
+        Target.parse(text)
+
+
+shapes = st.tuples(st.integers(4, 12), st.integers(4, 12), st.integers(8, 40).map(lambda steps: 32 * steps))
+MODEL = 400_000  # parameters, embeddings and head among them
+
+
+def at(grid: Grid, target: str, **changes: Any) -> tuple[Genome, Budget]:
+    config = RunConfig("M", "D", "O", target=target, database=DatabaseConfig(levels=10), **changes)
+    return uniform(grid, parameter_costs(grid, MODEL), config)
+
+
+@settings(max_examples=15, deadline=None)
+@given(shapes, st.floats(0.8, 0.99), st.integers(0, 100), st.booleans())
+def test_a_reachable_target_is_met_from_below(
+    shape: tuple[int, int, int], share: float, seed: int, keep_attention: bool
+) -> None:
+    grid = level_grid(units(*shape), 10, 32)
+    try:
+        genome, budget = at(grid, f"params={share}", seed=seed, keep_attention=keep_attention)
+    except UsageError:
+        return  # a small model has less than a fifth to lose
+    grid.check(genome)
+    assert budget.limit == pytest.approx(share * MODEL)
+    assert 0.99 * budget.limit <= budget.cost(genome) <= budget.limit
+    mutant, rng = genome, Random(seed)
+    for _ in range(5):
+        mutant = priced(mutant, budget, rng, 3) or mutant
+        assert 0.99 * budget.limit <= budget.cost(mutant) <= budget.limit
+        assert mutant.levels[0] < grid.highest(0)
+        assert not keep_attention or all(mutant.levels[i] < grid.highest(i) for i in range(0, len(mutant.levels), 2))
+
+
+def test_a_grid_too_coarse_says_so_and_takes_what_is_below() -> None:
+    grid = level_grid(units(2, heads=2, channels=64), 2, 32)
+    costs = parameter_costs(grid, 5000)
+    everything = sorted({costs.of(Genome(levels)) for levels in itertools.product(range(2), *[range(3)] * 3)})
+    below, limit = next((a, b - 1) for a, b in itertools.pairwise(everything) if b - 1 > 1.02 * a)
+    config = RunConfig("M", "D", "O", target=f"params={limit}", database=DatabaseConfig(levels=2))
+    with console.capture() as said:
+        genome, budget = uniform(grid, costs, config)
+    assert said.get().count("\n") == 1
+    assert re.search(rf"too coarse for params={limit} to 1%: .*K parameters is the closest found below", said.get())
+    assert budget.admits(genome)
+    assert budget.cost(genome) == below
+
+
+@pytest.mark.parametrize("target", ["params=0.1", "params=1K", "params=2M"])
+def test_a_target_out_of_reach_says_what_is_within(target: str) -> None:
+    grid = level_grid(units(4, heads=4, channels=320), 10, 32)
+    with pytest.raises(UsageError, match=r"expected params from (\S+) \(\d+\.\d% of the dense model") as told:
+        at(grid, target)
+    least = re.search(r"from (\S+)K \(", str(told.value))
+    assert least is not None
+    genome, budget = at(grid, f"params={float(least[1]) * 1.001:.3f}K")
+    assert budget.fits(genome)
+    with pytest.raises(UsageError):
+        at(grid, f"params={float(least[1]) * 0.999:.3f}K")
+
+
+def test_units_that_cost_nothing_stay_whole() -> None:
+    """A smaller cache does not need a smaller MLP."""
+    grid = level_grid(units(6, heads=8, channels=320), 8, 32)
+    levels = {"attention": tuple(range(800, -1, -100)), "mlp": (0,) * 9}
+    costs = Costs("bytes", tuple(levels[unit.kind] for unit in grid.units), 0)
+    config = RunConfig("M", "D", "O", target="kv-cache=0.5", database=DatabaseConfig(levels=8))
+    mutant, budget = uniform(grid, costs, config)
+    for seed in range(30):
+        assert set(mutant.levels[1::2]) == {0}
+        assert budget.admits(mutant)
+        mutant = priced(mutant, budget, Random(seed), 3) or mutant
+
+
+@pytest.mark.parametrize("measure", ["params", "flops", "kv-cache"])
+def test_a_run_ends_within_a_per_cent_below_its_target(
+    measure: str, checkpoints: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    """Through the whole search; and no block has lost all of its attention."""
+    config = runs.short(checkpoints["llama-gqa"], text, tmp_path / "run", target=f"{measure}=0.7", keep_attention=True)
+    run = pipeline.run(replace(config, database=DatabaseConfig(levels=32, granularity=2)), until="search")
+    checkpoint = Checkpoint(checkpoints["llama-gqa"])
+    grid = level_grid(checkpoint.units, 32, 2)
+    costs = {
+        "params": parameter_costs(grid, parameter_count(checkpoint.skeleton())),
+        "flops": flop_costs(grid, checkpoint.config, 32),
+        "kv-cache": cache_costs(grid, checkpoint.config, 4),
+    }[measure]
+    limit = 0.7 * costs.of(grid.dense())
+    assert costs.of(run.genome) <= limit
+    assert all(level < grid.highest(i) for i, level in enumerate(run.genome.levels) if i % 2 == 0)
+    if measure != "kv-cache":  # twelve heads in all
+        assert costs.of(run.genome) >= 0.99 * limit
