@@ -24,7 +24,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from darwinlm.export.hf import export_hf, new_directory
+from darwinlm.export.hf import export_hf
+from darwinlm.export.place import new_directory
 from darwinlm.export.verify import Expected, float32_logits, verify_export
 from darwinlm.modeling import EXPORTABLE, load, pruned_config, register, remaining_blocks, render, renumber_blocks
 from darwinlm.types import BlockSizes, DarwinError, UsageError
@@ -191,14 +192,6 @@ def test_export_leaves_the_model_as_it_was(outcome: Outcome, tmp_path: Path) -> 
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert model.config.to_dict() == config
     assert model.lm_head.weight is model.model.embed_tokens.weight
-
-
-def test_verify_passes_a_good_export_and_stops_a_bad_one(outcome: Outcome) -> None:
-    logits = outcome.expected["llama-mha"]["logits-sdpa"]
-    directory = outcome.directory("llama-mha")
-    assert verify_export(directory, Expected(outcome.token_ids, logits)) < 1e-4
-    with pytest.raises(DarwinError, match="found a difference"):
-        verify_export(directory, Expected(outcome.token_ids, logits + 1e-3 * logits.abs().max()))
 
 
 def test_bad_export_never_gets_its_name(outcome: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,10 +122,11 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_was_not(
 
     _kill_when(arguments, environment, (run / "search" / "result.json").exists)
     assert not (run / "model").exists()
-    (run / ".model.1.partial").mkdir()
-    (run / ".model.1.partial" / "model.safetensors").write_bytes(b"half a file")
+    (run / ".model.partial").mkdir()
+    (run / ".model.partial" / "model.safetensors").write_bytes(b"half a file")
 
-    _kill_when(arguments, environment, lambda: any(run.glob(".model.[!1]*.partial")) or (run / "model").exists())
+    written = run / ".model.partial" / "config.json"
+    _kill_when(arguments, environment, lambda: written.exists() or (run / "model").exists())
     assert not (run / "report.md").exists()
 
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from darwinlm.artifact import read_json
 from darwinlm.export.gguf_vocabulary import add_vocabulary
+from darwinlm.export.place import new_file
 from darwinlm.families import FAMILIES, Family, head_dim
 from darwinlm.modeling import block_sizes_of, family_of, register
 from darwinlm.progress import quiet_transformers
@@ -57,7 +57,7 @@ def export_gguf(directory: Path, out: Path, file_type: FileType = "f16") -> Path
     config, tokenizer = _read(directory)
     model = _Model(config)
     model.check()
-    with _open_weights(directory) as weights, _new_file(file) as partial_file:
+    with _open_weights(directory) as weights, new_file(file) as partial_file:
         writer = gguf.GGUFWriter(partial_file, model.architecture)
         try:
             _add_settings(writer, model, directory.absolute().name, file_type)
@@ -178,24 +178,6 @@ def _open_weights(directory: Path) -> Iterator[_Weights]:
                 raise DarwinError(f"{directory / file} cannot be read ({error}); export the model again") from None
             shards |= dict.fromkeys(shard.keys(), shard)
         yield _Weights(shards)
-
-
-@contextmanager
-def _new_file(file: Path) -> Iterator[Path]:
-    """A name beside `file` to write to, which becomes `file` in the end and is removed on any failure."""
-    if file.exists():
-        raise UsageError(f"expected {file} to be new, found a file; choose another name or remove it")
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(exist_ok=False)
-    except OSError as error:
-        raise UsageError(f"cannot write to {file.parent}: {error.strerror}; choose another place") from None
-    try:
-        yield temporary
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _add_settings(writer: gguf.GGUFWriter, model: _Model, name: str, file_type: str) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from darwinlm.export.place import new_directory
 from darwinlm.export.verify import Expected, verify_export
 from darwinlm.modeling import auto_map, family_of, module_name, pruned_model, render
 from darwinlm.progress import quiet_transformers, say
-from darwinlm.types import BlockSizes, UsageError
+from darwinlm.types import BlockSizes
 
 
 def export_hf(
@@ -32,7 +30,7 @@ def export_hf(
     `expected` is given, once a fresh process has loaded it and found those logits.
 
     Raises:
-        UsageError: if the family cannot be exported, or `out` exists and is not an empty directory.
+        UsageError: if the family cannot be exported, or as `new_directory`.
         DarwinError: if the weights of `model` do not have the sizes `sizes`, or as `verify_export`.
     """
     exported = pruned_model(model, sizes)
@@ -50,29 +48,6 @@ def export_hf(
             difference = verify_export(directory, expected)
             say(f"export: loads without darwinlm, largest difference of a logit {difference:.1e}")
     return out
-
-
-@contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
-    """A directory beside `out` to write in, which takes its name in the end and is removed on any failure.
-
-    Raises:
-        UsageError: if `out` is there already and not an empty directory, or its place cannot be written to.
-    """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        found = "a directory with files in it" if out.is_dir() else "a file"
-        raise UsageError(f"expected {out} to be new or empty, found {found}; choose another name or remove it")
-    partial = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UsageError(f"cannot write to {out.parent}: {error.strerror}; choose another place") from None
-    try:
-        yield partial
-        os.replace(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _complete_config(path: Path, full_auto_map: dict[str, str]) -> None:
