@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from darwinlm.artifact import read_json
+from darwinlm.artifact import read_json_lines
 from darwinlm.cli import main
 from darwinlm.config import CalibrationConfig, DatabaseConfig, EvaluationConfig, RunConfig, SearchConfig
 from darwinlm.types import SelectionStage
@@ -73,7 +73,7 @@ def process(*arguments: str) -> tuple[list[str], dict[str, str]]:
 
 def history(run: Path) -> list[dict[str, Any]]:
     """The generations of a run's search, without how long they took."""
-    lines = read_json(run / "search" / "state.json")["history"]
+    lines = read_json_lines(run / "search" / "history.jsonl")
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 

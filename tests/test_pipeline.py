@@ -93,7 +93,7 @@ def test_the_run_directory_holds_what_the_design_says_and_nothing_else(compresse
         "levels.png",
         "search.png",
         "search/sensitivities.json",
-        "search/state.json",
+        "search/history.jsonl",
         "search/result.json",
         "database/database.json",
         *(f"database/{unit.name}.safetensors" for unit in _grid(compressed).units),

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from darwinlm.types import SelectionStage, Structure, UsageError
+from darwinlm.types import MetricName, SelectionStage, Structure, UsageError
 
 
 def _expect(holds: bool, flag: str, expected: str, found: object) -> None:
@@ -67,8 +67,16 @@ class DatabaseConfig:
 class SearchConfig:
     """Search: Algorithm 1."""
 
-    start: Literal["sensitivity", "uniform"] = "sensitivity"
-    """The first parent: least summed sensitivity by dynamic programming, or uniform as in the paper."""
+    start: str = "sensitivity"
+    """The first parent: sensitivity (least summed sensitivity, by dynamic programming), uniform (the paper's), or the
+    genome of an earlier search, a file as for --genome, that loses further levels at random units (gradual pruning)."""
+    moves: Literal["priced", "within_kinds"] = "priced"
+    """How mutants differ: priced lets units of both kinds trade by what they cost, within_kinds is the paper's
+    level-switch mutation."""
+    metric: MetricName = "kl"
+    """What fitness is: KL divergence from the dense model, over all tokens or its likeliest, or log-perplexity."""
+    top_k: int = 512
+    """Tokens that top-k-kl tells apart; all others count as one."""
     generations: int = 40
     """Generations of the evolution."""
     offspring: int = 16
@@ -79,14 +87,16 @@ class SearchConfig:
         SelectionStage(survivors=2, fitness_tokens=4096),
         SelectionStage(survivors=1, fitness_tokens=8192),
     )
-    """Rounds of selection within a generation: survivors, fitness tokens, training tokens."""
+    """Rounds of selection within a generation: survivors, fitness tokens, and training tokens in all so far: what
+    survives goes on training where it stood."""
     max_switches: int = 3
     """Level switches in one mutant, at most."""
     learning_rate: float = 1e-5
     """Learning rate of the training before selection."""
 
     def __post_init__(self) -> None:
-        _expect_at_least(self, "search", generations=0, offspring=1, max_switches=1)
+        _expect_at_least(self, "search", generations=0, offspring=1, max_switches=1, top_k=1)
+        _expect(bool(self.start), "search.start", "sensitivity, uniform, or a file", "nothing")
         _expect(0 < self.learning_rate < math.inf, "search.learning_rate", "more than 0", self.learning_rate)
         flag = "search.stages"
         _expect(len(self.stages) > 0, flag, "at least one stage", "none")
@@ -265,6 +275,11 @@ class RunConfig:
     """Precision of the search; auto is bfloat16 where the device is fast at it."""
     genome: str | None = None
     """Use this genome and search none: another run's search/result.json, or a JSON list of levels. It has no budget."""
+    target: str | None = None
+    """Instead of a level: params, flops (a token), kv-cache (bytes a token) or latency, as a share of the dense model
+    (params=0.6) or an amount (params=4.7B, latency=20ms). The result stays below it, by less than 1 %."""
+    keep_attention: bool = False
+    """Let no block lose all of its attention, which vLLM wants."""
     verify: bool = True
     """Load the export in a fresh process without darwinlm and compare its logits."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
@@ -275,7 +290,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("model", "data", "out"):
             _expect(bool(getattr(self, name)), name, "a name", "nothing")
-        within = 0 < self.target_level < self.database.levels
+        within = self.target is not None or 0 < self.target_level < self.database.levels
         expected = f"a level between 0 and {self.database.levels} (--database.levels), both excluded"
         _expect(within, "target_level", expected, f"{self.target_level:g}")
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
-from transformers import PretrainedConfig
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from darwinlm.genome import Grid
 from darwinlm.types import BlockSizes, DarwinError, Genome, Kind, Producer, Structure, Unit, UsageError
@@ -253,6 +256,21 @@ def key_value_heads(unit: Unit, remaining: int, queries: int) -> int:
     if unit.uneven and remaining < unit.structures:
         return queries
     return min(unit.groups, remaining)
+
+
+class Head:
+    """A model's hidden states to its logits in float32, as the forward of its family makes them."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.linear: Any = model.get_output_embeddings()
+        self.scaling: float | None = getattr(model.config, "logits_scaling", None)  # Granite
+        self.cap: float | None = getattr(model.config, "final_logit_softcapping", None)  # Gemma
+
+    def __call__(self, hidden: Float[Tensor, "tokens d_out"]) -> Float[Tensor, "tokens vocab"]:
+        logits = self.linear(hidden).float()
+        if self.scaling is not None:
+            logits = logits / self.scaling
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
 def linear_at(model: nn.Module, path: str) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""Genomes: the level grid, costs and budgets, and level-switch mutation (section 3.2 of the paper). No torch."""
+"""Genomes: the level grid, and the uniform genome (section 3.1 of the paper). No torch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from random import Random
 
 from darwinlm.types import KINDS, Genome, Unit, UsageError
-
-MUTATION_TRIES = 1000
 
 
 @dataclass(frozen=True)
@@ -82,24 +80,6 @@ def _removed(unit: Unit, levels: int, granularity: int) -> tuple[int, ...]:
     return (0, *(removed - unit.lost for removed in ladder if removed > unit.lost))
 
 
-@dataclass(frozen=True)
-class Budget:
-    """The most a genome may cost, in prunable parameters, and the highest level each unit may take."""
-
-    grid: Grid
-    limit: int
-    ceilings: tuple[int, ...]
-
-    def cost(self, genome: Genome) -> int:
-        """Prunable parameters that are left in the model."""
-        return prunable_parameters(self.grid, genome)
-
-    def admits(self, genome: Genome) -> bool:
-        """Whether the genome is small enough and no unit is above its ceiling."""
-        within = all(0 <= level <= top for level, top in zip(genome.levels, self.ceilings, strict=True))
-        return within and self.cost(genome) <= self.limit
-
-
 def prunable_parameters(grid: Grid, genome: Genome) -> int:
     """Parameters of all units at the genome's levels; embeddings, the final norm and the head are not in it."""
     return sum(
@@ -108,13 +88,18 @@ def prunable_parameters(grid: Grid, genome: Genome) -> int:
     )
 
 
-def ceilings(grid: Grid) -> tuple[int, ...]:
-    """The highest level of each unit: all may vanish but the first block's attention, on which every cache relies."""
-    first_attention = next((i for i, unit in enumerate(grid.units) if unit.kind == "attention"), None)
-    return tuple(grid.highest(i) - (i == first_attention) for i in range(len(grid.units)))
+def ceilings(grid: Grid, keep_attention: bool = False) -> tuple[int, ...]:
+    """The highest level of each unit: all may vanish but the first block's attention, on which every cache relies.
+
+    Args:
+        keep_attention: no attention vanishes at all.
+    """
+    attentions = [i for i, unit in enumerate(grid.units) if unit.kind == "attention"]
+    kept = attentions if keep_attention else attentions[:1]
+    return tuple(grid.highest(i) - (i in kept) for i in range(len(grid.units)))
 
 
-def uniform_genome(grid: Grid, target_level: float, levels: int, rng: Random) -> Genome:
+def uniform_genome(grid: Grid, target_level: float, levels: int, rng: Random, keep_attention: bool = False) -> Genome:
     """Every unit at the same fraction of its levels; a fraction between two levels is a random mix of both.
 
     `target_level` is out of `levels`; a kind with fewer levels takes the same fraction of its own. Within a kind the
@@ -128,7 +113,7 @@ def uniform_genome(grid: Grid, target_level: float, levels: int, rng: Random) ->
             f"target level out of range: expected more than 0 and less than {levels}, found {target_level:g}"
         )
     result: dict[int, int] = {}
-    top = ceilings(grid)
+    top = ceilings(grid, keep_attention)
     for kind in KINDS:
         members = [i for i, unit in enumerate(grid.units) if unit.kind == kind]
         if not members:
@@ -141,39 +126,3 @@ def uniform_genome(grid: Grid, target_level: float, levels: int, rng: Random) ->
         raised = set(rng.sample(raisable, min(missing, len(raisable))))
         result.update({i: min(floors[i] + (i in raised), top[i]) for i in members})
     return Genome(tuple(result[i] for i in range(len(grid.units))))
-
-
-def mutate(genome: Genome, budget: Budget, rng: Random, max_switches: int = 3) -> Genome:
-    """Level-switch mutation: within a kind, one unit a level up and another a level down.
-
-    `min(U{1..max}, U{1..max})` switches (Algorithm 1), so that small steps are the most frequent. A switch keeps the
-    sum of levels within the kind; mutants over the budget, or equal to the parent, are drawn again.
-
-    Raises:
-        UsageError: if no mutant within the budget is found, so the level grid is too coarse for the target.
-    """
-    for _ in range(MUTATION_TRIES):
-        mutant = genome
-        for _ in range(min(rng.randint(1, max_switches), rng.randint(1, max_switches))):
-            mutant = _switch(mutant, budget, rng)
-        if mutant != genome and budget.admits(mutant):
-            return mutant
-    raise UsageError(
-        f"no mutation keeps the model within {budget.limit:,} prunable parameters after {MUTATION_TRIES} tries: "
-        "the level grid is too coarse for this target; raise database.levels"
-    )
-
-
-def _switch(genome: Genome, budget: Budget, rng: Random) -> Genome:
-    """One unit a level up and another of its kind a level down, where the grid allows it."""
-    kind = rng.choice(KINDS)
-    members = [i for i, unit in enumerate(budget.grid.units) if unit.kind == kind]
-    lowerable = [i for i in members if genome.levels[i] > 0]
-    if not lowerable:
-        return genome
-    down = rng.choice(lowerable)
-    raisable = [i for i in members if i != down and genome.levels[i] < budget.ceilings[i]]
-    if not raisable:
-        return genome
-    up = rng.choice(raisable)
-    return genome.replace({up: genome.levels[up] + 1, down: genome.levels[down] - 1})

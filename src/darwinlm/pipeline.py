@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from random import Random
 from typing import Any, Literal
 
 import torch
@@ -16,9 +17,11 @@ from transformers import PreTrainedModel
 
 from darwinlm import parallel, report
 from darwinlm.allocate.evolution import evolve
+from darwinlm.allocate.mutation import restore, spread
 from darwinlm.allocate.sensitivity import least_sensitive, sensitivities
 from darwinlm.allocate.uniform import uniform
 from darwinlm.artifact import locked_directory
+from darwinlm.budget import Budget, Costs, Target, amount_of, cache_costs, flop_costs, parameter_costs
 from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.config import RunConfig
@@ -33,6 +36,7 @@ from darwinlm.export.vllm import check_vllm
 from darwinlm.families import block_sizes, find_units
 from darwinlm.fitness import Fitness
 from darwinlm.genome import Grid, level_grid
+from darwinlm.metric import label
 from darwinlm.modeling import family_of, load, pruned_config
 from darwinlm.progress import say, track
 from darwinlm.run import Run, read_genome, versions
@@ -40,6 +44,7 @@ from darwinlm.surgery import Stitcher, repeat_shared
 from darwinlm.types import DarwinError, Genome, SearchResult, SelectionStage
 
 Stage = Literal["database", "search", "report"]
+STARTS = ("sensitivity", "uniform")  # anything else is the file of an earlier genome
 
 
 def compress(
@@ -76,15 +81,15 @@ def run(config: RunConfig, until: Stage = "report") -> Run:
             return this
         work = _open(this, config, until)
         database = _eliminate(work)
-        if until == "database" or not parallel.first():
+        if until == "database":
             return this
-        start, result = _allocate(work, database)
-        if until == "search":
+        result = _allocate(work, database)
+        if until == "search" or not parallel.first():
             return this
-        models = _stitch(work, database, start, result)
+        models = _stitch(work, database, result)
         _export(work, result, models)
         rows = _evaluate(work, models)
-        _report(work, start, result, rows)
+        _report(work, result, rows)
     return this
 
 
@@ -109,7 +114,10 @@ class _Work:
     config: RunConfig
     checkpoint: Checkpoint
     grid: Grid
+    even: Genome  # the uniform genome of the target
+    budget: Budget
     genome: Genome | None  # one that was given, instead of a search
+    earlier: Genome | None  # one that was given, to start from
     tokens: dict[str, Int[Tensor, "sequences length"]]
     device: torch.device
     dtype: torch.dtype
@@ -146,16 +154,29 @@ def _open(this: Run, config: RunConfig, until: Stage) -> _Work:
             },
             "versions": versions(),
         }
-        genome = None
+        even, budget = uniform(grid, _costs(config, checkpoint, grid), config)
+        genome = earlier = None
         if config.genome is not None:
             genome = read_genome(Path(config.genome), grid, made_from)
             pruned_config(checkpoint.config, block_sizes(grid, genome, checkpoint.config))  # the same of this genome
+        elif config.search.start not in STARTS:
+            earlier = read_genome(Path(config.search.start), grid, {"grid": made_from["grid"]}, "--search.start")
         dtype = resolve_dtype(config.dtype, device)
     except DarwinError:
         if parallel.first():
             this.abandon()
         raise
-    return _Work(this, config, checkpoint, grid, genome, tokens, device, dtype, made_from)
+    return _Work(this, config, checkpoint, grid, even, budget, genome, earlier, tokens, device, dtype, made_from)
+
+
+def _costs(config: RunConfig, checkpoint: Checkpoint, grid: Grid) -> Costs:
+    """What every level of every unit costs, in the measure of the target."""
+    measure = "params" if config.target is None else Target.parse(config.target).measure
+    if measure == "flops":
+        return flop_costs(grid, checkpoint.config, config.calibration.sequence_length)
+    if measure == "kv-cache":
+        return cache_costs(grid, checkpoint.config, checkpoint.dtype.itemsize)
+    return parameter_costs(grid, parameter_count(checkpoint.skeleton()))
 
 
 def _eliminate(work: _Work) -> Database:
@@ -180,36 +201,41 @@ def _eliminate(work: _Work) -> Database:
     return database
 
 
-def _allocate(work: _Work, database: Database) -> tuple[Genome, SearchResult]:
-    """The uniform genome, whose size is the budget, and the best genome found within it, or the one that was given."""
-    config = work.config
-    even, budget = uniform(work.grid, config.target_level, config.database.levels, config.seed)
+def _allocate(work: _Work, database: Database) -> SearchResult:
+    """The best genome found within the budget, or the one that was given. All processes search, the first writes."""
+    config = work.config.search
     dense = work.checkpoint.load(work.dtype, work.device)
-    fitness = Fitness(
-        Stitcher(dense, work.checkpoint.family, database),
-        work.tokens["search"],
-        work.tokens["training"],
-        config.search.stages,
-        config.search.learning_rate,
-    )
-    starts = [even]
+    stitcher = Stitcher(dense, work.checkpoint.family, database)
+    fitness = Fitness(stitcher, work.tokens["search"], work.tokens["training"], config)
     if work.genome is not None:
-        result = SearchResult(work.genome, fitness.score(work.genome, config.search.stages[-1]), ())
+        result = SearchResult(work.genome, fitness.score(work.genome, config.stages[-1]), ())
     else:
-        if config.search.start == "sensitivity":
-            stage = SelectionStage(1, config.search.stages[0].fitness_tokens)
-            table = sensitivities(work.grid, fitness, stage, work.run.search / "sensitivities.json")
-            starts.append(least_sensitive(budget, table))
-        result = evolve(starts, budget, fitness, config.search, config.seed, work.run.search / "state.json")
-    work.run.save_search(result, work.grid, work.made_from)
-    return even, result
+        starts = _starts(work, fitness)
+        history = work.run.search / "history.jsonl"
+        result = evolve(starts, work.budget, fitness, config, work.config.seed, history)
+    if parallel.first():
+        work.run.save_search(result, work.grid, work.made_from)
+    return result
 
 
-def _stitch(work: _Work, database: Database, start: Genome, result: SearchResult) -> dict[str, PreTrainedModel]:
+def _starts(work: _Work, fitness: Fitness) -> dict[str, Genome]:
+    """The genomes of which the best is the first parent, each as large as the budget allows."""
+    config, rng = work.config.search, Random(work.config.seed)
+    starts = {"uniform": work.even}
+    if config.start == "sensitivity":
+        stage = SelectionStage(1, config.stages[0].fitness_tokens)
+        table = sensitivities(work.grid, fitness, stage, work.run.search / "sensitivities.json")
+        starts["sensitivity"] = restore(least_sensitive(work.budget, table), work.budget, rng)
+    if work.earlier is not None:
+        starts = {"earlier": spread(work.earlier, work.budget, rng)}
+    return {name: genome for name, genome in starts.items() if work.budget.fits(genome)}
+
+
+def _stitch(work: _Work, database: Database, result: SearchResult) -> dict[str, PreTrainedModel]:
     """The dense, the uniform and the searched model, in the precision of the checkpoint."""
     dense = work.checkpoint.load(work.checkpoint.dtype, work.device)
     stitcher = Stitcher(dense, work.checkpoint.family, database)
-    uniform_model, searched = (repeat_shared(stitcher.stitch(genome)) for genome in (start, result.best))
+    uniform_model, searched = (repeat_shared(stitcher.stitch(genome)) for genome in (work.even, result.best))
     return {"dense": dense, "uniform": uniform_model, "searched": searched}
 
 
@@ -236,10 +262,10 @@ def _evaluate(work: _Work, models: dict[str, PreTrainedModel]) -> list[Row]:
     return evaluate(models, work.tokens["evaluation"], work.checkpoint.tokenizer, work.config.evaluation, sizes)
 
 
-def _report(work: _Work, start: Genome, result: SearchResult, rows: list[Row]) -> None:
+def _report(work: _Work, result: SearchResult, rows: list[Row]) -> None:
     """Tables and pictures, in the run directory and on the screen."""
-    genomes = {"uniform": start, "searched": result.best}
-    title = f"{Path(work.config.model).name} at level {work.config.target_level:g} of {work.config.database.levels}"
+    genomes = {"uniform": work.even, "searched": result.best}
+    title = f"{Path(work.config.model).name} at {_target(work.config)}"
     settings = _settings(work, result)
     paths = report.write_report(work.run.path, title, rows, work.grid, genomes, result.history, settings)
     report.print_table(rows)
@@ -250,13 +276,14 @@ def _report(work: _Work, start: Genome, result: SearchResult, rows: list[Row]) -
 def _settings(work: _Work, result: SearchResult) -> dict[str, str]:
     """What made the result, for people."""
     config = work.config
-    uniform_level = f"uniform level {config.target_level:g} of {config.database.levels}"
-    search = {"Genome": f"{config.genome}, without a budget", "Compared with": uniform_level}
+    search = {"Genome": f"{config.genome}, without a budget", "Compared with": f"uniform at {_target(config)}"}
     if result.history:
         search = {
-            "Target": f"the size of {uniform_level}",
+            "Target": f"at most {amount_of(work.budget.limit)} {work.budget.costs.measure}: {_target(config)}",
             "Search": f"{len(result.history) - 1} generations of {config.search.offspring} offspring",
-            "Search KL": f"{result.history[0].fitness:.4f} (start) to {result.fitness:.4f} nats a token",
+            f"Search {label(config.search.metric)}": (
+                f"{result.history[0].fitness:.4f} (start) to {result.fitness:.4f} nats a token"
+            ),
         }
     return {
         "Model": config.model,
@@ -266,6 +293,11 @@ def _settings(work: _Work, result: SearchResult) -> dict[str, str]:
         "Seed": str(config.seed),
         "Versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
     }
+
+
+def _target(config: RunConfig) -> str:
+    """What the user asked for."""
+    return config.target or f"level {config.target_level:g} of {config.database.levels}"
 
 
 @contextmanager

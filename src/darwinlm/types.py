@@ -21,6 +21,7 @@ from torch import Tensor
 Kind = Literal["attention", "mlp"]
 KINDS: tuple[Kind, ...] = ("attention", "mlp")
 Structure = Literal["kv_group", "balanced", "head"]
+MetricName = Literal["kl", "top-k-kl", "perplexity"]
 
 
 class DarwinError(ValueError):
@@ -164,8 +165,9 @@ class SelectionStage:
 
     Attributes:
         survivors: how many candidates go on to the next stage.
-        fitness_tokens: tokens on which the KL divergence is measured.
-        training_tokens: tokens each candidate is trained on first; 0 trains nothing.
+        fitness_tokens: tokens on which fitness is measured.
+        training_tokens: tokens each candidate has been trained on by then, those of earlier stages included; 0 trains
+            nothing.
     """
 
     survivors: int
@@ -175,18 +177,30 @@ class SelectionStage:
 
 @dataclass(frozen=True)
 class Generation:
-    """One line of a search's history. `fitness` is the parent's after selection: lower is better."""
+    """One line of a search's history.
+
+    Attributes:
+        fitness: the parent's after selection: lower is better.
+        scored: distinct offspring, or starts.
+        origin: where the parent comes from: the name of a start, the kind of mutation, or `parent` where it stayed.
+        stage_fitness: the best after each stage of selection.
+        fitness_tokens, training_tokens: what its candidates were scored and trained on, summed over candidates.
+    """
 
     generation: int
     fitness: float
     genome: Genome
     scored: int
     seconds: float
+    origin: str = ""
+    stage_fitness: tuple[float, ...] = ()
+    fitness_tokens: int = 0
+    training_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best genome found, its fitness (KL divergence to the dense model, in nats a token), and how it was found."""
+    """The best genome found, its fitness (by default KL(dense || model) in nats a token), and how it was found."""
 
     best: Genome
     fitness: float
