@@ -13,7 +13,7 @@ import yaml
 
 from darwinlm.artifact import read_json_lines
 from darwinlm.cli import main
-from darwinlm.config import CalibrationConfig, DatabaseConfig, EvaluationConfig, RunConfig, SearchConfig
+from darwinlm.config import CalibrationConfig, DatabaseConfig, EvaluationConfig, RefitConfig, RunConfig, SearchConfig
 from darwinlm.types import SelectionStage
 
 SHORT = RunConfig(
@@ -32,6 +32,7 @@ SHORT = RunConfig(
         ),
         learning_rate=1e-3,
     ),
+    refit=RefitConfig(tokens=128, batch_size=2),
     evaluation=EvaluationConfig(
         tokens=256, prompts=("Hello there",), continuation_tokens=4, speed_tokens=16, decode_tokens=4, repeats=1
     ),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import darwinlm
 import runs
@@ -22,6 +23,7 @@ from darwinlm.data import read_corpus
 from darwinlm.database import Database
 from darwinlm.families import block_sizes
 from darwinlm.genome import Grid, level_grid, prunable_parameters
+from darwinlm.refit import set_consumers
 from darwinlm.run import Run
 from darwinlm.surgery import Stitcher
 
@@ -71,6 +73,8 @@ def test_the_export_is_the_stitched_model(compressed: Run):
     database = Database(compressed.database, grid, read_json(compressed.database / "database.json")["made_from"])
     dense = checkpoint.load(torch.float32, torch.device("cpu"))
     stitched = Stitcher(dense, checkpoint.family, database).stitch(compressed.genome)
+    refitted = load_file(compressed.refit / "searched.safetensors")
+    set_consumers(stitched, {name.removeprefix("weight."): weight for name, weight in refitted.items()})
     tokens = torch.randint(tiny.VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected, dense_logits = stitched(tokens).logits, dense(tokens).logits
@@ -95,6 +99,8 @@ def test_the_run_directory_holds_what_the_design_says_and_nothing_else(compresse
         "search/sensitivities.json",
         "search/history.jsonl",
         "search/result.json",
+        "refit/uniform.safetensors",
+        "refit/searched.safetensors",
         "database/database.json",
         *(f"database/{unit.name}.safetensors" for unit in _grid(compressed).units),
         *(f"database/{unit.name}.json" for unit in _grid(compressed).units),

@@ -155,6 +155,7 @@ def finished(checkpoints: dict[str, Path], text: Path, tmp_path_factory: pytest.
         "search/history.jsonl",
         "search/sensitivities.json",
         "search/result.json",
+        "refit/searched.safetensors",
         "model",
         "table.json",
         "report.md",

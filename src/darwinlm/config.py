@@ -190,6 +190,22 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class RefitConfig:
+    """Refit: the chosen model's consumers learn the dense model's distribution."""
+
+    tokens: int = 131_072
+    """Tokens that neither calibration nor search has seen, passed over once; 0 keeps the database's weights."""
+    learning_rate: float = 3e-4
+    """Highest learning rate of AdamW."""
+    batch_size: int = 4
+    """Sequences in a step."""
+
+    def __post_init__(self) -> None:
+        _expect_at_least(self, "refit", tokens=0, batch_size=1)
+        _expect(0 < self.learning_rate < math.inf, "refit.learning_rate", "more than 0", self.learning_rate)
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Evaluation on held-out documents."""
 
@@ -285,6 +301,7 @@ class RunConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    refit: RefitConfig = field(default_factory=RefitConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
@@ -332,6 +349,57 @@ class TrainConfig:
         return -(-self.tokens // (self.training.batch_size * self.stream.sequence_length))
 
 
+@dataclass(frozen=True)
+class GradualStage:
+    """One pruning and the training after it."""
+
+    target_level: float
+    """Uniform level, out of database.levels of the dense model, whose size the model must not exceed after it."""
+    tokens: int
+    """Tokens to train on after it; 0 trains nothing."""
+
+    def __post_init__(self) -> None:
+        _expect(self.tokens >= 0, "stages", "0 or more tokens", self.tokens)
+
+
+@dataclass(frozen=True)
+class GradualConfig:
+    """A recipe: a model pruned and trained, in one stage or several."""
+
+    model: str
+    """The dense model, as for darwinlm compress. It teaches, and every stage is judged beside it."""
+    data: str
+    """Text: as for darwinlm compress."""
+    out: str
+    """Directory of all stages. The same command resumes it."""
+    stages: tuple[GradualStage, ...] = (GradualStage(5.0, 10_000_000_000),)
+    """Target level and training tokens of each stage; the levels rise."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda."""
+    cache: str | None = None
+    """Directory for tokens and teacher's logits; OUT/cache by default, for all stages."""
+    verify: bool = True
+    """Load each export in a fresh process without darwinlm and compare its logits."""
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    database: DatabaseConfig = field(default_factory=DatabaseConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("model", "data", "out"):
+            _expect(bool(getattr(self, name)), name, "a name", "nothing")
+        levels = [stage.target_level for stage in self.stages]
+        within = all(0 < level < self.database.levels for level in levels)
+        rising = all(low < high for low, high in zip(levels, levels[1:], strict=False))
+        expected = f"at least one stage, levels that rise between 0 and {self.database.levels}"
+        _expect(bool(levels) and within and rising, "stages", expected, levels)
+
+
 Config = TypeVar("Config")
 
 
@@ -361,5 +429,6 @@ DEMO = RunConfig(
     target_level=3.0,
     calibration=CalibrationConfig(tokens=32_768),
     database=DatabaseConfig(levels=12),
-    search=SearchConfig(generations=6),
+    search=SearchConfig(generations=3),
+    refit=RefitConfig(tokens=16_384),
 )

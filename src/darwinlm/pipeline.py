@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from darwinlm.allocate.evolution import evolve
 from darwinlm.allocate.mutation import restore, spread
 from darwinlm.allocate.sensitivity import least_sensitive, sensitivities
 from darwinlm.allocate.uniform import uniform
-from darwinlm.artifact import locked_directory
+from darwinlm.artifact import locked_directory, write_text
 from darwinlm.budget import Budget, Costs, Target, amount_of, cache_costs, flop_costs, parameter_costs
 from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
@@ -39,11 +39,12 @@ from darwinlm.genome import Grid, level_grid
 from darwinlm.metric import label
 from darwinlm.modeling import family_of, load, pruned_config
 from darwinlm.progress import say, track
-from darwinlm.run import Run, read_genome, versions
+from darwinlm.refit import refit, set_consumers
+from darwinlm.run import Run, find_export, read_genome, versions
 from darwinlm.surgery import Stitcher, repeat_shared
 from darwinlm.types import DarwinError, Genome, SearchResult, SelectionStage
 
-Stage = Literal["database", "search", "report"]
+Stage = Literal["database", "search", "export", "report"]
 STARTS = ("sensitivity", "uniform")  # anything else is the file of an earlier genome
 
 
@@ -86,11 +87,27 @@ def run(config: RunConfig, until: Stage = "report") -> Run:
         result = _allocate(work, database)
         if until == "search" or not parallel.first():
             return this
-        models = _stitch(work, database, result)
+        models = _stitch(work, database, result, _refit(work, database, result))
         _export(work, result, models)
+        if until == "export":
+            return this
         rows = _evaluate(work, models)
         _report(work, result, rows)
     return this
+
+
+def export(path: Path, verify: bool = True) -> Path:
+    """The model directory that a user means by a run, or by itself. A run that has found its genome is stitched now.
+
+    Raises:
+        UsageError: if there is no model there, and no run with a genome.
+        DarwinError: if the run's database lacks a unit, which only `darwinlm compress` measures again.
+    """
+    this = Run(path)
+    if this.searched and not this.exported.exists():
+        this.check_database()
+        run(replace(this.config, out=str(path), verify=verify), until="export")
+    return find_export(path)
 
 
 @contextmanager
@@ -123,6 +140,12 @@ class _Work:
     dtype: torch.dtype
     made_from: dict[str, Any]
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those that decide the database."""
+        config = self.config
+        return {"calibration": asdict(config.calibration), "database": asdict(config.database), "seed": config.seed}
+
 
 def _open(this: Run, config: RunConfig, until: Stage) -> _Work:
     """Everything that can be wrong with the arguments is found here, before hours are spent."""
@@ -130,7 +153,7 @@ def _open(this: Run, config: RunConfig, until: Stage) -> _Work:
         device = resolve_device(config.device)
         with parallel.first_before_others():
             checkpoint = find_checkpoint(config.model, this.path)
-        if until == "report":
+        if until in ("export", "report"):
             family_of(checkpoint.config)  # that it can be exported
         checkpoint.check_length(config.calibration.sequence_length)
         units = find_units(checkpoint.skeleton(), checkpoint.config, config.database.structure)
@@ -142,6 +165,7 @@ def _open(this: Run, config: RunConfig, until: Stage) -> _Work:
             calibration=config.calibration.tokens,
             search=max(stage.fitness_tokens for stage in config.search.stages),
             training=max(stage.training_tokens for stage in config.search.stages),
+            refit=config.refit.tokens,
         )
         tokens["evaluation"] = corpus.draw_held_out(config.evaluation.tokens)
         made_from = {
@@ -182,8 +206,7 @@ def _costs(config: RunConfig, checkpoint: Checkpoint, grid: Grid) -> Costs:
 def _eliminate(work: _Work) -> Database:
     """Calibrate the dense model and eliminate structures, one block after another, into the database."""
     config, checkpoint = work.config, work.checkpoint
-    settings = {"calibration": asdict(config.calibration), "database": asdict(config.database), "seed": config.seed}
-    database = Database(work.run.database, work.grid, work.made_from | settings)
+    database = Database(work.run.database, work.grid, work.made_from | work.settings)
     finished = database.finished()
     statistics = calibrate(
         checkpoint,
@@ -231,12 +254,37 @@ def _starts(work: _Work, fitness: Fitness) -> dict[str, Genome]:
     return {name: genome for name, genome in starts.items() if work.budget.fits(genome)}
 
 
-def _stitch(work: _Work, database: Database, result: SearchResult) -> dict[str, PreTrainedModel]:
+def _refit(work: _Work, database: Database, result: SearchResult) -> dict[str, dict[str, Tensor]]:
+    """The consumers of the uniform and of the searched model, solved again against the dense model's distribution."""
+    genomes = {"uniform": work.even, "searched": result.best}
+    if not work.config.refit.tokens:
+        return {name: {} for name in genomes}
+    stitcher = Stitcher(work.checkpoint.load(work.dtype, work.device), work.checkpoint.family, database)
+    return {
+        name: refit(
+            stitcher,
+            genome,
+            work.tokens["refit"],
+            work.config.refit,
+            work.run.refit / f"{name}.safetensors",
+            work.made_from | work.settings,
+        )
+        for name, genome in genomes.items()
+    }
+
+
+def _stitch(
+    work: _Work, database: Database, result: SearchResult, consumers: dict[str, dict[str, Tensor]]
+) -> dict[str, PreTrainedModel]:
     """The dense, the uniform and the searched model, in the precision of the checkpoint."""
     dense = work.checkpoint.load(work.checkpoint.dtype, work.device)
     stitcher = Stitcher(dense, work.checkpoint.family, database)
-    uniform_model, searched = (repeat_shared(stitcher.stitch(genome)) for genome in (work.even, result.best))
-    return {"dense": dense, "uniform": uniform_model, "searched": searched}
+    models = {"dense": dense}
+    for name, genome in {"uniform": work.even, "searched": result.best}.items():
+        models[name] = stitcher.stitch(genome)
+        set_consumers(models[name], consumers[name])
+        repeat_shared(models[name])
+    return models
 
 
 def _export(work: _Work, result: SearchResult, models: dict[str, PreTrainedModel]) -> None:
@@ -244,6 +292,11 @@ def _export(work: _Work, result: SearchResult, models: dict[str, PreTrainedModel
     model, exported = models["searched"], work.run.exported
     expected = Expected.of(model) if work.config.verify else None
     if not exported.exists():
+        if any(unit.uneven for unit in work.grid.units):
+            say(
+                "export: an attention that lost heads gets K and V for every query head that is left; "
+                "--database.structure kv_group and balanced share them"
+            )
         sizes = block_sizes(work.grid, result.best, work.checkpoint.config)
         counts = parameter_count(models["dense"]), parameter_count(model)
         card = model_card(work.config.model, _settings(work, result), *counts)
@@ -267,6 +320,9 @@ def _report(work: _Work, result: SearchResult, rows: list[Row]) -> None:
     genomes = {"uniform": work.even, "searched": result.best}
     title = f"{Path(work.config.model).name} at {_target(work.config)}"
     settings = _settings(work, result)
+    counts = rows[0].parameters, rows[-1].parameters
+    card = model_card(work.config.model, settings, *counts, report.models_table(rows))
+    write_text(work.run.exported / "README.md", card)
     paths = report.write_report(work.run.path, title, rows, work.grid, genomes, result.history, settings)
     report.print_table(rows)
     for path in [work.run.exported, *paths]:
@@ -290,6 +346,7 @@ def _settings(work: _Work, result: SearchResult) -> dict[str, str]:
         "Text": config.data,
         "Calibration": f"{config.calibration.tokens:,} tokens",
         **search,
+        "Refit": f"{config.refit.tokens:,} tokens" if config.refit.tokens else "none",
         "Seed": str(config.seed),
         "Versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
     }

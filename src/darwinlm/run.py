@@ -20,7 +20,7 @@ from darwinlm.genome import Grid
 from darwinlm.modeling import load
 from darwinlm.types import DarwinError, Genome, SearchResult, UsageError
 
-SETTINGS, TRAIN_SETTINGS = "run.yaml", "train.yaml"
+SETTINGS, TRAIN_SETTINGS, GRADUAL_SETTINGS = "run.yaml", "train.yaml", "recipe.yaml"
 FREE = ("out", "verify")  # settings that may change when a run is resumed: a run may be moved
 
 
@@ -30,7 +30,7 @@ class Run:
     Attributes:
         path: the directory.
         dense: where a model that is no directory of safetensors is converted to one.
-        database, search, exported: where its stages keep their artifacts.
+        database, search, refit, exported: where its stages keep their artifacts.
         table_path, report_path: what it ends with.
     """
 
@@ -39,6 +39,7 @@ class Run:
         self.dense = self.path / "dense"
         self.database = self.path / "database"
         self.search = self.path / "search"
+        self.refit = self.path / "refit"
         self.exported = self.path / "model"
         self.table_path = self.path / "table.json"
         self.report_path = self.path / "report.md"
@@ -70,7 +71,12 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do. The report is what a run writes last."""
-        return self.table_path.exists() and self.report_path.exists()
+        return all(path.exists() for path in (self.exported, self.table_path, self.report_path))
+
+    @property
+    def searched(self) -> bool:
+        """Whether the search has found its genome."""
+        return self._result_path.is_file()
 
     @cached_property
     def config(self) -> RunConfig:
@@ -102,12 +108,23 @@ class Run:
         """Write the genome that the search found, with the names of its units and what it was made from."""
         levels = dict(zip((unit.name for unit in grid.units), result.best.levels, strict=True))
         found = {"fitness": result.fitness, "levels": result.best.levels, "level_of": levels, "made_from": made_from}
-        write_json(self.search / "result.json", found)
+        write_json(self._result_path, found)
+
+    def check_database(self) -> None:
+        """Raise `DarwinError` unless the database has every unit of the genome that was found."""
+        for unit in self._result()["level_of"]:
+            file = self.database / f"{unit}.safetensors"
+            if not file.exists():
+                raise DarwinError(f"{file} is missing; run darwinlm compress again, which measures that unit alone")
+
+    @property
+    def _result_path(self) -> Path:
+        return self.search / "result.json"
 
     def _result(self) -> dict[str, Any]:
-        if not (self.search / "result.json").exists():
+        if not self.searched:
             raise DarwinError(f"the search in {self.path} has not finished; run darwinlm compress again to go on")
-        return read_json(self.search / "result.json", "levels")
+        return read_json(self._result_path, "levels", "level_of")
 
 
 def claim(path: Path, settings: str, config: Config) -> None:
