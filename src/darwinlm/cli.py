@@ -136,7 +136,8 @@ def _run(command: str, fields: Namespace) -> None:
         return
     if command == "export":
         options = {field.name: fields[field.name] for field in dataclasses.fields(ExportConfig)}
-        print(convert(find_export(Path(fields.source)), Path(fields.out), ExportConfig(**options)))
+        source = pipeline.export(Path(fields.source), fields.verify)
+        print(convert(source, Path(fields.out), ExportConfig(**options)))
         return
     if command == "evaluate":
         options = {field.name: fields[field.name] for field in dataclasses.fields(SpeedConfig)}

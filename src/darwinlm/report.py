@@ -182,11 +182,7 @@ def _markdown(title: str, rows: Sequence[Row], settings: Mapping[str, str], pict
     lines = [f"# {title}", ""]
     if settings:
         lines += [*_table(["setting", "value"], [[name, value] for name, value in settings.items()]), ""]
-    lines += ["## Models", ""]
-    titles = ["model", *(column.title for column in COLUMNS)]
-    cells = [[row.model, *(" ".join(cell.split()) for cell in _cells(row, rows[0]))] for row in rows]
-    lines += [*_table(titles, cells, right=True), ""]
-    lines += [NOTE.format(dense=rows[0].model), ""]
+    lines += ["## Models", "", models_table(rows), ""]
     for name, caption in pictures.items():
         lines += [f"![{caption}]({name})", ""]
     written = _by_prompt(rows)
@@ -202,6 +198,13 @@ def _markdown(title: str, rows: Sequence[Row], settings: Mapping[str, str], pict
             lines += textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * indent) or [row.model]
         lines += ["```", ""]
     return "\n".join(lines) + "\n" + LOADING
+
+
+def models_table(rows: Sequence[Row]) -> str:
+    """The models' figures as a Markdown table, and what they are."""
+    titles = ["model", *(column.title for column in COLUMNS)]
+    cells = [[row.model, *(" ".join(cell.split()) for cell in _cells(row, rows[0]))] for row in rows]
+    return "\n".join([*_table(titles, cells, right=True), "", NOTE.format(dense=rows[0].model)])
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], right: bool = False) -> list[str]:

@@ -24,8 +24,8 @@ model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 
-`trust_remote_code` is for the one Python file beside the weights, which builds each block at its own size. A program
-that has called `darwinlm.load("PATH")` needs neither.
+`trust_remote_code` is for the one Python file beside the weights, which builds each block at its own size; without
+that file all blocks are alike, and it is not needed. `darwinlm.load("PATH")` never needs it.
 
 ## How it was made
 
@@ -33,7 +33,11 @@ that has called `darwinlm.load("PATH")` needs neither.
 
 Method: DarwinLM, evolutionary structured pruning of large language models (Tang et al., 2025, arXiv 2502.07780).
 """
+MEASURED = """
+## How good it was after pruning
 
+{table}
+"""
 
 UNTRAINED = "It was not trained\nafter pruning."
 TRAINED = "It was trained\nafter pruning."
@@ -52,9 +56,9 @@ def trained_card(card: str, model: str, settings: Mapping[str, str], parameters:
     return card.replace(UNTRAINED, TRAINED) + TRAINING.format(settings=listed)
 
 
-def model_card(model: str, settings: Mapping[str, str], dense_parameters: int, parameters: int) -> str:
-    """The text of an export's README.md."""
-    return CARD.format(
+def model_card(model: str, settings: Mapping[str, str], dense_parameters: int, parameters: int, table: str = "") -> str:
+    """The text of an export's README.md; `table` is what was measured of it, once it has been."""
+    card = CARD.format(
         name=Path(model).name,
         share=parameters / dense_parameters,
         parameters=parameters,
@@ -62,3 +66,4 @@ def model_card(model: str, settings: Mapping[str, str], dense_parameters: int, p
         trained=UNTRAINED,
         settings="\n".join(f"- {name}: {value}" for name, value in settings.items()),
     )
+    return card + MEASURED.format(table=table) if table else card
