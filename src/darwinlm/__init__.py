@@ -3,7 +3,7 @@
     run = darwinlm.compress("MODEL", "text.jsonl", target_level=5, out="runs/mine")
     run.model, run.genome, run.table
 
-    model = darwinlm.load("runs/mine/model")
+    model = darwinlm.load("runs/mine")  # later: a run, an export, or one on the hub
 
 Names are imported when they are first used: `import darwinlm` does not wait for torch.
 """
@@ -22,9 +22,8 @@ if TYPE_CHECKING:
         RunConfig,
         SearchConfig,
     )
-    from darwinlm.modeling import load
     from darwinlm.pipeline import compress
-    from darwinlm.run import Run
+    from darwinlm.run import Run, load
     from darwinlm.types import DarwinError, Genome, SelectionStage, UsageError
 
 __version__ = version("darwinlm")
@@ -45,9 +44,8 @@ __all__ = [
 ]
 _MODULES = {
     "config": ("CalibrationConfig", "DatabaseConfig", "EvaluationConfig", "RunConfig", "SearchConfig"),
-    "modeling": ("load",),
     "pipeline": ("compress",),
-    "run": ("Run",),
+    "run": ("Run", "load"),
     "types": ("DarwinError", "Genome", "SelectionStage", "UsageError"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -14,10 +14,10 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
+from darwinlm import modeling
 from darwinlm.artifact import read_json, sweep, write_json, write_text
 from darwinlm.config import Config, RunConfig, read_config
 from darwinlm.genome import Grid
-from darwinlm.modeling import load
 from darwinlm.types import DarwinError, Genome, SearchResult, UsageError
 
 SETTINGS, TRAIN_SETTINGS, GRADUAL_SETTINGS = "run.yaml", "train.yaml", "recipe.yaml"
@@ -93,7 +93,7 @@ class Run:
         """The compressed model, loaded from the run's export. Raises `DarwinError` if there is none yet."""
         if not self.exported.exists():
             raise DarwinError(f"the run in {self.path} has no model yet; run darwinlm compress again to go on")
-        return load(self.exported)
+        return modeling.load(self.exported)
 
     @property
     def table(self) -> list[dict[str, Any]]:
@@ -161,6 +161,23 @@ def find_export(path: Path) -> Path:
         missing = "its run has not come to its export yet, run the same command again" if inside else "name one"
         raise UsageError(f"no model in {path}: expected config.json in {found}, found none; {missing}")
     return found
+
+
+def load(path: Path | str, dtype: str = "auto") -> PreTrainedModel:
+    """A causal language model: that of a run, of an export or a dense directory, or one on the hub. It runs no code.
+
+    Args:
+        dtype: precision of the weights; auto is that in which they are stored.
+
+    Raises:
+        UsageError: if there is no such model, or the run has none yet.
+    """
+    directory = find_export(Path(path)) if Path(path).exists() else path
+    try:
+        return modeling.load(directory, dtype)
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(f"no model {path}: expected a run, a model directory or a hub id ({reason})") from None
 
 
 def read_genome(path: Path, grid: Grid, made_from: Mapping[str, Any], flag: str = "--genome") -> Genome:
