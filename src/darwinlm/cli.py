@@ -12,7 +12,16 @@ from typing import Any, Literal, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
 
-from darwinlm.config import DEMO, CalibrationConfig, DatabaseConfig, ExportConfig, RunConfig, SpeedConfig, TrainConfig
+from darwinlm.config import (
+    DEMO,
+    CalibrationConfig,
+    DatabaseConfig,
+    ExportConfig,
+    GradualConfig,
+    RunConfig,
+    SpeedConfig,
+    TrainConfig,
+)
 from darwinlm.types import DarwinError, UsageError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -26,6 +35,7 @@ STAGES = {
     "demo": "the same as compress, on a real model and corpus that come as packages",
 }
 TRAIN = "a pruned model on text, alone or with the dense model as its teacher; stops and resumes anywhere"
+GRADUAL = "a recipe: a model pruned and trained, in one stage or several; stops and resumes anywhere"
 PLAN = "what a run on a model takes, from its config alone: parameters, time, memory and disk"
 EXPORT = "a run's model, or a model directory, in another form"
 EVALUATE = "how fast a model is beside the dense one"
@@ -94,6 +104,11 @@ def _parser() -> ArgumentParser:
     train.add_class_arguments(TrainConfig, skip={"model", "verify"})
     _add_verify(train)
     commands.add_subcommand("train", train, help=TRAIN)
+    gradual = Parser(description=GRADUAL)
+    gradual.add_argument("--config", action="config", help="a YAML file of settings, such as one of recipes/")
+    gradual.add_class_arguments(GradualConfig, skip={"verify"})
+    _add_verify(gradual)
+    commands.add_subcommand("gradual", gradual, help=GRADUAL)
     plan = Parser(description=PLAN)
     plan.add_argument("model", type=str, help="a hub id, a directory or a file with a config, or smollm2-135m")
     plan.add_argument("--config", action="config", help="a YAML file of settings; flags win over it")
@@ -147,6 +162,11 @@ def _run(command: str, fields: Namespace) -> None:
         from darwinlm.train import train
 
         train(TrainConfig(**{field.name: fields[field.name] for field in dataclasses.fields(TrainConfig)}))
+        return
+    if command == "gradual":
+        from darwinlm.gradual import gradual
+
+        gradual(GradualConfig(**{field.name: fields[field.name] for field in dataclasses.fields(GradualConfig)}))
         return
     names = {field.name for field in dataclasses.fields(RunConfig)}
     given = {name: value for name, value in vars(fields).items() if name in names}

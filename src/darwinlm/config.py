@@ -385,6 +385,7 @@ class GradualConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    refit: RefitConfig = field(default_factory=RefitConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
@@ -395,7 +396,7 @@ class GradualConfig:
             _expect(bool(getattr(self, name)), name, "a name", "nothing")
         levels = [stage.target_level for stage in self.stages]
         within = all(0 < level < self.database.levels for level in levels)
-        rising = all(low < high for low, high in zip(levels, levels[1:], strict=False))
+        rising = levels == sorted(set(levels))
         expected = f"at least one stage, levels that rise between 0 and {self.database.levels}"
         _expect(bool(levels) and within and rising, "stages", expected, levels)
 

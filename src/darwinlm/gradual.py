@@ -1,0 +1,147 @@
+"""Gradual pruning: `darwinlm gradual`. A model is pruned and trained, then that model pruned further, as a recipe says.
+
+Each stage is a run and a training of its own, in a directory of its own, so whatever is interrupted goes on there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from darwinlm import parallel
+from darwinlm.artifact import locked_directory, write_json, write_text
+from darwinlm.checkpoint import Checkpoint, find_checkpoint
+from darwinlm.config import GradualConfig, GradualStage, RunConfig, TrainConfig
+from darwinlm.evaluate import parameter_count
+from darwinlm.families import find_units
+from darwinlm.genome import level_grid, prunable_parameters, uniform_genome
+from darwinlm.pipeline import run
+from darwinlm.progress import say
+from darwinlm.run import GRADUAL_SETTINGS, claim, find_export
+from darwinlm.train import train
+
+
+def gradual(config: GradualConfig) -> Path:
+    """Run all stages of a recipe and return the directory of the last model.
+
+    A later stage measures the trained model anew and builds its database from each unit's own level up. Its search
+    starts from the model as it is, with further levels lost at random units until it is small enough.
+
+    Raises:
+        UsageError: if a setting cannot be used.
+        DarwinError: if a stage fails. The same call goes on from what is finished.
+    """
+    out = Path(config.out)
+    with parallel.together():
+        if not parallel.first():
+            parallel.wait_for_all()
+            return _stages(config, out)
+        with locked_directory(out):
+            claim(out, GRADUAL_SETTINGS, config)
+            parallel.wait_for_all()
+            return _stages(config, out)
+
+
+def _stages(config: GradualConfig, out: Path) -> Path:
+    with parallel.first_before_others():
+        dense = find_checkpoint(config.model, out)
+    model, rows = config.model, []
+    for number, stage in enumerate(config.stages, 1):
+        say(f"stage {number} of {len(config.stages)}: level {stage.target_level:g}, then {stage.tokens:,} tokens")
+        pruned = run(_pruning(config, stage, number, model, dense))
+        model, row = str(pruned.exported), {"stage": number, "level": stage.target_level}
+        if stage.tokens:
+            trained = train(_training(config, stage, number, pruned.path, dense))
+            model, row = str(trained.exported), row | trained.result
+        parallel.wait_for_all()
+        rows.append(row | {"parameters": parameter_count(_shape(Path(model)))})
+    if parallel.first():
+        _report(config, out, rows, parameter_count(_shape(dense.path)))
+        print(model)
+    return Path(model)
+
+
+def _pruning(config: GradualConfig, stage: GradualStage, number: int, model: str, dense: Checkpoint) -> RunConfig:
+    """The run of a stage: from the dense model at a level, or from the last stage's model at that level's size."""
+    out = Path(config.out)
+    settings: dict[str, Any] = {"target_level": stage.target_level, "search": config.search}
+    if number > 1:
+        source = Checkpoint(find_export(Path(model)))
+        units = find_units(source.skeleton(), source.config, config.database.structure)
+        start = out / f"{number}-start.json"
+        if parallel.first():
+            write_json(start, [0] * len(units))
+        parallel.wait_for_all()
+        size = _size_at(dense, stage.target_level, config)
+        settings = {"target": f"params={size}", "search": replace(config.search, start=str(start))}
+    return RunConfig(
+        model=model,
+        data=config.data,
+        out=str(out / f"{number}-prune"),
+        seed=config.seed,
+        device=config.device,
+        verify=config.verify,
+        calibration=config.calibration,
+        database=config.database,
+        refit=config.refit,
+        evaluation=config.evaluation,
+        **settings,
+    )
+
+
+def _training(config: GradualConfig, stage: GradualStage, number: int, pruned: Path, dense: Checkpoint) -> TrainConfig:
+    out = Path(config.out)
+    return TrainConfig(
+        model=str(pruned),
+        data=config.data,
+        out=str(out / f"{number}-train"),
+        tokens=stage.tokens,
+        teacher=str(dense.path),
+        seed=config.seed,
+        device=config.device,
+        cache=config.cache or str(out / "cache"),
+        verify=config.verify,
+        stream=config.stream,
+        distillation=config.distillation,
+        training=config.training,
+    )
+
+
+def _size_at(dense: Checkpoint, level: float, config: GradualConfig) -> int:
+    """Parameters of the dense model at a uniform level."""
+    skeleton = dense.skeleton()
+    skeleton.tie_weights()
+    grid = level_grid(
+        find_units(skeleton, dense.config, config.database.structure),
+        config.database.levels,
+        config.database.granularity,
+    )
+    genome = uniform_genome(grid, level, config.database.levels, Random(config.seed))
+    fixed = parameter_count(skeleton) - prunable_parameters(grid, grid.dense())
+    return fixed + prunable_parameters(grid, genome)
+
+
+def _shape(model: Path) -> Any:
+    skeleton = Checkpoint(model).skeleton()
+    skeleton.tie_weights()
+    return skeleton
+
+
+def _report(config: GradualConfig, out: Path, rows: list[dict[str, Any]], dense_parameters: int) -> None:
+    """What every stage came to, on held-out text."""
+    lines = [
+        f"# {Path(config.model).name} in {len(rows)} stage{'s' * (len(rows) > 1)}",
+        "",
+        f"Dense: {dense_parameters:,} parameters. Held-out perplexity, and KL from the dense model in nats a token.",
+        "",
+        "| stage | level | parameters | perplexity as pruned | trained | KL as pruned | trained |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        figures = [row.get(when, {}).get(what) for what in ("perplexity", "kl") for when in ("before", "after")]
+        shown = " | ".join("" if figure is None else f"{figure:.4g}" for figure in figures)
+        lines.append(f"| {row['stage']} | {row['level']:g} | {row['parameters']:,} | {shown} |")
+    write_json(out / "table.json", [{k: v for k, v in row.items() if k != "made_from"} for row in rows])
+    write_text(out / "report.md", "\n".join(lines) + "\n")

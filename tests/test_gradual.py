@@ -1,0 +1,130 @@
+"""Recipes: several stages by one command, and those of the paper's models, unchanged but for their size."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import runs
+import trainings
+from darwinlm.artifact import read_json
+from darwinlm.checkpoint import Checkpoint
+from darwinlm.config import GradualConfig, GradualStage, read_config
+from darwinlm.gradual import _size_at, gradual
+from darwinlm.modeling import block_sizes_of, load
+from darwinlm.types import UsageError
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+# What makes a recipe of the paper one of seconds; the rest of it is used as it stands.
+SMALL = [
+    "--calibration.tokens=512", "--calibration.sequence-length=32", "--database.granularity=8",
+    "--search.generations=1", "--search.offspring=2", "--search.stages",
+    "[{survivors: 1, fitness_tokens: 64, training_tokens: 32}]",
+    "--evaluation.tokens=128", "--evaluation.continuation-tokens=2", "--evaluation.speed-tokens=16",
+    "--evaluation.decode-tokens=2", "--evaluation.repeats=1", "--evaluation.prompts=[Hello]",
+    "--stream.sequence-length=32", "--training.evaluation-tokens=128", "--training.fsdp=false", "--no-verify",
+]  # fmt: skip
+
+
+def two_stages(model: Path, data: Path, out: Path) -> GradualConfig:
+    tokens = trainings.STEPS * trainings.BATCH * trainings.LENGTH
+    return GradualConfig(
+        model=str(model),
+        data=str(data),
+        out=str(out),
+        stages=(GradualStage(1.0, tokens), GradualStage(2.0, tokens)),
+        verify=False,
+        calibration=runs.SHORT.calibration,
+        database=runs.SHORT.database,
+        search=runs.SHORT.search,
+        refit=runs.SHORT.refit,
+        evaluation=runs.SHORT.evaluation,
+        stream=trainings.SHORT.stream,
+        training=trainings.SHORT.training,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoints: dict[str, Path], text: Path, tmp_path_factory: pytest.TempPathFactory) -> GradualConfig:
+    config = two_stages(checkpoints["llama-gqa"], text, tmp_path_factory.mktemp("gradual") / "out")
+    gradual(config)
+    return config
+
+
+@pytest.mark.slow
+def test_every_stage_is_smaller_and_no_unit_grows_again(finished: GradualConfig):
+    out, dense = Path(finished.out), Checkpoint(Path(finished.model))
+    models: list[Any] = [load(out / f"{stage}-train" / "model") for stage in (1, 2)]
+    table = read_json(out / "table.json")
+    for model, stage, row in zip(models, finished.stages, table, strict=True):
+        size = sum(parameter.numel() for parameter in model.parameters())
+        assert size == row["parameters"] <= _size_at(dense, stage.target_level, finished)
+        assert row["after"]["perplexity"] < row["before"]["perplexity"]
+    first, second = (block_sizes_of(model.config) for model in models)
+    if len(first) == len(second):
+        for before, after in zip(first, second, strict=True):
+            assert all(b >= a for b, a in zip(asdict(before).values(), asdict(after).values(), strict=True))
+    assert "| 2 | 2 |" in (out / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_second_search_starts_from_the_model_that_was_trained(finished: GradualConfig):
+    """Its run is on the trained export, and its first parent is that with further levels lost, as small as asked."""
+    out = Path(finished.out)
+    second = read_config(out / "2-prune" / "run.yaml")
+    assert second.model == str(out / "1-train" / "model")
+    assert set(json.loads(Path(second.search.start).read_text())) == {0}
+    manifest = json.loads((out / "2-prune" / "database" / "database.json").read_text())
+    assert manifest["made_from"]["model"] == Checkpoint(Path(second.model)).fingerprint
+
+
+@pytest.mark.slow
+def test_an_interrupted_recipe_goes_on(finished: GradualConfig, tmp_path: Path):
+    """What is lost of the second stage is made again, and the first stage is not touched."""
+    out = Path(finished.out)
+    table = (out / "table.json").read_text()
+    kept = {path: path.stat().st_mtime_ns for path in (out / "1-train" / "model").iterdir()}
+    shutil.rmtree(out / "2-train")
+    (out / "table.json").unlink()
+    gradual(finished)
+    assert (out / "table.json").read_text() == table
+    assert {path: path.stat().st_mtime_ns for path in (out / "1-train" / "model").iterdir()} == kept
+
+
+def test_levels_that_do_not_rise_are_refused(text: Path):
+    for levels in ((), (2.0, 2.0), (11.0,)):
+        with pytest.raises(UsageError, match="--stages: expected at least one stage, levels that rise"):
+            GradualConfig("M", str(text), "O", stages=tuple(GradualStage(level, 0) for level in levels))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "family", "batch", "warmup", "context", "levels"),
+    [
+        ("llama-2-7b", "llama-mha", 1024, 50, 4096, [5, 6]),
+        pytest.param("llama-3.1-8b", "llama-gqa", 1152, 10, 8192, [5], marks=pytest.mark.slow),
+        pytest.param("qwen-2.5-14b-instruct", "qwen2", 2048, 50, 4096, [5], marks=pytest.mark.slow),
+    ],
+)
+def test_a_recipe_of_the_paper_runs_on_a_tiny_model_of_its_family(
+    recipe: str, family: str, batch: int, warmup: int, context: int, levels: list[int],
+    checkpoints: dict[str, Path], text: Path, tmp_path: Path,
+):  # fmt: skip
+    path = RECIPES / f"{recipe}.yaml"
+    config = read_config(path, GradualConfig)
+    training = config.training
+    assert (training.batch_size, training.warmup_steps, config.stream.sequence_length) == (batch, warmup, context)
+    assert [(stage.target_level, stage.tokens) for stage in config.stages] == [(level, 10**10) for level in levels]
+    stages = yaml.safe_dump([{"target_level": level, "tokens": 256} for level in levels], default_flow_style=True)
+    small = [f"--model={checkpoints[family]}", f"--data={text}", f"--out={tmp_path / 'out'}", "--stages", stages]
+    assert config.refit.tokens == config.distillation.weight == 0
+    small += [*SMALL, "--training.batch-size=4", "--stream.score-column=null"]
+    assert runs.call("gradual", "--config", str(path), *small) == 0
+    table = read_json(tmp_path / "out" / "table.json")
+    assert [row["level"] for row in table] == levels
+    assert all(row["after"]["perplexity"] > 1 for row in table)
