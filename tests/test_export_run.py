@@ -1,0 +1,83 @@
+"""`darwinlm export` of a run that has searched and not yet exported: stitched from its database, or one sentence."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import runs
+from darwinlm import pipeline
+from darwinlm.artifact import read_json
+from darwinlm.checkpoint import Checkpoint
+from darwinlm.config import RunConfig
+from darwinlm.database import Database
+from darwinlm.genome import level_grid
+from darwinlm.run import Run, load
+from darwinlm.surgery import Stitcher
+from refusals import only_sentence
+
+TOKEN_IDS = torch.arange(20, 52)[None]
+
+
+@pytest.fixture(scope="module")
+def searched(checkpoints: dict[str, Path], text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    out, refit = tmp_path_factory.mktemp("searched") / "run", replace(runs.SHORT.refit, tokens=0)
+    config = runs.short(checkpoints["llama-gqa"], text, out, refit=refit)
+    pipeline.run(config, until="search")
+    return config
+
+
+@pytest.fixture
+def run(searched: RunConfig, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return shutil.copytree(searched.out, tmp_path / "run")
+
+
+def export(run: Path) -> int:
+    return runs.call("export", str(run), "--no-verify", "--out", str(run.parent / "out"))
+
+
+def refused(run: Path, capsys: pytest.CaptureFixture[str], code: int, *words: str) -> None:
+    """An export that ends in one sentence and leaves everything as it was."""
+    before = runs.files(run)
+    capsys.readouterr()
+    assert export(run) == code
+    sentence = only_sentence(capsys.readouterr().err)
+    assert all(word in sentence for word in words), sentence
+    assert runs.files(run) == before
+    assert [path.name for path in run.parent.iterdir()] == ["run"]
+
+
+def test_export_is_the_stitched_model(run: Path, searched: RunConfig, tmp_path: Path) -> None:
+    for lost in ("table.json", "report.md"):
+        (run / lost).touch()  # as in a finished run that has lost its model
+    assert export(run) == 0
+    checkpoint, config = Checkpoint(Path(searched.model)), searched.database
+    grid = level_grid(checkpoint.units, config.levels, config.granularity)
+    database = Database(run / "database", grid, read_json(run / "database" / "database.json")["made_from"])
+    dense = checkpoint.load(torch.float32, torch.device("cpu"))
+    expected = Stitcher(dense, checkpoint.family, database).stitch(Run(run).genome)(TOKEN_IDS).logits
+    for model in (run, tmp_path / "out"):
+        torch.testing.assert_close(load(model)(TOKEN_IDS).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_missing_unit(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "database" / "block-01-mlp.safetensors").unlink()
+    refused(run, capsys, 1, "block-01-mlp.safetensors is missing", "run darwinlm compress again")
+
+
+def test_damaged_unit(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    levels = read_json(run / "search" / "result.json")["level_of"]
+    unit = next(name for name, level in levels.items() if level in (1, 2))
+    file = run / "database" / f"{unit}.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    refused(run, capsys, 1, file.name, "truncated or altered", "it alone is rebuilt")
+
+
+def test_search_that_has_not_finished(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "search" / "result.json").unlink()
+    refused(run, capsys, 2, "its run has not come to its export yet")
