@@ -113,6 +113,16 @@ def test_the_run_directory_holds_what_the_design_says_and_nothing_else(compresse
     }
 
 
+def test_the_model_card_says_what_it_is_and_how_good(compressed: Run):
+    card = (compressed.exported / "README.md").read_text()
+    report = compressed.report_path.read_text()
+    for row in ("dense", "uniform", "searched"):
+        (line,) = (line for line in report.splitlines() if line.startswith(f"| {row} |"))
+        assert line in card
+    for said in (Path(compressed.config.model).name, compressed.config.data, "AutoModelForCausalLM.from_pretrained"):
+        assert said in card
+
+
 def test_settings_survive_yaml(compressed: Run):
     config = read_config(compressed.path / "run.yaml")
     assert config == runs.short(
