@@ -156,6 +156,15 @@ def test_sequences_longer_than_the_model_has_positions(config: RunConfig, capsys
         *((f"--database.{name}", "0") for name in ("levels", "granularity", "damping")),
         ("--search.generations", "-1"),
         *((f"--search.{name}", "0") for name in ("offspring", "max-switches", "learning-rate")),
+        ("--target", "size=0.5"),
+        ("--target", "params=0"),
+        ("--target", "params=0.001"),
+        ("--target", "params=9T"),
+        ("--search.top-k", "0"),
+        (
+            "--search.stages",
+            "[{survivors: 2, fitness_tokens: 8, training_tokens: 8}, {survivors: 1, fitness_tokens: 8}]",
+        ),
         ("--search.stages", "[]"),
         ("--search.stages", "[{survivors: 0, fitness_tokens: 8}]"),
         ("--search.stages", "[{survivors: 1, fitness_tokens: 0}]"),
@@ -183,6 +192,13 @@ def test_values_are_checked_in_python_too():
         EvaluationConfig(repeats=0)
     with pytest.raises(ValueError, match="target-level"):
         replace(runs.SHORT, database=DatabaseConfig(levels=2))
+
+
+def test_start_that_is_no_genome(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    refused(config, capsys, 2, "--search.start", "no genome in", flags=("--search.start", str(tmp_path / "nowhere")))
+    (tmp_path / "short.json").write_text("[1, 1, 1]")
+    refused(config, capsys, 2, "another model", "3 levels", flags=("--search.start", str(tmp_path / "short.json")))
+    as_if_nothing_had_happened(config)
 
 
 def test_granularity_that_does_not_divide(config: RunConfig, capsys: pytest.CaptureFixture[str]):

@@ -75,6 +75,30 @@ def test_a_recipe_is_read_and_flags_win_over_it(tmp_path: Path, ran: list[tuple[
     assert (second.model, second.verify) == ("OTHER", True)
 
 
+@pytest.mark.parametrize("preset", [["--preset", "paper"], ["--preset=paper"]])
+def test_a_preset_is_read_before_files_and_flags(
+    preset: list[str], tmp_path: Path, ran: list[tuple[RunConfig, str]]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("search: {offspring: 5, learning_rate: 2.0e-5}\n")
+    command = ["compress", "M", "--data", "D", "--out", "O", "--search.offspring", "6"]
+    assert cli.main([*command, "--config", str(recipe), *preset]) == 0
+    assert cli.main([*command[:-2], *preset]) == 0
+    (mixed, _), (paper, _) = ran
+    assert (mixed.search.offspring, mixed.search.learning_rate) == (6, 2e-5)
+    assert (paper.search.offspring, paper.search.learning_rate, paper.search.max_switches) == (16, 1e-5, 3)
+    assert (paper.search.start, paper.search.moves, paper.search.metric) == ("uniform", "within_kinds", "kl")
+    assert (paper.database.levels, paper.database.structure) == (10, "head")
+    assert [s.survivors for s in paper.search.stages] == [8, 4, 2, 1]
+    assert [s.fitness_tokens for s in paper.search.stages] == [1024, 2048, 4096, 8192]
+    assert [s.training_tokens for s in paper.search.stages] == [10_000, 50_000, 100_000, 200_000]
+
+
+def test_budgets_have_flags(ran: list[tuple[RunConfig, str]]) -> None:
+    assert cli.main(["compress", "M", "--data", "D", "--out", "O", "--target", "params=0.6", "--keep-attention"]) == 0
+    assert (ran[0][0].target, ran[0][0].keep_attention) == ("params=0.6", True)
+
+
 def test_run_yaml_is_a_recipe(tmp_path: Path, ran: list[tuple[RunConfig, str]]):
     written = dataclasses.replace(runs.SHORT, genome="G", device="cpu")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(yaml.safe_load(_yaml(written))))
@@ -113,6 +137,8 @@ def test_the_demo_has_its_own_settings(tmp_path: Path, ran: list[tuple[RunConfig
         ("compress M --data D --out O --seed x", ["--seed", "Expected", "int", "x"]),
         ("compress M --data D --out O --search.learning-rate fast", ["--search.learning-rate", "float", "fast"]),
         ("compress M --data D --out O --dtype float8", ["--dtype", "'float32'", "float8"]),
+        ("compress M --data D --out O --preset plain", ["--preset", "plain", "paper"]),
+        ("compress M --data D --out O --search.metric accuracy", ["--search.metric", "'top-k-kl'", "accuracy"]),
         ("compress M --data D --out O --config nowhere.yaml", ["--config", "nowhere.yaml"]),
         ("compress M --data D --out O --search.stages [{survivors:1}]", ["survivors:1", "darwinlm --help"]),
         ("compress M --data D", ["out", "required"]),

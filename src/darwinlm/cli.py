@@ -42,6 +42,9 @@ EVALUATE = "how fast a model is beside the dense one"
 UNTIL: dict[str, Literal["database", "search"]] = {"database": "database", "search": "search"}
 
 
+PRESETS = Path(__file__).parent / "presets"
+
+
 class Parser(ArgumentParser):
     """Flags with dashes, as the field writes them, for dataclass fields with underscores; errors are one sentence."""
 
@@ -75,13 +78,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _files_first(arguments: Sequence[str]) -> list[str]:
-    """The command, then `--config`, then the rest: what comes later wins, and flags win over files."""
-    files: list[str] = []
+    """The command, then the files of `--preset` and `--config`, then the rest: later wins, and flags win over files."""
+    of_flag: dict[str, list[str]] = {"--preset": [], "--config": []}
     rest: list[str] = []
     for argument, before in zip(arguments, ["", *arguments], strict=False):
-        is_file = argument == "--config" or argument.startswith("--config=") or before == "--config"
-        (files if is_file else rest).append(argument)
-    return [*rest[:1], *files, *rest[1:]]
+        flag = next((flag for flag in of_flag if flag in (argument.partition("=")[0], before)), None)
+        (rest if flag is None else of_flag[flag]).append(argument)
+    presets = [PRESETS / f"{name.removeprefix('--preset=')}.yaml" for name in of_flag["--preset"]]
+    given = [f"--config={path}" for path in presets if path.is_file()]
+    return [*rest[:1], *of_flag["--preset"], *given, *of_flag["--config"], *rest[1:]]
 
 
 def _parser() -> ArgumentParser:
@@ -92,9 +97,12 @@ def _parser() -> ArgumentParser:
         given = {"model", "data"} if name == "demo" else {"model"}
         if name != "demo":
             stage.add_argument("model", type=str, help="a hub id, a directory, a .gguf file, or smollm2-135m")
+        presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+        stage.add_argument("--preset", choices=presets, help="settings that come with darwinlm; --config wins over it")
         stage.add_argument("--config", action="config", help="a YAML file of settings; flags win over it")
-        stage.add_class_arguments(RunConfig, skip={*given, "verify"})
+        stage.add_class_arguments(RunConfig, skip={*given, "verify", "keep_attention"})
         _add_verify(stage)
+        _add_switch(stage, "keep-attention", False, "let no block lose all of its attention, which vLLM wants")
         if name == "demo":
             stage.set_defaults({key: value for key, value in dataclasses.asdict(DEMO).items() if key not in given})
         commands.add_subcommand(name, stage, help=help_text)
@@ -132,12 +140,12 @@ def _parser() -> ArgumentParser:
 
 
 def _add_verify(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--verify",
-        action=ActionYesNo(no_prefix="no-"),
-        default=True,
-        help="load an hf export in a fresh process without darwinlm and compare its logits (default: yes)",
-    )
+    _add_switch(parser, "verify", True, "load an hf export in a fresh process without darwinlm and compare its logits")
+
+
+def _add_switch(parser: ArgumentParser, name: str, default: bool, help_text: str) -> None:
+    told = f"{help_text} (default: {'yes' if default else 'no'})"
+    parser.add_argument(f"--{name}", action=ActionYesNo(no_prefix="no-"), default=default, help=told)
 
 
 def _run(command: str, fields: Namespace) -> None:
