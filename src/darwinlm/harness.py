@@ -1,0 +1,250 @@
+"""lm-evaluation-harness on models in memory: its tasks, the paper's suite, and the suite's tasks from local files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from darwinlm.types import DarwinError, UsageError
+
+
+@dataclass(frozen=True)
+class Request:
+    """A task as it is to be run.
+
+    Attributes:
+        shots: examples before each question; None for what the task says.
+        metric: the one that counts; None for all that the task has.
+    """
+
+    task: str
+    shots: int | None = None
+    metric: str | None = None
+
+
+# Shots: scripts/run_lmeval_hf.sh of IST-DASLab/DarwinLM. acc or acc_norm: the table of metrics in icl_eval/README.md of
+# princeton-nlp/LLM-Shearing (ShearedLLaMA), whose protocol the paper follows.
+SUITE = (
+    Request("sciq", 0, "acc"),
+    Request("piqa", 0, "acc"),
+    Request("winogrande", 5, "acc"),
+    Request("arc_easy", 0, "acc"),
+    Request("arc_challenge", 25, "acc_norm"),
+    Request("hellaswag", 10, "acc_norm"),
+    Request("logiqa", 0, "acc_norm"),
+    Request("boolq", 0, "acc"),
+    Request("mmlu", 5, "acc"),
+)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A model's figure on a task.
+
+    Attributes:
+        stderr: standard error of `value`; None where the harness gives none.
+        questions: how many were asked.
+        source: where they come from.
+    """
+
+    task: str
+    metric: str
+    shots: int
+    value: float
+    stderr: float | None
+    questions: int
+    source: str
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    *,
+    batch_size: int = 8,
+    limit: int | None = None,
+    tasks_path: Path | None = None,
+    tasks_data: Path | None = None,
+) -> list[Score]:
+    """Put a model through tasks.
+
+    Args:
+        limit: questions a task, at most.
+        tasks_path: a directory of task files (YAML) besides the harness's own.
+        tasks_data: a directory of .jsonl files; tasks that have theirs there are asked from it (`LOCAL`).
+
+    Raises:
+        UsageError: if lm-eval is not installed, or a task is unknown.
+        DarwinError: if a task's questions cannot be had.
+    """
+    require_harness()
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    local = {} if tasks_data is None else local_tasks(tasks_data)
+    manager = _manager(requests, local, tasks_path)
+    scores = []
+    for request in requests:
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # type: ignore[arg-type]
+        try:
+            found: Any = simple_evaluate(
+                model=lm,
+                tasks=[local.get(request.task, request.task)],
+                num_fewshot=request.shots,
+                limit=limit,
+                task_manager=manager,
+                log_samples=False,
+            )
+        except Exception as error:  # whatever the hub, the data set or the harness stumbles over
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise DarwinError(
+                f"the task {request.task} cannot be run ({reason}); check its name and that its questions can be had, "
+                f"or name a directory of local ones with --tasks-data ({', '.join(LOCAL)})"
+            ) from error
+        source = f"{LOCAL[request.task].file} (local)" if request.task in local else f"lm-eval {version('lm-eval')}"
+        scores += _scores(request, found, source)
+    return scores
+
+
+def require_harness() -> None:
+    """Raise `UsageError` if lm-eval is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UsageError("tasks need lm-eval, which is not installed: pip install darwinlm[eval]")
+
+
+def _manager(requests: Sequence[Request], local: Mapping[str, Any], tasks_path: Path | None) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    if tasks_path is not None and not tasks_path.is_dir():
+        raise UsageError(f"--tasks-path: no directory {tasks_path}; name one with task files (YAML)")
+    wanted = {request.task for request in requests} - local.keys()
+    manager = TaskManager(include_path=tasks_path, include_defaults=False)
+    if wanted - set(manager.all_tasks):  # its own are 14,000 files: ten seconds
+        manager = TaskManager(include_path=tasks_path)
+    unknown = sorted(wanted - set(manager.all_tasks))
+    if unknown:
+        name = f"lm-eval {version('lm-eval')}"
+        raise UsageError(f"--tasks: expected tasks of {name}, found {unknown[0]!r}; `lm-eval ls tasks` lists them")
+    return manager
+
+
+def _scores(request: Request, found: Mapping[str, Any], source: str) -> list[Score]:
+    """The figures of the task itself, or of the group that it is."""
+    figures = found["results"][request.task]
+    counts = found.get("n-samples", {})
+    inside = found.get("group_subtasks", {}).get(request.task) or [request.task]
+    questions = sum(counts[name]["effective"] for name in inside if name in counts)
+    shots = found.get("n-shot", {}).get(request.task, request.shots)
+    return [
+        Score(request.task, name, shots or 0, value, _number(figures.get(f"{name}_stderr,{kind}")), questions, source)
+        for key, value in figures.items()
+        for name, _, kind in [key.partition(",")]
+        if kind and not name.endswith("_stderr") and request.metric in (None, name)
+    ]
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, float) else None
+
+
+@dataclass(frozen=True)
+class Local:
+    """How a local file's records become the questions of an official task.
+
+    Attributes:
+        question: the prompt, the choices, what follows every choice or None, and the right choice's index.
+        metrics: of the official task.
+    """
+
+    file: str
+    question: Callable[[Mapping[str, Any]], dict[str, Any]]
+    metrics: tuple[str, ...]
+
+
+def _arc(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {"text": f"{record['query']}\nAnswer:", "choices": record["choices"]}
+
+
+def _piqa(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {"text": f"{record['query']}Answer:", "choices": record["choices"]}
+
+
+def _boolq(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {"text": f"{record['query'].removeprefix('Passage: ')}\nAnswer:", "choices": record["choices"]}
+
+
+def _logiqa(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The official task scores the options' texts; the file has them in the prompt, and letters as choices."""
+    found = re.fullmatch(
+        r"Context: (.*)\nChoices: A\. (.*)\nB\. (.*)\nC\. (.*)\nD\. (.*)\n", record["query"], re.DOTALL
+    )
+    if found is None:
+        raise ValueError("a LogiQA query without Context, Choices and four options")
+    passage, *options = found.groups()
+    listed = "".join(f"{letter}. {option}\n" for letter, option in zip("ABCD", options, strict=True))
+    return {"text": f"Passage: {passage}\nChoices:\n{listed}Answer:", "choices": options}
+
+
+def _winogrande(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Partial evaluation: the likelihood of the same ending after each beginning."""
+    return {"text": record["gold"], "choices": record["context_options"], "ending": record["continuation"]}
+
+
+LOCAL = {
+    "arc_easy": Local("arc_easy.jsonl", _arc, ("acc", "acc_norm")),
+    "boolq": Local("boolq.jsonl", _boolq, ("acc",)),
+    "logiqa": Local("logi_qa.jsonl", _logiqa, ("acc", "acc_norm")),
+    "piqa": Local("piqa.jsonl", _piqa, ("acc", "acc_norm")),
+    "winogrande": Local("winogrande.jsonl", _winogrande, ("acc",)),
+}
+
+
+def local_tasks(directory: Path) -> dict[str, dict[str, Any]]:
+    """The harness's configuration of every task in `LOCAL` whose file is in the directory, by name.
+
+    Prompts are those of the official tasks, as far as the files have them: BoolQ's passages lack their titles. Examples
+    for shots come from the same file, never the question itself.
+
+    Raises:
+        UsageError: if the directory has no such file.
+    """
+    there = {name: local for name, local in LOCAL.items() if (directory / local.file).is_file()}
+    found = {name: _config(name, local, directory) for name, local in there.items()}
+    if not found:
+        files = ", ".join(local.file for local in LOCAL.values())
+        raise UsageError(f"--tasks-data: expected one of {files} in {directory}, found none; name their directory")
+    return found
+
+
+def _config(name: str, local: Local, directory: Path) -> dict[str, Any]:
+    return {
+        "task": name,
+        "custom_dataset": lambda **_: {"validation": _questions(local, directory / local.file)},
+        "output_type": "multiple_choice",
+        "validation_split": "validation",
+        "doc_to_text": "text",
+        "doc_to_target": "ending" if name == "winogrande" else "gold",
+        "doc_to_choice": "choices",
+        "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in local.metrics],
+    }
+
+
+def _questions(local: Local, path: Path) -> Any:
+    from datasets import Dataset
+
+    try:
+        with path.open(encoding="utf-8") as lines:
+            records = [json.loads(line) for line in lines]
+        return Dataset.from_list([local.question(record) | {"gold": record["gold"]} for record in records])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DarwinError(f"{path} cannot be read as questions ({error!r}); check the file") from None

@@ -1,0 +1,171 @@
+"""Tasks through lm-eval against log-likelihoods computed with transformers alone, and prompts against official ones."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import tiny
+from darwinlm.harness import LOCAL, SUITE, Request, local_tasks, run_tasks
+from darwinlm.types import DarwinError, UsageError
+
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "eval"
+QUESTIONS = 12
+# What lm-eval's own task makes of a question: prompt, choices, and what follows each choice.
+OFFICIAL: dict[str, tuple[dict[str, Any], str | int, list[str], str | int]] = {
+    "arc_easy": (
+        {"query": "Question: Which is hot?", "choices": ["ice", "fire", "snow", "rain"], "gold": 1},
+        "Question: Which is hot?\nAnswer:",
+        ["ice", "fire", "snow", "rain"],
+        1,
+    ),
+    "piqa": (
+        {"query": "Question: boil water\n", "choices": ["heat it", "cool it"], "gold": 0},
+        "Question: boil water\nAnswer:",
+        ["heat it", "cool it"],
+        0,
+    ),
+    "boolq": (
+        {"query": "Passage: Ice is cold.\nQuestion: is ice cold?", "choices": ["no", "yes"], "gold": 1},
+        "Ice is cold.\nQuestion: is ice cold?\nAnswer:",
+        ["no", "yes"],
+        1,
+    ),
+    "logiqa": (
+        {
+            "query": "Context: All men die.\nQuestion: Who dies?\nChoices: A. Men.\nB. Gods.\nC. None.\nD. Stones.\n",
+            "choices": ["A", "B", "C", "D"],
+            "gold": 0,
+        },
+        "Passage: All men die.\nQuestion: Who dies?\nChoices:\nA. Men.\nB. Gods.\nC. None.\nD. Stones.\nAnswer:",
+        ["Men.", "Gods.", "None.", "Stones."],
+        0,
+    ),
+    "winogrande": (
+        {
+            "context_options": ["The cup broke as the cup", "The cup broke as the rock"],
+            "continuation": "fell.",
+            "gold": 0,
+        },
+        0,
+        ["The cup broke as the cup", "The cup broke as the rock"],
+        "fell.",
+    ),
+}
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed"),
+    pytest.mark.filterwarnings("ignore"),  # lm-eval's and its dependencies'
+]
+
+
+@pytest.fixture(autouse=True)
+def without_notes_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They cost lm-eval a second a call."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    """Whose context is long enough for every question."""
+    model = tiny.build("llama-gqa")
+    model.config.max_position_embeddings = 4096
+    return model
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_local_questions_are_put_as_the_official_tasks_put_them(name: str, tmp_path: Path) -> None:
+    from lm_eval.tasks import TaskManager
+
+    record, text, choices, target = OFFICIAL[name]
+    write(tmp_path / LOCAL[name].file, [record])
+    config = local_tasks(tmp_path)
+    assert list(config) == [name]
+    task: Any = TaskManager(include_defaults=False).load([config[name]])["tasks"][name]
+    (doc,) = task.validation_docs()
+    assert (task.doc_to_text(doc), task.doc_to_choice(doc), task.doc_to_target(doc)) == (text, choices, target)
+
+
+@pytest.mark.parametrize("name", ["piqa", "winogrande"])
+def test_accuracy_is_that_of_plain_log_likelihoods(name: str, model: PreTrainedModel, tmp_path: Path) -> None:
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared")
+    lines = (SHARED / LOCAL[name].file).read_text().splitlines()[:QUESTIONS]
+    records = [json.loads(line) for line in lines]
+    write(tmp_path / LOCAL[name].file, records)
+    scores = run_tasks(model, tiny.tokenizer(), [Request(name)], tasks_data=tmp_path)
+    right = normed = 0
+    for record in records:
+        if name == "winogrande":
+            pairs = [(context, f" {record['continuation']}") for context in record["context_options"]]
+        else:
+            pairs = [(f"{record['query']}Answer:", f" {choice}") for choice in record["choices"]]
+        found = [log_likelihood(model, *pair) for pair in pairs]
+        right += found.index(max(found)) == record["gold"]
+        by_length = [value / (len(ending) - 1) for value, (_, ending) in zip(found, pairs, strict=True)]
+        normed += by_length.index(max(by_length)) == record["gold"]
+    assert {score.questions for score in scores} == {QUESTIONS}
+    values = {score.metric: score.value for score in scores}
+    assert values["acc"] == pytest.approx(right / QUESTIONS)
+    assert 0 < right < QUESTIONS
+    if name == "piqa":
+        assert values["acc_norm"] == pytest.approx(normed / QUESTIONS)
+
+
+def log_likelihood(model: Any, context: str, ending: str) -> float:
+    encode = tiny.tokenizer()
+    before, ids = encode(context)["input_ids"], encode(context + ending)["input_ids"]
+    with torch.no_grad():
+        log_probs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return sum(log_probs[at - 1, ids[at]].item() for at in range(len(before), len(ids)))
+
+
+def test_shots_limits_and_task_files(model: PreTrainedModel, tmp_path: Path) -> None:
+    records = [OFFICIAL["arc_easy"][0] | {"gold": gold} for gold in (0, 1, 2, 3, 1, 2)]
+    write(tmp_path / "arc_easy.jsonl", records)
+    data = write(tmp_path / "own.jsonl", [{"q": "Ice is", "a": ["hot", "cold"], "right": 1}] * 3)
+    (tmp_path / "own.yaml").write_text(
+        "task: own\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {tmp_path}/cache}}\n"
+        "output_type: multiple_choice\ntest_split: test\ndoc_to_text: q\ndoc_to_target: right\ndoc_to_choice: a\n"
+        "metric_list: [{metric: acc}]\n"
+    )
+    asked = [Request("arc_easy", 2, "acc_norm"), Request("own")]
+    arc, own = run_tasks(model, tiny.tokenizer(), asked, limit=4, tasks_path=tmp_path, tasks_data=tmp_path)
+    assert (arc.task, arc.metric, arc.shots, arc.questions) == ("arc_easy", "acc_norm", 2, 4)
+    assert (own.task, own.metric, own.shots, own.questions, own.value in (0, 1)) == ("own", "acc", 0, 3, True)
+
+
+def test_what_cannot_be_asked_is_refused(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = [Request("arc_easy")]
+    with pytest.raises(UsageError, match=r"--tasks-data: expected one of arc_easy\.jsonl"):
+        run_tasks(model, tiny.tokenizer(), ask, tasks_data=tmp_path)
+    with pytest.raises(UsageError, match="--tasks-path: no directory"):
+        run_tasks(model, tiny.tokenizer(), ask, tasks_path=tmp_path / "none")
+    write(tmp_path / "arc_easy.jsonl", [{"query": "Question: half a record"}])
+    with pytest.raises(DarwinError, match=r"arc_easy\.jsonl cannot be read as questions"):
+        run_tasks(model, tiny.tokenizer(), ask, tasks_data=tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="tasks need lm-eval, which is not installed: pip install darwinlm"):
+        run_tasks(model, tiny.tokenizer(), ask)
+
+
+def test_suite_is_the_papers() -> None:
+    shots = {request.task: request.shots for request in SUITE}
+    assert {task for task, count in shots.items() if count == 0} == {"sciq", "piqa", "arc_easy", "logiqa", "boolq"}
+    assert {task: count for task, count in shots.items() if count} == {
+        "winogrande": 5, "mmlu": 5, "hellaswag": 10, "arc_challenge": 25,
+    }  # fmt: skip
