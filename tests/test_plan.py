@@ -14,9 +14,9 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 import pruned
 import tiny
 from darwinlm.cli import main
-from darwinlm.config import CalibrationConfig, DatabaseConfig
+from darwinlm.config import CalibrationConfig, DatabaseConfig, GradualConfig
 from darwinlm.genome import uniform_genome
-from darwinlm.plan import Plan, Rates, find_config, measure_rates, plan
+from darwinlm.plan import Plan, Rates, find_config, measure_rates, plan, plan_training
 from darwinlm.surgery import Stitcher
 from darwinlm.types import UsageError
 
@@ -152,3 +152,23 @@ def test_a_plan_of_settings_that_cannot_be_used_is_refused(
         code = stopped.code
     assert code == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_recipe_is_priced_stage_by_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """10 B tokens are 2,385 steps of 1,024 x 4,096; 8 operations a weight and token with activations computed again."""
+    llama_2_7b().save_pretrained(tmp_path)
+    recipe = Path(__file__).parents[1] / "recipes" / "llama-2-7b.yaml"
+    assert main(["plan", str(tmp_path), "--config", str(recipe)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"at level 5 of 10, head +3.50 B", printed)
+    for level in (5, 6):
+        assert f"training at level {level}, 10,000,000,000 tokens" in printed
+    assert printed.count("2,385 steps, ") == 2
+    assert "2.8e+20 operations" in printed
+
+
+def test_training_is_priced_by_hand() -> None:
+    found = plan_training(10**9, 10**9, 10**6, GradualConfig("M", "D", "O"))
+    assert found.operations == (6 + 2) * 1e15  # all activations kept, and a teacher of the same size
+    assert found.memory_bytes == 16 * 10**9 + 2 * 10**9

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from darwinlm import obs
 from darwinlm.calibrate import PANEL, SPILL_BYTES
 from darwinlm.checkpoint import PACKAGED, find_checkpoint
-from darwinlm.config import CalibrationConfig, DatabaseConfig
+from darwinlm.config import CalibrationConfig, DatabaseConfig, GradualConfig
 from darwinlm.device import DTYPES
 from darwinlm.families import find_family, find_units, head_dim
 from darwinlm.genome import Grid, level_grid, prunable_parameters, uniform_genome
@@ -230,30 +230,79 @@ def find_config(model: str) -> PretrainedConfig:
         ) from None
 
 
-def show(model: str, calibration: CalibrationConfig, database: DatabaseConfig, target_level: float) -> None:
-    """Print the plan of a run on this machine.
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a training takes.
+
+    Attributes:
+        operations: floating-point operations of student and teacher.
+        memory_bytes: float32 weights, gradients and both moments of AdamW, and the teacher, without activations.
+        disk_bytes: tokens, and the two checkpoints that are kept.
+    """
+
+    steps: int
+    operations: float
+    memory_bytes: int
+    disk_bytes: int
+
+
+def plan_training(parameters: int, teacher_parameters: int, tokens: int, config: GradualConfig) -> TrainingPlan:
+    """Six operations a weight and token, two more where activations are computed again, two a weight of the teacher."""
+    batch = config.training.batch_size * config.stream.sequence_length
+    student = parameters * (8 if config.training.gradient_checkpointing else 6)
+    online = config.distillation.weight > 0 and not config.distillation.top_k
+    return TrainingPlan(
+        steps=-(-tokens // batch),
+        operations=float(tokens) * (student + (2 * teacher_parameters if online else 0)),
+        memory_bytes=4 * FLOAT * parameters + DTYPES["bfloat16"].itemsize * teacher_parameters,
+        disk_bytes=FLOAT * tokens + 2 * 3 * FLOAT * parameters,
+    )
+
+
+def check_level(level: float, levels: int) -> None:
+    """Raise `UsageError` unless a target level is one of the `levels` that leave something and lose something."""
+    if not 0 < level < levels:
+        raise UsageError(
+            f"--target-level: expected a level between 0 and {levels} (--database.levels), both excluded, "
+            f"found {level:g}; give another value"
+        )
+
+
+def show(config: GradualConfig) -> None:
+    """Print what a recipe takes on this machine: the database of the dense model, then every stage.
+
+    The database of a later stage takes less than that of the first, and is not counted.
 
     Raises:
         UsageError: as `find_config` and `plan`.
     """
-    config = find_config(model)
-    if not 0 < target_level < database.levels:
-        raise UsageError(
-            f"--target-level: expected a level between 0 and {database.levels} (--database.levels), both excluded, "
-            f"found {target_level:g}; give another value"
-        )
-    find_family(config)  # before seconds are spent on rates
-    found = plan(config, calibration, database, target_level, measure_rates(DTYPES[calibration.dtype]))
-    target = f"at level {target_level:g} of {database.levels}, {database.structure}"
+    model, calibration, database = find_config(config.model), config.calibration, config.database
+    find_family(model)  # before seconds are spent on rates
+    rates = measure_rates(DTYPES[calibration.dtype])
+    plans = [plan(model, calibration, database, stage.target_level, rates) for stage in config.stages]
+    found = plans[0]
     rows = {
         "parameters": f"{found.parameters / 1e9:.2f} B",
-        target: f"{found.target_parameters / 1e9:.2f} B",
         f"calibration, {calibration.tokens:,} tokens": _duration(found.calibration_seconds),
         "elimination": _duration(found.elimination_seconds),
         "peak memory": f"{found.memory_bytes / 1e9:.1f} GB beside the interpreter",
         "database on disk": f"{found.disk_bytes / 1e9:.1f} GB",
         "activations on disk": f"{found.spilled_bytes / 1e9:.1f} GB",
     }
+    for stage, at in zip(config.stages, plans, strict=True):
+        rows[f"at level {stage.target_level:g} of {database.levels}, {database.structure}"] = (
+            f"{at.target_parameters / 1e9:.2f} B"
+        )
+        if stage.tokens:
+            training = plan_training(at.target_parameters, found.parameters, stage.tokens, config)
+            rows[f"training at level {stage.target_level:g}, {stage.tokens:,} tokens"] = (
+                f"{training.steps:,} steps, {training.operations:.1e} operations, "
+                f"{_duration(training.operations / rates.forward)} on this machine"
+            )
+            rows[f"  its memory at level {stage.target_level:g}"] = (
+                f"{training.memory_bytes / 1e9:.0f} GB over all processes, beside activations"
+            )
+            rows[f"  its disk at level {stage.target_level:g}"] = f"{training.disk_bytes / 1e9:.0f} GB"
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:{width}}  {value}")
