@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import tiny
-from darwinlm import tuning
+from darwinlm import parallel, tuning
 from darwinlm.config import SearchConfig
 from darwinlm.families import Head
 from darwinlm.fitness import Fitness
@@ -189,6 +189,17 @@ def test_no_more_than_the_survivors_are_kept(stitcher: Stitcher) -> None:
     assert set(scorer._tuner._kept) == set(best)
     scorer.scores(best, TRAINED[-1])
     assert not scorer._tuner._kept
+
+
+def test_processes_share_candidates_and_keep_those_they_have_begun(
+    stitcher: Stitcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "processes", lambda: 2)
+    scorer, genomes = fitness(stitcher), random_genomes(stitcher, 6)
+    assert scorer._assign(genomes) == [0, 1, 0, 1, 0, 1]
+    assert scorer._assign([genomes[i] for i in (3, 2, 5, 4)]) == [1, 0, 1, 0]
+    # Three of one process: it keeps its share of two, the third begins anew elsewhere.
+    assert scorer._assign([genomes[i] for i in (0, 2, 4)]) == [0, 0, 1]
 
 
 def test_training_lowers_the_loss(stitcher: Stitcher) -> None:

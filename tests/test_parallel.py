@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import runs
 from darwinlm.artifact import read_json
 from darwinlm.checkpoint import Checkpoint
+from darwinlm.config import SearchConfig
 from darwinlm.database import Database
 from darwinlm.genome import level_grid
+from darwinlm.types import SelectionStage
 
 DIE = """
 import os, signal, sys
@@ -68,6 +74,31 @@ def test_two_processes_keep_what_one_keeps(
     done = torchrun("-m", "darwinlm", *runs.command(runs.short(checkpoints["llama-gqa"], text, out), name="database"))
     assert done.returncode == 0, done.stderr
     assert_same_levels(open_database(alone, checkpoints["llama-gqa"]), open_database(out, checkpoints["llama-gqa"]))
+
+
+def test_two_processes_take_the_path_of_one(
+    checkpoints: dict[str, Path], text: Path, tmp_path: Path, alone: Path
+) -> None:
+    """Sensitivities and offspring are shared out, untrained and trained; all that follows is the same."""
+    stages = (SelectionStage(3, 64), SelectionStage(2, 64, 64), SelectionStage(1, 128, 128))
+    search = SearchConfig(generations=2, offspring=5, stages=stages, learning_rate=1e-3)
+    for name in ("one", "two"):
+        shutil.copytree(alone, tmp_path / name)
+        settings = yaml.safe_load((alone / "run.yaml").read_text())
+        settings["search"] = json.loads(json.dumps(asdict(search)))
+        (tmp_path / name / "run.yaml").write_text(yaml.safe_dump(settings))
+    one, two = (
+        runs.command(runs.short(checkpoints["llama-gqa"], text, tmp_path / name, search=search), name="search")
+        for name in ("one", "two")
+    )
+    assert runs.call(*one) == 0
+    done = torchrun("-m", "darwinlm", *two)
+    assert done.returncode == 0, done.stderr
+    assert runs.history(tmp_path / "one") == runs.history(tmp_path / "two")
+    assert len(runs.history(tmp_path / "two")) == 3
+    for file in ("sensitivities.json", "result.json"):
+        assert (tmp_path / "one" / "search" / file).read_text() == (tmp_path / "two" / "search" / file).read_text()
+    assert done.stderr.count("search: 2/2") == 1  # only the first speaks
 
 
 def die(how: str, command: list[str], program: Path) -> str:
