@@ -232,6 +232,11 @@ def _train(work: _Work) -> Path:
     last = this.last_checkpoint(work.made_from)
     if last is not None and last.name == f"checkpoint-{config.steps}":
         return last
+    if last is not None and config.training.fsdp and work.device.type == "cpu":
+        raise DarwinError(  # accelerate's loading waits for ever
+            f"--training.fsdp: a sharded training cannot be resumed on CPU (found {last}); resume it on GPUs, or "
+            "choose another --out"
+        )
     set_seed(config.seed)
     model: Any = work.checkpoint.load(torch.float32, work.device).requires_grad_(True).train()
     if config.training.lora_rank:
