@@ -144,10 +144,10 @@ def test_damaged_record_of_a_unit(measured: Path, config: RunConfig, capsys: pyt
 
 def test_damaged_search(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     pipeline.run(config, until="search")
-    state = tmp_path / "run" / "search" / "state.json"
-    for damaged in (state.read_text()[:-9], "{}"):
-        state.write_text(damaged)
-        refused(config, capsys, 1, "state.json", "is damaged", "delete it")
+    history = tmp_path / "run" / "search" / "history.jsonl"
+    for damaged in (history.read_text()[:-9], "{}"):
+        history.write_text(damaged)
+        refused(config, capsys, 1, "history.jsonl", "is damaged", "delete it")
 
 
 # The machine.
