@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from darwinlm.genome import Grid
 from darwinlm.types import BlockSizes, DarwinError, Genome, Kind, Producer, Structure, Unit, UsageError
 
+ROWS, CACHED_ROWS = 256, 16  # tokens that are multiplied by a head at once, and whose float32 logits exist at once
 PRUNED = "pruned_"  # before the model type of an export
 
 
@@ -263,14 +264,27 @@ class Head:
 
     def __init__(self, model: PreTrainedModel):
         self.linear: Any = model.get_output_embeddings()
-        self.scaling: float | None = getattr(model.config, "logits_scaling", None)  # Granite
+        self.scaling: float = getattr(model.config, "logits_scaling", 1.0)  # Granite
         self.cap: float | None = getattr(model.config, "final_logit_softcapping", None)  # Gemma
 
     def __call__(self, hidden: Float[Tensor, "tokens d_out"]) -> Float[Tensor, "tokens vocab"]:
-        logits = self.linear(hidden).float()
-        if self.scaling is not None:
+        return self.finish(self.linear(hidden))
+
+    def finish(self, products: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens vocab"]:
+        """What the family makes of the head's products."""
+        logits = products.float()
+        if self.scaling != 1:
             logits = logits / self.scaling
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def chunks(self, hidden: Float[Tensor, "tokens d_out"]) -> Iterator[tuple[slice, Tensor]]:
+        """The logits of a few tokens at a time, `[rows, vocab]`, and which: they stay in a core's cache."""
+        for start in range(0, len(hidden), ROWS):
+            products = self.linear(hidden[start : start + ROWS])
+            few = CACHED_ROWS if hidden.device.type == "cpu" else ROWS
+            for row in range(0, len(products), few):
+                logits = self.finish(products[row : row + few])
+                yield slice(start + row, start + row + len(logits)), logits
 
 
 def linear_at(model: nn.Module, path: str) -> nn.Linear:

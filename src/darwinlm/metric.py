@@ -1,7 +1,7 @@
 """What candidates are compared by: the dense model's side is computed once, for all of them.
 
-A metric belongs to one batch of token ids and sums over its tokens, `ROWS` of them at a time, so that `[rows, vocab]`
-logits stay in cache and none are ever kept. Sums are float32 or better, whatever the model's precision.
+A metric belongs to one batch of token ids and sums over its tokens, a few at a time, so that `[rows, vocab]` logits
+stay in cache and none are ever kept. Sums are float32 or better, whatever the model's precision.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from transformers import PreTrainedModel
 
 from darwinlm.families import Head
 from darwinlm.types import MetricName
-
-ROWS = 128
 
 
 @runtime_checkable
@@ -77,13 +75,12 @@ class Divergence:
 
     def total(self, hidden: Float[Tensor, "tokens d_out"], head: Head) -> float:
         """The sum over tokens of KL(dense || candidate)."""
-        total = 0.0
-        for rows in _chunks(len(hidden)):
-            z = head(hidden[rows])
+        totals = []
+        for rows, z in head.chunks(hidden):
             expected = torch.linalg.vecdot(self.probabilities[rows].float(), z)
             divergence = self.negentropy[rows] - expected + self.mass[rows] * z.logsumexp(-1)
-            total += divergence.double().sum().item()
-        return total
+            totals.append(divergence.double().sum())
+        return torch.stack(totals).sum().item()
 
 
 @dataclass(frozen=True)
@@ -109,16 +106,15 @@ class TopKDivergence:
 
     def total(self, hidden: Float[Tensor, "tokens d_out"], head: Head) -> float:
         """The sum over tokens."""
-        total = 0.0
-        for rows in _chunks(len(hidden)):
-            z = head(hidden[rows])
+        totals = []
+        for rows, z in head.chunks(hidden):
             log_q = (z.gather(-1, self.indices[rows].long()) - z.logsumexp(-1, keepdim=True)).double()
             log_p = self.log_probabilities[rows].double()
             # A sum of float32 probabilities may pass 1 by its rounding.
             other_p, other_q = (_TINY + (1 - known.exp().sum(-1)).clamp(min=0) for known in (log_p, log_q))
             known = (log_p.exp() * (log_p - log_q)).sum(-1)
-            total += (known + other_p * (other_p / other_q).log()).sum().item()
-        return total
+            totals.append((known + other_p * (other_p / other_q).log()).sum())
+        return torch.stack(totals).sum().item()
 
 
 _TINY = 1e-9
@@ -141,23 +137,17 @@ class CrossEntropy:
         sequences, length = self.token_ids.shape
         states = hidden.unflatten(0, (sequences, length))[:, :-1].flatten(0, 1)
         wanted = self.token_ids[:, 1:].flatten()
-        total = 0.0
-        for rows in _chunks(len(states)):
-            z = head(states[rows])
+        totals = []
+        for rows, z in head.chunks(states):
             surprise = z.logsumexp(-1) - z.gather(-1, wanted[rows, None]).squeeze(-1)
-            total += surprise.double().sum().item()
-        return total
+            totals.append(surprise.double().sum())
+        return torch.stack(totals).sum().item()
 
 
 @torch.inference_mode()
 def _log_probabilities(
     dense: PreTrainedModel, token_ids: Int[Tensor, "sequences length"]
 ) -> Iterator[Float[Tensor, "rows vocab"]]:
-    head = Head(dense)
     hidden = dense.get_decoder()(token_ids, use_cache=False).last_hidden_state.flatten(0, 1)
-    for rows in _chunks(len(hidden)):
-        yield head(hidden[rows]).log_softmax(-1)
-
-
-def _chunks(tokens: int) -> Iterator[slice]:
-    return (slice(start, start + ROWS) for start in range(0, tokens, ROWS))
+    for _, logits in Head(dense).chunks(hidden):
+        yield logits.log_softmax(-1)

@@ -24,8 +24,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from darwinlm.config import RefitConfig
-from darwinlm.families import Head, linear_at
-from darwinlm.metric import ROWS
+from darwinlm.families import ROWS, Head, linear_at
 from darwinlm.progress import say, track
 from darwinlm.surgery import Stitcher
 from darwinlm.types import DarwinError, Genome

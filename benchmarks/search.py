@@ -1,0 +1,262 @@
+"""One generation of the search on SmolLM2-135M: the published form beside ours, and what each lever gives.
+
+darwinlm database smollm2-135m --data vital-wiki --out RUN --database.levels 9 --target-level 3
+python benchmarks/search.py RUN
+
+Both score the same 16 offspring of one parent in the same stages on tokens of the same number, in one process; who
+survives a stage is decided once, by ours. The published form is written plainly: for every candidate of every stage a
+deep copy of the whole dense model, consumers of full width with zeros for what is pruned, logits of the dense model
+and of the candidate over all tokens, fresh tokens in every stage, the parent scored again, and training from scratch
+with AdamW on all weights in bfloat16. The levers are added one after another; the last row is `Fitness` itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from darwinlm.allocate.mutation import within_kinds
+from darwinlm.allocate.uniform import uniform
+from darwinlm.artifact import read_json
+from darwinlm.budget import parameter_costs
+from darwinlm.checkpoint import find_checkpoint
+from darwinlm.config import SearchConfig
+from darwinlm.data import read_corpus
+from darwinlm.database import Database
+from darwinlm.evaluate import parameter_count
+from darwinlm.families import Head, find_units, linear_at
+from darwinlm.fitness import Fitness
+from darwinlm.genome import level_grid
+from darwinlm.metric import Divergence
+from darwinlm.run import Run
+from darwinlm.surgery import Stitcher
+from darwinlm.tuning import Tuner, rounded
+from darwinlm.types import Genome, SelectionStage
+
+SURVIVORS = (8, 4, 2, 1)
+FITNESS_TOKENS = (1024, 2048, 4096, 8192)
+TRAINING_TOKENS = (512, 1024, 2048, 4096)
+LENGTH = 512
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A parent, and who is scored in each stage."""
+
+    parent: Genome
+    candidates: tuple[tuple[Genome, ...], ...]
+    stages: tuple[SelectionStage, ...]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every form is given."""
+
+    stitcher: Stitcher
+    text: Tensor
+    training_text: Tensor
+
+    def fresh(self, tokens: int, stage: int) -> Tensor:
+        """Sequences that no other stage sees."""
+        start = sum(FITNESS_TOKENS[:stage]) // LENGTH
+        return self.text[start : start + tokens // LENGTH]
+
+
+def zero_masked(bench: Bench, genome: Genome) -> PreTrainedModel:
+    """A deep copy of the dense model, whose consumers have zeros where structures are gone."""
+    model, database = copy.deepcopy(bench.stitcher.dense), bench.stitcher.database
+    for index, (unit, level) in enumerate(zip(database.grid.units, genome.levels, strict=True)):
+        weight = linear_at(model, unit.consumer).weight.data
+        if level:
+            weight.zero_()
+        if 0 < level < database.grid.highest(index):
+            found = database.level(index, level)
+            columns = (found.kept[:, None] * unit.structure_width + torch.arange(unit.structure_width)).flatten()
+            weight[:, columns] = found.weight.to(weight.dtype)
+    return model
+
+
+def train_plainly(model: Any, sequences: Tensor) -> None:
+    """AdamW on all weights, in the precision that they have."""
+    model.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0)
+    for ids in sequences.split(1):
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    model.eval().requires_grad_(False)
+
+
+def kl_of_whole_logits(bench: Bench, text: Tensor) -> Callable[[Any], float]:
+    """Logits of a whole sequence at once, in the models' precision; the dense model's are made for every stage."""
+    dense: Any = bench.stitcher.dense
+    with torch.inference_mode():
+        targets = [dense(ids, use_cache=False).logits for ids in text.split(1)]
+
+    @torch.inference_mode()
+    def score(model: Any) -> float:
+        total = 0.0
+        for ids, target in zip(text.split(1), targets, strict=True):
+            log_q = model(ids, use_cache=False).logits.log_softmax(-1)
+            total += float(F.kl_div(log_q, target.log_softmax(-1), log_target=True, reduction="sum"))
+        return total
+
+    return score
+
+
+def kl_in_chunks(bench: Bench, text: Tensor) -> Callable[[Any], float]:
+    """Logits of a few tokens at a time, against what is kept of the dense model from one generation to the next."""
+    key = text.data_ptr(), len(text)
+    if key not in REFERENCES:
+        REFERENCES[key] = Divergence.of(bench.stitcher.dense, text)
+
+    @torch.inference_mode()
+    def score(model: Any) -> float:
+        hidden = model.get_decoder()(text, use_cache=False).last_hidden_state
+        return REFERENCES[key].total(hidden.flatten(0, 1), Head(model))
+
+    return score
+
+
+REFERENCES: dict[tuple[int, int], Divergence] = {}
+
+
+def staged(bench: Bench, plan: Generation, *, narrow: bool, chunked: bool, nested: bool) -> None:
+    """A generation with some of the levers; without any it is the published form."""
+    tuner = Tuner(bench.training_text, 1e-5, CPU)
+    for number, (candidates, stage) in enumerate(zip(plan.candidates, plan.stages, strict=True)):
+        before = FITNESS_TOKENS[number - 1] if nested and number and not stage.training_tokens else 0
+        text = bench.fresh(stage.fitness_tokens - before, number)
+        score = kl_in_chunks(bench, text) if chunked else kl_of_whole_logits(bench, text)
+        again = [] if nested or stage is not plan.stages[-1] else [plan.parent]
+        for genome in [*again, *candidates]:
+            model: Any = bench.stitcher.stitch(genome) if narrow else zero_masked(bench, genome)
+            if stage.training_tokens and chunked:
+                trained = tuner.train(genome, model, stage.training_tokens // LENGTH)  # forgets: from scratch
+                model = rounded(trained.model, model.dtype)
+            elif stage.training_tokens:
+                model = copy.deepcopy(model) if narrow else model
+                train_plainly(model, bench.training_text[: stage.training_tokens // LENGTH])
+            score(model)
+
+
+def ours(fitness: Fitness, plan: Generation) -> None:
+    """A generation as `evolve` scores it."""
+    fitness._sums.clear()
+    fitness._trained.clear()
+    fitness._parent = None
+    for candidates, stage in zip(plan.candidates, plan.stages, strict=True):
+        fitness.scores(candidates, stage, plan.parent)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def product_rate(size: int = 2048) -> float:
+    """Operations a second of a square matrix product in bfloat16."""
+    matrix = torch.randn(size, size).bfloat16()
+    return 2 * size**3 / min(seconds(lambda: matrix @ matrix) for _ in range(8))
+
+
+def plan_of(bench: Bench, parent: Genome, offspring: list[Genome], fitness: Fitness, training: bool) -> Generation:
+    """Who is scored in each stage, found by ours; this also warms it up."""
+    stages = tuple(
+        SelectionStage(survivors, fitness_tokens, training_tokens if training else 0)
+        for survivors, fitness_tokens, training_tokens in zip(SURVIVORS, FITNESS_TOKENS, TRAINING_TOKENS, strict=True)
+    )
+    candidates, rounds = tuple(offspring), []
+    for stage in stages:
+        rounds.append(candidates)
+        scores = dict(
+            zip(candidates, fitness.scores(candidates, replace(stage, training_tokens=0), parent), strict=True)
+        )
+        candidates = tuple(sorted(candidates, key=scores.__getitem__)[: stage.survivors])
+    return Generation(parent, tuple(rounds), stages)
+
+
+def measure(bench: Bench, plan: Generation, fitness: Fitness, rate: float, repeats: int) -> None:
+    """Print a row for each form: seconds, the ratio to the published one, and what this lever gave."""
+    training = bool(plan.stages[-1].training_tokens)
+    forms: dict[str, Callable[[], object]] = {
+        "published form": lambda: staged(bench, plan, narrow=False, chunked=False, nested=False),
+        "narrow models": lambda: staged(bench, plan, narrow=True, chunked=False, nested=False),
+        "and loss in chunks, float32 masters" if training else "and loss in chunks": (
+            lambda: staged(bench, plan, narrow=True, chunked=True, nested=False)
+        ),
+    }
+    if not training:
+        forms["and nested tokens, parent known"] = lambda: staged(bench, plan, narrow=True, chunked=True, nested=True)
+    last = "ours: and survivors train on, parent known" if training else "ours: and the parent's blocks reused"
+    forms[last] = lambda: ours(fitness, plan)
+    staged(
+        bench, Generation(plan.parent, (plan.candidates[-1],), plan.stages[:1]), narrow=True, chunked=True, nested=False
+    )
+    taken = {name: min(seconds(work) for _ in range(repeats if name == last else 1)) for name, work in forms.items()}
+    with FlopCounterMode(display=False) as counter:
+        ours(fitness, plan)
+    share = counter.get_total_flops() / taken[last] / rate
+    print(f"\n{'with' if training else 'without'} training\n\n| form | seconds | of published | this lever |")
+    print("| --- | ---: | ---: | ---: |")
+    first = before = taken["published form"]
+    for name, found in taken.items():
+        print(f"| {name} | {found:.1f} | {first / found:.2f}x | {before / found:.2f}x |", flush=True)
+        before = found
+    print(
+        f"\nours: {counter.get_total_flops() / 1e12:.2f} TFLOP, {share:.0%} of {rate / 1e9:.0f} GFLOP/s (bf16 products)"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run directory with the database of SmolLM2-135M")
+    parser.add_argument("--repeats", type=int, default=1, help="generations of ours, of which the fastest counts")
+    parser.add_argument("--offspring", type=int, default=16)
+    arguments = parser.parse_args()
+    run = Run.open(arguments.run)
+    config = run.config
+    checkpoint = find_checkpoint(config.model, run.path)
+    units = find_units(checkpoint.skeleton(), checkpoint.config, config.database.structure)
+    grid = level_grid(units, config.database.levels, config.database.granularity)
+    database = Database(run.database, grid, read_json(run.database / "database.json", "made_from")["made_from"])
+    stitcher = Stitcher(checkpoint.load(torch.bfloat16, CPU), checkpoint.family, database)
+    corpus = read_corpus(config.data, checkpoint.tokenizer, LENGTH, 0)
+    tokens = corpus.draw(search=sum(FITNESS_TOKENS), training=TRAINING_TOKENS[-1])
+    bench = Bench(stitcher, tokens["search"], tokens["training"])
+    costs = parameter_costs(grid, parameter_count(checkpoint.skeleton()))
+    parent, budget = uniform(grid, costs, replace(config, target_level=config.database.levels / 3))
+    rng = Random(0)
+    offspring: dict[Genome, None] = {}
+    while len(offspring) < arguments.offspring:
+        mutant = within_kinds(parent, budget, rng, 3)
+        assert mutant is not None
+        offspring[mutant] = None
+    rate = product_rate()
+    print(f"{torch.get_num_threads()} threads, level {config.database.levels / 3:g} of {config.database.levels}")
+    for training in (False, True):
+        stages = tuple(
+            SelectionStage(*numbers) for numbers in zip(SURVIVORS, FITNESS_TOKENS, TRAINING_TOKENS, strict=True)
+        )
+        fitness = Fitness(stitcher, bench.text, bench.training_text, SearchConfig(stages=stages))
+        plan = plan_of(bench, parent, list(offspring), fitness, training)
+        measure(bench, plan, fitness, rate, arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()
