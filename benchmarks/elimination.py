@@ -4,12 +4,12 @@
     python benchmarks/elimination.py 576x1536        # some; d_outxd_in, or d_outxd_inxhead_dim for attention
 
 All sides start from the damped Hessian in float32 and include its inversion. Two loops stand beside ours: the
-published one, with the operations of its source (IST-DASLab/DarwinLM, src/fast_obc_struct.py: `H^-1` as LAPACK returns
-it, by columns, and all removed columns of `W` zeroed again at every step); and the same loop tidied (`H^-1` by rows, only
-the removed column zeroed), which shows how much is due to the algorithm alone. Neither ever shrinks, so a step costs the same
-from first to last: where the whole would take over a minute, steps are timed and multiplied. Ours counts everything
-that `eliminate` does. The share of the matrix-product rate divides the operations of the algorithm in its plain form
-by our seconds and by the rate of a one-thread float32 product:
+published one, with the operations of its source (IST-DASLab/DarwinLM, src/fast_obc_struct.py: `H^-1` by columns, as
+LAPACK returns it, and all removed columns of `W` zeroed again at every step); and the same loop tidied (`H^-1` by rows,
+only the removed column zeroed), which shows how much is due to the algorithm alone. Neither ever shrinks, so a step
+costs the same from first to last: where the whole would take over a minute, steps are timed and multiplied. Ours counts
+everything that `eliminate` does. The share of the matrix-product rate divides the operations of the algorithm in its
+plain form by our seconds and by the rate of a one-thread float32 product:
 
     channels   sum over n = d_in..1 of 6 n^2 (2 for P, 4 for S)  +  2 d_out d_in^2 (W^T W)  +  d_in^3 (inverse)
     heads      sum over n = d_in, d_in - w.. of 6 n^2 w          +  the same
@@ -45,9 +45,7 @@ def make_problem(d_out: int, d_in: int) -> tuple[Tensor, Tensor]:
     return torch.randn(d_out, d_in, generator=generator), dampen(2 / 2048 * X.T @ X)
 
 
-def naive(
-    weight: Tensor, hessian: Tensor, width: int, deadline: float, tidied: bool
-) -> tuple[list[int], float, int]:
+def naive(weight: Tensor, hessian: Tensor, width: int, deadline: float, tidied: bool) -> tuple[list[int], float, int]:
     """The published loop: the order found, its seconds for all structures, and how many steps were timed."""
     began = time.perf_counter()
     W, P = weight.clone(), torch.cholesky_inverse(torch.linalg.cholesky(hessian))
@@ -135,8 +133,8 @@ def compare(case: str) -> str:
     same = sum(a == b for a, b in zip(order, found.order.tolist(), strict=False))
     full, halved = (operations(d_out, d_in, width, symmetric) / ours / rate for symmetric in (False, True))
     return (
-        f"| {case} | {published:.2f} s ({steps} of {structures} steps timed) | {tidied:.2f} s | {ours:.3f} s ({repeats}) "
-        f"| {published / ours:.1f}x | {tidied / ours:.1f}x "
+        f"| {case} | {published:.2f} s ({steps} of {structures} steps timed) | {tidied:.2f} s "
+        f"| {ours:.3f} s ({repeats}) | {published / ours:.1f}x | {tidied / ours:.1f}x "
         f"| {rate / 1e9:.0f} GFLOP/s | {full:.0%} | {halved:.0%} | {levels:.2f} s | {same} of {steps} |"
     )
 
