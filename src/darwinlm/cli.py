@@ -21,7 +21,7 @@ from darwinlm.config import (
     SpeedConfig,
     TrainConfig,
 )
-from darwinlm.evaluation_config import EvaluateConfig
+from darwinlm.evaluation_config import METHODS, CompareConfig, EvaluateConfig
 from darwinlm.types import DarwinError, UsageError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -39,6 +39,7 @@ GRADUAL = "a recipe: a model pruned and trained, in one stage or several; stops 
 PLAN = "what a run on a model takes, from its config alone: parameters, time, memory and disk"
 EXPORT = "a run's model, or a model directory, in another form"
 EVALUATE = "any model by one protocol: perplexity, KL, tasks, what it writes, and speed beside the dense one"
+COMPARE = "ways to choose what is removed, each at several sizes over one database; stops and resumes anywhere"
 UNTIL: dict[str, Literal["database", "search"]] = {"database": "database", "search": "search"}
 
 
@@ -138,6 +139,14 @@ def _parser() -> ArgumentParser:
     evaluate.add_class_arguments(EvaluateConfig, skip={"model", "generation"})
     evaluate.add_class_arguments(SpeedConfig)
     commands.add_subcommand("evaluate", evaluate, help=EVALUATE)
+    compare = Parser(description=COMPARE)
+    compare.add_argument("model", type=str, help="a hub id, a directory, a .gguf file, or smollm2-135m")
+    compare.add_argument("--config", action="config", help="a YAML file of settings; flags win over it")
+    compare.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS[:-1]), help="all but the last")
+    targets = "shares of the prunable parameters that are removed"
+    compare.add_argument("--targets", type=float, nargs="+", default=list(CompareConfig.targets), help=targets)
+    compare.add_class_arguments(CompareConfig, skip={"model", "methods", "targets"})
+    commands.add_subcommand("compare", compare, help=COMPARE)
     return parser
 
 
@@ -170,6 +179,13 @@ def _run(command: str, fields: Namespace) -> None:
         return
     if command == "evaluate":
         _evaluate(fields)
+        return
+    if command == "compare":
+        from darwinlm.compare import compare
+
+        options = {field.name: fields[field.name] for field in dataclasses.fields(CompareConfig)}
+        options |= {name: tuple(fields[name]) for name in ("methods", "targets")}
+        compare(CompareConfig(**options))
         return
     if command == "train":
         from darwinlm.train import train

@@ -1,10 +1,11 @@
-"""What `darwinlm evaluate` measures: its flags."""
+"""What `darwinlm evaluate` and `darwinlm compare` measure: their flags."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from darwinlm.config import CalibrationConfig, DatabaseConfig, EvaluationConfig, SearchConfig
 from darwinlm.types import UsageError
 
 
@@ -84,3 +85,54 @@ class EvaluateConfig:
     def asks_for_something(self) -> bool:
         """Whether there is anything to measure."""
         return bool(self.data or self.tasks or self.suite or self.generation)
+
+
+METHODS = (
+    "uniform",
+    "shortgpt",
+    "cosine",
+    "shortened-llama",
+    "shortened-llama-taylor",
+    "evopress",
+    "ziplm",
+    "evolution",
+    "training-aware",
+)
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Every method at every size, over one database."""
+
+    model: str
+    """A hub id, a directory, a .gguf file, or smollm2-135m."""
+    data: str
+    """Text: as for darwinlm compress. Its held-out documents are what models are judged on."""
+    out: str
+    """Directory of the comparison. The same command resumes it; more methods and targets can be asked for later."""
+    methods: tuple[str, ...] = METHODS[:-1]
+    """Ways to choose what is removed; training-aware needs training_tokens in search.stages."""
+    targets: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)
+    """Shares of the prunable parameters that are removed."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the searches; auto is bfloat16 where the device is fast at it. Models are measured in their own."""
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    database: DatabaseConfig = field(default_factory=DatabaseConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            if method not in METHODS:
+                raise UsageError(f"--methods: expected {', '.join(METHODS)}, found {method!r}; give another value")
+        for target in self.targets:
+            if not 0 < target < 1:
+                raise UsageError(
+                    f"--targets: expected shares above 0 and below 1, found {target:g}; give another value"
+                )
+        if not self.methods or not self.targets:
+            raise UsageError("--methods and --targets: expected at least one of each, found none; give some")

@@ -45,13 +45,17 @@ def remove_until_it_fits(budget: Budget, importance: Sequence[float]) -> Genome:
     raise too_large(budget)
 
 
-def too_large(budget: Budget) -> UsageError:
-    """What is wrong with a budget that no removal of whole blocks reaches."""
-    least = budget.cost(without_blocks(budget, removable_blocks(budget)))
+def too_large(budget: Budget, least: Genome | None = None) -> UsageError:
+    """What is wrong with a budget that no removal reaches.
+
+    Args:
+        least: the smallest model that there is; if not given, that without all blocks that may vanish.
+    """
+    smallest = budget.cost(least or without_blocks(budget, removable_blocks(budget)))
     return UsageError(
-        f"whole blocks cannot make the model this small: expected a budget of at least {amount_of(least)} "
-        f"{budget.costs.measure} (without all blocks that may vanish), found {amount_of(budget.limit)}; "
-        "give a larger one, or a method that prunes within blocks"
+        f"whole {'modules' if least else 'blocks'} cannot make the model this small: expected a budget of at least "
+        f"{amount_of(smallest)} {budget.costs.measure}, found {amount_of(budget.limit)}; give a larger one, or a "
+        "method that prunes within units"
     )
 
 

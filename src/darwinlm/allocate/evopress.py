@@ -30,7 +30,7 @@ def evopress(problem: Problem) -> Genome:
     config = replace(problem.config, stages=untrained, moves="within_kinds")
     starts = {f"random {n}": _random(budget, rng) for n in range(config.offspring)}
     if not all(map(budget.fits, starts.values())):
-        raise too_large(problem.budget)
+        raise too_large(problem.budget, _whole(grid, Genome(budget.ceilings)))
     scorer = _OfModules(problem.fitness, grid)
     return _whole(grid, evolve(starts, budget, scorer, config, problem.seed, problem.state / "history.jsonl").best)
 

@@ -25,7 +25,7 @@ class Problem:
         even: the uniform genome of the budget.
         fitness: scores genomes, for allocators that try some.
         token_ids: calibration text, for those that measure the dense model.
-        config: what a search may spend. Allocators that search try as many candidates as its evolution does.
+        config: what a search may spend.
         state: a directory in which an allocator may keep what it resumes from.
     """
 

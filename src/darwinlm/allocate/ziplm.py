@@ -11,6 +11,7 @@ from random import Random
 
 from darwinlm.allocate.problem import Problem
 from darwinlm.allocate.sensitivity import least_sensitive
+from darwinlm.config import SearchConfig
 from darwinlm.database import Database
 from darwinlm.progress import track
 from darwinlm.types import Genome, SelectionStage
@@ -21,8 +22,8 @@ MUTATED = 0.1  # share of the weights that a step draws anew
 def ziplm(problem: Problem) -> Genome:
     """The best stitched model among least weighted sums of layer errors.
 
-    The first weights are all 1, and a step that makes the model worse is taken back. There are as many steps as the
-    evolution has candidates (the paper takes 1,000).
+    The first weights are all 1, and a step that makes the model worse is taken back. The steps (1,000 in the paper) see
+    as many tokens as the evolution's candidates would.
     """
     config, rng = problem.config, Random(problem.seed)
     errors = relative_errors(problem.stitcher.database)
@@ -30,7 +31,7 @@ def ziplm(problem: Problem) -> Genome:
     weights = [1.0] * len(errors)
     best = _allocate(problem, errors, weights)
     (least,) = problem.fitness.scores([best], stage)
-    steps = config.generations * config.offspring
+    steps = _steps(config)
     for _ in track(range(steps), "ziplm", steps):
         changed = rng.sample(range(len(weights)), max(1, round(MUTATED * len(weights))))
         tried = [rng.random() if index in changed else weight for index, weight in enumerate(weights)]
@@ -45,6 +46,15 @@ def relative_errors(database: Database) -> list[list[float]]:
     """`|W'X - WX|^2 / |WX|^2` of each unit at each level: 0 where it is dense, 1 where nothing of it is left."""
     tables = [database.errors(index) for index in range(len(database.grid.units))]
     return [[error / (errors[-1] or 1.0) for error in errors] for errors in tables]
+
+
+def _steps(config: SearchConfig) -> int:
+    """How often the last stage's tokens go into all that the evolution's candidates are scored on."""
+    tokens, scored, candidates = 0, 0, config.offspring
+    for stage in config.stages:
+        tokens += candidates * max(0, stage.fitness_tokens - scored)
+        scored, candidates = stage.fitness_tokens, stage.survivors
+    return config.generations * tokens // config.stages[-1].fitness_tokens
 
 
 def _allocate(problem: Problem, errors: list[list[float]], weights: list[float]) -> Genome:
