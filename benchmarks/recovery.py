@@ -23,17 +23,7 @@ from darwinlm.allocate.uniform import uniform
 from darwinlm.artifact import read_json, write_json
 from darwinlm.budget import parameter_costs
 from darwinlm.checkpoint import Checkpoint
-from darwinlm.config import (
-    DEMO,
-    DistillationConfig,
-    GradualConfig,
-    GradualStage,
-    RefitConfig,
-    RunConfig,
-    StreamConfig,
-    TrainConfig,
-    TrainingConfig,
-)
+from darwinlm.config import DEMO, RefitConfig, RunConfig
 from darwinlm.database import MANIFEST, Database
 from darwinlm.evaluate import parameter_count
 from darwinlm.export.hf import export_hf
@@ -43,6 +33,14 @@ from darwinlm.gradual import gradual
 from darwinlm.run import Run
 from darwinlm.surgery import Stitcher, repeat_shared
 from darwinlm.train import Training, train
+from darwinlm.train_config import (
+    DistillationConfig,
+    GradualConfig,
+    GradualStage,
+    StreamConfig,
+    TrainConfig,
+    TrainingConfig,
+)
 
 LOSSES = {"cross-entropy": 0.0, "distillation": 1.0, "mixed": 0.5}
 

@@ -93,8 +93,6 @@ def test_a_group_that_keeps_a_head_keeps_its_cache() -> None:
         ("flops=1.2G", Target("flops", 1.2e9, False)),
         ("kv-cache=12K", Target("kv-cache", 12e3, False)),
         ("params=100000", Target("params", 1e5, False)),
-        ("latency=0.7", Target("latency", 0.7, True)),
-        ("latency=20ms", Target("latency", 0.02, False)),
     ],
 )
 def test_a_target_is_a_share_or_an_amount(text: str, expected: Target) -> None:

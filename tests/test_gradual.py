@@ -15,9 +15,10 @@ import runs
 import trainings
 from darwinlm.artifact import read_json
 from darwinlm.checkpoint import Checkpoint
-from darwinlm.config import GradualConfig, GradualStage, read_config
+from darwinlm.config import read_config
 from darwinlm.gradual import _size_at, gradual
 from darwinlm.modeling import block_sizes_of, load
+from darwinlm.train_config import GradualConfig, GradualStage
 from darwinlm.types import UsageError
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -14,10 +14,11 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 import pruned
 import tiny
 from darwinlm.cli import main
-from darwinlm.config import CalibrationConfig, DatabaseConfig, GradualConfig
+from darwinlm.config import CalibrationConfig, DatabaseConfig
 from darwinlm.genome import uniform_genome
 from darwinlm.plan import Plan, Rates, find_config, measure_rates, plan, plan_training
 from darwinlm.surgery import Stitcher
+from darwinlm.train_config import GradualConfig
 from darwinlm.types import UsageError
 
 RATES = Rates(products=1e9, forward=1e9, solves=1e9, sweeps=1e9, disk=1e9)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import runs
 import trainings
-from darwinlm.config import TrainConfig
 from darwinlm.train import Training, train
+from darwinlm.train_config import TrainConfig
 from test_parallel import torchrun
 
 

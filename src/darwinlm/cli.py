@@ -12,16 +12,9 @@ from typing import Any, Literal, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
 
-from darwinlm.config import (
-    DEMO,
-    ExportConfig,
-    GradualConfig,
-    GradualStage,
-    RunConfig,
-    SpeedConfig,
-    TrainConfig,
-)
+from darwinlm.config import DEMO, ExportConfig, RunConfig, SpeedConfig
 from darwinlm.evaluation_config import METHODS, CompareConfig, EvaluateConfig
+from darwinlm.train_config import GradualConfig, GradualStage, TrainConfig
 from darwinlm.types import DarwinError, UsageError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)

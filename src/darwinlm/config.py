@@ -16,15 +16,15 @@ from jsonargparse import ArgumentError, ArgumentParser
 from darwinlm.types import MetricName, SelectionStage, Structure, UsageError
 
 
-def _expect(holds: bool, flag: str, expected: str, found: object) -> None:
+def expect(holds: bool, flag: str, expected: str, found: object) -> None:
     if not holds:
         raise UsageError(f"--{flag.replace('_', '-')}: expected {expected}, found {found}; give another value")
 
 
-def _expect_at_least(config: object, section: str, **lowest: int) -> None:
+def expect_at_least(config: object, section: str, **lowest: int) -> None:
     for name, least in lowest.items():
         found = getattr(config, name)
-        _expect(found >= least, f"{section}.{name}", f"at least {least}", found)
+        expect(found >= least, f"{section}.{name}", f"at least {least}", found)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class CalibrationConfig:
     """Precision of the dense model's forward pass; bfloat16 is faster where the device is. Sums are float32."""
 
     def __post_init__(self) -> None:
-        _expect_at_least(self, "calibration", tokens=1, sequence_length=2, batch_size=1)
+        expect_at_least(self, "calibration", tokens=1, sequence_length=2, batch_size=1)
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class DatabaseConfig:
     """Added to the Hessian's diagonal, as a share of its mean."""
 
     def __post_init__(self) -> None:
-        _expect_at_least(self, "database", levels=1, granularity=1)
-        _expect(0 < self.damping < math.inf, "database.damping", "more than 0", self.damping)
+        expect_at_least(self, "database", levels=1, granularity=1)
+        expect(0 < self.damping < math.inf, "database.damping", "more than 0", self.damping)
 
 
 @dataclass(frozen=True)
@@ -95,98 +95,20 @@ class SearchConfig:
     """Learning rate of the training before selection."""
 
     def __post_init__(self) -> None:
-        _expect_at_least(self, "search", generations=0, offspring=1, max_switches=1, top_k=1)
-        _expect(bool(self.start), "search.start", "sensitivity, uniform, or a file", "nothing")
-        _expect(0 < self.learning_rate < math.inf, "search.learning_rate", "more than 0", self.learning_rate)
+        expect_at_least(self, "search", generations=0, offspring=1, max_switches=1, top_k=1)
+        expect(bool(self.start), "search.start", "sensitivity, uniform, or a file", "nothing")
+        expect(0 < self.learning_rate < math.inf, "search.learning_rate", "more than 0", self.learning_rate)
         flag = "search.stages"
-        _expect(len(self.stages) > 0, flag, "at least one stage", "none")
+        expect(len(self.stages) > 0, flag, "at least one stage", "none")
         for stage in self.stages:
-            _expect(stage.survivors >= 1, flag, "at least 1 survivor in every stage", stage.survivors)
-            _expect(stage.fitness_tokens >= 1, flag, "at least 1 fitness token in every stage", stage.fitness_tokens)
-            _expect(stage.training_tokens >= 0, flag, "0 or more training tokens", stage.training_tokens)
+            expect(stage.survivors >= 1, flag, "at least 1 survivor in every stage", stage.survivors)
+            expect(stage.fitness_tokens >= 1, flag, "at least 1 fitness token in every stage", stage.fitness_tokens)
+            expect(stage.training_tokens >= 0, flag, "0 or more training tokens", stage.training_tokens)
         survivors = [stage.survivors for stage in self.stages]
         falling = survivors == sorted(survivors, reverse=True)
-        _expect(falling, flag, "no more survivors than in the stage before", survivors)
+        expect(falling, flag, "no more survivors than in the stage before", survivors)
         trained = [stage.training_tokens for stage in self.stages]
-        _expect(trained == sorted(trained), flag, "no fewer training tokens than in the stage before", trained)
-
-
-@dataclass(frozen=True)
-class StreamConfig:
-    """Text to train on: which documents are kept, and how long the sequences are that they are packed into."""
-
-    sequence_length: int = 1024
-    """Tokens in a training sequence: the context."""
-    score_column: str | None = None
-    """Column of a score by which documents are kept, language_score of FineWeb-Edu for instance."""
-    min_score: float = 0.0
-    """Documents with a lower score are left out."""
-
-    def __post_init__(self) -> None:
-        _expect_at_least(self, "stream", sequence_length=2)
-
-
-@dataclass(frozen=True)
-class DistillationConfig:
-    """Distillation: how the teacher's distribution enters the loss."""
-
-    weight: float = 1.0
-    """Share of KL(teacher || model) in the loss; the rest is cross-entropy. At 0 the teacher only judges."""
-    temperature: float = 1.0
-    """Both distributions are softened by it; the KL divergence then counts its square."""
-    top_k: int = 0
-    """Keep this many logits of the teacher on disk, once for many runs; 0 runs the teacher beside the model."""
-
-    def __post_init__(self) -> None:
-        _expect(0 <= self.weight <= 1, "distillation.weight", "0 to 1", self.weight)
-        _expect(0 < self.temperature < math.inf, "distillation.temperature", "more than 0", self.temperature)
-        _expect_at_least(self, "distillation", top_k=0)
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Training: AdamW without weight decay, linear warm-up, then a cosine to zero."""
-
-    learning_rate: float = 1e-4
-    """Highest learning rate."""
-    warmup_steps: int = 50
-    """Steps until it is reached."""
-    batch_size: int = 128
-    """Sequences in a step, over all processes: reached by gradient accumulation."""
-    micro_batch_size: int = 1
-    """Sequences in one forward pass of one process."""
-    max_gradient_norm: float = 1.0
-    """Longer gradients are shortened to it."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the products; weights that train are float32. auto is bfloat16 where the device is fast at it."""
-    gradient_checkpointing: bool = False
-    """Compute activations a second time instead of keeping them."""
-    fsdp: bool = False
-    """Share weights, gradients and optimizer among the processes (FSDP2), each decoder block by itself."""
-    lora_rank: int = 0
-    """Train low-rank adapters of this rank, merged in the end; 0 trains all weights."""
-    lora_alpha: float = 16.0
-    """Scale of the adapters, over their rank."""
-    log_every: int = 10
-    """Steps between two lines of the loss."""
-    evaluate_every: int = 100
-    """Steps between two evaluations on held-out text."""
-    save_every: int = 100
-    """Steps between two checkpoints. The last two are kept."""
-    evaluation_tokens: int = 16_384
-    """Held-out tokens for perplexity and KL divergence."""
-    report_to: tuple[str, ...] = ()
-    """Also report to these: tensorboard, wandb, trackio and others that transformers knows."""
-
-    def __post_init__(self) -> None:
-        counts = ("batch_size", "micro_batch_size", "log_every", "evaluate_every", "save_every", "evaluation_tokens")
-        _expect_at_least(self, "training", warmup_steps=0, lora_rank=0, **dict.fromkeys(counts, 1))
-        for name in ("learning_rate", "max_gradient_norm", "lora_alpha"):
-            found = getattr(self, name)
-            _expect(0 < found < math.inf, f"training.{name}", "more than 0", found)
-        _expect(not (self.fsdp and self.lora_rank), "training.lora_rank", "0 with --training.fsdp", self.lora_rank)
-        even = self.save_every % self.log_every == 0  # or a resumed run would average its losses otherwise
-        _expect(even, "training.save_every", f"a multiple of --training.log-every {self.log_every}", self.save_every)
+        expect(trained == sorted(trained), flag, "no fewer training tokens than in the stage before", trained)
 
 
 @dataclass(frozen=True)
@@ -201,8 +123,8 @@ class RefitConfig:
     """Sequences in a step."""
 
     def __post_init__(self) -> None:
-        _expect_at_least(self, "refit", tokens=0, batch_size=1)
-        _expect(0 < self.learning_rate < math.inf, "refit.learning_rate", "more than 0", self.learning_rate)
+        expect_at_least(self, "refit", tokens=0, batch_size=1)
+        expect(0 < self.learning_rate < math.inf, "refit.learning_rate", "more than 0", self.learning_rate)
 
 
 @dataclass(frozen=True)
@@ -227,10 +149,8 @@ class EvaluationConfig:
     """Alternating timings a model; the median counts."""
 
     def __post_init__(self) -> None:
-        _expect_at_least(
-            self, "evaluation", tokens=1, continuation_tokens=0, speed_tokens=1, decode_tokens=1, repeats=1
-        )
-        _expect(all(self.prompts), "evaluation.prompts", "prompts of at least one word", list(self.prompts))
+        expect_at_least(self, "evaluation", tokens=1, continuation_tokens=0, speed_tokens=1, decode_tokens=1, repeats=1)
+        expect(all(self.prompts), "evaluation.prompts", "prompts of at least one word", list(self.prompts))
 
 
 @dataclass(frozen=True)
@@ -249,7 +169,7 @@ class SpeedConfig:
     def __post_init__(self) -> None:
         for name in ("batch", "prompt_tokens", "new_tokens", "repeats"):
             found = getattr(self, name)
-            _expect(found >= 1, name, "at least 1", found)
+            expect(found >= 1, name, "at least 1", found)
 
 
 @dataclass(frozen=True)
@@ -267,7 +187,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         fits = self.compat == "none" or self.format == "hf"
-        _expect(fits, "compat", "none for a GGUF file", self.compat)
+        expect(fits, "compat", "none for a GGUF file", self.compat)
 
 
 @dataclass(frozen=True)
@@ -292,8 +212,8 @@ class RunConfig:
     genome: str | None = None
     """Use this genome and search none: another run's search/result.json, or a JSON list of levels. It has no budget."""
     target: str | None = None
-    """Instead of a level: params, flops (a token), kv-cache (bytes a token) or latency, as a share of the dense model
-    (params=0.6) or an amount (params=4.7B, latency=20ms). The result stays below it, by less than 1 %."""
+    """Instead of a level: params, flops (a token) or kv-cache (bytes a token), as a share of the dense model
+    (params=0.6) or an amount (params=4.7B). The result stays below it, by less than 1 %."""
     keep_attention: bool = False
     """Let no block lose all of its attention, which vLLM wants."""
     verify: bool = True
@@ -306,99 +226,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name in ("model", "data", "out"):
-            _expect(bool(getattr(self, name)), name, "a name", "nothing")
+            expect(bool(getattr(self, name)), name, "a name", "nothing")
         within = self.target is not None or 0 < self.target_level < self.database.levels
         expected = f"a level between 0 and {self.database.levels} (--database.levels), both excluded"
-        _expect(within, "target_level", expected, f"{self.target_level:g}")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides what training makes of a model, and where it goes."""
-
-    model: str
-    """A run directory, an export, or a dense model as for darwinlm compress."""
-    data: str
-    """Text: as for darwinlm compress, and directories or patterns (shards/*.parquet) of .jsonl or .parquet files."""
-    out: str
-    """Directory of the training. The same command resumes it."""
-    tokens: int = 10_000_000
-    """Tokens to train on, rounded up to whole steps."""
-    teacher: str | None = None
-    """The dense model: its distribution is learned, and the KL divergence from it reported."""
-    seed: int = 0
-    """Order of the sequences, and everything else that is random."""
-    device: str = "auto"
-    """Where to compute: auto, cpu, cuda."""
-    cache: str | None = None
-    """Directory for tokens and teacher's logits, which many runs can share; OUT/cache by default."""
-    verify: bool = True
-    """Load the export in a fresh process without darwinlm and compare its logits."""
-    stream: StreamConfig = field(default_factory=StreamConfig)
-    distillation: DistillationConfig = field(default_factory=DistillationConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("model", "data", "out"):
-            _expect(bool(getattr(self, name)), name, "a name", "nothing")
-        _expect(self.tokens >= 1, "tokens", "at least 1", self.tokens)
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps."""
-        return -(-self.tokens // (self.training.batch_size * self.stream.sequence_length))
-
-
-@dataclass(frozen=True)
-class GradualStage:
-    """One pruning and the training after it."""
-
-    target_level: float
-    """Uniform level, out of database.levels of the dense model, whose size the model must not exceed after it."""
-    tokens: int
-    """Tokens to train on after it; 0 trains nothing."""
-
-    def __post_init__(self) -> None:
-        _expect(self.tokens >= 0, "stages", "0 or more tokens", self.tokens)
-
-
-@dataclass(frozen=True)
-class GradualConfig:
-    """A recipe: a model pruned and trained, in one stage or several."""
-
-    model: str
-    """The dense model, as for darwinlm compress. It teaches, and every stage is judged beside it."""
-    data: str
-    """Text: as for darwinlm compress."""
-    out: str
-    """Directory of all stages. The same command resumes it."""
-    stages: tuple[GradualStage, ...] = (GradualStage(5.0, 10_000_000_000),)
-    """Target level and training tokens of each stage; the levels rise."""
-    seed: int = 0
-    """Seed of everything random."""
-    device: str = "auto"
-    """Where to compute: auto, cpu, cuda."""
-    cache: str | None = None
-    """Directory for tokens and teacher's logits; OUT/cache by default, for all stages."""
-    verify: bool = True
-    """Load each export in a fresh process without darwinlm and compare its logits."""
-    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    database: DatabaseConfig = field(default_factory=DatabaseConfig)
-    search: SearchConfig = field(default_factory=SearchConfig)
-    refit: RefitConfig = field(default_factory=RefitConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    stream: StreamConfig = field(default_factory=StreamConfig)
-    distillation: DistillationConfig = field(default_factory=DistillationConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("model", "data", "out"):
-            _expect(bool(getattr(self, name)), name, "a name", "nothing")
-        levels = [stage.target_level for stage in self.stages]
-        within = all(0 < level < self.database.levels for level in levels)
-        rising = levels == sorted(set(levels))
-        expected = f"at least one stage, levels that rise between 0 and {self.database.levels}"
-        _expect(bool(levels) and within and rising, "stages", expected, levels)
+        expect(within, "target_level", expected, f"{self.target_level:g}")
 
 
 Config = TypeVar("Config")

@@ -28,9 +28,9 @@ from transformers import PreTrainedTokenizerBase
 
 from darwinlm import parallel
 from darwinlm.artifact import locked_directory, read_json, sweep, write_json
-from darwinlm.config import StreamConfig
 from darwinlm.data import HUB, PACKAGED, batched, is_held_out, name_and_weight, read_documents, text_of
 from darwinlm.progress import say
+from darwinlm.train_config import StreamConfig
 from darwinlm.types import DarwinError, UsageError
 
 LANES = 64  # of a source at most, whatever the number of processes

@@ -13,7 +13,7 @@ from typing import Any
 from darwinlm import parallel
 from darwinlm.artifact import locked_directory, write_json, write_text
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
-from darwinlm.config import GradualConfig, GradualStage, RunConfig, TrainConfig
+from darwinlm.config import RunConfig
 from darwinlm.evaluate import parameter_count
 from darwinlm.families import find_units
 from darwinlm.genome import level_grid, prunable_parameters, uniform_genome
@@ -21,6 +21,7 @@ from darwinlm.pipeline import run
 from darwinlm.progress import say
 from darwinlm.run import GRADUAL_SETTINGS, claim, find_export
 from darwinlm.train import train
+from darwinlm.train_config import GradualConfig, GradualStage, TrainConfig
 
 
 def gradual(config: GradualConfig) -> Path:

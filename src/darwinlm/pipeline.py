@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -40,7 +39,7 @@ from darwinlm.metric import label
 from darwinlm.modeling import family_of, load, pruned_config
 from darwinlm.progress import say, track
 from darwinlm.refit import refit, set_consumers
-from darwinlm.run import Run, find_export, read_genome, versions
+from darwinlm.run import Run, find_export, read_genome, told_in_one_sentence, versions
 from darwinlm.surgery import Stitcher, repeat_shared
 from darwinlm.types import DarwinError, Genome, SearchResult, SelectionStage
 
@@ -76,7 +75,8 @@ def run(config: RunConfig, until: Stage = "report") -> Run:
         UsageError: if a setting cannot be used; a directory that was new is left as if nothing had happened.
         DarwinError: if a stage fails. The same call goes on from there once the cause is mended.
     """
-    with _told_in_one_sentence(config.out), parallel.together(), _held(config) as this:
+    told = told_in_one_sentence(f"the run in {config.out}", "lower --calibration.batch-size")
+    with told, parallel.together(), _held(config) as this:
         if this.finished:
             say(f"{this.path} is finished: {this.report_path} has its figures")
             return this
@@ -355,15 +355,3 @@ def _settings(work: _Work, result: SearchResult) -> dict[str, str]:
 def _target(config: RunConfig) -> str:
     """What the user asked for."""
     return config.target or f"level {config.target_level:g} of {config.database.levels}"
-
-
-@contextmanager
-def _told_in_one_sentence(out: str) -> Iterator[None]:
-    """What the machine lacks becomes a `DarwinError`: a full disk, a directory taken away, too little memory."""
-    cure = "mend this and run the same command again, it goes on from what is finished"
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise DarwinError(f"the run in {out} has stopped: {error}; {cure}") from error
-    except (MemoryError, torch.OutOfMemoryError):
-        raise DarwinError(f"the run in {out} has stopped: out of memory; lower --calibration.batch-size") from None

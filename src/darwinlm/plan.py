@@ -20,10 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from darwinlm import obs
 from darwinlm.calibrate import PANEL, SPILL_BYTES
 from darwinlm.checkpoint import PACKAGED, find_checkpoint
-from darwinlm.config import CalibrationConfig, DatabaseConfig, GradualConfig
+from darwinlm.config import CalibrationConfig, DatabaseConfig
 from darwinlm.device import DTYPES
 from darwinlm.families import find_family, find_units, head_dim
 from darwinlm.genome import Grid, level_grid, prunable_parameters, uniform_genome
+from darwinlm.train_config import GradualConfig
 from darwinlm.types import Unit, UsageError
 
 FLOAT = 4  # bytes of float32, in which statistics and elimination are

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from darwinlm import modeling
 from darwinlm.artifact import read_json, sweep, write_json, write_text
-from darwinlm.config import Config, RunConfig, read_config
+from darwinlm.config import RunConfig, read_config
 from darwinlm.genome import Grid
 from darwinlm.types import DarwinError, Genome, SearchResult, UsageError
 
@@ -66,7 +69,8 @@ class Run:
         if not self.database.exists():
             sweep(self.path)
             (self.path / SETTINGS).unlink(missing_ok=True)
-            shutil.rmtree(self.dense, ignore_errors=True)
+            for directory in (self.dense, self.search):
+                shutil.rmtree(directory, ignore_errors=True)
 
     @property
     def finished(self) -> bool:
@@ -127,7 +131,7 @@ class Run:
         return read_json(self._result_path, "levels", "level_of")
 
 
-def claim(path: Path, settings: str, config: Config) -> None:
+def claim(path: Path, settings: str, config: Any) -> None:
     """Make a directory that of a configuration, or find that it is. The directory must be held by this process.
 
     Args:
@@ -234,3 +238,20 @@ def _differences(old: Any, new: Any, name: str = "") -> list[str]:
         keys = dict.fromkeys([*old, *new])
         return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))]
     return [] if old == new else [f"its {name} is {old}, not {new}"]
+
+
+@contextmanager
+def told_in_one_sentence(what: str, thrift: str) -> Iterator[None]:
+    """What the machine lacks becomes a `DarwinError`: a full disk, a directory taken away, too little memory.
+
+    Args:
+        what: has stopped.
+        thrift: what to do to need less memory.
+    """
+    cure = "mend this and run the same command again, it goes on from what is finished"
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise DarwinError(f"{what} has stopped: {error}; {cure}") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise DarwinError(f"{what} has stopped: out of memory; {thrift}") from None

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments, set_seed
@@ -19,7 +18,6 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from darwinlm import parallel
 from darwinlm.artifact import locked_directory, read_json, write_json
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
-from darwinlm.config import TrainConfig
 from darwinlm.data_stream import Sequences, draw_held_out, draw_sequences, tokenizer_fingerprint
 from darwinlm.device import resolve_device, resolve_dtype
 from darwinlm.distill import Target, teacher_target
@@ -29,8 +27,9 @@ from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected
 from darwinlm.modeling import block_sizes_of, family_of
 from darwinlm.progress import quiet_transformers, say
-from darwinlm.run import SETTINGS, TRAIN_SETTINGS, claim, find_export, versions
+from darwinlm.run import SETTINGS, TRAIN_SETTINGS, claim, find_export, told_in_one_sentence, versions
 from darwinlm.teacher_logits import CachedTeacher, TaughtSequences, TeacherLogits
+from darwinlm.train_config import TrainConfig
 from darwinlm.trainer import FINISHED, Batch, DivergedError, RecoveryTrainer, Teacher
 from darwinlm.types import DarwinError, UsageError
 
@@ -86,7 +85,8 @@ def train(config: TrainConfig) -> Training:
         UsageError: if a setting cannot be used; a directory that was new is left as if nothing had happened.
         DarwinError: if the training fails or diverges. The same call goes on from the last checkpoint.
     """
-    with _told_in_one_sentence(config.out), parallel.together(), _held(config) as this:
+    thrift = "lower --training.micro-batch-size or switch on --training.gradient-checkpointing"
+    with told_in_one_sentence(f"the training in {config.out}", thrift), parallel.together(), _held(config) as this:
         if this.result_path.exists():
             say(f"{this.path} is finished: {this.exported} is the model")
             return this
@@ -385,18 +385,3 @@ def _conclude(work: _Work) -> None:
 
 def _figures(line: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
-
-
-@contextmanager
-def _told_in_one_sentence(out: str) -> Iterator[None]:
-    """What the machine lacks becomes a `DarwinError`: a full disk, a directory taken away, too little memory."""
-    cure = "mend this and run the same command again, it goes on from the last checkpoint"
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise DarwinError(f"the training in {out} has stopped: {error}; {cure}") from error
-    except (MemoryError, torch.OutOfMemoryError):
-        raise DarwinError(
-            f"the training in {out} has stopped: out of memory; lower --training.micro-batch-size or switch on "
-            "--training.gradient-checkpointing"
-        ) from None

@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from darwinlm.artifact import write_json, write_text
-from darwinlm.config import DistillationConfig
 from darwinlm.distill import Losses, Target, chunked_loss, hidden_for_logits
 from darwinlm.progress import say
+from darwinlm.train_config import DistillationConfig
 from darwinlm.types import DarwinError
 
 FINISHED = "darwinlm.json"  # written into a checkpoint once it is whole

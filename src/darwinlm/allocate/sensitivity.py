@@ -52,7 +52,7 @@ def sensitivities(grid: Grid, scorer: Scorer, stage: SelectionStage, state: Path
 def _kept(grid: Grid, state: Path) -> list[list[float]]:
     """What an earlier call has measured of this grid."""
     table: Any = read_json(state) if state.exists() else []
-    rows = table if isinstance(table, list) and len(table) <= len(grid.units) else [None]
+    rows: list[Any] = table if isinstance(table, list) and len(table) <= len(grid.units) else [None]
     if all(isinstance(row, list) and len(row) == grid.highest(index) + 1 for index, row in enumerate(rows)):
         parallel.wait_for_all()  # all have read it before the first writes
         return list(rows)
