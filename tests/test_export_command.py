@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import runs
 from darwinlm.export.hf import export_hf
 from darwinlm.export.vllm import check_vllm
 from darwinlm.modeling import load
+from darwinlm.types import DarwinError
 from exports import CARD, Case, dense_model, stitched_model
 from vocabularies import byte_pair_tokenizer
+
+PYTORCH = {"format": "pt"}  # without this transformers asks what wrote the file
 
 
 def export(*arguments: Path | str) -> int:
@@ -76,3 +80,32 @@ def test_what_cannot_be_exported_is_said_in_one_sentence(
         said = " ".join(capsys.readouterr().err.split())
         assert said.startswith("darwinlm: ")
         assert sentence in said
+
+
+def test_damaged_sources_are_refused_and_never_filled_up(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers makes up the weights that it misses."""
+
+    def refused(code: int, words: str) -> None:
+        assert export(tmp_path / "model", "--no-verify", "--out", tmp_path / "out") == code
+        said = " ".join(capsys.readouterr().err.split())
+        assert said.startswith("darwinlm: ")
+        assert words in said
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    model = shutil.copytree(source, tmp_path / "model")
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights = load_file(model / "model.safetensors")
+    save_file({key: value for key, value in weights.items() if key != name}, model / "model.safetensors", PYTORCH)
+    refused(1, f"lacks {name} in the shape that config.json says")
+    with pytest.raises(DarwinError, match=f"lacks {name}"):
+        load(model)
+    save_file(weights | {name: torch.zeros(63, 64)}, model / "model.safetensors", PYTORCH)
+    refused(1, f"lacks {name} in the shape that config.json says")
+    (model / "model.safetensors").write_bytes(b"no tensors")
+    refused(1, "cannot be read")
+    save_file(weights, model / "model.safetensors", PYTORCH)
+    for tokenizer in ("tokenizer.json", "tokenizer_config.json"):
+        (model / tokenizer).unlink()
+    refused(2, "no tokenizer in")

@@ -38,7 +38,7 @@ from transformers import (
 
 from darwinlm.artifact import read_json
 from darwinlm.families import Family, find_family, find_units
-from darwinlm.modeling import register
+from darwinlm.modeling import load, register
 from darwinlm.progress import quiet_transformers, say
 from darwinlm.types import DarwinError, Unit, UsageError
 
@@ -146,25 +146,10 @@ class Checkpoint:
         """The whole model with its weights, in evaluation mode.
 
         Raises:
-            DarwinError: if weights are missing or not of the shapes that the config says.
+            DarwinError: if weights are missing, unreadable or not of the shapes that the config says.
         """
-        with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.path,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-        model, report = loaded
-        wrong = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])
-        if wrong:  # transformers fills them with random numbers
-            raise DarwinError(
-                f"{self.path} lacks {wrong[0]} in the shape that config.json says ({len(wrong)} such tensors); "
-                "the checkpoint is incomplete, fetch it again"
-            )
-        return model.to(device).eval()
+        model: Any = load(self.path, dtype)
+        return model.to(device)
 
     def fill(self, model: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """Give the submodule at `prefix` of a skeleton its weights, and return it.

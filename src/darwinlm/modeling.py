@@ -18,8 +18,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
@@ -264,8 +266,25 @@ def pruned_model(
     return result.train(model.training)
 
 
-def load(directory: Path | str, dtype: str = "auto") -> PreTrainedModel:
-    """A causal language model from a directory, pruned or dense. Code in the directory is never run."""
+def load(directory: Path | str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """A causal language model from a directory, pruned or dense, in evaluation mode. Code in it is never run.
+
+    Raises:
+        DarwinError: if weights are missing, unreadable or not of the shapes that the config says.
+    """
     register()
-    with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=False)
+    try:
+        with quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except SafetensorError as error:
+        raise DarwinError(f"the weights in {directory} cannot be read ({error}); fetch the model again") from None
+    model, report = loaded
+    wrong = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])
+    if wrong:  # transformers fills them with random numbers
+        raise DarwinError(
+            f"{directory} lacks {wrong[0]} in the shape that config.json says ({len(wrong)} such tensors); "
+            "the checkpoint is incomplete, fetch it again"
+        )
+    return model

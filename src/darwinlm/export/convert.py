@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
+from darwinlm.checkpoint import Checkpoint
 from darwinlm.config import ExportConfig
 from darwinlm.export.gguf import export_gguf
 from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected
 from darwinlm.export.vllm import check_vllm, tensor_parallel_sizes, zero_stubs
 from darwinlm.modeling import block_sizes_of, load
-from darwinlm.progress import quiet_transformers, say
+from darwinlm.progress import say
 
 
 def convert(directory: Path, out: Path, config: ExportConfig) -> Path:
@@ -22,15 +21,14 @@ def convert(directory: Path, out: Path, config: ExportConfig) -> Path:
         The directory or GGUF file.
 
     Raises:
-        UsageError: if `out` exists already, or the model has no such form.
+        UsageError: if `out` exists already, the model has no such form, or there is no tokenizer beside it.
         DarwinError: if weights are missing or damaged, or the export does not give the same logits in a fresh process.
     """
     if config.format == "gguf":
         return export_gguf(directory, out, config.type)
-    model = load(directory).eval()
+    model = load(directory)
     expected = Expected.of(model) if config.verify else None
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    tokenizer = Checkpoint(directory).tokenizer
     card = directory / "README.md"
     written = zero_stubs(model) if config.compat == "vllm" else model
     sizes = block_sizes_of(written.config)
