@@ -8,6 +8,7 @@ from darwinlm.checkpoint import Checkpoint
 from darwinlm.config import ExportConfig
 from darwinlm.export.gguf import export_gguf
 from darwinlm.export.hf import export_hf
+from darwinlm.export.place import check_new
 from darwinlm.export.verify import Expected
 from darwinlm.export.vllm import check_vllm, tensor_parallel_sizes, zero_stubs
 from darwinlm.modeling import block_sizes_of, load
@@ -26,9 +27,10 @@ def convert(directory: Path, out: Path, config: ExportConfig) -> Path:
     """
     if config.format == "gguf":
         return export_gguf(directory, out, config.type)
+    check_new(out)  # before the model is read
+    tokenizer = Checkpoint(directory).tokenizer
     model = load(directory)
     expected = Expected.of(model) if config.verify else None
-    tokenizer = Checkpoint(directory).tokenizer
     card = directory / "README.md"
     written = zero_stubs(model) if config.compat == "vllm" else model
     sizes = block_sizes_of(written.config)

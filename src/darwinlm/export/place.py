@@ -12,6 +12,13 @@ from pathlib import Path
 from darwinlm.types import UsageError
 
 
+def check_new(out: Path) -> None:
+    """Raise `UsageError` unless `out` is free for a directory: not there yet, or an empty directory."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        found = "a directory with files in it" if out.is_dir() else "a file"
+        raise UsageError(f"expected {out} to be new or empty, found {found}; choose another name or remove it")
+
+
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
     """A directory beside `out` to write in, which takes its name in the end and is removed on any failure.
@@ -20,9 +27,7 @@ def new_directory(out: Path) -> Iterator[Path]:
         UsageError: if `out` is there already and not an empty directory, its place cannot be written to, or another
             process writes it.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        found = "a directory with files in it" if out.is_dir() else "a file"
-        raise UsageError(f"expected {out} to be new or empty, found {found}; choose another name or remove it")
+    check_new(out)
     with _partial(out, directory=True) as partial:
         yield partial
         os.replace(partial, out)
