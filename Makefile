@@ -18,7 +18,7 @@ demo: $(READY)
 	$(BIN)/darwinlm demo
 
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 slow: $(READY)
 	$(BIN)/pytest -m slow
