@@ -261,6 +261,6 @@ DEMO = RunConfig(
     target_level=3.0,
     calibration=CalibrationConfig(tokens=32_768),
     database=DatabaseConfig(levels=12),
-    search=SearchConfig(generations=3),
-    refit=RefitConfig(tokens=16_384),
+    search=SearchConfig(generations=6),
+    refit=RefitConfig(tokens=0),
 )
