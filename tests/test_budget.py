@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,8 @@ def test_a_group_that_keeps_a_head_keeps_its_cache() -> None:
         ("flops=1.2G", Target("flops", 1.2e9, False)),
         ("kv-cache=12K", Target("kv-cache", 12e3, False)),
         ("params=100000", Target("params", 1e5, False)),
+        ("latency=0.7", Target("latency", 0.7, True)),
+        ("latency=20ms", Target("latency", 0.02, False)),
     ],
 )
 def test_a_target_is_a_share_or_an_amount(text: str, expected: Target) -> None:
@@ -198,3 +201,16 @@ def test_a_run_ends_within_a_per_cent_below_its_target(
     assert all(level < grid.highest(i) for i, level in enumerate(run.genome.levels) if i % 2 == 0)
     if measure != "kv-cache":  # twelve heads in all
         assert costs.of(run.genome) >= 0.99 * limit
+
+
+def test_a_search_starts_from_an_earlier_genome(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    """Gradual pruning: the first parent has lost what the earlier genome had, and at random units as much as is due."""
+    earlier = Genome((1, 0, 0, 2, 0, 0))
+    (tmp_path / "earlier.json").write_text(json.dumps(earlier.levels))
+    search = replace(runs.SHORT.search, start=str(tmp_path / "earlier.json"), generations=0)
+    config = runs.short(checkpoints["llama-gqa"], text, tmp_path / "run", search=search)
+    pipeline.run(config, until="search")
+    (line,) = runs.history(tmp_path / "run")
+    assert line["origin"] == "earlier"
+    assert sum(line["genome"]) > sum(earlier.levels)
+    assert all(a >= b for a, b in zip(line["genome"], earlier.levels, strict=True))

@@ -14,7 +14,7 @@ from darwinlm.families import head_dim, key_value_heads
 from darwinlm.genome import Grid
 from darwinlm.types import Genome, Unit, UsageError
 
-Measure = Literal["params", "flops", "kv-cache"]
+Measure = Literal["params", "flops", "kv-cache", "latency"]
 BELOW = 0.01  # share of the limit that a result may stay below it
 
 _PREFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12, "us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -35,7 +35,7 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """Read `params=0.6`, `params=4.7B`, `flops=0.6` or `kv-cache=12K` (bytes a token).
+        """Read `params=0.6`, `params=4.7B`, `flops=0.6`, `kv-cache=12K` (bytes a token) or `latency=20ms`.
 
         Raises:
             UsageError: if the text is no target.
@@ -43,10 +43,10 @@ class Target:
         found = _TARGET.fullmatch(text.replace(" ", ""))
         known = found is not None and found["measure"] in get_args(Measure) and found["prefix"] in _PREFIXES
         amount = float(found["number"]) * _PREFIXES[found["prefix"]] if found and known else 0.0
-        if found is None or amount <= 0 or (found["prefix"].endswith("s")):
+        if found is None or amount <= 0 or (found["prefix"].endswith("s") and found["measure"] != "latency"):
             raise UsageError(
                 f"--target: expected {', '.join(get_args(Measure))}, an equals sign, and a share of the dense model "
-                f"below 1 or an amount (params=0.6, params=4.7B), found {text!r}; give another value"
+                f"below 1 or an amount (params=0.6, params=4.7B, latency=20ms), found {text!r}; give another value"
             )
         measure: Measure = found["measure"]  # pyright: ignore[reportAssignmentType]
         return cls(measure, amount, share=not found["prefix"] and amount < 1)
@@ -186,7 +186,8 @@ def limit_of(target: Target, costs: Costs, grid: Grid, ceilings: tuple[int, ...]
         UsageError: if no genome is within it, or the dense model is.
     """
     dense = costs.of(grid.dense())
-    limit = target.amount * dense if target.share else target.amount
+    amount = target.amount * 1e9 if target.measure == "latency" else target.amount  # latencies are nanoseconds
+    limit = target.amount * dense if target.share else amount
     budget = Budget(grid, costs, limit, (1 - BELOW) * limit, ceilings)
     least = costs.of(budget.least)
     if not least <= limit < dense:

@@ -112,6 +112,25 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
+class LatencyConfig:
+    """Latency: the forward pass whose time --target latency=... is."""
+
+    batch: int = 1
+    """Sequences at a time."""
+    tokens: int = 1
+    """New tokens of each sequence: 1 is a step of decoding, many a prefill."""
+    context: int = 512
+    """Tokens of each that are in the cache already."""
+    repeats: int = 9
+    """Alternating timings of every unit at every level; the median counts."""
+    table: str | None = None
+    """Take these timings, search/latency.json of an earlier run on the same device."""
+
+    def __post_init__(self) -> None:
+        expect_at_least(self, "latency", batch=1, tokens=1, context=0, repeats=1)
+
+
+@dataclass(frozen=True)
 class RefitConfig:
     """Refit: the chosen model's consumers learn the dense model's distribution."""
 
@@ -212,8 +231,8 @@ class RunConfig:
     genome: str | None = None
     """Use this genome and search none: another run's search/result.json, or a JSON list of levels. It has no budget."""
     target: str | None = None
-    """Instead of a level: params, flops (a token) or kv-cache (bytes a token), as a share of the dense model
-    (params=0.6) or an amount (params=4.7B). The result stays below it, by less than 1 %."""
+    """Instead of a level: params, flops (a token), kv-cache (bytes a token) or latency, as a share of the dense model
+    (params=0.6) or an amount (params=4.7B, latency=20ms). The result stays below it, by less than 1 %."""
     keep_attention: bool = False
     """Let no block lose all of its attention, which vLLM wants."""
     verify: bool = True
@@ -221,6 +240,7 @@ class RunConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
     refit: RefitConfig = field(default_factory=RefitConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 

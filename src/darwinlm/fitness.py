@@ -20,6 +20,8 @@ from darwinlm.surgery import Stitcher
 from darwinlm.tuning import Tuner, rounded
 from darwinlm.types import Genome, SelectionStage
 
+BATCH_TOKENS = 2048  # in one forward pass: allocations of more cost twice the time on a CPU
+
 
 @runtime_checkable
 class Scorer(Protocol):
@@ -61,7 +63,9 @@ class Fitness:
         self.device = stitcher.dense.device
         self.length = token_ids.shape[1]
         self._last_training = max(stage.training_tokens for stage in config.stages)
-        ends = sorted({self._sequences(stage.fitness_tokens) for stage in config.stages})
+        ends = {self._sequences(stage.fitness_tokens) for stage in config.stages}
+        step = max(1, BATCH_TOKENS // self.length)
+        ends = sorted(ends.union(range(step, max(ends), step)))
         self._batches = [token_ids[start:end].to(self.device) for start, end in zip([0, *ends], ends, strict=False)]
         self._metrics = [metric(config.metric, stitcher.dense, batch, config.top_k) for batch in self._batches]
         self._tuner = Tuner(training_ids, config.learning_rate, self.device)

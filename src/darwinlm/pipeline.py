@@ -35,6 +35,7 @@ from darwinlm.export.vllm import check_vllm
 from darwinlm.families import block_sizes, find_units
 from darwinlm.fitness import Fitness
 from darwinlm.genome import Grid, level_grid
+from darwinlm.latency import latency_costs
 from darwinlm.metric import label
 from darwinlm.modeling import family_of, load, pruned_config
 from darwinlm.progress import say, track
@@ -178,7 +179,7 @@ def _open(this: Run, config: RunConfig, until: Stage) -> _Work:
             },
             "versions": versions(),
         }
-        even, budget = uniform(grid, _costs(config, checkpoint, grid), config)
+        even, budget = uniform(grid, _costs(this, config, checkpoint, grid, device), config)
         genome = earlier = None
         if config.genome is not None:
             genome = read_genome(Path(config.genome), grid, made_from)
@@ -193,13 +194,16 @@ def _open(this: Run, config: RunConfig, until: Stage) -> _Work:
     return _Work(this, config, checkpoint, grid, even, budget, genome, earlier, tokens, device, dtype, made_from)
 
 
-def _costs(config: RunConfig, checkpoint: Checkpoint, grid: Grid) -> Costs:
+def _costs(this: Run, config: RunConfig, checkpoint: Checkpoint, grid: Grid, device: torch.device) -> Costs:
     """What every level of every unit costs, in the measure of the target."""
     measure = "params" if config.target is None else Target.parse(config.target).measure
     if measure == "flops":
         return flop_costs(grid, checkpoint.config, config.calibration.sequence_length)
     if measure == "kv-cache":
         return cache_costs(grid, checkpoint.config, checkpoint.dtype.itemsize)
+    if measure == "latency":
+        with parallel.first_before_others():
+            return latency_costs(checkpoint, grid, config.latency, device, this.search / "latency.json")
     return parameter_costs(grid, parameter_count(checkpoint.skeleton()))
 
 

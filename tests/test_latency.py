@@ -1,0 +1,101 @@
+"""The latency table: what it measures, whose it is, and a search within it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import runs
+from darwinlm import latency, pipeline
+from darwinlm.artifact import read_json
+from darwinlm.checkpoint import Checkpoint
+from darwinlm.config import DatabaseConfig, LatencyConfig
+from darwinlm.families import find_units
+from darwinlm.genome import Grid, level_grid
+from darwinlm.latency import latency_costs
+from darwinlm.types import Structure, UsageError
+from pruned import CPU
+
+QUICK = LatencyConfig(context=16, repeats=1)
+
+
+def opened(path: Path, structure: Structure = "kv_group") -> tuple[Checkpoint, Grid]:
+    checkpoint = Checkpoint(path)
+    return checkpoint, level_grid(find_units(checkpoint.skeleton(), checkpoint.config, structure), 4, 8)
+
+
+@pytest.mark.parametrize("structure", ["kv_group", "head", "balanced"])
+@pytest.mark.parametrize("config", [QUICK, LatencyConfig(batch=2, tokens=8, context=0, repeats=1)])
+def test_costs_fall_from_level_to_level_and_are_kept(
+    structure: Structure, config: LatencyConfig, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    checkpoint, grid = opened(checkpoints["llama-gqa"], structure)
+    costs = latency_costs(checkpoint, grid, config, CPU, tmp_path / "latency.json")
+    for row, removed in zip(costs.units, grid.removed, strict=True):
+        assert len(row) == len(removed)
+        assert list(row) == sorted(row, reverse=True)
+        assert row[-1] == 0
+    assert costs.units[::2] == (costs.units[0],) * 3  # blocks of one shape were measured once
+    again = latency_costs(checkpoint, grid, config, CPU, tmp_path / "latency.json")
+    assert again == costs
+
+
+def test_it_times_what_is_slow(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that counts operations the table is that of the operations."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    checkpoint, grid = opened(checkpoints["mistral"])
+    with FlopCounterMode(display=False) as counter:
+        monkeypatch.setattr(latency, "_now", lambda _: counter.get_total_flops() / latency.NANO)
+        units, rest = latency.measure(checkpoint, grid, LatencyConfig(tokens=4, context=0, repeats=1), CPU)
+    structures = [u.parameters(0) - u.fixed_parameters for u in grid.units]
+    for row, removed, unit, parameters in zip(units, grid.removed, grid.units, structures, strict=True):
+        for cost, gone in zip(row, removed, strict=True):
+            weights = parameters * (unit.structures - gone) // unit.structures
+            assert 2 * 4 * weights <= cost <= 1.25 * 2 * 4 * weights  # attention scores on top
+    assert rest == 2 * checkpoint.config.hidden_size * checkpoint.config.vocab_size  # the last token's logits
+
+
+def test_a_table_of_something_else_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint, grid = opened(checkpoints["llama-gqa"])
+    path = tmp_path / "latency.json"
+    latency_costs(checkpoint, grid, QUICK, CPU, path)
+    given = replace(QUICK, table=str(path))
+    assert latency_costs(checkpoint, grid, replace(given, repeats=5), CPU, tmp_path / "other.json").units
+    assert not (tmp_path / "other.json").exists()
+    with pytest.raises(
+        UsageError, match=r"of another pass: expected .*'context': 8.*, found .*'context': 16.*measured"
+    ):
+        latency_costs(checkpoint, grid, replace(given, context=8), CPU, path)
+    with pytest.raises(UsageError, match=r"of another model: expected .*mistral"):
+        latency_costs(*opened(checkpoints["mistral"]), given, CPU, path)
+    with pytest.raises(UsageError, match=r"of another level grid"):
+        latency_costs(*opened(checkpoints["llama-gqa"], "head"), given, CPU, path)
+    path.write_text(json.dumps(read_json(path) | {"made_for": read_json(path)["made_for"] | {"device": "cuda"}}))
+    with pytest.raises(UsageError, match=r"of another device: expected cpu: .*, found cuda"):
+        latency_costs(checkpoint, grid, given, CPU, path)
+    with pytest.raises(UsageError, match=r"--latency.table: expected a file .* none at .*nowhere"):
+        latency_costs(checkpoint, grid, replace(given, table="nowhere"), CPU, path)
+
+
+def test_a_search_stays_within_its_latency(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    checkpoint, grid = opened(checkpoints["llama-gqa"])
+    costs = latency_costs(checkpoint, grid, QUICK, CPU, tmp_path / "latency.json")
+    # Timings of such small modules are noise: whole milliseconds instead.
+    whole = [[1_000_000 * (len(row) - 1 - level) for level in range(len(row))] for row in costs.units]
+    table = read_json(tmp_path / "latency.json") | {"units": whole, "rest": 5_000_000}
+    (tmp_path / "latency.json").write_text(json.dumps(table))
+    config = runs.short(
+        checkpoints["llama-gqa"], text, tmp_path / "run", target="latency=17.1ms",
+        latency=replace(QUICK, table=str(tmp_path / "latency.json")), database=DatabaseConfig(levels=4, granularity=8),
+    )  # fmt: skip
+    run = pipeline.run(config, until="search")
+    assert sum(4 - level for level in run.genome.levels) == 12
+    out = replace(config, out=str(tmp_path / "other"), target="latency=5.9ms")  # the first attention stays
+    with pytest.raises(UsageError, match=r"--target: expected latency from .* ns a forward pass; give another value"):
+        pipeline.run(out)
+    assert not (tmp_path / "other").exists()
+    pipeline.run(replace(out, target="latency=6ms"), until="database")
