@@ -255,6 +255,7 @@ def main() -> None:
         )
         fitness = Fitness(stitcher, bench.text, bench.training_text, SearchConfig(stages=stages))
         plan = plan_of(bench, parent, list(offspring), fitness, training)
+        REFERENCES.clear()
         measure(bench, plan, fitness, rate, arguments.repeats)
 
 
