@@ -216,6 +216,8 @@ def measure(bench: Bench, plan: Generation, fitness: Fitness, rate: float, repea
         print(
             f"| {name} | {taken[-1]:.1f} | {taken[0] / taken[-1]:.2f}x | {taken[-2:][0] / taken[-1]:.2f}x |", flush=True
         )
+    if training:
+        return  # the counter cannot watch gradients that are taken in parts
     with FlopCounterMode(display=False) as counter:
         ours(fitness, plan)
     operations = counter.get_total_flops()
