@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from darwinlm import parallel
-from darwinlm.artifact import locked_directory, read_json, sweep, write_json
+from darwinlm.artifact import read_json, sweep, write_json
 from darwinlm.data import HUB, PACKAGED, batched, is_held_out, name_and_weight, read_documents, text_of
 from darwinlm.progress import say
 from darwinlm.train_config import StreamConfig
@@ -86,12 +86,7 @@ class TokenStore:
             UsageError: if the source has too little text, or cannot be read.
             PeerLostError: if another process dies.
         """
-        if not parallel.first():
-            parallel.wait_for_all()
-            return self._fill(sequences)
-        with locked_directory(self.path):
-            sweep(self.path)
-            parallel.wait_for_all()
+        with parallel.shared_directory(self.path, lambda: sweep(self.path)):
             return self._fill(sequences)
 
     def _fill(self, sequences: int) -> list[Place]:

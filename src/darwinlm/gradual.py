@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 from darwinlm import parallel
-from darwinlm.artifact import locked_directory, write_json, write_text
+from darwinlm.artifact import write_json, write_text
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.config import RunConfig
 from darwinlm.evaluate import parameter_count
@@ -35,14 +35,8 @@ def gradual(config: GradualConfig) -> Path:
         DarwinError: if a stage fails. The same call goes on from what is finished.
     """
     out = Path(config.out)
-    with parallel.together():
-        if not parallel.first():
-            parallel.wait_for_all()
-            return _stages(config, out)
-        with locked_directory(out):
-            claim(out, GRADUAL_SETTINGS, config)
-            parallel.wait_for_all()
-            return _stages(config, out)
+    with parallel.together(), parallel.shared_directory(out, lambda: claim(out, GRADUAL_SETTINGS, config)):
+        return _stages(config, out)
 
 
 def _stages(config: GradualConfig, out: Path) -> Path:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from darwinlm.artifact import locked_directory
 from darwinlm.progress import console
 from darwinlm.types import DarwinError, UsageError
 
@@ -98,6 +100,23 @@ def first_before_others() -> Iterator[None]:
     yield
     if first():
         wait_for_all()
+
+
+@contextmanager
+def shared_directory(path: Path, prepare: Callable[[], object]) -> Iterator[None]:
+    """The first process holds a directory for all, and prepares it before any of them works in it.
+
+    Raises:
+        UsageError: on the first process, as `locked_directory`.
+    """
+    if not first():
+        wait_for_all()
+        yield
+        return
+    with locked_directory(path):
+        prepare()
+        wait_for_all()
+        yield
 
 
 def sum_at(tensor: Tensor, owner: int) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
@@ -19,7 +17,7 @@ from darwinlm.allocate.evolution import evolve
 from darwinlm.allocate.mutation import restore, spread
 from darwinlm.allocate.sensitivity import least_sensitive, sensitivities
 from darwinlm.allocate.uniform import uniform
-from darwinlm.artifact import locked_directory, write_text
+from darwinlm.artifact import write_text
 from darwinlm.budget import Budget, Costs, Target, amount_of, cache_costs, flop_costs, parameter_costs
 from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
@@ -40,7 +38,7 @@ from darwinlm.metric import label
 from darwinlm.modeling import family_of, load, pruned_config
 from darwinlm.progress import say, track
 from darwinlm.refit import refit, set_consumers
-from darwinlm.run import Run, find_export, read_genome, told_in_one_sentence, versions
+from darwinlm.run import SETTINGS, Run, claim, find_export, read_genome, told_in_one_sentence, versions, versions_told
 from darwinlm.surgery import Stitcher, repeat_shared
 from darwinlm.types import DarwinError, Genome, SearchResult, SelectionStage
 
@@ -77,7 +75,8 @@ def run(config: RunConfig, until: Stage = "report") -> Run:
         DarwinError: if a stage fails. The same call goes on from there once the cause is mended.
     """
     told = told_in_one_sentence(f"the run in {config.out}", "lower --calibration.batch-size")
-    with told, parallel.together(), _held(config) as this:
+    this = Run(config.out)
+    with told, parallel.together(), parallel.shared_directory(this.path, lambda: claim(this.path, SETTINGS, config)):
         if this.finished:
             say(f"{this.path} is finished: {this.report_path} has its figures")
             return this
@@ -109,19 +108,6 @@ def export(path: Path, verify: bool = True) -> Path:
         this.check_database()
         run(replace(this.config, out=str(path), verify=verify), until="export")
     return find_export(path)
-
-
-@contextmanager
-def _held(config: RunConfig) -> Iterator[Run]:
-    """The run's directory. The first process holds it, for all."""
-    if not parallel.first():
-        parallel.wait_for_all()
-        yield Run(config.out)
-        return
-    with locked_directory(Path(config.out)):
-        this = Run.claim(config)
-        parallel.wait_for_all()
-        yield this
 
 
 @dataclass(frozen=True)
@@ -352,7 +338,7 @@ def _settings(work: _Work, result: SearchResult) -> dict[str, str]:
         **search,
         "Refit": f"{config.refit.tokens:,} tokens" if config.refit.tokens else "none",
         "Seed": str(config.seed),
-        "Versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
+        "Versions": versions_told(),
     }
 
 

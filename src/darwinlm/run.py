@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from darwinlm import modeling
 from darwinlm.artifact import read_json, sweep, write_json, write_text
+from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.config import RunConfig, read_config
 from darwinlm.genome import Grid
 from darwinlm.types import DarwinError, Genome, SearchResult, UsageError
@@ -53,16 +54,6 @@ class Run:
         if not (Path(path) / SETTINGS).is_file():
             raise UsageError(f"no run in {path}: expected {SETTINGS} in it; name a directory that compress wrote")
         return cls(path)
-
-    @classmethod
-    def claim(cls, config: RunConfig) -> Run:
-        """Make `config.out` this configuration's run, or resume it. The directory must be held by this process.
-
-        Raises:
-            UsageError: if the directory holds a run of other settings, or anything else.
-        """
-        claim(Path(config.out), SETTINGS, config)
-        return cls(config.out)
 
     def abandon(self) -> None:
         """Leave the directory to another run if this one has done nothing yet: its arguments were wrong."""
@@ -159,12 +150,22 @@ def find_export(path: Path) -> Path:
     Raises:
         UsageError: if there is no model there, or the run has none yet.
     """
-    inside = any((path / settings).is_file() for settings in (SETTINGS, TRAIN_SETTINGS))
+    inside = _is_run(path)
     found = Run(path).exported if inside else path
     if not (found / "config.json").is_file():
         missing = "its run has not come to its export yet, run the same command again" if inside else "name one"
         raise UsageError(f"no model in {path}: expected config.json in {found}, found none; {missing}")
     return found
+
+
+def open_model(name: str, workspace: Path) -> Checkpoint:
+    """That of a run or training directory, or as `find_checkpoint`. Raises `UsageError` if there is none."""
+    path = Path(name).expanduser()
+    return Checkpoint(find_export(path)) if _is_run(path) else find_checkpoint(name, workspace)
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / settings).is_file() for settings in (SETTINGS, TRAIN_SETTINGS))
 
 
 def load(path: Path | str, dtype: str = "auto") -> PreTrainedModel:
@@ -215,6 +216,11 @@ def read_genome(path: Path, grid: Grid, made_from: Mapping[str, Any], flag: str 
     genome = Genome(tuple(levels))
     grid.check(genome)
     return genome
+
+
+def versions_told() -> str:
+    """The versions that made an artifact, for people."""
+    return ", ".join(f"{name} {number}" for name, number in versions().items())
 
 
 def versions() -> dict[str, str]:

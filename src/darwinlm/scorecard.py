@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.artifact import write_json
-from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.data import is_held_out, name_and_weight, read_documents
 from darwinlm.device import DTYPES, resolve_device
 from darwinlm.evaluate import Quality, parameter_count, quality_over, windows_over
@@ -23,7 +22,7 @@ from darwinlm.evaluation_config import EvaluateConfig
 from darwinlm.generation import Writing, write
 from darwinlm.harness import SUITE, Request, Score, require_harness, run_tasks
 from darwinlm.progress import say
-from darwinlm.run import SETTINGS, TRAIN_SETTINGS, find_export, versions
+from darwinlm.run import open_model, versions
 from darwinlm.types import UsageError
 
 # Texts with a part of their own for evaluation, all of which counts, as in the literature.
@@ -108,13 +107,6 @@ def _subjects(config: EvaluateConfig, workspace: Path) -> list[Subject]:
         dtype = DTYPES.get(config.dtype, checkpoint.dtype)
         found.append(Subject(label, checkpoint.load(dtype, device), checkpoint.tokenizer))
     return found
-
-
-def open_model(name: str, workspace: Path) -> Checkpoint:
-    """A dense model, an export, or that of a run or training directory. Raises `UsageError` if there is none."""
-    path = Path(name)
-    inside = any((path / settings).is_file() for settings in (SETTINGS, TRAIN_SETTINGS))
-    return Checkpoint(find_export(path)) if inside else find_checkpoint(name, workspace)
 
 
 def _qualities(

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from darwinlm import parallel
-from darwinlm.artifact import locked_directory, sweep, write_json
+from darwinlm.artifact import sweep, write_json
 from darwinlm.data_stream import Sequences, open_tensors
 from darwinlm.distill import Target, TopKTarget, teacher_target
 from darwinlm.progress import track
@@ -51,16 +51,13 @@ class TeacherLogits:
         Args:
             load_teacher: called only if anything is missing.
         """
-        if not parallel.first():
-            parallel.wait_for_all()
+        with parallel.shared_directory(self.path, self._prepare):
             self._fill(sequences, load_teacher)
-            return
-        with locked_directory(self.path):
-            sweep(self.path)
-            if not (self.path / MANIFEST).exists():
-                write_json(self.path / MANIFEST, {"top_k": self.top_k, "temperature": self.temperature})
-            parallel.wait_for_all()
-            self._fill(sequences, load_teacher)
+
+    def _prepare(self) -> None:
+        sweep(self.path)
+        if not (self.path / MANIFEST).exists():
+            write_json(self.path / MANIFEST, {"top_k": self.top_k, "temperature": self.temperature})
 
     def _fill(self, sequences: Sequences, load_teacher: Callable[[], PreTrainedModel]) -> None:
         rows: dict[tuple[int, ...], int] = {}  # how many rows of each file are needed

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from darwinlm import parallel
-from darwinlm.artifact import locked_directory, read_json, write_json
-from darwinlm.checkpoint import Checkpoint, find_checkpoint
+from darwinlm.artifact import read_json, write_json
+from darwinlm.checkpoint import Checkpoint
 from darwinlm.data_stream import Sequences, draw_held_out, draw_sequences, tokenizer_fingerprint
 from darwinlm.device import resolve_device, resolve_dtype
 from darwinlm.distill import Target, teacher_target
@@ -27,7 +26,7 @@ from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected
 from darwinlm.modeling import block_sizes_of, family_of
 from darwinlm.progress import quiet_transformers, say
-from darwinlm.run import SETTINGS, TRAIN_SETTINGS, claim, find_export, told_in_one_sentence, versions
+from darwinlm.run import TRAIN_SETTINGS, claim, open_model, told_in_one_sentence, versions_told
 from darwinlm.teacher_logits import CachedTeacher, TaughtSequences, TeacherLogits
 from darwinlm.train_config import TrainConfig
 from darwinlm.trainer import FINISHED, Batch, DivergedError, RecoveryTrainer, Teacher
@@ -86,7 +85,10 @@ def train(config: TrainConfig) -> Training:
         DarwinError: if the training fails or diverges. The same call goes on from the last checkpoint.
     """
     thrift = "lower --training.micro-batch-size or switch on --training.gradient-checkpointing"
-    with told_in_one_sentence(f"the training in {config.out}", thrift), parallel.together(), _held(config) as this:
+    told = told_in_one_sentence(f"the training in {config.out}", thrift)
+    this = Training(config.out)
+    held = parallel.shared_directory(this.path, lambda: claim(this.path, TRAIN_SETTINGS, config))
+    with told, parallel.together(), held:
         if this.result_path.exists():
             say(f"{this.path} is finished: {this.exported} is the model")
             return this
@@ -96,20 +98,6 @@ def train(config: TrainConfig) -> Training:
             _export(work, last)
             _conclude(work)
     return this
-
-
-@contextmanager
-def _held(config: TrainConfig) -> Iterator[Training]:
-    """The training's directory. The first process holds it, for all."""
-    this = Training(config.out)
-    if not parallel.first():
-        parallel.wait_for_all()
-        yield this
-        return
-    with locked_directory(this.path):
-        claim(this.path, TRAIN_SETTINGS, config)
-        parallel.wait_for_all()
-        yield this
 
 
 @dataclass(frozen=True)
@@ -133,8 +121,8 @@ def _open(this: Training, config: TrainConfig) -> _Work:
     try:
         device = resolve_device(config.device)
         with parallel.first_before_others():
-            checkpoint = _find(config.model, this.path / "student")
-            teacher = None if config.teacher is None else _find(config.teacher, this.path / "teacher")
+            checkpoint = open_model(config.model, this.path / "student")
+            teacher = None if config.teacher is None else open_model(config.teacher, this.path / "teacher")
         family_of(checkpoint.config)  # that it can be exported
         _accumulation(config)
         checkpoint.check_length(config.stream.sequence_length, "stream.sequence-length")
@@ -167,12 +155,6 @@ def _open(this: Training, config: TrainConfig) -> _Work:
             (this.path / TRAIN_SETTINGS).unlink(missing_ok=True)
         raise
     return _Work(this, config, checkpoint, teacher, sequences, held_out, cache, device, dtype, made_from)
-
-
-def _find(model: str, workspace: Path) -> Checkpoint:
-    path = Path(model).expanduser()
-    inside = any((path / settings).is_file() for settings in (SETTINGS, TRAIN_SETTINGS))
-    return Checkpoint(find_export(path)) if inside else find_checkpoint(model, workspace)
 
 
 def _accumulation(config: TrainConfig) -> int:
@@ -370,7 +352,7 @@ def _settings(work: _Work) -> dict[str, str]:
         "Loss": loss,
         "Learning rate": f"{config.training.learning_rate:g}, warm-up {config.training.warmup_steps} steps, cosine",
         "Seed": str(config.seed),
-        "Versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
+        "Versions": versions_told(),
     }
 
 
