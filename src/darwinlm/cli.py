@@ -12,7 +12,7 @@ from typing import Any, Literal, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
 
-from darwinlm.config import DEMO, ExportConfig, RunConfig, SpeedConfig
+from darwinlm.config import DEMO, ExportConfig, RunConfig, SpeedConfig, expect_level
 from darwinlm.evaluation_config import METHODS, CompareConfig, EvaluateConfig
 from darwinlm.train_config import GradualConfig, GradualStage, TrainConfig
 from darwinlm.types import DarwinError, UsageError
@@ -158,17 +158,15 @@ def _run(command: str, fields: Namespace) -> None:
     from darwinlm.export.convert import convert
 
     if command == "plan":
-        names = {field.name for field in dataclasses.fields(GradualConfig)}
-        recipe = GradualConfig(**{name: value for name, value in vars(fields).items() if name in names})
+        recipe = _settings(GradualConfig, fields)
         if fields.target_level is not None:
-            plan.check_level(fields.target_level, recipe.database.levels)
+            expect_level(fields.target_level, recipe.database.levels)
             recipe = dataclasses.replace(recipe, stages=(GradualStage(fields.target_level, 0),))
         plan.show(recipe)
         return
     if command == "export":
-        options = {field.name: fields[field.name] for field in dataclasses.fields(ExportConfig)}
         source = pipeline.export(Path(fields.source), fields.verify)
-        print(convert(source, Path(fields.out), ExportConfig(**options)))
+        print(convert(source, Path(fields.out), _settings(ExportConfig, fields)))
         return
     if command == "evaluate":
         _evaluate(fields)
@@ -176,32 +174,34 @@ def _run(command: str, fields: Namespace) -> None:
     if command == "compare":
         from darwinlm.compare import compare
 
-        options = {field.name: fields[field.name] for field in dataclasses.fields(CompareConfig)}
-        options |= {name: tuple(fields[name]) for name in ("methods", "targets")}
-        compare(CompareConfig(**options))
+        compare(_settings(CompareConfig, fields, methods=tuple(fields.methods), targets=tuple(fields.targets)))
         return
     if command == "train":
         from darwinlm.train import train
 
-        train(TrainConfig(**{field.name: fields[field.name] for field in dataclasses.fields(TrainConfig)}))
+        train(_settings(TrainConfig, fields))
         return
     if command == "gradual":
         from darwinlm.gradual import gradual
 
-        gradual(GradualConfig(**{field.name: fields[field.name] for field in dataclasses.fields(GradualConfig)}))
+        gradual(_settings(GradualConfig, fields))
         return
-    names = {field.name for field in dataclasses.fields(RunConfig)}
-    given = {name: value for name, value in vars(fields).items() if name in names}
-    config = dataclasses.replace(DEMO, **given) if command == "demo" else RunConfig(**given)
-    pipeline.run(config, until=UNTIL.get(command, "report"))
+    default = {"model": DEMO.model, "data": DEMO.data} if command == "demo" else {}
+    pipeline.run(_settings(RunConfig, fields, **default), until=UNTIL.get(command, "report"))
+
+
+def _settings(kind: Any, fields: Namespace, **others: Any) -> Any:
+    """The settings of a command, a `kind`, with those that are no flags of it from `others`, or by their default."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in vars(fields).items() if name in names} | others)
 
 
 def _evaluate(fields: Namespace) -> None:
     from darwinlm import scorecard, speed
     from darwinlm.run import find_export
 
-    config = EvaluateConfig(**{field.name: fields[field.name] for field in dataclasses.fields(EvaluateConfig)})
-    timing = SpeedConfig(**{field.name: fields[field.name] for field in dataclasses.fields(SpeedConfig)})
+    config = _settings(EvaluateConfig, fields)
+    timing = _settings(SpeedConfig, fields)
     if fields.speed and config.against is None:
         raise UsageError("--speed is beside the dense model: expected --against, found none; name it")
     if not fields.speed or config.asks_for_something:

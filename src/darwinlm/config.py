@@ -22,9 +22,27 @@ def expect(holds: bool, flag: str, expected: str, found: object) -> None:
 
 
 def expect_at_least(config: object, section: str, **lowest: int) -> None:
+    """Of the fields that are given; without a section flags are named by the field alone."""
     for name, least in lowest.items():
         found = getattr(config, name)
-        expect(found >= least, f"{section}.{name}", f"at least {least}", found)
+        expect(found is None or found >= least, f"{section}.{name}".lstrip("."), f"at least {least}", found)
+
+
+def expect_positive(config: object, section: str, *names: str) -> None:
+    for name in names:
+        found = getattr(config, name)
+        expect(0 < found < math.inf, f"{section}.{name}", "more than 0", found)
+
+
+def expect_named(config: object, *names: str) -> None:
+    for name in names:
+        expect(bool(getattr(config, name)), name, "a name", "nothing")
+
+
+def expect_level(level: float, levels: int) -> None:
+    """A uniform level at which every unit has lost something, and not all."""
+    expected = f"a level between 0 and {levels} (--database.levels), both excluded"
+    expect(0 < level < levels, "target_level", expected, f"{level:g}")
 
 
 @dataclass(frozen=True)
@@ -60,7 +78,7 @@ class DatabaseConfig:
 
     def __post_init__(self) -> None:
         expect_at_least(self, "database", levels=1, granularity=1)
-        expect(0 < self.damping < math.inf, "database.damping", "more than 0", self.damping)
+        expect_positive(self, "database", "damping")
 
 
 @dataclass(frozen=True)
@@ -97,7 +115,7 @@ class SearchConfig:
     def __post_init__(self) -> None:
         expect_at_least(self, "search", generations=0, offspring=1, max_switches=1, top_k=1)
         expect(bool(self.start), "search.start", "sensitivity, uniform, or a file", "nothing")
-        expect(0 < self.learning_rate < math.inf, "search.learning_rate", "more than 0", self.learning_rate)
+        expect_positive(self, "search", "learning_rate")
         flag = "search.stages"
         expect(len(self.stages) > 0, flag, "at least one stage", "none")
         for stage in self.stages:
@@ -143,7 +161,7 @@ class RefitConfig:
 
     def __post_init__(self) -> None:
         expect_at_least(self, "refit", tokens=0, batch_size=1)
-        expect(0 < self.learning_rate < math.inf, "refit.learning_rate", "more than 0", self.learning_rate)
+        expect_positive(self, "refit", "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -186,9 +204,7 @@ class SpeedConfig:
     """Turns a model; the median counts."""
 
     def __post_init__(self) -> None:
-        for name in ("batch", "prompt_tokens", "new_tokens", "repeats"):
-            found = getattr(self, name)
-            expect(found >= 1, name, "at least 1", found)
+        expect_at_least(self, "", batch=1, prompt_tokens=1, new_tokens=1, repeats=1)
 
 
 @dataclass(frozen=True)
@@ -245,11 +261,9 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        for name in ("model", "data", "out"):
-            expect(bool(getattr(self, name)), name, "a name", "nothing")
-        within = self.target is not None or 0 < self.target_level < self.database.levels
-        expected = f"a level between 0 and {self.database.levels} (--database.levels), both excluded"
-        expect(within, "target_level", expected, f"{self.target_level:g}")
+        expect_named(self, "model", "data", "out")
+        if self.target is None:
+            expect_level(self.target_level, self.database.levels)
 
 
 Config = TypeVar("Config")

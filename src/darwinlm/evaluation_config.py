@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from darwinlm.config import CalibrationConfig, DatabaseConfig, EvaluationConfig, SearchConfig
+from darwinlm.config import CalibrationConfig, DatabaseConfig, EvaluationConfig, SearchConfig, expect, expect_at_least
 from darwinlm.types import UsageError
 
 
@@ -67,12 +67,7 @@ class EvaluateConfig:
     """Precision; auto is that of each checkpoint."""
 
     def __post_init__(self) -> None:
-        least = {"tokens": 2, "window": 2, "stride": 1, "shots": 0, "limit": 1, "batch_size": 1}
-        for name, smallest in least.items() | {("continuation_tokens", 1)}:
-            found = getattr(self, name)
-            if found is not None and found < smallest:
-                flag = name.replace("_", "-")
-                raise UsageError(f"--{flag}: expected at least {smallest}, found {found}; give another value")
+        expect_at_least(self, "", tokens=2, window=2, stride=1, shots=0, limit=1, batch_size=1, continuation_tokens=1)
         if self.stride is not None and self.stride > self.window:
             raise UsageError(
                 f"--stride: expected at most the --window of {self.window}, found {self.stride}; a longer one would "
@@ -127,12 +122,8 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         for method in self.methods:
-            if method not in METHODS:
-                raise UsageError(f"--methods: expected {', '.join(METHODS)}, found {method!r}; give another value")
+            expect(method in METHODS, "methods", ", ".join(METHODS), repr(method))
         for target in self.targets:
-            if not 0 < target < 1:
-                raise UsageError(
-                    f"--targets: expected shares above 0 and below 1, found {target:g}; give another value"
-                )
+            expect(0 < target < 1, "targets", "shares above 0 and below 1", f"{target:g}")
         if not self.methods or not self.targets:
             raise UsageError("--methods and --targets: expected at least one of each, found none; give some")

@@ -260,15 +260,6 @@ def plan_training(parameters: int, teacher_parameters: int, tokens: int, config:
     )
 
 
-def check_level(level: float, levels: int) -> None:
-    """Raise `UsageError` unless a target level is one of the `levels` that leave something and lose something."""
-    if not 0 < level < levels:
-        raise UsageError(
-            f"--target-level: expected a level between 0 and {levels} (--database.levels), both excluded, "
-            f"found {level:g}; give another value"
-        )
-
-
 def show(config: GradualConfig) -> None:
     """Print what a recipe takes on this machine: the database of the dense model, then every stage.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +13,8 @@ from darwinlm.config import (
     SearchConfig,
     expect,
     expect_at_least,
+    expect_named,
+    expect_positive,
 )
 
 
@@ -45,7 +46,7 @@ class DistillationConfig:
 
     def __post_init__(self) -> None:
         expect(0 <= self.weight <= 1, "distillation.weight", "0 to 1", self.weight)
-        expect(0 < self.temperature < math.inf, "distillation.temperature", "more than 0", self.temperature)
+        expect_positive(self, "distillation", "temperature")
         expect_at_least(self, "distillation", top_k=0)
 
 
@@ -87,9 +88,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         counts = ("batch_size", "micro_batch_size", "log_every", "evaluate_every", "save_every", "evaluation_tokens")
         expect_at_least(self, "training", warmup_steps=0, lora_rank=0, **dict.fromkeys(counts, 1))
-        for name in ("learning_rate", "max_gradient_norm", "lora_alpha"):
-            found = getattr(self, name)
-            expect(0 < found < math.inf, f"training.{name}", "more than 0", found)
+        expect_positive(self, "training", "learning_rate", "max_gradient_norm", "lora_alpha")
         expect(not (self.fsdp and self.lora_rank), "training.lora_rank", "0 with --training.fsdp", self.lora_rank)
         even = self.save_every % self.log_every == 0  # or a resumed run would average its losses otherwise
         expect(even, "training.save_every", f"a multiple of --training.log-every {self.log_every}", self.save_every)
@@ -122,9 +121,8 @@ class TrainConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
-        for name in ("model", "data", "out"):
-            expect(bool(getattr(self, name)), name, "a name", "nothing")
-        expect(self.tokens >= 1, "tokens", "at least 1", self.tokens)
+        expect_named(self, "model", "data", "out")
+        expect_at_least(self, "", tokens=1)
 
     @property
     def steps(self) -> int:
@@ -175,8 +173,7 @@ class GradualConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
-        for name in ("model", "data", "out"):
-            expect(bool(getattr(self, name)), name, "a name", "nothing")
+        expect_named(self, "model", "data", "out")
         levels = [stage.target_level for stage in self.stages]
         within = all(0 < level < self.database.levels for level in levels)
         rising = levels == sorted(set(levels))
