@@ -30,9 +30,9 @@ from darwinlm.database import MANIFEST, Database
 from darwinlm.device import resolve_device, resolve_dtype
 from darwinlm.evaluate import parameter_count, perplexity_and_kl, speed
 from darwinlm.evaluation_config import CompareConfig
-from darwinlm.families import find_units
+from darwinlm.families import find_grid
 from darwinlm.fitness import Fitness
-from darwinlm.genome import Grid, level_grid
+from darwinlm.genome import Grid
 from darwinlm.progress import say
 from darwinlm.surgery import Stitcher
 from darwinlm.types import Genome, UsageError
@@ -131,18 +131,9 @@ def compare(config: CompareConfig) -> list[Cell]:
 def _open(config: CompareConfig, run: RunConfig) -> _Bench:
     path, device = Path(run.out), resolve_device(config.device)
     checkpoint = find_checkpoint(config.model, path)
-    grid = level_grid(
-        find_units(checkpoint.skeleton(), checkpoint.config, config.database.structure),
-        config.database.levels,
-        config.database.granularity,
-    )
+    grid = find_grid(checkpoint.skeleton(), checkpoint.config, config.database)
     corpus = read_corpus(config.data, checkpoint.tokenizer, config.calibration.sequence_length, config.seed)
-    tokens = corpus.draw(
-        calibration=config.calibration.tokens,
-        search=max(stage.fitness_tokens for stage in config.search.stages),
-        training=max(stage.training_tokens for stage in config.search.stages),
-    )
-    tokens["evaluation"] = corpus.draw_held_out(config.evaluation.tokens)
+    tokens = pipeline.draw_tokens(corpus, run)
     manifest = read_json(path / "database" / MANIFEST, "made_from")
     database = Database(path / "database", grid, manifest["made_from"])
     precisions = (resolve_dtype(config.dtype, device), checkpoint.dtype)

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from darwinlm.genome import Grid
+from darwinlm.config import DatabaseConfig
+from darwinlm.genome import Grid, level_grid
 from darwinlm.types import BlockSizes, DarwinError, Genome, Kind, Producer, Structure, Unit, UsageError
 
 ROWS, CACHED_ROWS = 256, 16  # tokens that are multiplied by a head at once, and whose float32 logits exist at once
@@ -135,6 +136,12 @@ def find_units(model: nn.Module, config: PretrainedConfig, structure: Structure 
 def layer_config(config: PretrainedConfig, block: int) -> PretrainedConfig:
     """What a decoder block is built from: in a pruned model each has sizes of its own, the whole has the dense ones."""
     return config.layer(block) if hasattr(config, "layer") else config
+
+
+def find_grid(model: nn.Module, config: PretrainedConfig, settings: DatabaseConfig) -> Grid:
+    """The levels of every unit of the model. Raises as `find_units` and `level_grid`."""
+    units = find_units(model, config, settings.structure)
+    return level_grid(units, settings.levels, settings.granularity)
 
 
 def _attention(block: _Block, layer: PretrainedConfig, dense: PretrainedConfig, structure: Structure) -> Unit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf, isfinite
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from darwinlm import parallel
 from darwinlm.config import SearchConfig
 from darwinlm.families import Head
-from darwinlm.metric import metric
+from darwinlm.metric import Metric, metric
 from darwinlm.surgery import Stitcher
 from darwinlm.tuning import Tuner, rounded
 from darwinlm.types import Genome, SelectionStage
@@ -67,13 +68,19 @@ class Fitness:
         step = max(1, BATCH_TOKENS // self.length)
         ends = sorted(ends.union(range(step, max(ends), step)))
         self._batches = [token_ids[start:end].to(self.device) for start, end in zip([0, *ends], ends, strict=False)]
-        self._metrics = [metric(config.metric, stitcher.dense, batch, config.top_k) for batch in self._batches]
+        self._config = config
         self._tuner = Tuner(training_ids, config.learning_rate, self.device)
         self._sums: dict[Genome, list[float]] = {}  # of untrained candidates, a batch each
         self._trained: dict[tuple[Genome, SelectionStage], float] = {}
         self._owners: dict[Genome, int] = {}  # the process that has computed something of a genome
         self._parent: Genome | None = None
         self._traces: dict[int, _Trace] = {}
+
+    @cached_property
+    def _metrics(self) -> list[Metric]:
+        """Of every batch. The dense model runs once something is scored, not for a search that is finished."""
+        config = self._config
+        return [metric(config.metric, self.stitcher.dense, batch, config.top_k) for batch in self._batches]
 
     def scores(self, genomes: Sequence[Genome], stage: SelectionStage, parent: Genome | None = None) -> list[float]:
         """The metric in nats a token over the stage's fitness tokens, shared out over all processes."""

@@ -15,8 +15,8 @@ from darwinlm.artifact import write_json, write_text
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.config import RunConfig
 from darwinlm.evaluate import parameter_count
-from darwinlm.families import find_units
-from darwinlm.genome import level_grid, prunable_parameters, uniform_genome
+from darwinlm.families import find_grid, find_units
+from darwinlm.genome import prunable_parameters, uniform_genome
 from darwinlm.pipeline import run
 from darwinlm.progress import say
 from darwinlm.run import GRADUAL_SETTINGS, claim, find_export
@@ -108,11 +108,7 @@ def _size_at(dense: Checkpoint, level: float, config: GradualConfig) -> int:
     """Parameters of the dense model at a uniform level."""
     skeleton = dense.skeleton()
     skeleton.tie_weights()
-    grid = level_grid(
-        find_units(skeleton, dense.config, config.database.structure),
-        config.database.levels,
-        config.database.granularity,
-    )
+    grid = find_grid(skeleton, dense.config, config.database)
     genome = uniform_genome(grid, level, config.database.levels, Random(config.seed))
     fixed = parameter_count(skeleton) - prunable_parameters(grid, grid.dense())
     return fixed + prunable_parameters(grid, genome)

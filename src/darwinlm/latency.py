@@ -21,6 +21,7 @@ from darwinlm.config import LatencyConfig
 from darwinlm.database import Database
 from darwinlm.families import linear_at
 from darwinlm.genome import Grid
+from darwinlm.obs import columns_of
 from darwinlm.progress import track
 from darwinlm.surgery import Stitcher, repeat_shared
 from darwinlm.types import Genome, Level, Unit, UsageError
@@ -131,9 +132,9 @@ class _FirstStructures(Database):
     def level(self, index: int, level: int) -> Level:
         """A unit at a level that is neither dense nor empty."""
         unit, kept = self.grid.units[index], _first(self.grid.units[index], self.grid.removed[index][level])
-        columns = (kept[:, None] * unit.structure_width + torch.arange(unit.structure_width)).flatten()
         weight = linear_at(self.dense, unit.consumer).weight
-        return Level(unit, level, kept, weight[:, columns.to(weight.device)], 0.0)
+        columns = columns_of(kept.to(weight.device), unit.structure_width)
+        return Level(unit, level, kept, weight[:, columns], 0.0)
 
 
 def _first(unit: Unit, removed: int) -> torch.Tensor:

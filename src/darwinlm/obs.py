@@ -113,7 +113,7 @@ def solve_levels(
     assert wanted[-1][1] <= len(eliminated)
     gone = set(eliminated)
     last_first = torch.tensor([s for s in range(structures) if s not in gone] + eliminated[::-1], device=hessian.device)
-    columns = _columns(last_first, width)
+    columns = columns_of(last_first, width)
     factor = _cholesky(unit, hessian.index_select(0, columns).index_select(1, columns))
     solved = weight.to(hessian).index_select(1, columns)
     levels = []
@@ -123,7 +123,7 @@ def solve_levels(
         solution = torch.linalg.solve_triangular(L_KK, L_RK, upper=False, left=False)
         solved = solved[:, :k].addmm(solved[:, k:], solution)
         kept, ascending = last_first[: structures - count].sort()
-        weights = solved.index_select(1, _columns(ascending, width))
+        weights = solved.index_select(1, columns_of(ascending, width))
         levels.append(Level(unit, level, kept.cpu(), weights, float(elimination.errors[count - 1])))
     return levels
 
@@ -339,6 +339,6 @@ def _scale(hessian: Tensor) -> float:
     return mean if mean > 0 else 1.0
 
 
-def _columns(structures: Tensor, width: int) -> Tensor:
+def columns_of(structures: Tensor, width: int) -> Tensor:
     """The consumer's columns that these structures own."""
     return (structures[:, None] * width + torch.arange(width, device=structures.device)).flatten()

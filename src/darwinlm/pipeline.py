@@ -14,15 +14,15 @@ from transformers import PreTrainedModel
 
 from darwinlm import parallel, report
 from darwinlm.allocate.evolution import evolve
-from darwinlm.allocate.mutation import restore, spread
-from darwinlm.allocate.sensitivity import least_sensitive, sensitivities
+from darwinlm.allocate.mutation import spread
+from darwinlm.allocate.sensitivity import find_starts
 from darwinlm.allocate.uniform import uniform
 from darwinlm.artifact import write_text
 from darwinlm.budget import Budget, Costs, Target, amount_of, cache_costs, flop_costs, parameter_costs
 from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.config import RunConfig
-from darwinlm.data import read_corpus
+from darwinlm.data import Corpus, read_corpus
 from darwinlm.database import Database, add_unit
 from darwinlm.device import DTYPES, resolve_device, resolve_dtype
 from darwinlm.evaluate import Row, evaluate, parameter_bytes, parameter_count
@@ -30,9 +30,9 @@ from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected, verify_export
 from darwinlm.export.vllm import check_vllm
-from darwinlm.families import block_sizes, find_units
+from darwinlm.families import block_sizes, find_grid
 from darwinlm.fitness import Fitness
-from darwinlm.genome import Grid, level_grid
+from darwinlm.genome import Grid
 from darwinlm.latency import latency_costs
 from darwinlm.metric import label
 from darwinlm.modeling import family_of, load, pruned_config
@@ -40,7 +40,7 @@ from darwinlm.progress import say, track
 from darwinlm.refit import refit, set_consumers
 from darwinlm.run import SETTINGS, Run, claim, find_export, read_genome, told_in_one_sentence, versions, versions_told
 from darwinlm.surgery import Stitcher, repeat_shared
-from darwinlm.types import DarwinError, Genome, SearchResult, SelectionStage
+from darwinlm.types import DarwinError, Genome, SearchResult
 
 Stage = Literal["database", "search", "export", "report"]
 STARTS = ("sensitivity", "uniform")  # anything else is the file of an earlier genome
@@ -143,18 +143,11 @@ def _open(this: Run, config: RunConfig, until: Stage) -> _Work:
         if until in ("export", "report"):
             family_of(checkpoint.config)  # that it can be exported
         checkpoint.check_length(config.calibration.sequence_length)
-        units = find_units(checkpoint.skeleton(), checkpoint.config, config.database.structure)
-        grid = level_grid(units, config.database.levels, config.database.granularity)
+        grid = find_grid(checkpoint.skeleton(), checkpoint.config, config.database)
         for sentence in grid.fewer(config.database.levels):
             say(sentence)
         corpus = read_corpus(config.data, checkpoint.tokenizer, config.calibration.sequence_length, config.seed)
-        tokens = corpus.draw(
-            calibration=config.calibration.tokens,
-            search=max(stage.fitness_tokens for stage in config.search.stages),
-            training=max(stage.training_tokens for stage in config.search.stages),
-            refit=config.refit.tokens,
-        )
-        tokens["evaluation"] = corpus.draw_held_out(config.evaluation.tokens)
+        tokens = draw_tokens(corpus, config)
         made_from = {
             "model": checkpoint.fingerprint,
             "text": corpus.fingerprint,
@@ -178,6 +171,18 @@ def _open(this: Run, config: RunConfig, until: Stage) -> _Work:
             this.abandon()
         raise
     return _Work(this, config, checkpoint, grid, even, budget, genome, earlier, tokens, device, dtype, made_from)
+
+
+def draw_tokens(corpus: Corpus, config: RunConfig) -> dict[str, Int[Tensor, "sequences length"]]:
+    """Disjoint tokens for each stage of a run. Raises `UsageError` if there is too little text."""
+    stages = config.search.stages
+    tokens = corpus.draw(
+        calibration=config.calibration.tokens,
+        search=max(stage.fitness_tokens for stage in stages),
+        training=max(stage.training_tokens for stage in stages),
+        refit=config.refit.tokens,
+    )
+    return tokens | {"evaluation": corpus.draw_held_out(config.evaluation.tokens)}
 
 
 def _costs(this: Run, config: RunConfig, checkpoint: Checkpoint, grid: Grid, device: torch.device) -> Costs:
@@ -223,25 +228,15 @@ def _allocate(work: _Work, database: Database) -> SearchResult:
     if work.genome is not None:
         result = SearchResult(work.genome, fitness.score(work.genome, config.stages[-1]), ())
     else:
-        starts = _starts(work, fitness)
+        if work.earlier is None:
+            starts = find_starts(work.even, work.budget, fitness, config, work.config.seed, work.run.search)
+        else:
+            starts = {"earlier": spread(work.earlier, work.budget, Random(work.config.seed))}
         history = work.run.search / "history.jsonl"
         result = evolve(starts, work.budget, fitness, config, work.config.seed, history)
     if parallel.first():
         work.run.save_search(result, work.grid, work.made_from)
     return result
-
-
-def _starts(work: _Work, fitness: Fitness) -> dict[str, Genome]:
-    """The genomes of which the best is the first parent, each as large as the budget allows."""
-    config, rng = work.config.search, Random(work.config.seed)
-    starts = {"uniform": work.even}
-    if config.start == "sensitivity":
-        stage = SelectionStage(1, config.stages[0].fitness_tokens)
-        table = sensitivities(work.grid, fitness, stage, work.run.search / "sensitivities.json")
-        starts["sensitivity"] = restore(least_sensitive(work.budget, table), work.budget, rng)
-    if work.earlier is not None:
-        starts = {"earlier": spread(work.earlier, work.budget, rng)}
-    return {name: genome for name, genome in starts.items() if work.budget.fits(genome)}
 
 
 def _refit(work: _Work, database: Database, result: SearchResult) -> dict[str, dict[str, Tensor]]:

@@ -22,7 +22,7 @@ from darwinlm.calibrate import PANEL, SPILL_BYTES
 from darwinlm.checkpoint import PACKAGED, find_checkpoint
 from darwinlm.config import CalibrationConfig, DatabaseConfig
 from darwinlm.device import DTYPES
-from darwinlm.families import find_family, find_units, head_dim
+from darwinlm.families import find_family, find_grid, head_dim
 from darwinlm.genome import Grid, level_grid, prunable_parameters, uniform_genome
 from darwinlm.train_config import GradualConfig
 from darwinlm.types import Unit, UsageError
@@ -89,8 +89,8 @@ def plan(
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
-    units = find_units(model, config, database.structure)
-    grid = level_grid(units, database.levels, database.granularity)
+    grid = find_grid(model, config, database)
+    units = grid.units
     genome = uniform_genome(grid, target_level, database.levels, Random(0))
     size = sum(parameter.numel() for parameter in model.parameters())
     dtype = DTYPES[calibration.dtype]

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from random import Random
 
 from darwinlm.allocate.cosine import cosine
 from darwinlm.allocate.evolution import evolve
 from darwinlm.allocate.evopress import evopress
-from darwinlm.allocate.mutation import restore
 from darwinlm.allocate.problem import Allocator, Problem
-from darwinlm.allocate.sensitivity import least_sensitive, sensitivities
+from darwinlm.allocate.sensitivity import find_starts
 from darwinlm.allocate.shortened_llama import shortened_llama, shortened_llama_taylor
 from darwinlm.allocate.shortgpt import shortgpt
 from darwinlm.allocate.ziplm import ziplm
 from darwinlm.config import SearchConfig
-from darwinlm.types import Genome, SelectionStage, UsageError
+from darwinlm.types import Genome, UsageError
 
 
 def evolution(problem: Problem) -> Genome:
@@ -39,13 +37,9 @@ def training_aware(problem: Problem) -> Genome:
 
 
 def _evolution(problem: Problem, config: SearchConfig) -> Genome:
-    budget, starts = problem.budget, {"uniform": problem.even}
-    if config.start == "sensitivity":
-        stage = SelectionStage(1, config.stages[0].fitness_tokens)
-        table = sensitivities(budget.grid, problem.fitness, stage, problem.state / "sensitivities.json")
-        starts["sensitivity"] = restore(least_sensitive(budget, table), budget, Random(problem.seed))
-    fitting = {name: genome for name, genome in starts.items() if budget.fits(genome)}
-    return evolve(fitting, budget, problem.fitness, config, problem.seed, problem.state / "history.jsonl").best
+    budget, state = problem.budget, problem.state
+    starts = find_starts(problem.even, budget, problem.fitness, config, problem.seed, state)
+    return evolve(starts, budget, problem.fitness, config, problem.seed, state / "history.jsonl").best
 
 
 ALLOCATORS: dict[str, Allocator] = {

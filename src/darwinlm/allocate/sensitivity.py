@@ -7,13 +7,16 @@ first guess of a genome's fitness, and the genome of least guess is a far better
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 
 from darwinlm import parallel
+from darwinlm.allocate.mutation import restore
 from darwinlm.artifact import read_json, write_json
 from darwinlm.budget import Budget
+from darwinlm.config import SearchConfig
 from darwinlm.fitness import Scorer
 from darwinlm.genome import Grid
 from darwinlm.progress import say, track
@@ -22,6 +25,23 @@ from darwinlm.types import Genome, SelectionStage
 MEASURED = 6  # levels of a unit that are measured; those between are interpolated
 WORST = 1e6  # nats a token: what a unit's removal costs that leaves no finite fitness
 CELLS = 20_000  # of the budget, into which costs are rounded up
+
+
+def find_starts(
+    even: Genome, budget: Budget, scorer: Scorer, config: SearchConfig, seed: int, directory: Path
+) -> dict[str, Genome]:
+    """The genomes by name, as large as the budget allows, of which the best is to be a search's first parent.
+
+    Args:
+        even: the uniform genome of the budget.
+        directory: keeps the sensitivities that are measured.
+    """
+    starts = {"uniform": even}
+    if config.start == "sensitivity":
+        stage = SelectionStage(1, config.stages[0].fitness_tokens)
+        table = sensitivities(budget.grid, scorer, stage, directory / "sensitivities.json")
+        starts["sensitivity"] = restore(least_sensitive(budget, table), budget, Random(seed))
+    return {name: genome for name, genome in starts.items() if budget.fits(genome)}
 
 
 def sensitivities(grid: Grid, scorer: Scorer, stage: SelectionStage, state: Path) -> list[list[float]]:
