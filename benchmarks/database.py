@@ -1,8 +1,9 @@
 """The whole database of SmolLM2-135M on the reference's 32,768 tokens: its parts in seconds, memory and bytes.
 
-python benchmarks/database.py [--dtype bfloat16] [--structure head] [--keep DIRECTORY]
+python benchmarks/database.py [--dtype bfloat16] [--structure head] [--keep DIRECTORY] [--against DIRECTORY]
 
 Nine levels and single heads, as published. The zero-storing form keeps every level of a consumer at full width.
+`--against` compares with a database that another precision made: who is kept, and the held-out KL of uniform genomes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
+from statistics import mean
 from typing import Any
 from unittest.mock import patch
 
@@ -22,11 +25,14 @@ import torch
 from darwinlm import calibrate as calibration
 from darwinlm import database as store
 from darwinlm import obs
-from darwinlm.checkpoint import find_checkpoint
+from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.config import DatabaseConfig
+from darwinlm.data import read_corpus
 from darwinlm.database import Database, add_unit
-from darwinlm.families import find_units
-from darwinlm.genome import level_grid
+from darwinlm.families import Head, find_units
+from darwinlm.genome import level_grid, uniform_genome
+from darwinlm.metric import Divergence
+from darwinlm.surgery import Stitcher
 
 TOKENS = Path(__file__).resolve().parents[2] / "shared" / "reference" / "smollm2_calibration_tokens.npz"
 
@@ -36,6 +42,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--structure", default="head", choices=["head", "kv_group", "balanced"])
     parser.add_argument("--keep", type=Path, help="where the database stays, to compare with another")
+    parser.add_argument("--against", type=Path, help="a database that was kept, to compare this one with")
     arguments = parser.parse_args()
     before = memory("VmRSS")
     tokens = torch.from_numpy(np.load(TOKENS)["tokens"]).long()
@@ -60,16 +67,49 @@ def main() -> None:
             for unit in statistics:
                 add_unit(database, unit, config, torch.float32)
         total = time.monotonic() - start
+        peak = memory("VmHWM") - before
         stored = sum(file.stat().st_size for file in database.path.iterdir())
+        if arguments.against:
+            compare(checkpoint, database, Database(arguments.against, grid, {}))
     parts["forward and the rest"] = total - sum(parts.values())
     zeros = sum(4 * unit_size(unit, checkpoint.config.hidden_size) * config.levels for unit in units)
     for name, seconds in parts.items():
         print(f"{name:24} {seconds:6.1f} s")
     print(f"{'total':24} {total:6.1f} s, {arguments.dtype} forward, {torch.get_num_threads()} threads")
-    print(f"{'peak memory':24} {memory('VmHWM') - before:6.2f} GB above the interpreter with torch loaded")
+    print(f"{'peak memory':24} {peak:6.2f} GB above the interpreter with torch loaded")
     print(
         f"{'on disk':24} {stored / 1e6:6.0f} MB, {stored / zeros:.1%} of the zero-storing form's {zeros / 1e6:.0f} MB"
     )
+
+
+def compare(checkpoint: Checkpoint, database: Database, other: Database) -> None:
+    """Print how many levels keep the same structures, and the KL of uniform genomes on 16,384 held-out tokens."""
+    grid = database.grid
+    pairs = [
+        (database.level(index, level).kept, other.level(index, level).kept)
+        for index in range(len(grid.units))
+        for level in range(1, grid.highest(index))
+    ]
+    same = sum(torch.equal(*pair) for pair in pairs)
+    shared = mean(torch.isin(*pair).float().mean().item() for pair in pairs)
+    print(f"{same} of {len(pairs)} levels keep the same structures, {shared:.1%} of all structures kept are the same")
+    corpus = read_corpus("vital-wiki", checkpoint.tokenizer, 512, 0)
+    dense, text = checkpoint.load(torch.float32, torch.device("cpu")), corpus.draw_held_out(16_384)
+    batches = [(ids, Divergence.of(dense, ids)) for ids in text.split(4)]
+    for level in (3, 5):
+        genome = uniform_genome(grid, level, 9, Random(0))
+        found = [
+            held_out_kl(Stitcher(dense, checkpoint.family, each).stitch(genome), batches) for each in (database, other)
+        ]
+        print(f"uniform at level {level}: held-out KL {found[0]:.4f}, of the other {found[1]:.4f}")
+
+
+@torch.inference_mode()
+def held_out_kl(model: Any, batches: list[tuple[torch.Tensor, Divergence]]) -> float:
+    """Nats a token."""
+    decoder, head = model.get_decoder(), Head(model)
+    totals = [side.total(decoder(ids, use_cache=False).last_hidden_state.flatten(0, 1), head) for ids, side in batches]
+    return sum(totals) / sum(ids.numel() for ids, _ in batches)
 
 
 def unit_size(unit: Any, hidden: int) -> int:

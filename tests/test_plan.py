@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from darwinlm.surgery import Stitcher
 from darwinlm.train_config import GradualConfig
 from darwinlm.types import UsageError
 
-RATES = Rates(products=1e9, forward=1e9, solves=1e9, sweeps=1e9, disk=1e9)
+RATES = Rates(products=1e9, forward=1e9, solves=1e9, sweeps=1e9, fills=1e9, loads=1e9, disk=1e9)
 
 
 def planned(config: PreTrainedConfig, level: float = 5.0, **settings: object) -> Plan:
@@ -86,12 +87,23 @@ def test_a_plan_says_what_is_built(model: str, checkpoints: dict[str, Path], tmp
     assert found.disk_bytes == sum(weight.nbytes for weight in weights)
 
 
-def test_twice_the_tokens_take_twice_the_time_to_measure_and_none_to_eliminate() -> None:
+def test_tokens_take_time_to_measure_and_none_to_eliminate() -> None:
     config, database = llama_2_7b(), DatabaseConfig()
-    short, long = (plan(config, CalibrationConfig(tokens=n), database, 5.0, RATES) for n in (65536, 131072))
-    assert long.calibration_seconds == pytest.approx(2 * short.calibration_seconds)
+    none, short, long = (
+        plan(config, CalibrationConfig(tokens=n), database, 5.0, RATES) for n in (512, 66_048, 131_584)
+    )
+    more, most = (at.calibration_seconds - none.calibration_seconds for at in (short, long))
+    assert most == pytest.approx(2 * more)
     assert long.elimination_seconds == short.elimination_seconds
     assert long.memory_bytes - short.memory_bytes == 65536 * 4096 * 4
+
+
+def test_weights_are_loaded_once_however_few_tokens_there_are() -> None:
+    """Everything but products, at rates that make the rest vanish: the blocks, the embedding, and no head."""
+    rates = Rates(**dict.fromkeys(vars(RATES), math.inf) | {"loads": 1.0})
+    found = plan(llama_2_7b(), CalibrationConfig(tokens=512), DatabaseConfig(), 5.0, rates)
+    blocks = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    assert found.calibration_seconds == 4 * (blocks + 32000 * 4096)
 
 
 def test_activations_that_do_not_fit_are_planned_on_disk() -> None:

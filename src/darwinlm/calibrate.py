@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from darwinlm import parallel
-from darwinlm.checkpoint import Checkpoint
+from darwinlm.checkpoint import Checkpoint, is_finite
 from darwinlm.families import linear_at
 from darwinlm.types import DarwinError, Unit, UnitStatistics
 
@@ -111,7 +111,7 @@ class _Gram:
         self.tokens = int(count)
 
     def statistics(self) -> UnitStatistics:
-        if not torch.stack(torch.aminmax(self.sum)).isfinite().all():
+        if not is_finite(self.sum):
             raise DarwinError(
                 f"{self.unit.name}: expected finite inputs of {self.unit.consumer} on the calibration text, found "
                 "NaN or infinity; the model overflows, check its weights or calibrate in float32"

@@ -15,11 +15,13 @@ from random import Random
 
 import torch
 from accelerate import init_empty_weights
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from darwinlm import obs
 from darwinlm.calibrate import PANEL, SPILL_BYTES
-from darwinlm.checkpoint import PACKAGED, find_checkpoint
+from darwinlm.checkpoint import PACKAGED, WEIGHTS, find_checkpoint, is_finite
 from darwinlm.config import CalibrationConfig, DatabaseConfig
 from darwinlm.device import DTYPES
 from darwinlm.families import find_family, find_grid, head_dim
@@ -39,6 +41,8 @@ class Rates:
         forward: the same in the precision of the forward pass.
         solves: floating-point operations of the level solves.
         sweeps: matrix entries passed over between two products of an elimination of channels.
+        fills: bytes of fresh memory that are written, as by every operation between two products.
+        loads: bytes of stored weights that are read, checked and converted.
         disk: bytes written.
     """
 
@@ -46,6 +50,8 @@ class Rates:
     forward: float
     solves: float
     sweeps: float
+    fills: float
+    loads: float
     disk: float
 
 
@@ -101,7 +107,8 @@ def plan(
     return Plan(
         parameters=size,
         target_parameters=size - prunable_parameters(grid, grid.dense()) + prunable_parameters(grid, genome),
-        calibration_seconds=sum(_measured(unit, config, calibration, rates) for unit in units),
+        calibration_seconds=stored * config.vocab_size * hidden / rates.loads
+        + sum(_measured(unit, config, calibration, rates) for unit in units),
         elimination_seconds=sum(
             _eliminated(grid, index, hidden, rates) + disk[index] / rates.disk for index in range(len(units))
         ),
@@ -116,13 +123,23 @@ def _columns(unit: Unit) -> int:
 
 
 def _measured(unit: Unit, config: PretrainedConfig, calibration: CalibrationConfig, rates: Rates) -> float:
-    """Seconds of a unit's forward pass and its Hessian."""
-    operations = 2 * calibration.tokens * unit.parameters(0)
-    if unit.kind == "attention":  # scores and values
+    """Seconds to load a unit, and of its forward pass and its Hessian."""
+    tokens, d, hidden = calibration.tokens, _columns(unit), config.hidden_size
+    operations = 2 * tokens * unit.parameters(0)
+    # Tensors a token between two residual streams: norm, sum, output; then gate, up, activation and product, or
+    # queries, keys and values, the former two turned, and what is attended to.
+    entries = 5 * hidden + 4 * d
+    if unit.kind == "attention":
         width = config.num_attention_heads * head_dim(config)
-        operations += 4 * calibration.tokens * calibration.sequence_length * width
-    d = _columns(unit)
-    return operations / rates.forward + calibration.tokens * d * (d + PANEL) / rates.products
+        operations += 4 * tokens * calibration.sequence_length * width  # scores and values
+        entries = 5 * hidden + 7 * width + 6 * config.num_key_value_heads * head_dim(config)
+    stored = (config.dtype or torch.float32).itemsize * unit.parameters(0)
+    return (
+        stored / rates.loads
+        + operations / rates.forward
+        + tokens * d * (d + PANEL) / rates.products
+        + (FLOAT * d * d + DTYPES[calibration.dtype].itemsize * tokens * entries) / rates.fills
+    )
 
 
 def _eliminated(grid: Grid, index: int, d_out: int, rates: Rates) -> float:
@@ -187,6 +204,8 @@ def measure_rates(dtype: torch.dtype = torch.float32, size: int = 3072) -> Rates
         forward=forward,
         solves=_solve_operations(grid, 0, d_out) / solving,
         sweeps=size**2 / max(swept, 1e-3),
+        fills=_fill_rate(),
+        loads=_load_rate(dtype),
         disk=_disk_rate(),
     )
 
@@ -194,6 +213,26 @@ def measure_rates(dtype: torch.dtype = torch.float32, size: int = 3072) -> Rates
 def _product_rate(dtype: torch.dtype, size: int) -> float:
     matrix = torch.randn(size, size).to(dtype)
     return 2 * size**3 / _seconds(lambda: matrix @ matrix)
+
+
+def _fill_rate(count: int = 1 << 25) -> float:
+    numbers = torch.ones(count)
+    return numbers.nbytes / _seconds(lambda: numbers * 2)
+
+
+def _load_rate(dtype: torch.dtype, count: int = 1 << 26) -> float:
+    weight = torch.ones(count, dtype=torch.bfloat16)
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / WEIGHTS
+        save_file({"weight": weight}, file)
+
+        def load() -> torch.Tensor:
+            with safe_open(file, framework="pt") as opened:
+                tensor = opened.get_tensor("weight")
+            assert is_finite(tensor)
+            return tensor.to(dtype)
+
+        return weight.nbytes / _seconds(load)
 
 
 def _disk_rate(count: int = 1 << 28) -> float:
