@@ -30,15 +30,14 @@ from transformers import PreTrainedModel
 from darwinlm.allocate.mutation import within_kinds
 from darwinlm.allocate.uniform import uniform
 from darwinlm.artifact import read_json
-from darwinlm.budget import parameter_costs
+from darwinlm.budget import Budget, parameter_costs
 from darwinlm.checkpoint import find_checkpoint
-from darwinlm.config import SearchConfig
+from darwinlm.config import RunConfig, SearchConfig
 from darwinlm.data import read_corpus
 from darwinlm.database import Database
 from darwinlm.evaluate import parameter_count
-from darwinlm.families import Head, find_units, linear_at
+from darwinlm.families import Head, find_grid, linear_at
 from darwinlm.fitness import Fitness
-from darwinlm.genome import level_grid
 from darwinlm.metric import Divergence
 from darwinlm.run import Run
 from darwinlm.surgery import Stitcher
@@ -175,20 +174,53 @@ def product_rate(size: int = 2048) -> float:
     return 2 * size**3 / min(seconds(lambda: matrix @ matrix) for _ in range(8))
 
 
-def plan_of(bench: Bench, parent: Genome, offspring: list[Genome], fitness: Fitness, training: bool) -> Generation:
-    """Who is scored in each stage, found by ours; this also warms it up."""
-    stages = tuple(
-        SelectionStage(survivors, fitness_tokens, training_tokens if training else 0)
-        for survivors, fitness_tokens, training_tokens in zip(SURVIVORS, FITNESS_TOKENS, TRAINING_TOKENS, strict=True)
+def open_bench(path: Path) -> tuple[Bench, RunConfig]:
+    """The models and texts of a run, and its settings."""
+    run = Run.open(path)
+    config = run.config
+    checkpoint = find_checkpoint(config.model, run.path)
+    grid = find_grid(checkpoint.skeleton(), checkpoint.config, config.database)
+    database = Database(run.database, grid, read_json(run.database / "database.json", "made_from")["made_from"])
+    stitcher = Stitcher(checkpoint.load(torch.bfloat16, CPU), checkpoint.family, database)
+    tokens = read_corpus(config.data, checkpoint.tokenizer, LENGTH, config.seed).draw(
+        search=sum(FITNESS_TOKENS), training=TRAINING_TOKENS[-1]
     )
-    candidates, rounds = tuple(offspring), []
-    for stage in stages:
+    return Bench(stitcher, tokens["search"], tokens["training"]), config
+
+
+def even_at(bench: Bench, config: RunConfig, level: float) -> tuple[Genome, Budget]:
+    """The uniform genome at a level, and the budget that it sets."""
+    grid = bench.stitcher.grid
+    costs = parameter_costs(grid, parameter_count(bench.stitcher.dense))
+    return uniform(grid, costs, replace(config, target_level=level))
+
+
+def mutants(parent: Genome, budget: Budget, count: int) -> list[Genome]:
+    """Distinct ones, as the paper mutates."""
+    rng, found = Random(0), dict[Genome, None]()
+    while len(found) < count:
+        mutant = within_kinds(parent, budget, rng, 3)
+        assert mutant is not None
+        found[mutant] = None
+    return list(found)
+
+
+def stages(training: bool) -> tuple[SelectionStage, ...]:
+    """The token schedule."""
+    numbers = zip(SURVIVORS, FITNESS_TOKENS, TRAINING_TOKENS, strict=True)
+    return tuple(SelectionStage(left, fitness, trained * training) for left, fitness, trained in numbers)
+
+
+def plan_of(parent: Genome, offspring: list[Genome], fitness: Fitness, training: bool) -> Generation:
+    """Who is scored in each stage, found by ours; this also warms it up."""
+    candidates, rounds, schedule = tuple(offspring), [], stages(training)
+    for stage in schedule:
         rounds.append(candidates)
         scores = dict(
             zip(candidates, fitness.scores(candidates, replace(stage, training_tokens=0), parent), strict=True)
         )
         candidates = tuple(sorted(candidates, key=scores.__getitem__)[: stage.survivors])
-    return Generation(parent, tuple(rounds), stages)
+    return Generation(parent, tuple(rounds), schedule)
 
 
 def measure(bench: Bench, plan: Generation, fitness: Fitness, rate: float, repeats: int) -> None:
@@ -231,32 +263,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="generations of ours, of which the fastest counts")
     parser.add_argument("--offspring", type=int, default=16)
     arguments = parser.parse_args()
-    run = Run.open(arguments.run)
-    config = run.config
-    checkpoint = find_checkpoint(config.model, run.path)
-    units = find_units(checkpoint.skeleton(), checkpoint.config, config.database.structure)
-    grid = level_grid(units, config.database.levels, config.database.granularity)
-    database = Database(run.database, grid, read_json(run.database / "database.json", "made_from")["made_from"])
-    stitcher = Stitcher(checkpoint.load(torch.bfloat16, CPU), checkpoint.family, database)
-    corpus = read_corpus(config.data, checkpoint.tokenizer, LENGTH, 0)
-    tokens = corpus.draw(search=sum(FITNESS_TOKENS), training=TRAINING_TOKENS[-1])
-    bench = Bench(stitcher, tokens["search"], tokens["training"])
-    costs = parameter_costs(grid, parameter_count(checkpoint.skeleton()))
-    parent, budget = uniform(grid, costs, replace(config, target_level=config.database.levels / 3))
-    rng = Random(0)
-    offspring: dict[Genome, None] = {}
-    while len(offspring) < arguments.offspring:
-        mutant = within_kinds(parent, budget, rng, 3)
-        assert mutant is not None
-        offspring[mutant] = None
+    bench, config = open_bench(arguments.run)
+    parent, budget = even_at(bench, config, config.database.levels / 3)
+    offspring = mutants(parent, budget, arguments.offspring)
     rate = product_rate()
     print(f"{torch.get_num_threads()} threads, level {config.database.levels / 3:g} of {config.database.levels}")
     for training in (False, True):
-        stages = tuple(
-            SelectionStage(*numbers) for numbers in zip(SURVIVORS, FITNESS_TOKENS, TRAINING_TOKENS, strict=True)
-        )
-        fitness = Fitness(stitcher, bench.text, bench.training_text, SearchConfig(stages=stages))
-        plan = plan_of(bench, parent, list(offspring), fitness, training)
+        fitness = Fitness(bench.stitcher, bench.text, bench.training_text, SearchConfig(stages=stages(training)))
+        plan = plan_of(parent, offspring, fitness, training)
         REFERENCES.clear()
         measure(bench, plan, fitness, rate, arguments.repeats)
 
