@@ -7,13 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import runs
 from darwinlm.allocate.methods import ALLOCATORS
 from darwinlm.artifact import read_json_lines
 from darwinlm.checkpoint import Checkpoint
-from darwinlm.compare import CELLS, DENSE, PICTURE, TABLE, compare
+from darwinlm.compare import CELLS, PICTURE, TABLE, compare
+from darwinlm.comparison import DENSE, Cell, figure
 from darwinlm.config import DatabaseConfig, SearchConfig
 from darwinlm.data import read_corpus
 from darwinlm.database import MANIFEST, Database
@@ -29,7 +31,9 @@ TARGETS = (0.2, 0.9)
 
 @pytest.fixture(scope="module")
 def config(checkpoints: dict[str, Path], text: Path, tmp_path_factory: pytest.TempPathFactory) -> CompareConfig:
-    """All methods, at a size and at one that no removal of whole blocks reaches."""
+    """All methods, at a size and at one that no removal of whole blocks reaches, judged on two texts."""
+    other = tmp_path_factory.mktemp("other") / "code.txt"
+    other.write_text(Path(__file__).read_text())
     return CompareConfig(
         str(checkpoints["mistral"]),
         str(text),
@@ -41,7 +45,7 @@ def config(checkpoints: dict[str, Path], text: Path, tmp_path_factory: pytest.Te
         search=SearchConfig(
             generations=2, offspring=3, stages=(SelectionStage(2, 64), SelectionStage(1, 128, 64)), learning_rate=1e-3
         ),
-        evaluation=runs.SHORT.evaluation,
+        evaluation=replace(runs.SHORT.evaluation, texts=(str(other),)),
     )
 
 
@@ -61,6 +65,8 @@ def test_every_method_is_measured_at_every_size(config: CompareConfig, cells: di
     stitcher = Stitcher(dense, checkpoint.family, Database(database, grid, made_from))
     corpus = read_corpus(config.data, checkpoint.tokenizer, config.calibration.sequence_length, 0)
     held_out = corpus.draw_held_out(config.evaluation.tokens)
+    (other,) = config.evaluation.texts
+    beside = corpus.draw_beside(other, config.evaluation.tokens)
     prunable = sum(unit.parameters(0) for unit in grid.units)
     assert cells[DENSE, 0.0]["kl"] == 0
     for (method, target), cell in cells.items():
@@ -73,6 +79,9 @@ def test_every_method_is_measured_at_every_size(config: CompareConfig, cells: di
         assert cell["parameters"] <= parameter_count(dense) - target * prunable + 1
         found = perplexity_and_kl({"dense": dense, "model": model}, held_out)["model"]
         assert (cell["perplexity"], cell["kl"]) == (pytest.approx(found.perplexity), pytest.approx(found.kl, abs=1e-6))
+        found = perplexity_and_kl({"dense": dense, "model": model}, beside)["model"]
+        on_other = {"perplexity": pytest.approx(found.perplexity), "kl": pytest.approx(found.kl, abs=1e-6)}
+        assert cell["texts"] == {other: on_other}
         assert is_of_blocks(grid, cell["levels"]) or method not in METHODS[1:5]
     refused = {method for (method, _), cell in cells.items() if cell["refused"]}
     assert refused == set(METHODS[1:6])  # all that is left to evopress is the first attention, 11 % of the units
@@ -85,10 +94,24 @@ def is_of_blocks(grid: Grid, levels: list[int]) -> bool:
 
 def test_table_and_picture_show_all_cells(config: CompareConfig, cells: dict[Any, dict[str, Any]]) -> None:
     table = (Path(config.out) / TABLE).read_text()
+    assert table.startswith("| removed | method | parameters | perplexity | KL | perplexity code.txt | KL code.txt |")
     for method in METHODS:
         assert f"| 20% | {method} |" in table
     assert "- shortgpt at 90%: whole blocks cannot make the model this small" in table
     assert (Path(config.out) / PICTURE).read_bytes().startswith(b"\x89PNG")
+    panels = figure([Cell.of(cell) for cell in cells.values()]).axes
+    assert [panel.get_title() for panel in panels] == ["held-out documents", "code.txt"]
+    (other,) = config.evaluation.texts
+    for panel, of in ((panels[0], lambda cell: cell), (panels[1], lambda cell: cell["texts"][other])):
+        assert [line.get_label() for line in panel.lines] == [*METHODS, DENSE]
+        for line in panel.lines[:-1]:
+            found = [
+                of(c)["perplexity"]
+                for (method, _), c in cells.items()
+                if method == line.get_label() and not c.get("refused")
+            ]
+            assert list(np.asarray(line.get_ydata())) == found
+        assert set(np.asarray(panel.lines[-1].get_ydata())) == {of(cells[DENSE, 0.0])["perplexity"]}
 
 
 def test_a_resumed_comparison_measures_only_what_is_missing(

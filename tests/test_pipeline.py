@@ -28,7 +28,16 @@ from darwinlm.run import Run
 from darwinlm.surgery import Stitcher
 
 VERIFIED = "llama-gqa"  # its export is proved in a fresh process, which takes seconds
-TABLE_KEYS = {"model", "parameters", "perplexity", "kl", "prefill_tokens_per_s", "decode_tokens_per_s", "bytes"}
+TABLE_KEYS = {
+    "model",
+    "parameters",
+    "perplexity",
+    "kl",
+    "prefill_tokens_per_s",
+    "decode_tokens_per_s",
+    "bytes",
+    "texts",
+}
 
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)

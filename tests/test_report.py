@@ -70,7 +70,7 @@ def test_table_has_exactly_the_promised_keys(
     write(tmp_path, grid, genomes, history)
     table = json.loads((tmp_path / "table.json").read_text())
     assert len(table) == len(ROWS)
-    keys = ["model", "parameters", "perplexity", "kl", "prefill_tokens_per_s", "decode_tokens_per_s", "bytes"]
+    keys = ["model", "parameters", "perplexity", "kl", "prefill_tokens_per_s", "decode_tokens_per_s", "bytes", "texts"]
     for record, row in zip(table, ROWS, strict=True):
         assert list(record) == keys
         assert record == {key: getattr(row, key) for key in keys}

@@ -21,7 +21,7 @@ from darwinlm.evaluation_config import EvaluateConfig
 from darwinlm.generation import repetition, write
 from darwinlm.harness import LOCAL
 from darwinlm.modeling import load
-from darwinlm.scorecard import evaluate_models, token_stream
+from darwinlm.scorecard import evaluate_models, read_text
 from darwinlm.types import UsageError
 
 PROMPTS = ("The list of", "A function is", "When the")
@@ -90,9 +90,9 @@ def test_text_is_that_which_is_held_out_or_all(text: Path) -> None:
     whole = list(dict.fromkeys(tiny.documents()))  # two topics have one text
     held_out = EvaluateConfig("M", tokens=10**7)
     for config, wanted in ((held_out, filter(is_held_out, whole)), (replace(held_out, documents="all"), whole)):
-        stream = token_stream(str(text), tokenizer, config)
+        stream = read_text(str(text), tokenizer, config)
         assert tokenizer.decode(stream) == "".join(f"{document}<end>" for document in wanted)
-    assert len(token_stream(str(text), tokenizer, EvaluateConfig("M", tokens=77))) == 77
+    assert len(read_text(str(text), tokenizer, EvaluateConfig("M", tokens=77))) == 77
 
 
 @pytest.mark.filterwarnings("ignore")  # lm-eval's and its dependencies'
@@ -126,7 +126,7 @@ def test_command_measures_dense_models_runs_and_exports(
     assert first["generation"]["agreement"] is None
     assert of_run | {"model": ""} == of_export | {"model": ""}
     assert other["texts"][str(text)]["kl"] > 0
-    stream = token_stream(str(text), tiny.tokenizer(), EvaluateConfig("M", tokens=300))
+    stream = read_text(str(text), tiny.tokenizer(), EvaluateConfig("M", tokens=300))
     models = {"dense": load(dense), "run": load(run.exported)}
     expected = quality_over(models, windows_over(stream, 64, 32))["run"]
     assert of_run["texts"][str(text)] == {"perplexity": expected.perplexity, "kl": expected.kl}

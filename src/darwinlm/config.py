@@ -170,6 +170,9 @@ class EvaluationConfig:
 
     tokens: int = 16_384
     """Held-out tokens for perplexity and KL divergence."""
+    texts: tuple[str, ...] = ()
+    """Further texts to judge models on, such as [a.txt,b.jsonl]: each by itself, over as many tokens from its start.
+    Documents that calibration, search or training may use are left out of them."""
     prompts: tuple[str, ...] = (
         "The capital of France is",
         "Water boils at",
@@ -188,6 +191,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         expect_at_least(self, "evaluation", tokens=1, continuation_tokens=0, speed_tokens=1, decode_tokens=1, repeats=1)
         expect(all(self.prompts), "evaluation.prompts", "prompts of at least one word", list(self.prompts))
+        once = all(self.texts) and len(set(self.texts)) == len(self.texts)
+        expect(once, "evaluation.texts", "texts by name, each once", list(self.texts))
 
 
 @dataclass(frozen=True)

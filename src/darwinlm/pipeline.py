@@ -22,7 +22,7 @@ from darwinlm.budget import Budget, Costs, Target, amount_of, cache_costs, flop_
 from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.config import RunConfig
-from darwinlm.data import Corpus, read_corpus
+from darwinlm.data import Corpus, fingerprint, read_corpus
 from darwinlm.database import Database, add_unit
 from darwinlm.device import DTYPES, resolve_device, resolve_dtype
 from darwinlm.evaluate import Row, evaluate, parameter_bytes, parameter_count
@@ -122,7 +122,8 @@ class _Work:
     budget: Budget
     genome: Genome | None  # one that was given, instead of a search
     earlier: Genome | None  # one that was given, to start from
-    tokens: dict[str, Int[Tensor, "sequences length"]]
+    tokens: dict[str, Int[Tensor, "sequences length"]]  # by purpose
+    texts: dict[str, Int[Tensor, "_ length"]]  # further ones to judge models on
     device: torch.device
     dtype: torch.dtype
     made_from: dict[str, Any]
@@ -147,7 +148,7 @@ def _open(this: Run, config: RunConfig, until: Stage) -> _Work:
         for sentence in grid.fewer(config.database.levels):
             say(sentence)
         corpus = read_corpus(config.data, checkpoint.tokenizer, config.calibration.sequence_length, config.seed)
-        tokens = draw_tokens(corpus, config)
+        tokens, texts = draw_tokens(corpus, config), draw_texts(corpus, config)
         made_from = {
             "model": checkpoint.fingerprint,
             "text": corpus.fingerprint,
@@ -157,7 +158,7 @@ def _open(this: Run, config: RunConfig, until: Stage) -> _Work:
                 "structure": config.database.structure,
             },
             "versions": versions(),
-        }
+        } | ({"evaluation text": {text: fingerprint(ids) for text, ids in texts.items()}} if texts else {})
         even, budget = uniform(grid, _costs(this, config, checkpoint, grid, device), config)
         genome = earlier = None
         if config.genome is not None:
@@ -170,7 +171,7 @@ def _open(this: Run, config: RunConfig, until: Stage) -> _Work:
         if parallel.first():
             this.abandon()
         raise
-    return _Work(this, config, checkpoint, grid, even, budget, genome, earlier, tokens, device, dtype, made_from)
+    return _Work(this, config, checkpoint, grid, even, budget, genome, earlier, tokens, texts, device, dtype, made_from)
 
 
 def draw_tokens(corpus: Corpus, config: RunConfig) -> dict[str, Int[Tensor, "sequences length"]]:
@@ -183,6 +184,11 @@ def draw_tokens(corpus: Corpus, config: RunConfig) -> dict[str, Int[Tensor, "seq
         refit=config.refit.tokens,
     )
     return tokens | {"evaluation": corpus.draw_held_out(config.evaluation.tokens)}
+
+
+def draw_texts(corpus: Corpus, config: RunConfig) -> dict[str, Int[Tensor, "_ length"]]:
+    """The further texts that models are judged on. Raises `UsageError` if one cannot be read or is too short."""
+    return {text: corpus.draw_beside(text, config.evaluation.tokens) for text in config.evaluation.texts}
 
 
 def _costs(this: Run, config: RunConfig, checkpoint: Checkpoint, grid: Grid, device: torch.device) -> Costs:
@@ -297,7 +303,8 @@ def _evaluate(work: _Work, models: dict[str, PreTrainedModel]) -> list[Row]:
     reloaded: Any = load(work.run.exported)
     models = models | {"searched": reloaded.to(work.device).eval()}
     sizes = {name: parameter_bytes(model) for name, model in models.items()}
-    return evaluate(models, work.tokens["evaluation"], work.checkpoint.tokenizer, work.config.evaluation, sizes)
+    held_out, tokenizer = work.tokens["evaluation"], work.checkpoint.tokenizer
+    return evaluate(models, held_out, tokenizer, work.config.evaluation, sizes, work.texts)
 
 
 def _report(work: _Work, result: SearchResult, rows: list[Row]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from darwinlm.genome import Grid, prunable_parameters
 from darwinlm.types import KINDS, Generation, Genome, Kind
 
 WIDTH = 100  # columns of the printed table
+TEXT_WIDTH = 24  # and as many again for each further text, whose name is broken where it is longer
 DOTS_PER_INCH = 200
 # Colours that remain apart in print and for the colour-blind (Okabe and Ito).
 KIND_COLOURS: dict[Kind, str] = {"attention": "#56b4e9", "mlp": "#e69f00"}
@@ -59,6 +60,26 @@ COLUMNS = (
 )
 
 
+def _columns(rows: Sequence[Row]) -> list[_Column]:
+    """All columns: those of further texts stand after the figures on held-out documents."""
+    columns, place = list(COLUMNS), [column.title for column in COLUMNS].index("KL") + 1
+    for text in reversed(rows[0].texts):
+        columns[place:place] = _of_text(text)
+    return columns
+
+
+def _of_text(text: str) -> tuple[_Column, _Column]:
+    name = Path(text).name
+    return (
+        _Column(
+            f"perplexity {name}",
+            lambda row: row.texts[text].perplexity,
+            lambda row: f"{row.texts[text].perplexity:.2f}",
+        ),
+        _Column(f"KL {name}", lambda row: row.texts[text].kl, lambda row: f"{row.texts[text].kl:.4f}"),
+    )
+
+
 def _count(number: int) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
 
@@ -71,9 +92,9 @@ def _rate(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.1f}"
 
 
-def _cells(row: Row, dense: Row) -> list[str]:
+def _cells(row: Row, dense: Row, columns: Sequence[_Column]) -> list[str]:
     cells = []
-    for column in COLUMNS:
+    for column in columns:
         cell = column.text(row)
         if column.ratio:
             share = column.value(row) / column.value(dense) if column.value(dense) else 1.0
@@ -88,15 +109,16 @@ def print_table(rows: Sequence[Row]) -> None:
 
     The first row is the dense model; what follows a figure in brackets is its ratio to that model's.
     """
-    console = Console(highlight=False)
+    columns = _columns(rows)
     # Where there is no terminal rich takes 80 columns, and would break the table.
-    console = Console(highlight=False, width=min(console.width, WIDTH) if console.is_terminal else WIDTH)
+    console, width = Console(highlight=False), WIDTH + TEXT_WIDTH * len(rows[0].texts)
+    console = Console(highlight=False, width=min(console.width, width) if console.is_terminal else width)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("model")
-    for column in COLUMNS:
-        table.add_column(column.title, justify="right")
+    for column in columns:
+        table.add_column(Text(column.title), justify="right")
     for row in rows:
-        table.add_row(Text(row.model), *_cells(row, rows[0]))
+        table.add_row(Text(row.model), *_cells(row, rows[0], columns))
     console.print(table)
     for texts in _by_prompt(rows):
         grid = Table.grid(padding=(0, 2, 0, 0))
@@ -154,12 +176,15 @@ def _record(row: Row) -> dict[str, object]:
         "prefill_tokens_per_s": row.prefill_tokens_per_s,
         "decode_tokens_per_s": row.decode_tokens_per_s,
         "bytes": row.bytes,
+        "texts": {text: asdict(quality) for text, quality in row.texts.items()},
     }
 
 
 NOTE = """\
-KL is KL(dense ‖ model) in nats a token; perplexity and KL are over the same held-out tokens. Speeds are medians of
-alternating runs of the models on one machine, one sequence at a time. In brackets: the ratio to {dense}."""
+KL is KL(dense ‖ model) in nats a token; perplexity and KL are over the same held-out tokens{texts}.
+Speeds are medians of alternating runs of the models on one machine, one sequence at a time. In brackets: the ratio to
+{dense}."""
+NOTE_ON_TEXTS = ", and over as many from the beginning of each text that is named, which no stage has seen"
 
 LOADING = """\
 ## Loading the model
@@ -202,9 +227,11 @@ def _markdown(title: str, rows: Sequence[Row], settings: Mapping[str, str], pict
 
 def models_table(rows: Sequence[Row]) -> str:
     """The models' figures as a Markdown table, and what they are."""
-    titles = ["model", *(column.title for column in COLUMNS)]
-    cells = [[row.model, *(" ".join(cell.split()) for cell in _cells(row, rows[0]))] for row in rows]
-    return "\n".join([*_table(titles, cells, right=True), "", NOTE.format(dense=rows[0].model)])
+    columns = _columns(rows)
+    titles = ["model", *(column.title for column in columns)]
+    cells = [[row.model, *(" ".join(cell.split()) for cell in _cells(row, rows[0], columns))] for row in rows]
+    note = NOTE.format(dense=rows[0].model, texts=NOTE_ON_TEXTS if rows[0].texts else "")
+    return "\n".join([*_table(titles, cells, right=True), "", note])
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], right: bool = False) -> list[str]:

@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.artifact import write_json
-from darwinlm.data import is_held_out, name_and_weight, read_documents
+from darwinlm.data import TESTS, is_held_out, token_stream
 from darwinlm.device import DTYPES, resolve_device
 from darwinlm.evaluate import Quality, parameter_count, quality_over, windows_over
 from darwinlm.evaluation_config import EvaluateConfig
@@ -25,8 +24,6 @@ from darwinlm.progress import say
 from darwinlm.run import open_model, versions
 from darwinlm.types import UsageError
 
-# Texts with a part of their own for evaluation, all of which counts, as in the literature.
-TESTS = {"wikitext2": "wikitext2-test", "c4": "c4-validation"}
 DENSE = "dense"
 
 
@@ -117,7 +114,7 @@ def _qualities(
     groups = [comparable, *([subject] for subject in subjects if subject not in comparable)]
     found: dict[str, tuple[float, float | None]] = {}
     for group in filter(None, groups):
-        stream = token_stream(text, group[0].tokenizer, config)
+        stream = read_text(text, group[0].tokenizer, config)
         windows = windows_over(stream, config.window, config.stride or config.window)
         models = {subject.name: subject.model for subject in group}
         qualities: Mapping[str, Quality] = quality_over(models, windows)
@@ -126,34 +123,19 @@ def _qualities(
     return found
 
 
-def token_stream(text: str, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig) -> Int[Tensor, " tokens"]:
-    """The tokens of a text, at most `config.tokens`.
-
-    Documents that are held out, or all, with an end-of-text token after each; the test and validation sets of `TESTS`
-    as in the literature: all their lines as one text, blank lines between them.
+def read_text(text: str, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig) -> Int[Tensor, " tokens"]:
+    """The tokens of a text that `config` counts, at most `config.tokens`.
 
     Raises:
         UsageError: if the text is unknown, unreadable, or too short for a prediction.
     """
-    name, _ = name_and_weight(text)
-    if name != text:
-        raise UsageError(f"--data: expected texts without weights, found {text!r}: each is measured by itself")
-    ids: list[int] = []
-    if name in TESTS:
-        ids = tokenizer("\n\n".join(read_documents(TESTS[name])), verbose=False)["input_ids"]
-    else:
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        for document in dict.fromkeys(read_documents(name)):
-            if document.strip() and (config.documents == "all" or is_held_out(document)):
-                ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
-            if len(ids) >= config.tokens:
-                break
-    if len(ids) < 2:
+    stream = token_stream(text, tokenizer, config.tokens, lambda d: config.documents == "all" or is_held_out(d))
+    if len(stream) < 2:
         raise UsageError(
-            f"too little text in {name}: expected at least 2 tokens of {config.documents} documents, found {len(ids)}; "
-            "give more text, or --documents all"
+            f"too little text in {text}: expected at least 2 tokens of {config.documents} documents, found "
+            f"{len(stream)}; give more text, or --documents all"
         )
-    return torch.tensor(ids[: config.tokens])
+    return stream
 
 
 def _same_vocabulary(one: Subject, other: Subject) -> bool:

@@ -1,0 +1,157 @@
+"""What a comparison finds: its cells, the table on the screen and in Markdown, and the picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from darwinlm.evaluate import Quality
+
+DENSE = "dense"
+HELD_OUT = "held-out documents"
+WIDTH, TEXT_WIDTH = 120, 24  # of the printed table, and as much again for each further text
+# Colours that remain apart for the colour-blind (Okabe and Ito), and markers for the rest.
+COLOURS = ("#333333", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2", "#d55e00")
+MARKERS = "osv^Dx*P+"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one size.
+
+    Attributes:
+        target: share of the prunable parameters that the model had to lose; 0 for the dense model.
+        refused: why the method has no model of this size, instead of figures.
+        kl: KL(dense || model) in nats a token, on held-out documents like the perplexity.
+        speedup: of prefill and of decoding, over the dense model in the same run.
+        seconds: that it took to find the genome, the database not counted.
+        texts: the same qualities on further texts, by name.
+    """
+
+    method: str
+    target: float
+    refused: str | None = None
+    levels: tuple[int, ...] = ()
+    parameters: int = 0
+    perplexity: float = math.nan
+    kl: float = math.nan
+    prefill_tokens_per_s: float = math.nan
+    decode_tokens_per_s: float = math.nan
+    speedup: tuple[float, float] = (1.0, 1.0)
+    seconds: float = 0.0
+    texts: dict[str, Quality] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, line: Mapping[str, Any]) -> Cell:
+        """A cell from its line of JSON."""
+        found: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in line.items()}
+        found["texts"] = {text: Quality(**quality) for text, quality in line.get("texts", {}).items()}
+        return cls(**found)
+
+    @property
+    def line(self) -> str:
+        """A line of JSON, without the figures that a refused cell has not."""
+        return json.dumps({name: value for name, value in asdict(self).items() if value == value}) + "\n"
+
+    def perplexity_on(self, text: str) -> float:
+        """On the held-out documents or on a further text."""
+        return self.perplexity if text == HELD_OUT else self.texts[text].perplexity
+
+
+def print_table(cells: Sequence[Cell]) -> None:
+    """Print the table, the dense model first, and what methods refused below it."""
+    titles, width = _titles(cells[0]), WIDTH + TEXT_WIDTH * len(cells[0].texts)
+    console = Console(highlight=False)
+    console = Console(highlight=False, width=console.width if console.is_terminal else width)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for title in titles:
+        table.add_column(Text(title), justify="left" if title == "method" else "right")
+    for before, cell in zip([None, *cells], cells, strict=False):
+        if before is not None and before.target != cell.target:
+            table.add_section()
+        table.add_row(*_columns(cell, titles))
+    console.print(table)
+    for cell in cells:
+        if cell.refused is not None:
+            console.print(f"{cell.method} at {cell.target:.0%}: {cell.refused}", markup=False)
+
+
+def markdown(cells: Sequence[Cell], picture: str) -> str:
+    """The table, the dense model first, with what methods refused below it, and the picture."""
+    titles = _titles(cells[0])
+    rules = ["---" if title == "method" else "---:" for title in titles]
+    table = [f"| {' | '.join(line)} |" for line in [titles, rules, *(_columns(cell, titles) for cell in cells)]]
+    refusals = [f"- {cell.method} at {cell.target:.0%}: {cell.refused}" for cell in cells if cell.refused is not None]
+    return "\n".join([*table, "", *refusals, f"![Perplexity at every size]({picture})"]) + "\n"
+
+
+def _titles(dense: Cell) -> list[str]:
+    texts = [f"{measure} {Path(text).name}" for text in dense.texts for measure in ("perplexity", "KL")]
+    speeds = ["prefill tok/s", "decode tok/s", "seconds to find"]
+    return ["removed", "method", "parameters", "perplexity", "KL", *texts, *speeds]
+
+
+def _columns(cell: Cell, titles: Sequence[str]) -> list[str]:
+    start = ["" if cell.method == DENSE else f"{cell.target:.0%}", cell.method]
+    if cell.refused is not None:
+        return [*start, *["-"] * (len(titles) - 2)]
+    prefill, decode = cell.speedup
+    qualities = [Quality(cell.perplexity, cell.kl), *cell.texts.values()]
+    return [
+        *start,
+        f"{cell.parameters:,}",
+        *(figure for quality in qualities for figure in (f"{quality.perplexity:.2f}", f"{quality.kl:.4f}")),
+        f"{cell.prefill_tokens_per_s:.1f} ({prefill:.2f}x)",
+        f"{cell.decode_tokens_per_s:.1f} ({decode:.2f}x)",
+        f"{cell.seconds:.0f}",
+    ]
+
+
+def save_picture(path: Path, cells: Sequence[Cell]) -> None:
+    """Perplexity over the share removed, a panel a text and in it a line a method (Figure 4 of the paper)."""
+    temporary = path.with_suffix(".partial")
+    figure(cells).savefig(temporary, format="png", dpi=200, metadata={"Software": None})
+    temporary.rename(path)
+
+
+def figure(cells: Sequence[Cell]) -> Figure:
+    """The picture, the dense model being the first cell."""
+    texts = [HELD_OUT, *cells[0].texts]
+    drawn = Figure(figsize=(1 + 6 * len(texts), 4.5), layout="constrained")
+    FigureCanvasAgg(drawn)
+    panels: list[Axes] = list(drawn.subplots(1, len(texts), squeeze=False)[0])
+    for axis, text in zip(panels, texts, strict=True):
+        _draw(axis, cells, text)
+        if len(texts) > 1:
+            axis.set_title(Path(text).name, fontsize=10)
+    panels[0].set_ylabel("perplexity")
+    panels[0].legend(frameon=False, fontsize="small")
+    return drawn
+
+
+def _draw(axis: Axes, cells: Sequence[Cell], text: str) -> None:
+    for number, method in enumerate(dict.fromkeys(cell.method for cell in cells if cell.method != DENSE)):
+        found = sorted((c for c in cells if c.method == method and c.refused is None), key=lambda cell: cell.target)
+        axis.plot(
+            [100 * cell.target for cell in found],
+            [cell.perplexity_on(text) for cell in found],
+            label=method,
+            color=COLOURS[number % len(COLOURS)],
+            marker=MARKERS[number % len(MARKERS)],
+        )
+    axis.axhline(cells[0].perplexity_on(text), color=COLOURS[0], linestyle=":", label=DENSE)
+    axis.set_yscale("log")
+    axis.set_xlabel("prunable parameters removed (%)")
+    axis.spines[["top", "right"]].set_visible(False)
