@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -288,10 +288,36 @@ class Head:
         """The logits of a few tokens at a time, `[rows, vocab]`, and which: they stay in a core's cache."""
         for start in range(0, len(hidden), ROWS):
             products = self.linear(hidden[start : start + ROWS])
-            few = CACHED_ROWS if hidden.device.type == "cpu" else ROWS
-            for row in range(0, len(products), few):
-                logits = self.finish(products[row : row + few])
-                yield slice(start + row, start + row + len(logits)), logits
+            for row, few in _in_cache(products):
+                yield slice(start + row, start + row + len(few)), self.finish(few)
+
+    def gradient(
+        self, hidden: Float[Tensor, "tokens d_out"], slope: Callable[[slice, Tensor], Tensor]
+    ) -> Float[Tensor, "tokens d_out"]:
+        """A loss's gradient for the hidden states, the logits of a few tokens at a time.
+
+        Args:
+            slope: the gradient for these tokens' logits `[rows, vocab]`.
+        """
+        parts = []
+        for start in range(0, len(hidden), ROWS):
+            states = hidden[start : start + ROWS].detach().requires_grad_(True)
+            products = self.linear(states)
+            gradient = torch.empty_like(products)
+            for row, few in _in_cache(products.detach()):
+                raw = few.requires_grad_(True)
+                logits = self.finish(raw)
+                wanted = slope(slice(start + row, start + row + len(few)), logits.detach())
+                gradient[row : row + len(few)] = torch.autograd.grad(logits, raw, wanted)[0]
+            parts.append(torch.autograd.grad(products, states, gradient)[0])
+        return torch.cat(parts)
+
+
+def _in_cache(products: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """So many rows at a time that their float32 logits stay in a core's cache, and which is their first."""
+    few = CACHED_ROWS if products.device.type == "cpu" else ROWS
+    for row in range(0, len(products), few):
+        yield row, products[row : row + few]
 
 
 def linear_at(model: nn.Module, path: str) -> nn.Linear:

@@ -20,11 +20,10 @@ from jaxtyping import Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from darwinlm.config import RefitConfig
-from darwinlm.families import ROWS, Head, linear_at
+from darwinlm.families import Head, linear_at
 from darwinlm.progress import say, track
 from darwinlm.surgery import Stitcher
 from darwinlm.types import DarwinError, Genome
@@ -122,18 +121,22 @@ def _accumulate(
     ids: Int[Tensor, "one length"],
     tokens: int,
 ) -> float:
-    """Add the gradient of a sequence's divergence over `tokens`; the logits of `ROWS` tokens exist at a time."""
+    """Add the gradient of a sequence's divergence over `tokens`, and return that divergence."""
     with torch.no_grad():
         wanted = dense.get_decoder()(ids, use_cache=False).last_hidden_state.flatten(0, 1)
     hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state.flatten(0, 1)
-    gradients, total = [], 0.0
-    for rows, target in zip(hidden.detach().split(ROWS), wanted.split(ROWS), strict=True):
-        log_p, log_q = heads[0](target).log_softmax(-1), heads[1](rows.requires_grad_()).log_softmax(-1)
-        loss = F.kl_div(log_q, log_p, reduction="sum", log_target=True) / tokens
-        gradients.append(torch.autograd.grad(loss, rows)[0])
-        total += loss.item()
-    hidden.backward(torch.cat(gradients))
-    return total
+    targets, total = heads[0].chunks(wanted), torch.zeros((), dtype=torch.float64)
+
+    def slope(rows: slice, z: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
+        same, logits = next(targets)
+        assert same == rows
+        log_p, log_q = logits.log_softmax(-1), z.log_softmax(-1)
+        p = log_p.exp()
+        total.add_(torch.linalg.vecdot(p, log_p - log_q).double().sum().cpu())
+        return (log_q.exp() - p) / tokens
+
+    hidden.backward(heads[1].gradient(hidden, slope))
+    return total.item() / tokens
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -6,7 +6,7 @@ import copy
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from darwinlm.families import CACHED_ROWS, ROWS, Head
+from darwinlm.families import Head
 from darwinlm.types import Genome
 
 KEPT_BYTES = 8 << 30  # of trained states in memory; what is beyond goes to a temporary directory
@@ -109,7 +109,7 @@ class Tuner:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low):
             hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state
             states = hidden[:, :-1].flatten(0, 1)
-            gradient = _loss_gradient(states.detach(), head, ids[:, 1:].flatten())
+            gradient = head.gradient(states, _surprise(ids[:, 1:].flatten()))
         states.backward(gradient)
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
@@ -172,23 +172,12 @@ def _frozen(model: PreTrainedModel) -> dict[int, nn.Parameter]:
     return {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in weights}
 
 
-def _loss_gradient(
-    states: Float[Tensor, "tokens d_out"], head: Head, wanted: Int[Tensor, " tokens"]
-) -> Float[Tensor, "tokens d_out"]:
-    """The gradient of the mean cross-entropy for the hidden states, `ROWS` tokens at a time: `softmax(z) - onehot`."""
-    parts = []
-    for rows, labels in zip(states.split(ROWS), wanted.split(ROWS), strict=True):
-        rows.requires_grad_(True)
-        products = head.linear(rows)
-        gradient = torch.empty_like(products)
-        few = zip(
-            products.detach().split(CACHED_ROWS), labels.split(CACHED_ROWS), gradient.split(CACHED_ROWS), strict=True
-        )
-        for raw, label, out in few:
-            raw.requires_grad_(True)
-            z = head.finish(raw)
-            slope = z.detach().softmax(-1)
-            slope.scatter_add_(-1, label[:, None], -torch.ones_like(slope[:, :1]))
-            out.copy_(torch.autograd.grad(z, raw, slope / len(wanted))[0])
-        parts.append(torch.autograd.grad(products, rows, gradient)[0])
-    return torch.cat(parts)
+def _surprise(labels: Int[Tensor, " tokens"]) -> Callable[[slice, Tensor], Tensor]:
+    """The slope of the mean cross-entropy: `softmax(z) - onehot`."""
+
+    def slope(rows: slice, z: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
+        difference = z.softmax(-1)
+        difference.scatter_add_(-1, labels[rows, None], -torch.ones_like(difference[:, :1]))
+        return difference / len(labels)
+
+    return slope
