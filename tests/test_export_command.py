@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from darwinlm.export.vllm import check_vllm
 from darwinlm.modeling import load
 from darwinlm.types import DarwinError
 from exports import CARD, Case, dense_model, stitched_model
+from refusals import only_sentence
 from vocabularies import byte_pair_tokenizer
 
 PYTORCH = {"format": "pt"}  # without this transformers asks what wrote the file
@@ -74,12 +78,39 @@ def test_what_cannot_be_exported_is_said_in_one_sentence(
         ((tmp_path / "none", "--out", tmp_path / "out"), "no model in"),
         ((source, "--out", source), "to be new or empty"),
         ((source, "--format", "gguf", "--compat", "vllm", "--out", tmp_path / "out"), "--compat: expected none for a"),
+        ((source, "--type", "q8_0", "--out", tmp_path / "out"), "--type: expected none for a directory"),
         ((source, "--format", "onnx", "--out", tmp_path / "out"), "--format"),
     ):
         assert export(*arguments) == 2
         said = " ".join(capsys.readouterr().err.split())
         assert said.startswith("darwinlm: ")
         assert sentence in said
+
+
+@pytest.mark.parametrize("flags", [("--no-verify",), ("--format", "gguf"), ("--compat", "vllm")])
+def test_full_disk(source: Path, flags: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No file may grow beyond some kilobytes, which the settings of a model take and its weights do not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        code = export(source, *flags, "--out", tmp_path / "out.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    sentence = only_sentence(capsys.readouterr().err)
+    assert code == 1
+    assert "File too large" in sentence or "found that blk.0" in sentence
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_files_are_as_readable_as_any_that_the_user_makes(source: Path, form: str, tmp_path: Path) -> None:
+    before = os.umask(0o026)
+    try:
+        assert export(source, "--format", form, "--no-verify", "--out", tmp_path / "out.gguf") == 0
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
 
 
 def test_damaged_sources_are_refused_and_never_filled_up(

@@ -106,6 +106,7 @@ def test_file_says_what_llama_cpp_needs(exports: dict[str, Path], tmp_path: Path
         assert settings["deci.feed_forward_length"] == [64, 32, 32, 96]
     if architecture == "openelm":
         assert (heads, settings["openelm.attention.head_count_kv"]) == ([6, 1, 2, 8], [3, 1, 1, 4])
+    assert settings["general.name"] == "model"
     assert settings["tokenizer.chat_template"] == TEMPLATE
     assert len(settings["tokenizer.ggml.tokens"]) == tiny.VOCAB
     kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}

@@ -65,9 +65,10 @@ def test_export_is_the_stitched_model(run: Path, searched: RunConfig, tmp_path: 
         torch.testing.assert_close(load(model)(TOKEN_IDS).logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_missing_unit(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run / "database" / "block-01-mlp.safetensors").unlink()
-    refused(run, capsys, 1, "block-01-mlp.safetensors is missing", "run darwinlm compress again")
+@pytest.mark.parametrize("name", ["block-01-mlp.safetensors", "block-01-mlp.json"])
+def test_missing_unit(run: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    (run / "database" / name).unlink()
+    refused(run, capsys, 1, f"{name} is missing", "run darwinlm compress again")
 
 
 def test_damaged_unit(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,6 +67,30 @@ def test_check_names_what_is_refused_and_the_cure(tmp_path: Path) -> None:
         check_vllm(tmp_path)
 
 
+def test_check_names_groups_of_different_sizes(tmp_path: Path) -> None:
+    directory = exported(zero_stubs(pruned("llama-gqa-tied")), tmp_path / "model")
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config["per_layer_config"]["1"] |= {"num_attention_heads": 3, "num_key_value_heads": 2}
+    path.write_text(json.dumps(config))
+    assert check_vllm(directory) == [
+        "query heads are not the same number for every KV head in block 1: prune with --database.structure kv_group or "
+        "balanced"
+    ]
+
+
+def test_check_names_what_classes_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if transformers had classes without the attention interface."""
+    directory = exported(zero_stubs(pruned("llama-gqa-tied")), tmp_path / "model")
+    model: Any = load(directory)
+    monkeypatch.setattr(type(model), "_supports_attention_backend", False)
+    monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", Twice.forward)
+    found = check_vllm(directory)
+    assert "PrunedLlamaForCausalLM does not support attention backends" in found[0]
+    assert "model.layers.0.self_attn calls the attention interface 2 times, not once" in found[1]
+    assert all("install the transformers that this darwinlm was tested with" in refusal for refusal in found)
+
+
 @pytest.mark.parametrize("name", ["llama-3-native", "llama-no-native"])
 def test_blocks_that_are_all_there_pass(tmp_path: Path, name: str) -> None:
     assert check_vllm(exported(pruned(name), tmp_path / "model")) == []

@@ -43,8 +43,13 @@ def test_bytes_are_the_weights_and_the_cache() -> None:
 
 def test_every_model_is_measured() -> None:
     models: dict[str, PreTrainedModel] = {family: tiny.build(family) for family in ("llama-mha", "llama-gqa")}
+    order: list[str] = []
+    for name, model in models.items():
+        model.register_forward_pre_hook(lambda *_, name=name: order.append(name))
     found = measure(models, SHORT)
     assert list(found) == list(models)
+    turn = [name for name in models for _ in range(1 + SHORT.new_tokens)]  # a prompt, then one token at a time
+    assert order == turn * (1 + SHORT.repeats)  # they alternate
     for name, measured in found.items():
         config = models[name].config
         width = config.num_key_value_heads * config.head_dim

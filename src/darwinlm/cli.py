@@ -48,8 +48,17 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         prog = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
         prog = prog if prog.startswith(PROG) else PROG  # the parser of a list's item has another
+        missing = re.search(r"required: (\w+)\.", message)  # of the command; the parser above it tells
+        if missing:
+            prog, message = f"{PROG} {missing[1]}", re.sub(r"(\w+)\.(\w+)", _as_typed, message)
         message = re.sub(r'Parser key "([^"]+)":', lambda key: f"--{key[1].replace('_', '-')}:", message)
         sys.exit(_fail(f"{message}; {prog} --help lists what there is", 2))
+
+
+def _as_typed(key: re.Match[str]) -> str:
+    """How `command.setting` is written on the command line."""
+    command, name = key.groups()
+    return name.upper() if name in ("model", "source") and command != "gradual" else f"--{name.replace('_', '-')}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -156,6 +165,7 @@ def _run(command: str, fields: Namespace) -> None:
     # torch and transformers, which no one should wait for to read --help
     from darwinlm import pipeline, plan
     from darwinlm.export.convert import convert
+    from darwinlm.run import told_in_one_sentence
 
     if command == "plan":
         recipe = _settings(GradualConfig, fields)
@@ -165,8 +175,9 @@ def _run(command: str, fields: Namespace) -> None:
         plan.show(recipe)
         return
     if command == "export":
-        source = pipeline.export(Path(fields.source), fields.verify)
-        print(convert(source, Path(fields.out), _settings(ExportConfig, fields)))
+        config = _settings(ExportConfig, fields)
+        with told_in_one_sentence(f"the export to {fields.out}", "--no-verify needs half as much"):
+            print(convert(pipeline.export(Path(fields.source), fields.verify), Path(fields.out), config))
         return
     if command == "evaluate":
         _evaluate(fields)

@@ -111,6 +111,8 @@ class SearchConfig:
     """Level switches in one mutant, at most."""
     learning_rate: float = 1e-5
     """Learning rate of the training before selection."""
+    loss: Literal["cross-entropy", "distillation"] = "cross-entropy"
+    """What that training minimises: cross-entropy with the text, or the divergence from the dense model."""
 
     def __post_init__(self) -> None:
         expect_at_least(self, "search", generations=0, offspring=1, max_switches=1, top_k=1)
@@ -218,8 +220,8 @@ class ExportConfig:
 
     format: Literal["hf", "gguf"] = "hf"
     """A directory for transformers and vLLM, or a file for llama.cpp, Ollama and LM Studio."""
-    type: Literal["f32", "f16", "bf16", "q8_0"] = "f16"
-    """Precision of a GGUF file. A directory keeps that of the model."""
+    type: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto"
+    """Precision of a GGUF file; auto is f16. A directory keeps that of the model."""
     compat: Literal["none", "vllm"] = "none"
     """Write small modules of zeros where a block has none, which vLLM wants."""
     verify: bool = True
@@ -228,6 +230,8 @@ class ExportConfig:
     def __post_init__(self) -> None:
         fits = self.compat == "none" or self.format == "hf"
         expect(fits, "compat", "none for a GGUF file", self.compat)
+        fits = self.type == "auto" or self.format == "gguf"
+        expect(fits, "type", "none for a directory, which keeps the model's precision", self.type)
 
 
 @dataclass(frozen=True)

@@ -108,9 +108,9 @@ class Run:
     def check_database(self) -> None:
         """Raise `DarwinError` unless the database has every unit of the genome that was found."""
         for unit in self._result()["level_of"]:
-            file = self.database / f"{unit}.safetensors"
-            if not file.exists():
-                raise DarwinError(f"{file} is missing; run darwinlm compress again, which measures that unit alone")
+            for file in (self.database / f"{unit}.safetensors", self.database / f"{unit}.json"):
+                if not file.exists():
+                    raise DarwinError(f"{file} is missing; run darwinlm compress again, which measures that unit alone")
 
     @property
     def _result_path(self) -> Path:

@@ -49,18 +49,19 @@ def export_gguf(directory: Path, out: Path, file_type: FileType = "f16") -> Path
 
     Raises:
         UsageError: if `out` exists, or the directory holds no model that llama.cpp could run as it is.
-        DarwinError: if weights are missing, damaged, or too large for `file_type`.
+        DarwinError: if weights are missing, damaged, or too large for `file_type`, or the disk does not take them.
     """
     if file_type not in get_args(FileType):
         raise UsageError(f"expected one of {', '.join(get_args(FileType))}, found {file_type!r}; choose one of them")
-    file = out if out.suffix == ".gguf" else out / f"{out.absolute().name}-{file_type.upper()}.gguf"
+    name = out.stem if out.suffix == ".gguf" else out.absolute().name
+    file = out if out.suffix == ".gguf" else out / f"{name}-{file_type.upper()}.gguf"
     config, tokenizer = _read(directory)
     model = _Model(config)
     model.check()
     with _open_weights(directory) as weights, new_file(file) as partial_file:
         writer = gguf.GGUFWriter(partial_file, model.architecture)
         try:
-            _add_settings(writer, model, directory.absolute().name, file_type)
+            _add_settings(writer, model, name, file_type)
             add_vocabulary(writer, tokenizer, config.vocab_size)
             tensors = list(_tensors(model, weights))
             _write(writer, tensors, PRECISIONS[file_type])
@@ -319,7 +320,14 @@ def _write(writer: gguf.GGUFWriter, tensors: Sequence[_Tensor], precision: Preci
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for tensor, stored in zip(tensors, chosen, strict=True):
-        writer.write_tensor_data(_encoded(tensor, stored))
+        values = _encoded(tensor, stored)
+        try:
+            writer.write_tensor_data(values)
+        except OSError as error:  # numpy says how much was written, not why no more
+            raise DarwinError(
+                f"expected room for the whole file, found that {tensor.name} could not be written ({error}); "
+                "free some of the disk or choose another place"
+            ) from None
 
 
 def _precision_of(tensor: _Tensor, wanted: Precision) -> Precision:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def export_hf(
     with new_directory(out) as directory:
         with quiet_transformers():
             exported.save_pretrained(directory)
+        for weights in directory.glob("*.safetensors"):  # which safetensors 0.8 lets only their owner read
+            shutil.copymode(directory / "config.json", weights)
         tokenizer.save_pretrained(directory)
         (directory / "README.md").write_text(card, encoding="utf-8")
         family = family_of(exported.config)

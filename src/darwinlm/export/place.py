@@ -55,7 +55,7 @@ def _partial(out: Path, directory: bool) -> Iterator[Path]:
         partial.parent.mkdir(parents=True, exist_ok=True)
         if directory:
             partial.mkdir(exist_ok=True)
-        held = os.open(partial, os.O_RDONLY if directory else os.O_RDWR | os.O_CREAT)
+        held = os.open(partial, os.O_RDONLY if directory else os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise UsageError(f"cannot write to {out.parent}: {error.strerror}; choose another place") from None
     try:
