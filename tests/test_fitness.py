@@ -211,19 +211,44 @@ def test_training_lowers_the_loss(stitcher: Stitcher) -> None:
     assert model(input_ids=ids, labels=ids).loss == loss
 
 
-def test_a_step_is_that_of_the_plain_loss(stitcher: Stitcher) -> None:
-    """The gradient taken a few tokens at a time, with a frozen head, is autograd's of the whole cross-entropy."""
+def plain_cross_entropy(model: Any, _: Any, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, labels=ids).loss
+
+
+def plain_divergence(model: Any, dense: Any, ids: torch.Tensor) -> torch.Tensor:
+    log_q, log_p = (each(input_ids=ids).logits[:, :-1].log_softmax(-1) for each in (model, dense))
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+@pytest.mark.parametrize("loss", [plain_cross_entropy, plain_divergence])
+def test_a_step_is_that_of_the_plain_loss(stitcher: Stitcher, loss: Any) -> None:
+    """The gradient taken a few tokens at a time, with a frozen head, is autograd's of the loss over whole logits."""
     model = stitcher.stitch(random_genomes(stitcher, 1)[0])
     ids = token_ids(2, 1)
-    trained = Tuner(ids, 1e-3, CPU).train(stitcher.grid.dense(), model, 1)
+    teacher = stitcher.dense if loss is plain_divergence else None
+    trained = Tuner(ids, 1e-3, CPU, teacher).train(stitcher.grid.dense(), model, 1)
     plain: Any = trainable_copy(model)
-    plain.train()(input_ids=ids, labels=ids).loss.backward()
+    loss(plain.train(), stitcher.dense, ids).backward()
     weights = [p for p in plain.parameters() if p.requires_grad]
     torch.nn.utils.clip_grad_norm_(weights, 1.0)
     for weight, (_, after) in zip(weights, _training(trained.model), strict=True):
         assert weight.grad is not None
         moment = trained.optimizer.state[after]["exp_avg"]
         torch.testing.assert_close(moment, 0.1 * weight.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_a_search_can_train_by_distillation(stitcher: Stitcher) -> None:
+    """The setting reaches the training: the same tokens score otherwise, and a dense candidate stays what it is."""
+    stage = SelectionStage(1, 256, 256)
+    genome = random_genomes(stitcher, 1)[0]
+    found = {}
+    for loss in ("cross-entropy", "distillation"):
+        config = SearchConfig(stages=(stage,), learning_rate=1e-3, loss=loss)
+        scorer = Fitness(stitcher, token_ids(3, 8), token_ids(4, 8), config)
+        found[loss] = scorer.score(genome, stage), scorer.score(stitcher.grid.dense(), stage)
+    assert found["distillation"][0] < found["cross-entropy"][0]
+    assert found["distillation"][1] == pytest.approx(0, abs=1e-4)
+    assert found["cross-entropy"][1] > 1e-3
 
 
 def token_embeddings(model: Any) -> torch.Tensor:

@@ -69,7 +69,8 @@ class Fitness:
         ends = sorted(ends.union(range(step, max(ends), step)))
         self._batches = [token_ids[start:end].to(self.device) for start, end in zip([0, *ends], ends, strict=False)]
         self._config = config
-        self._tuner = Tuner(training_ids, config.learning_rate, self.device)
+        teacher = stitcher.dense if config.loss == "distillation" else None
+        self._tuner = Tuner(training_ids, config.learning_rate, self.device, teacher)
         self._sums: dict[Genome, list[float]] = {}  # of untrained candidates, a batch each
         self._trained: dict[tuple[Genome, SelectionStage], float] = {}
         self._owners: dict[Genome, int] = {}  # the process that has computed something of a genome

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from darwinlm.config import RefitConfig
 from darwinlm.families import Head, linear_at
 from darwinlm.progress import say, track
+from darwinlm.slopes import Distance
 from darwinlm.surgery import Stitcher
 from darwinlm.types import DarwinError, Genome
 
@@ -125,18 +126,9 @@ def _accumulate(
     with torch.no_grad():
         wanted = dense.get_decoder()(ids, use_cache=False).last_hidden_state.flatten(0, 1)
     hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state.flatten(0, 1)
-    targets, total = heads[0].chunks(wanted), torch.zeros((), dtype=torch.float64)
-
-    def slope(rows: slice, z: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
-        same, logits = next(targets)
-        assert same == rows
-        log_p, log_q = logits.log_softmax(-1), z.log_softmax(-1)
-        p = log_p.exp()
-        total.add_(torch.linalg.vecdot(p, log_p - log_q).double().sum().cpu())
-        return (log_q.exp() - p) / tokens
-
-    hidden.backward(heads[1].gradient(hidden, slope))
-    return total.item() / tokens
+    distance = Distance(heads[0], wanted, tokens)
+    hidden.backward(heads[1].gradient(hidden, distance))
+    return distance.total / tokens
 
 
 def _schedule(step: int, steps: int) -> float:

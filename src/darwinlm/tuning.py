@@ -6,19 +6,20 @@ import copy
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from darwinlm.families import Head
+from darwinlm.slopes import Distance, Surprise
 from darwinlm.types import Genome
 
 KEPT_BYTES = 8 << 30  # of trained states in memory; what is beyond goes to a temporary directory
@@ -52,12 +53,21 @@ class Tuner:
         token_ids: to train on.
         learning_rate: constant.
         device: of the candidates.
+        teacher: whose distribution they learn; None: the text's next tokens.
     """
 
-    def __init__(self, token_ids: Int[Tensor, "sequences length"], learning_rate: float, device: torch.device):
+    def __init__(
+        self,
+        token_ids: Int[Tensor, "sequences length"],
+        learning_rate: float,
+        device: torch.device,
+        teacher: PreTrainedModel | None = None,
+    ):
         self.token_ids = token_ids
         self.learning_rate = learning_rate
         self.device = device
+        self.teacher = teacher
+        self._wanted: dict[int, Tensor] = {}  # the teacher's last hidden states, by sequence: all candidates need them
         self._kept: dict[Genome, Trained] = {}
         self._spilled: dict[Genome, tuple[Path, int]] = {}
         self._directory: Path | None = None
@@ -69,8 +79,8 @@ class Tuner:
         model: Any = trained.model
         model.train()
         head = Head(model)
-        for ids in self.token_ids[trained.sequences : sequences].split(1):
-            self._step(model, head, trained.optimizer, ids.to(self.device), candidate.dtype)
+        for sequence in range(trained.sequences, min(sequences, len(self.token_ids))):
+            self._step(model, head, trained.optimizer, sequence, candidate.dtype)
         model.eval()
         trained.sequences = sequences
         return trained
@@ -102,18 +112,28 @@ class Tuner:
         weights = [p for p in model.parameters() if p.requires_grad]
         return Trained(model, torch.optim.AdamW(weights, lr=self.learning_rate, weight_decay=0.0, fused=True), 0)
 
-    def _step(
-        self, model: Any, head: Head, optimizer: torch.optim.AdamW, ids: Int[Tensor, "one length"], dtype: torch.dtype
-    ) -> None:
-        low = dtype == torch.bfloat16
+    def _step(self, model: Any, head: Head, optimizer: torch.optim.AdamW, sequence: int, dtype: torch.dtype) -> None:
+        ids, low = self.token_ids[sequence : sequence + 1].to(self.device), dtype == torch.bfloat16
+        slope = self._slope(ids, sequence)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low):
             hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state
             states = hidden[:, :-1].flatten(0, 1)
-            gradient = head.gradient(states, _surprise(ids[:, 1:].flatten()))
+            gradient = head.gradient(states, slope)
         states.backward(gradient)
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+    def _slope(self, ids: Int[Tensor, "one length"], sequence: int) -> Surprise | Distance:
+        """Of the mean loss over the tokens that have a next one."""
+        if self.teacher is None:
+            return Surprise(ids[:, 1:].flatten())
+        if sequence not in self._wanted:
+            with torch.no_grad():
+                hidden = self.teacher.get_decoder()(ids, use_cache=False).last_hidden_state
+            self._wanted[sequence] = hidden[:, :-1].flatten(0, 1)
+        wanted = self._wanted[sequence]
+        return Distance(Head(self.teacher), wanted, len(wanted))
 
     def _spill(self, genome: Genome, trained: Trained) -> None:
         if self._directory is None:
@@ -170,14 +190,3 @@ def _frozen(model: PreTrainedModel) -> dict[int, nn.Parameter]:
     modules = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
     weights = [parameter for module in modules for parameter in module.parameters()]
     return {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in weights}
-
-
-def _surprise(labels: Int[Tensor, " tokens"]) -> Callable[[slice, Tensor], Tensor]:
-    """The slope of the mean cross-entropy: `softmax(z) - onehot`."""
-
-    def slope(rows: slice, z: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
-        difference = z.softmax(-1)
-        difference.scatter_add_(-1, labels[rows, None], -torch.ones_like(difference[:, :1]))
-        return difference / len(labels)
-
-    return slope
