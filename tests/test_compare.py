@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
 
 import runs
+import tiny
 from darwinlm.allocate.methods import ALLOCATORS
 from darwinlm.artifact import read_json_lines
 from darwinlm.checkpoint import Checkpoint
@@ -22,6 +25,7 @@ from darwinlm.database import MANIFEST, Database
 from darwinlm.evaluate import parameter_count, perplexity_and_kl
 from darwinlm.evaluation_config import METHODS, CompareConfig
 from darwinlm.genome import Grid, level_grid
+from darwinlm.harness import LOCAL, Request, run_tasks
 from darwinlm.modeling import load
 from darwinlm.surgery import Stitcher, repeat_shared
 from darwinlm.types import Genome, SelectionStage, UsageError
@@ -144,3 +148,50 @@ def test_methods_have_names_and_targets_bounds(config: CompareConfig, capsys: py
         assert runs.call("compare", "M", "--data", "D", "--out", f"{config.out}-none", *flags) == 2
         assert words in capsys.readouterr().err
     assert not Path(f"{config.out}-none").exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # lm-eval's and its dependencies'
+def test_tasks_are_asked_of_every_model_and_only_once(
+    config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tasks can be added to a comparison, whose cells are not measured again; other questions cannot."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # a second a call, for notes
+    for name in ("arc_easy", "piqa"):
+        pairs = zip(words(name), words(name[::-1]), strict=True)
+        records = [{"query": "Question: Which?\n", "choices": pair, "gold": 1} for pair in pairs]
+        (tmp_path / LOCAL[name].file).write_text("".join(json.dumps(record) + "\n" for record in records))
+    plain = replace(config, out=str(tmp_path / "out"), methods=("uniform", "shortgpt"))
+    with_arc = replace(plain, tasks="arc_easy", tasks_data=str(tmp_path), limit=20)
+    with_both = replace(with_arc, tasks="piqa,arc_easy")
+    found = [compare(each) for each in (plain, with_arc, with_both)]
+    for before, after in pairwise(found):
+        assert [replace(cell, scores=()) for cell in after] == [replace(cell, scores=()) for cell in before]
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("compare: ")]
+    assert len(told) == 5 + 4 + 4  # one of the five is refused, and asked nothing
+    assert told[-1] == "compare: 4/5, uniform at 0.9: piqa"
+    assert [[score.task for score in cell.scores] for cell in found[-1]] == [["piqa", "arc_easy"]] * 4 + [[]]
+    for cell in found[-1]:
+        for score in cell.scores:
+            assert score.questions == 20
+    asked = [Request("piqa", None, "acc"), Request("arc_easy", None, "acc")]
+    dense = Checkpoint(Path(config.model))
+    alone = run_tasks(load(config.model), dense.tokenizer, asked, with_both)
+    assert list(found[-1][0].scores) == alone
+    values = {tuple(score.value for score in cell.scores) for cell in found[-1]}
+    assert len(values) > 2  # so that the models were told apart
+    table = (tmp_path / "out" / TABLE).read_text()
+    assert "| KL code.txt | piqa acc | arc_easy acc |" in table
+    assert f"| {alone[0]} | {alone[1]} |" in table
+    for changed in (replace(with_arc, limit=10), replace(with_arc, shots=1)):
+        with pytest.raises(UsageError, match="holds answers to other questions of arc_easy"):
+            compare(changed)
+    new = replace(plain, out=str(tmp_path / "new"), tasks="arc_easy", tasks_path=str(tmp_path / "none"))
+    with pytest.raises(UsageError, match="--tasks-path: no directory"):
+        compare(new)
+    assert not Path(new.out).exists()
+
+
+def words(seed: str) -> list[str]:
+    found = sorted({word for document in tiny.documents() for word in document.split() if len(word) == 5})
+    return Random(seed).sample(found, 24)

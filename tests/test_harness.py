@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 import tiny
+from darwinlm.evaluation_config import TasksConfig
 from darwinlm.harness import LOCAL, SUITE, Request, local_tasks, run_tasks
 from darwinlm.types import DarwinError, UsageError
 
@@ -104,7 +105,7 @@ def test_accuracy_is_that_of_plain_log_likelihoods(name: str, model: PreTrainedM
     lines = (SHARED / LOCAL[name].file).read_text().splitlines()[:QUESTIONS]
     records = [json.loads(line) for line in lines]
     write(tmp_path / LOCAL[name].file, records)
-    scores = run_tasks(model, tiny.tokenizer(), [Request(name)], tasks_data=tmp_path)
+    scores = run_tasks(model, tiny.tokenizer(), [Request(name)], TasksConfig(tasks_data=str(tmp_path)))
     right = normed = 0
     for record in records:
         if name == "winogrande":
@@ -142,7 +143,8 @@ def test_shots_limits_and_task_files(model: PreTrainedModel, tmp_path: Path) -> 
         "metric_list: [{metric: acc}]\n"
     )
     asked = [Request("arc_easy", 2, "acc_norm"), Request("own")]
-    arc, own = run_tasks(model, tiny.tokenizer(), asked, limit=4, tasks_path=tmp_path, tasks_data=tmp_path)
+    config = TasksConfig(limit=4, tasks_path=str(tmp_path), tasks_data=str(tmp_path))
+    arc, own = run_tasks(model, tiny.tokenizer(), asked, config)
     assert (arc.task, arc.metric, arc.shots, arc.questions) == ("arc_easy", "acc_norm", 2, 4)
     assert (own.task, own.metric, own.shots, own.questions, own.value in (0, 1)) == ("own", "acc", 0, 3, True)
 
@@ -152,15 +154,15 @@ def test_what_cannot_be_asked_is_refused(
 ) -> None:
     ask = [Request("arc_easy")]
     with pytest.raises(UsageError, match=r"--tasks-data: expected one of arc_easy\.jsonl"):
-        run_tasks(model, tiny.tokenizer(), ask, tasks_data=tmp_path)
+        run_tasks(model, tiny.tokenizer(), ask, TasksConfig(tasks_data=str(tmp_path)))
     with pytest.raises(UsageError, match="--tasks-path: no directory"):
-        run_tasks(model, tiny.tokenizer(), ask, tasks_path=tmp_path / "none")
+        run_tasks(model, tiny.tokenizer(), ask, TasksConfig(tasks_path=str(tmp_path / "none")))
     write(tmp_path / "arc_easy.jsonl", [{"query": "Question: half a record"}])
     with pytest.raises(DarwinError, match=r"arc_easy\.jsonl cannot be read as questions"):
-        run_tasks(model, tiny.tokenizer(), ask, tasks_data=tmp_path)
+        run_tasks(model, tiny.tokenizer(), ask, TasksConfig(tasks_data=str(tmp_path)))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="tasks need lm-eval, which is not installed: pip install darwinlm"):
-        run_tasks(model, tiny.tokenizer(), ask)
+        run_tasks(model, tiny.tokenizer(), ask, TasksConfig())
 
 
 def test_suite_is_the_papers() -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from darwinlm import pipeline
 from darwinlm.allocate.methods import ALLOCATORS
 from darwinlm.allocate.problem import Problem
 from darwinlm.allocate.uniform import uniform
-from darwinlm.artifact import locked_directory, read_json, read_json_lines, write_text
+from darwinlm.artifact import locked_directory, read_json, read_json_lines, write_json, write_text
 from darwinlm.budget import Budget, Costs, parameter_costs
 from darwinlm.checkpoint import find_checkpoint
 from darwinlm.comparison import DENSE, Cell, markdown, print_table, save_picture
@@ -27,11 +29,13 @@ from darwinlm.evaluation_config import CompareConfig
 from darwinlm.families import find_grid
 from darwinlm.fitness import Fitness
 from darwinlm.genome import Grid
+from darwinlm.harness import SUITE, Request, Score, questions, requested, run_tasks
 from darwinlm.progress import say
 from darwinlm.surgery import Stitcher
 from darwinlm.types import Genome, UsageError
 
-CELLS, TABLE, PICTURE = "cells.jsonl", "comparison.md", "comparison.png"
+CELLS, QUESTIONS, TABLE, PICTURE = "cells.jsonl", "questions.json", "comparison.md", "comparison.png"
+METRICS = {request.task: request.metric for request in SUITE}
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class _Bench:
     config: CompareConfig
     grid: Grid
     costs: Costs
+    tokenizer: PreTrainedTokenizerBase
     stitcher: Stitcher
     judged: Stitcher
     tokens: dict[str, Int[Tensor, "sequences length"]]
@@ -55,7 +60,7 @@ class _Bench:
 def compare(config: CompareConfig) -> list[Cell]:
     """Measure every method at every size, print the table, and write `comparison.md` and `comparison.png`.
 
-    A cell that is in `cells.jsonl` is not measured again.
+    A cell that is in `cells.jsonl` is not measured again, nor asked again what it has answered.
 
     Raises:
         UsageError: if a setting, model or text cannot be used, or a target is out of reach.
@@ -68,31 +73,65 @@ def compare(config: CompareConfig) -> list[Cell]:
         refit=RefitConfig(tokens=0), evaluation=config.evaluation,
     )  # fmt: skip
     with locked_directory(out):
+        requests, asked = _requests(config)
         pipeline.run(run, until="database")
+        if asked:
+            write_json(out / QUESTIONS, asked)
         bench = _open(config, run)
         problems = {target: _budget(bench, target, run) for target in config.targets}
-        cells = (
-            [Cell.of(line) for line in read_json_lines(out / CELLS, "method", "target")]
-            if (out / CELLS).exists()
-            else []
-        )
+        cells = _read(out)
         wanted = [(DENSE, 0.0), *((method, target) for target in config.targets for method in config.methods)]
         for number, (method, target) in enumerate(wanted, 1):
-            if any((cell.method, cell.target) == (method, target) for cell in cells):
-                continue
-            say(f"compare: {number}/{len(wanted)}, {method} at {target:g}")
-            if method == DENSE:
-                cell = _measure(bench, method, target, bench.grid.dense(), 0.0)
-            else:
-                cell = _find(bench, method, target, *problems[target])
-            cells.append(cell)
-            write_text(out / CELLS, "".join(cell.line for cell in cells))
-        chosen = [next(cell for cell in cells if (cell.method, cell.target) == key) for key in wanted]
+            place = f"compare: {number}/{len(wanted)}, {method} at {target:g}"
+            if (method, target) not in cells:
+                say(place)
+                if method == DENSE:
+                    found = _measure(bench, method, target, bench.grid.dense(), 0.0)
+                else:
+                    found = _find(bench, method, target, *problems[target])
+                _write(out, cells, found)
+            found = cells[method, target]
+            answered = {score.task for score in found.scores}
+            left = [request for request in requests if request.task not in answered and found.refused is None]
+            if left:
+                say(f"{place}: {', '.join(request.task for request in left)}")
+                _write(out, cells, replace(found, scores=(*found.scores, *_ask(bench, found, left))))
+        chosen = [_with_scores(cells[key], requests) for key in wanted]
         write_text(out / TABLE, markdown(chosen, PICTURE))
         save_picture(out / PICTURE, chosen)
     print_table(chosen)
     print(out / TABLE, out / PICTURE, sep="\n")
     return chosen
+
+
+def _requests(config: CompareConfig) -> tuple[list[Request], dict[str, Any]]:
+    """The tasks, each by the metric that the paper's protocol takes, or by all that it has, and their questions.
+
+    Raises:
+        UsageError: if there is no such task, or the comparison holds answers to other questions.
+    """
+    requests = [replace(request, metric=METRICS.get(request.task)) for request in requested(config)]
+    asked = questions(requests, config) if requests else {}
+    path = Path(config.out) / QUESTIONS
+    before = read_json(path) if path.exists() else {}
+    for task in before.keys() & asked.keys():
+        if before[task] != asked[task]:
+            raise UsageError(
+                f"{config.out} holds answers to other questions of {task} ({before[task]}, not {asked[task]}); choose "
+                "another --out"
+            )
+    return requests, before | asked
+
+
+def _read(out: Path) -> dict[tuple[str, float], Cell]:
+    """The cells that an earlier call has finished."""
+    lines = read_json_lines(out / CELLS, "method", "target") if (out / CELLS).exists() else []
+    return {(cell.method, cell.target): cell for cell in map(Cell.of, lines)}
+
+
+def _write(out: Path, cells: dict[tuple[str, float], Cell], cell: Cell) -> None:
+    cells[cell.method, cell.target] = cell
+    write_text(out / CELLS, "".join(cell.line for cell in cells.values()))
 
 
 def _open(config: CompareConfig, run: RunConfig) -> _Bench:
@@ -107,7 +146,7 @@ def _open(config: CompareConfig, run: RunConfig) -> _Bench:
     models = {dtype: checkpoint.load(dtype, device) for dtype in dict.fromkeys(precisions)}
     searched, judged = (Stitcher(models[dtype], checkpoint.family, database) for dtype in precisions)
     costs = parameter_costs(grid, parameter_count(searched.dense))
-    return _Bench(config, grid, costs, searched, judged, tokens, texts)
+    return _Bench(config, grid, costs, checkpoint.tokenizer, searched, judged, tokens, texts)
 
 
 def _budget(bench: _Bench, target: float, run: RunConfig) -> tuple[Genome, Budget]:
@@ -157,3 +196,15 @@ def _measure(bench: _Bench, method: str, target: float, genome: Genome, seconds:
         seconds=seconds,
         texts=texts,
     )
+
+
+def _ask(bench: _Bench, cell: Cell, requests: list[Request]) -> list[Score]:
+    """Put the model of a cell through tasks."""
+    model = bench.judged.stitch(Genome(cell.levels))
+    return run_tasks(model, bench.tokenizer, requests, bench.config)
+
+
+def _with_scores(cell: Cell, requests: list[Request]) -> Cell:
+    """The cell with the scores that were asked for, in their order."""
+    scores = [score for request in requests for score in cell.scores if score.task == request.task]
+    return replace(cell, scores=tuple(scores))

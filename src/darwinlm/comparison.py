@@ -18,10 +18,11 @@ from rich.table import Table
 from rich.text import Text
 
 from darwinlm.evaluate import Quality
+from darwinlm.harness import Score
 
 DENSE = "dense"
 HELD_OUT = "held-out documents"
-WIDTH, TEXT_WIDTH = 120, 24  # of the printed table, and as much again for each further text
+WIDTH, TEXT_WIDTH, TASK_WIDTH = 120, 24, 16  # of the printed table, and so much more for each further text and task
 # Colours that remain apart for the colour-blind (Okabe and Ito), and markers for the rest.
 COLOURS = ("#333333", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2", "#d55e00")
 MARKERS = "osv^Dx*P+"
@@ -38,6 +39,7 @@ class Cell:
         speedup: of prefill and of decoding, over the dense model in the same run.
         seconds: that it took to find the genome, the database not counted.
         texts: the same qualities on further texts, by name.
+        scores: in tasks.
     """
 
     method: str
@@ -52,12 +54,14 @@ class Cell:
     speedup: tuple[float, float] = (1.0, 1.0)
     seconds: float = 0.0
     texts: dict[str, Quality] = field(default_factory=dict)
+    scores: tuple[Score, ...] = ()
 
     @classmethod
     def of(cls, line: Mapping[str, Any]) -> Cell:
         """A cell from its line of JSON."""
         found: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in line.items()}
         found["texts"] = {text: Quality(**quality) for text, quality in line.get("texts", {}).items()}
+        found["scores"] = tuple(Score(**score) for score in line.get("scores", ()))
         return cls(**found)
 
     @property
@@ -72,7 +76,8 @@ class Cell:
 
 def print_table(cells: Sequence[Cell]) -> None:
     """Print the table, the dense model first, and what methods refused below it."""
-    titles, width = _titles(cells[0]), WIDTH + TEXT_WIDTH * len(cells[0].texts)
+    titles = _titles(cells[0])
+    width = WIDTH + TEXT_WIDTH * len(cells[0].texts) + TASK_WIDTH * len(cells[0].scores)
     console = Console(highlight=False)
     console = Console(highlight=False, width=console.width if console.is_terminal else width)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
@@ -93,14 +98,18 @@ def markdown(cells: Sequence[Cell], picture: str) -> str:
     titles = _titles(cells[0])
     rules = ["---" if title == "method" else "---:" for title in titles]
     table = [f"| {' | '.join(line)} |" for line in [titles, rules, *(_columns(cell, titles) for cell in cells)]]
+    asked = [
+        f"- {s.task}: {s.questions:,} questions from {s.source}, {s.shots}-shot; per cent" for s in cells[0].scores
+    ]
     refusals = [f"- {cell.method} at {cell.target:.0%}: {cell.refused}" for cell in cells if cell.refused is not None]
-    return "\n".join([*table, "", *refusals, f"![Perplexity at every size]({picture})"]) + "\n"
+    return "\n".join([*table, "", *asked, *refusals, "", f"![Perplexity at every size]({picture})"]) + "\n"
 
 
 def _titles(dense: Cell) -> list[str]:
     texts = [f"{measure} {Path(text).name}" for text in dense.texts for measure in ("perplexity", "KL")]
+    tasks = [f"{score.task} {score.metric}" for score in dense.scores]
     speeds = ["prefill tok/s", "decode tok/s", "seconds to find"]
-    return ["removed", "method", "parameters", "perplexity", "KL", *texts, *speeds]
+    return ["removed", "method", "parameters", "perplexity", "KL", *texts, *tasks, *speeds]
 
 
 def _columns(cell: Cell, titles: Sequence[str]) -> list[str]:
@@ -113,6 +122,7 @@ def _columns(cell: Cell, titles: Sequence[str]) -> list[str]:
         *start,
         f"{cell.parameters:,}",
         *(figure for quality in qualities for figure in (f"{quality.perplexity:.2f}", f"{quality.kl:.4f}")),
+        *map(str, cell.scores),
         f"{cell.prefill_tokens_per_s:.1f} ({prefill:.2f}x)",
         f"{cell.decode_tokens_per_s:.1f} ({decode:.2f}x)",
         f"{cell.seconds:.0f}",

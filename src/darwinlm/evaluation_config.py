@@ -9,8 +9,29 @@ from darwinlm.config import CalibrationConfig, DatabaseConfig, EvaluationConfig,
 from darwinlm.types import UsageError
 
 
+@dataclass(frozen=True, kw_only=True)
+class TasksConfig:
+    """Tasks: the questions that models are asked."""
+
+    tasks: str | None = None
+    """Tasks of lm-eval, with commas between them."""
+    tasks_path: str | None = None
+    """Directory of task files (YAML) for lm-eval."""
+    tasks_data: str | None = None
+    """Directory of .jsonl files (arc_easy, boolq, logi_qa, piqa, winogrande) that stand in for the hub's questions."""
+    shots: int | None = None
+    """Examples before each question of --tasks; if not given, what each task says."""
+    limit: int | None = None
+    """Questions of each task, at most: for trying things out."""
+    batch_size: int = 8
+    """Questions at a time."""
+
+    def __post_init__(self) -> None:
+        expect_at_least(self, "", shots=0, limit=1, batch_size=1)
+
+
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(TasksConfig):
     """Evaluation of one or several models by one protocol."""
 
     model: str
@@ -22,14 +43,8 @@ class EvaluateConfig:
     """The dense model: KL divergence from it, and agreement with what it writes."""
     beside: str | None = None
     """Other models to put through the same, with commas between them."""
-    tasks: str | None = None
-    """Tasks of lm-eval, with commas between them."""
     suite: Literal["darwinlm"] | None = None
     """The paper's protocol: nine tasks with its shots and its choice of acc or acc_norm."""
-    tasks_path: str | None = None
-    """Directory of task files (YAML) for lm-eval."""
-    tasks_data: str | None = None
-    """Directory of .jsonl files (arc_easy, boolq, logi_qa, piqa, winogrande) that stand in for the hub's questions."""
     generation: bool = False
     """Write greedy continuations, and measure how much they repeat and how often the dense model agrees."""
     out: str | None = None
@@ -42,12 +57,6 @@ class EvaluateConfig:
     """Tokens that a model sees at a time."""
     stride: int | None = None
     """Tokens from one window to the next; a window if not given. Less gives tokens more context, and takes longer."""
-    shots: int | None = None
-    """Examples before each question of --tasks; if not given, what each task says."""
-    limit: int | None = None
-    """Questions of each task, at most: for trying things out."""
-    batch_size: int = 8
-    """Questions at a time."""
     continuation_tokens: int = 64
     """New tokens in each continuation."""
     prompts: tuple[str, ...] = (
@@ -67,7 +76,8 @@ class EvaluateConfig:
     """Precision; auto is that of each checkpoint."""
 
     def __post_init__(self) -> None:
-        expect_at_least(self, "", tokens=2, window=2, stride=1, shots=0, limit=1, batch_size=1, continuation_tokens=1)
+        super().__post_init__()
+        expect_at_least(self, "", tokens=2, window=2, stride=1, continuation_tokens=1)
         if self.stride is not None and self.stride > self.window:
             raise UsageError(
                 f"--stride: expected at most the --window of {self.window}, found {self.stride}; a longer one would "
@@ -96,7 +106,7 @@ METHODS = (
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(TasksConfig):
     """Every method at every size, over one database."""
 
     model: str
@@ -104,7 +114,7 @@ class CompareConfig:
     data: str
     """Text: as for darwinlm compress. Its held-out documents are what models are judged on."""
     out: str
-    """Directory of the comparison. The same command resumes it; more methods and targets can be asked for later."""
+    """Directory of the comparison. The same command resumes it; methods, targets and tasks can be added later."""
     methods: tuple[str, ...] = METHODS[:-1]
     """Ways to choose what is removed; training-aware needs training_tokens in search.stages."""
     targets: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -121,6 +131,7 @@ class CompareConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for method in self.methods:
             expect(method in METHODS, "methods", ", ".join(METHODS), repr(method))
         for target in self.targets:

@@ -8,12 +8,15 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from darwinlm.evaluation_config import TasksConfig
 from darwinlm.types import DarwinError, UsageError
 
 
@@ -64,44 +67,56 @@ class Score:
     questions: int
     source: str
 
+    def __str__(self) -> str:
+        """Shares in per cent, with their standard error."""
+        figure = f"{100 * self.value:.1f}" if 0 <= self.value <= 1 else f"{self.value:.3f}"
+        return figure if self.stderr is None else f"{figure} ± {100 * self.stderr:.1f}"
+
+
+def requested(config: TasksConfig) -> list[Request]:
+    """The tasks that `config` names, each once."""
+    names = [] if config.tasks is None else [name.strip() for name in config.tasks.split(",")]
+    return [Request(name, config.shots) for name in dict.fromkeys(names)]
+
+
+def questions(requests: Sequence[Request], config: TasksConfig) -> dict[str, dict[str, Any]]:
+    """What decides the questions of each task; scores that differ in it cannot be compared.
+
+    Raises:
+        UsageError: if lm-eval is not installed, or a task is unknown.
+    """
+    local, _ = find_tasks(requests, config)
+    asked = {}
+    for request in requests:
+        source = config.tasks_path or "lm-eval"
+        if request.task in local:
+            source = sha256((Path(str(config.tasks_data)) / LOCAL[request.task].file).read_bytes()).hexdigest()
+        asked[request.task] = {"shots": request.shots, "limit": config.limit, "source": source}
+    return asked
+
 
 def run_tasks(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[Request],
-    *,
-    batch_size: int = 8,
-    limit: int | None = None,
-    tasks_path: Path | None = None,
-    tasks_data: Path | None = None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], config: TasksConfig
 ) -> list[Score]:
-    """Put a model through tasks.
-
-    Args:
-        limit: questions a task, at most.
-        tasks_path: a directory of task files (YAML) besides the harness's own.
-        tasks_data: a directory of .jsonl files; tasks that have theirs there are asked from it (`LOCAL`).
+    """Put a model through tasks. Those that have a file in `config.tasks_data` are asked from it (`LOCAL`).
 
     Raises:
         UsageError: if lm-eval is not installed, or a task is unknown.
         DarwinError: if a task's questions cannot be had.
     """
-    require_harness()
+    local, manager = find_tasks(requests, config)
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    local = {} if tasks_data is None else local_tasks(tasks_data)
-    manager = _manager(requests, local, tasks_path)
     scores = []
     for request in requests:
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # type: ignore[arg-type]
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size)  # type: ignore[arg-type]
         try:
             found: Any = simple_evaluate(
                 model=lm,
                 tasks=[local.get(request.task, request.task)],
                 num_fewshot=request.shots,
-                limit=limit,
+                limit=config.limit,
                 task_manager=manager,
                 log_samples=False,
             )
@@ -122,20 +137,35 @@ def require_harness() -> None:
         raise UsageError("tasks need lm-eval, which is not installed: pip install darwinlm[eval]")
 
 
-def _manager(requests: Sequence[Request], local: Mapping[str, Any], tasks_path: Path | None) -> Any:
-    from lm_eval.tasks import TaskManager
+def find_tasks(requests: Sequence[Request], config: TasksConfig) -> tuple[dict[str, Any], Any]:
+    """The tasks that have a local file, as lm-eval has them configured, and its manager, which knows all others.
 
+    Raises:
+        UsageError: if lm-eval is not installed, or a task is unknown.
+    """
+    require_harness()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    local = {} if config.tasks_data is None else local_tasks(Path(config.tasks_data))
+    tasks_path = None if config.tasks_path is None else Path(config.tasks_path)
     if tasks_path is not None and not tasks_path.is_dir():
         raise UsageError(f"--tasks-path: no directory {tasks_path}; name one with task files (YAML)")
     wanted = {request.task for request in requests} - local.keys()
-    manager = TaskManager(include_path=tasks_path, include_defaults=False)
-    if wanted - set(manager.all_tasks):  # its own are 14,000 files: ten seconds
-        manager = TaskManager(include_path=tasks_path)
+    manager = _manager(tasks_path, include_defaults=False)
+    if wanted - set(manager.all_tasks):
+        manager = _manager(tasks_path, include_defaults=True)
     unknown = sorted(wanted - set(manager.all_tasks))
     if unknown:
         name = f"lm-eval {version('lm-eval')}"
         raise UsageError(f"--tasks: expected tasks of {name}, found {unknown[0]!r}; `lm-eval ls tasks` lists them")
-    return manager
+    return local, manager
+
+
+@cache
+def _manager(tasks_path: Path | None, include_defaults: bool) -> Any:
+    """lm-eval's own tasks are 14,000 files: ten seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=tasks_path, include_defaults=include_defaults)
 
 
 def _scores(request: Request, found: Mapping[str, Any], source: str) -> list[Score]:

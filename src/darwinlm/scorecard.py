@@ -19,7 +19,7 @@ from darwinlm.device import DTYPES, resolve_device
 from darwinlm.evaluate import Quality, parameter_count, quality_over, windows_over
 from darwinlm.evaluation_config import EvaluateConfig
 from darwinlm.generation import Writing, write
-from darwinlm.harness import SUITE, Request, Score, require_harness, run_tasks
+from darwinlm.harness import SUITE, Score, requested, require_harness, run_tasks
 from darwinlm.progress import say
 from darwinlm.run import open_model, versions
 from darwinlm.types import UsageError
@@ -60,7 +60,7 @@ def evaluate_models(config: EvaluateConfig) -> list[Card]:
     """
     if not config.asks_for_something:
         raise UsageError("nothing to measure: expected --data, --tasks, --suite, --generation or --speed; give one")
-    requests = _requests(config)
+    requests = [*(SUITE if config.suite else ()), *requested(config)]
     if requests:
         require_harness()
     with tempfile.TemporaryDirectory(prefix="darwinlm-evaluate-") as workspace:
@@ -74,18 +74,13 @@ def evaluate_models(config: EvaluateConfig) -> list[Card]:
             writing = _write(subject, reference, config) if config.generation else None
             if requests:
                 say(f"tasks: {subject.name}")
-            scores = _run_tasks(subject, requests, config) if requests else []
+            scores = run_tasks(subject.model, subject.tokenizer, requests, config) if requests else []
             quality = {text: qualities[text][subject.name] for text in texts}
             cards.append(Card(subject.name, parameter_count(subject.model), quality, writing, scores))
     if config.out is not None:
         write_json(Path(config.out), _as_json(cards, config))
     print(table(cards, config))
     return cards
-
-
-def _requests(config: EvaluateConfig) -> list[Request]:
-    named = [] if config.tasks is None else [name.strip() for name in config.tasks.split(",")]
-    return [*(SUITE if config.suite else ()), *(Request(name, config.shots) for name in named)]
 
 
 def _subjects(config: EvaluateConfig, workspace: Path) -> list[Subject]:
@@ -147,20 +142,6 @@ def _write(subject: Subject, reference: Subject | None, config: EvaluateConfig) 
     return write(subject.model, subject.tokenizer, config.prompts, config.continuation_tokens, model)
 
 
-def _run_tasks(subject: Subject, requests: Sequence[Request], config: EvaluateConfig) -> list[Score]:
-    paths = (None if path is None else Path(path) for path in (config.tasks_path, config.tasks_data))
-    tasks_path, tasks_data = paths
-    return run_tasks(
-        subject.model,
-        subject.tokenizer,
-        requests,
-        batch_size=config.batch_size,
-        limit=config.limit,
-        tasks_path=tasks_path,
-        tasks_data=tasks_data,
-    )
-
-
 def table(cards: Sequence[Card], config: EvaluateConfig) -> str:
     """A column a model, a row a measure, and below it how it was measured and what the models write."""
     rows = [["", *(card.name for card in cards)], ["parameters", *(f"{card.parameters:,}" for card in cards)]]
@@ -171,7 +152,7 @@ def table(cards: Sequence[Card], config: EvaluateConfig) -> str:
             rows.append([f"KL, {text}", *("" if kl is None else f"{kl:.4f}" for _, kl in found)])
     for scores in zip(*(card.scores for card in cards), strict=True):
         label = f"{scores[0].task}, {scores[0].metric}, {scores[0].shots}-shot"
-        rows.append([label, *(_percent(score) for score in scores)])
+        rows.append([label, *map(str, scores)])
     if config.suite:
         rows.append(["average of the suite", *(f"{100 * _average(card):.1f}" for card in cards)])
     written = [card.writing for card in cards if card.writing is not None]
@@ -190,11 +171,6 @@ def table(cards: Sequence[Card], config: EvaluateConfig) -> str:
         lines += ["", f"> {prompt}"]
         lines += [f"{card.name}: {card.writing.continuations[number]}" for card in cards if card.writing is not None]
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _percent(score: Score) -> str:
-    figure = f"{100 * score.value:.1f}" if 0 <= score.value <= 1 else f"{score.value:.3f}"
-    return figure if score.stderr is None else f"{figure} ± {100 * score.stderr:.1f}"
 
 
 def _average(card: Card) -> float:
