@@ -63,8 +63,10 @@ CASES = {
     ),
     "mistral": Case("mistral", {"sliding_window": 7}),
     "qwen3": Case("qwen3", {"head_dim": 24}),
+    "mistral-native": Case("mistral", {"sliding_window": 7}, heads=8, groups=4, kept=(((0, 1, 3), SOME),) * BLOCKS),
+    "qwen3-native": Case("qwen3", {"head_dim": 24}, kept=(((1,), SOME),) * BLOCKS),
 }
-NATIVE = {"llama-3-native"}
+NATIVE = {"llama-3-native", "mistral-native", "qwen3-native"}
 
 
 def native_config(family: str, **options: Any) -> PreTrainedConfig:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 
 import darwinlm
 import tiny
+from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf
 from exports import CARD, Case, dense_model, stitched_model
 
@@ -28,6 +32,22 @@ def test_a_run_and_its_export_are_the_same_model(tmp_path: Path) -> None:
     shutil.rmtree(export)
     with pytest.raises(darwinlm.UsageError, match="its run has not come to its export yet"):
         darwinlm.load(tmp_path / "run")
+
+
+def test_the_lines_of_the_card_load_it_without_a_question(tmp_path: Path) -> None:
+    case = Case("llama", {"vocab_size": tiny.VOCAB})
+    card = model_card("me/dense", {"Seed": "0"}, 100, 50)
+    export = export_hf(*stitched_model(dense_model(case), case), tiny.tokenizer(), tmp_path / "model", card)
+    lines = card.partition("```python\n")[2].partition("```")[0].replace("PATH", str(export))
+    lines += 'model(**tokenizer("It loads.", return_tensors="pt"))\n'
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-I", "-W", "error", "-c", "import sys\nsys.modules['darwinlm'] = None\n" + lines]
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "trust_remote_code" not in done.stdout
+    assert "[transformers]" not in done.stderr
 
 
 def test_a_dense_directory(checkpoints: dict[str, Path]) -> None:

@@ -21,11 +21,12 @@ blocks differ in heads and MLP width. Its licence and its limits are those of th
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
 ```
 
 `trust_remote_code` is for the one Python file beside the weights, which builds each block at its own size; without
-that file all blocks are alike, and it is not needed. `darwinlm.load("PATH")` never needs it.
+that file all blocks are alike, and it is not needed. The tokenizer has no code, but reads the model's config first.
+`darwinlm.load("PATH")` never needs it.
 
 ## How it was made
 
