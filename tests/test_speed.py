@@ -74,6 +74,20 @@ def test_command_prints_both_models(
     assert "--repeats: expected at least 1, found 0" in capsys.readouterr().err
 
 
+def test_command_heeds_batch_lengths_precision_and_device(
+    checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", "--speed", str(checkpoints["llama-mha"]), "--against", str(checkpoints["llama-mha"])]
+    command += ["--batch", "20", "--prompt-tokens", "200", "--new-tokens", "8", "--repeats", "1"]
+    values = 20 * (200 + 8) * 3 * 2 * 4 * 8  # sequences, positions, blocks, keys and values, KV heads, their width
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        assert runs.call(*command, "--dtype", dtype) == 0
+        (cache,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("KV cache, MB"))
+        assert cache.split()[-2:] == [f"{values * size / 1e6:.1f}"] * 2
+    assert runs.call(*command, "--device", "abacus") == 2
+    assert "no device 'abacus'" in capsys.readouterr().err
+
+
 def test_numbers_that_make_no_sense_are_refused() -> None:
     with pytest.raises(UsageError, match="--new-tokens: expected at least 1, found 0"):
         SpeedConfig(new_tokens=0)

@@ -218,7 +218,7 @@ def _evaluate(fields: Namespace) -> None:
     if not fields.speed or config.asks_for_something:
         scorecard.evaluate_models(config)
     if fields.speed:
-        speed.compare(find_export(Path(fields.model)), str(config.against), timing)
+        speed.compare(find_export(Path(fields.model)), str(config.against), timing, config.device, config.dtype)
 
 
 def _fail(message: str, code: int) -> int:

@@ -17,6 +17,7 @@ from transformers import Cache, PreTrainedModel
 
 from darwinlm.checkpoint import find_checkpoint
 from darwinlm.config import SpeedConfig
+from darwinlm.device import resolve_device
 from darwinlm.evaluate import parameter_bytes, parameter_count
 from darwinlm.families import head_dim
 from darwinlm.modeling import block_sizes_of, load
@@ -161,17 +162,21 @@ def count(model: PreTrainedModel, config: SpeedConfig) -> Counted:
     return Counted(config.batch * each, read + config.batch * cache)
 
 
-def compare(directory: Path, dense: str, config: SpeedConfig) -> None:
+def compare(directory: Path, dense: str, config: SpeedConfig, device: str = "auto", dtype: str = "auto") -> None:
     """Print how fast the model in `directory` is beside the dense one, and the speed-ups that counting predicts.
 
     Args:
         dense: a directory, a hub id, a .gguf file, or smollm2-135m.
+        dtype: precision of both; auto is that in which each is stored.
 
     Raises:
-        UsageError: if there is no such model.
+        UsageError: if there is no such model or device.
     """
+    where = resolve_device(device)
     with tempfile.TemporaryDirectory(prefix="darwinlm-speed-") as workspace:
-        models = {"dense": load(find_checkpoint(dense, Path(workspace)).path), "model": load(directory)}
+        paths = {"dense": find_checkpoint(dense, Path(workspace)).path, "model": directory}
+        loaded: dict[str, Any] = {name: load(path, dtype) for name, path in paths.items()}
+    models: dict[str, PreTrainedModel] = {name: model.to(where) for name, model in loaded.items()}
     before, after = measure(models, config).values()
     counted_before, counted_after = (count(model, config) for model in models.values())
     predicted = {
