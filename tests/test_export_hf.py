@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -249,6 +250,13 @@ def test_first_block_has_to_keep_its_attention() -> None:
     for sizes in ([BlockSizes(0, 0, 32), BlockSizes(2, 2, 32)], [BlockSizes(0, 0, 0), BlockSizes(0, 0, 32)]):
         with pytest.raises(UsageError, match="expected attention in the first block"):
             pruned_config(config, sizes)
+
+
+def test_code_refuses_transformers_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would not heed `rope_parameters`."""
+    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    with pytest.raises(ImportError, match=r"expected transformers 5\.0 or newer, found 4\.57\.1"):
+        exec(render("mistral"), {"__name__": "modeling_pruned_mistral"})
 
 
 def test_other_families_are_refused(outcome: Outcome, tmp_path: Path) -> None:

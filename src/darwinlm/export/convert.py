@@ -38,6 +38,7 @@ def convert(directory: Path, out: Path, config: ExportConfig) -> Path:
     export_hf(written, sizes, tokenizer, out, text, expected)
     for refusal in check_vllm(out):
         say(f"vLLM would refuse this export: {refusal}")
-    parallel = ", ".join(map(str, tensor_parallel_sizes(sizes)))
-    say(f"tensor parallelism: the sizes of every block can be split among {parallel} devices")
+    _, *parallel = tensor_parallel_sizes(sizes)
+    among = f"among {', '.join(map(str, parallel))}" if parallel else "in no way among several"
+    say(f"tensor parallelism: the sizes of every block can be split {among} devices")
     return out
