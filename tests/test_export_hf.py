@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -254,7 +253,7 @@ def test_first_block_has_to_keep_its_attention() -> None:
 
 def test_code_refuses_transformers_4(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which would not heed `rope_parameters`."""
-    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
     with pytest.raises(ImportError, match=r"expected transformers 5\.0 or newer, found 4\.57\.1"):
         exec(render("mistral"), {"__name__": "modeling_pruned_mistral"})
 
