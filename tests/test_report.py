@@ -131,8 +131,9 @@ def test_levels_picture_shows_what_is_left(grid: Grid, genomes: dict[str, Genome
 
 
 def test_search_picture_shows_the_parent_and_the_time(history: list[Generation]):
-    figure = _search_figure(history)
+    figure = _search_figure(history, "log-perplexity")
     (axis,) = figure.axes
+    assert axis.get_ylabel() == "log-perplexity (nats a token)"
     (line,) = axis.lines
     assert np.array_equal(line.get_xydata(), [[0, 1.5], [1, 1.5], [2, 0.75]])
     (dots,) = axis.collections

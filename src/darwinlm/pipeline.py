@@ -315,7 +315,8 @@ def _report(work: _Work, result: SearchResult, rows: list[Row]) -> None:
     counts = rows[0].parameters, rows[-1].parameters
     card = model_card(work.config.model, settings, *counts, report.models_table(rows))
     write_text(work.run.exported / "README.md", card)
-    paths = report.write_report(work.run.path, title, rows, work.grid, genomes, result.history, settings)
+    metric = label(work.config.search.metric)
+    paths = report.write_report(work.run.path, title, rows, work.grid, genomes, result.history, settings, metric)
     report.print_table(rows)
     for path in [work.run.exported, *paths]:
         print(path)

@@ -145,6 +145,7 @@ def write_report(
     genomes: Mapping[str, Genome],
     history: Sequence[Generation],
     settings: Mapping[str, str],
+    metric: str = "KL",
 ) -> list[Path]:
     """Write a run's report to the directory `out`, and return the files: `report.md` and what it refers to.
 
@@ -153,6 +154,7 @@ def write_report(
         genomes: by name; the last is the result, those before it are drawn as lines to compare it with.
         history: the search, or nothing. A picture of which there is nothing to show is not written.
         settings: what made this run, as it should be read.
+        metric: what the search minimised, for people.
     """
     out.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, str] = {}
@@ -160,8 +162,8 @@ def write_report(
         _save(out / "levels.png", _levels_figure(grid, genomes))
         pictures["levels.png"] = "Share of each attention and each MLP that is left, block by block"
     if history:
-        _save(out / "search.png", _search_figure(history))
-        pictures["search.png"] = "KL divergence of the best genome, generation by generation"
+        _save(out / "search.png", _search_figure(history, metric))
+        pictures["search.png"] = f"{metric} of the best genome, generation by generation"
     write_json(out / "table.json", [_record(row) for row in rows])
     write_text(out / "report.md", _markdown(title, rows, settings, pictures))
     return [out / name for name in ("report.md", "table.json", *pictures)]
@@ -300,8 +302,8 @@ def _percent_left(grid: Grid, genome: Genome, members: Sequence[int]) -> list[fl
     return [100 * (1 - grid.removed[i][genome.levels[i]] / grid.units[i].structures) for i in members]
 
 
-def _search_figure(history: Sequence[Generation]) -> Figure:
-    """The parent's KL divergence after each generation, and the time that the search had taken by then."""
+def _search_figure(history: Sequence[Generation], metric: str) -> Figure:
+    """The parent's fitness after each generation, and the time that the search had taken by then."""
     figure = _figure(3.3)
     axis: Axes = figure.subplots()
     numbers = [line.generation for line in history]
@@ -314,8 +316,8 @@ def _search_figure(history: Sequence[Generation]) -> Figure:
         label.set(ha="center", fontsize=8, color=INK)
         label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
     axis.set_xlabel("generation (a dot where a better genome was found)", fontsize=9)
-    axis.set_ylabel("KL divergence (nats a token)", fontsize=9)
-    axis.set_title("Search: KL divergence of the best genome from the dense model", fontsize=10.5, pad=8)
+    axis.set_ylabel(f"{metric} (nats a token)", fontsize=9)
+    axis.set_title(f"Search: {metric} of the best genome", fontsize=10.5, pad=8)
     axis.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
     axis.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axis.set_ylim(0, 1.15 * max(fitness) or 1)
