@@ -169,6 +169,28 @@ def test_window_as_long_as_the_context_is_none(exports: dict[str, Path], tmp_pat
     assert export_gguf(directory, tmp_path / "model.gguf", "f32").exists()
 
 
+def test_a_file_that_reads_otherwise_than_it_was_written_gets_no_name(
+    exports: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bit that the disk turns in the last tensor, between writing and reading."""
+    close = gguf.GGUFWriter.close
+
+    def close_and_damage(writer: gguf.GGUFWriter) -> None:
+        close(writer)
+        (path,) = tmp_path.glob("*.partial")
+        with path.open("r+b") as file:
+            file.seek(-16, 2)
+            byte = file.read(1)[0]
+            file.seek(-16, 2)
+            file.write(bytes([byte ^ 1]))
+
+    monkeypatch.setattr(gguf.GGUFWriter, "close", close_and_damage)
+    with pytest.raises(DarwinError, match="1 tensors that are not what was written"):
+        export_gguf(exports["llama-even"], tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
+    assert export_gguf(exports["llama-even"], tmp_path / "model.gguf", verify=False).exists()
+
+
 def test_file_appears_whole_or_not_at_all(exports: dict[str, Path], tmp_path: Path) -> None:
     out = export_gguf(exports["llama-untied"], tmp_path / "small")
     assert out == tmp_path / "small" / "small-F16.gguf"

@@ -26,7 +26,7 @@ def convert(directory: Path, out: Path, config: ExportConfig) -> Path:
         DarwinError: if weights are missing or damaged, or the export does not give the same logits in a fresh process.
     """
     if config.format == "gguf":
-        return export_gguf(directory, out, "f16" if config.type == "auto" else config.type)
+        return export_gguf(directory, out, "f16" if config.type == "auto" else config.type, config.verify)
     check_new(out)  # before the model is read
     tokenizer = Checkpoint(directory).tokenizer
     model = load(directory)

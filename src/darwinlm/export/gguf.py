@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from darwinlm.artifact import read_json
 from darwinlm.export.gguf_vocabulary import add_vocabulary
 from darwinlm.export.place import new_file
+from darwinlm.export.verify import verify_gguf
 from darwinlm.families import FAMILIES, Family, head_dim
 from darwinlm.modeling import block_sizes_of, family_of, register
 from darwinlm.progress import quiet_transformers
@@ -33,7 +35,7 @@ QUANTISED_ROWS = 4096  # at a time
 PERMUTED = ("llama", "deci")  # llama.cpp turns pairs of neighbours in these, transformers the two halves of a head
 
 
-def export_gguf(directory: Path, out: Path, file_type: FileType = "f16") -> Path:
+def export_gguf(directory: Path, out: Path, file_type: FileType = "f16", verify: bool = True) -> Path:
     """Write a model directory, pruned or dense, as a GGUF file with its tokenizer and chat template.
 
     Blocks that are all alike give a file of the model's native architecture. Others become `deci`, which has sizes for
@@ -43,13 +45,15 @@ def export_gguf(directory: Path, out: Path, file_type: FileType = "f16") -> Path
     Args:
         directory: what `export_hf` wrote, or a dense checkpoint.
         out: the file, named `*.gguf`; or a directory, in which it is named after that directory and `file_type`.
+        verify: read the file in a fresh process before it gets its name.
 
     Returns:
         The file. It appears whole or not at all.
 
     Raises:
         UsageError: if `out` exists, or the directory holds no model that llama.cpp could run as it is.
-        DarwinError: if weights are missing, damaged, or too large for `file_type`, or the disk does not take them.
+        DarwinError: if weights are missing, damaged, or too large for `file_type`, or the disk does not take them, or
+            the file that was written does not hold them.
     """
     if file_type not in get_args(FileType):
         raise UsageError(f"expected one of {', '.join(get_args(FileType))}, found {file_type!r}; choose one of them")
@@ -64,9 +68,11 @@ def export_gguf(directory: Path, out: Path, file_type: FileType = "f16") -> Path
             _add_settings(writer, model, name, file_type)
             add_vocabulary(writer, tokenizer, config.vocab_size)
             tensors = list(_tensors(model, weights))
-            _write(writer, tensors, PRECISIONS[file_type])
+            digests = _write(writer, tensors, PRECISIONS[file_type])
         finally:
             writer.close()
+        if verify:
+            verify_gguf(partial_file, digests)
     return file
 
 
@@ -310,7 +316,8 @@ def _rope_factors(config: Any) -> Tensor:
     return (plain / scaled.double()).float()
 
 
-def _write(writer: gguf.GGUFWriter, tensors: Sequence[_Tensor], precision: Precision) -> None:
+def _write(writer: gguf.GGUFWriter, tensors: Sequence[_Tensor], precision: Precision) -> dict[str, str]:
+    """Write the file, and return the SHA-256 of every tensor's bytes."""
     chosen = [_precision_of(tensor, precision) for tensor in tensors]
     for tensor, stored in zip(tensors, chosen, strict=True):
         block, size = gguf.GGML_QUANT_SIZES[stored]
@@ -319,8 +326,10 @@ def _write(writer: gguf.GGUFWriter, tensors: Sequence[_Tensor], precision: Preci
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    digests = {}
     for tensor, stored in zip(tensors, chosen, strict=True):
         values = _encoded(tensor, stored)
+        digests[tensor.name] = hashlib.sha256(values.data).hexdigest()
         try:
             writer.write_tensor_data(values)
         except OSError as error:  # numpy says how much was written, not why no more
@@ -328,6 +337,7 @@ def _write(writer: gguf.GGUFWriter, tensors: Sequence[_Tensor], precision: Preci
                 f"expected room for the whole file, found that {tensor.name} could not be written ({error}); "
                 "free some of the disk or choose another place"
             ) from None
+    return digests
 
 
 def _precision_of(tensor: _Tensor, wanted: Precision) -> Precision:

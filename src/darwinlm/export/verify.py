@@ -1,12 +1,14 @@
-"""Proof of an export: a fresh process, in which darwinlm cannot be imported, loads it and finds the same logits."""
+"""Proof of an export: a fresh process, without darwinlm, loads it and finds the same logits, or the same tensors."""
 
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +106,7 @@ def verify_export(directory: Path, expected: Expected) -> float:
     with tempfile.TemporaryDirectory(prefix="darwinlm-verify-") as scratch:
         inputs, outputs = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
         save_file({"token_ids": expected.token_ids.contiguous()}, inputs)
-        _run_apart(Path(scratch), directory, inputs, outputs)
+        _run_apart(_FRESH_PROCESS, Path(scratch), directory.absolute(), inputs, outputs)
         found = load_file(outputs)["logits"]
     if found.shape != logits.shape:
         raise DarwinError(
@@ -120,9 +122,35 @@ def verify_export(directory: Path, expected: Expected) -> float:
     return difference
 
 
-def _run_apart(scratch: Path, directory: Path, *arguments: Path) -> None:
+_READ_GGUF = """
+import hashlib, json, sys
+import gguf
+
+file, wanted = sys.argv[1:]
+with open(wanted) as lines:
+    wanted = json.load(lines)
+found = {tensor.name: hashlib.sha256(tensor.data.tobytes()).hexdigest() for tensor in gguf.GGUFReader(file).tensors}
+wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+if wrong:
+    sys.exit(f"{len(wrong)} tensors that are not what was written, {wrong[0]} first")
+"""
+
+
+def verify_gguf(file: Path, digests: Mapping[str, str]) -> None:
+    """Read a GGUF file in a fresh process without darwinlm, and compare the SHA-256 of every tensor.
+
+    Raises:
+        DarwinError: if it cannot be read, or a tensor is missing, not asked for, or not what was written.
+    """
+    with tempfile.TemporaryDirectory(prefix="darwinlm-verify-") as scratch:
+        wanted = Path(scratch, "digests.json")
+        wanted.write_text(json.dumps(digests))
+        _run_apart(_READ_GGUF, Path(scratch), file.absolute(), wanted)
+
+
+def _run_apart(script: str, scratch: Path, *arguments: Path) -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")}
-    command = [sys.executable, "-I", "-c", _FRESH_PROCESS, str(directory.absolute()), *map(str, arguments)]
+    command = [sys.executable, "-I", "-c", script, *map(str, arguments)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
