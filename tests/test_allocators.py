@@ -57,10 +57,10 @@ def model_of(idle_attention: Sequence[int], idle_mlp: Sequence[int]) -> PreTrain
     return model
 
 
-def written_by(model: Any) -> Tensor:
+def written_by(model: Any, sequences: int = 12) -> Tensor:
     """Text that the model wrote itself: on average no other model finds it likelier."""
     with torch.no_grad():
-        start = torch.randint(1, tiny.VOCAB, (12, 1), generator=torch.Generator().manual_seed(1))
+        start = torch.randint(1, tiny.VOCAB, (sequences, 1), generator=torch.Generator().manual_seed(1))
         torch.manual_seed(0)
         return model.generate(
             start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, min_new_tokens=31, max_new_tokens=31
@@ -78,7 +78,7 @@ def problem_of(model: PreTrainedModel, path: Path, blocks_gone: int, **changes: 
     text = written_by(model)
     fitness = Fitness(stitcher, text, text[:2], SEARCH)
     even = uniform_genome(grid, 4 * blocks_gone / BLOCKS, 4, Random(0))
-    return replace(Problem(stitcher, budget, even, fitness, text, SEARCH, 0, path), **changes)
+    return replace(Problem(stitcher, budget, even, fitness, text, text, SEARCH, 0, path), **changes)
 
 
 def blocks_gone(problem: Problem, genome: Genome) -> list[int]:
@@ -198,7 +198,8 @@ def test_ziplm_is_the_best_of_all_genomes_and_its_search_finds_weights(
         return min(Weighted(relative, weights).scores(fitting, SEARCH.stages[0]), default=inf)
 
     even, uneven = [1.0] * 6, [1.0, 0.1, 1.0, 0.2, 0.15, 1.0]
-    problem = Problem(case.stitcher, budget, grid.dense(), Weighted(relative, even), token_ids(), SEARCH, 0, tmp_path)
+    text = token_ids()
+    problem = Problem(case.stitcher, budget, grid.dense(), Weighted(relative, even), text, text, SEARCH, 0, tmp_path)
     plain = ALLOCATORS["ziplm"](replace(problem, config=replace(SEARCH, generations=0)))
     assert budget.fits(plain)
     assert Weighted(relative, even).scores([plain], SEARCH.stages[0]) == [pytest.approx(best(even))]
@@ -222,7 +223,7 @@ def test_evolution_is_no_worse_than_its_start_with_training_and_without(
     for method, stage in (("evolution", SelectionStage(1, 128)), ("training-aware", SEARCH.stages[-1])):
         fitness = Fitness(case.stitcher, token_ids(), token_ids(1)[:1], SEARCH)
         state = tmp_path / method
-        problem = Problem(case.stitcher, budget, even, fitness, token_ids(), SEARCH, 0, state)
+        problem = Problem(case.stitcher, budget, even, fitness, token_ids(), token_ids(), SEARCH, 0, state)
         genome = ALLOCATORS[method](problem)
         assert budget.fits(genome)
         assert fitness.score(genome, stage) < fitness.score(even, stage)

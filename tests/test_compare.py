@@ -47,7 +47,11 @@ def config(checkpoints: dict[str, Path], text: Path, tmp_path_factory: pytest.Te
         calibration=runs.SHORT.calibration,
         database=DatabaseConfig(levels=8, granularity=4),
         search=SearchConfig(
-            generations=2, offspring=3, stages=(SelectionStage(2, 64), SelectionStage(1, 128, 64)), learning_rate=1e-3
+            generations=2,
+            offspring=3,
+            stages=(SelectionStage(2, 64), SelectionStage(1, 128, 64)),
+            learning_rate=1e-3,
+            mask_tokens=256,
         ),
         evaluation=replace(runs.SHORT.evaluation, texts=(str(other),)),
     )

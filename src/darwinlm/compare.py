@@ -164,8 +164,8 @@ def _find(bench: _Bench, method: str, target: float, even: Genome, budget: Budge
     # Each method pays for its own scores: nothing of another's is reused.
     fitness = Fitness(bench.stitcher, bench.tokens["search"], bench.tokens["training"], config.search)
     state = Path(config.out) / "state" / f"{method}-{target:g}"
-    text = bench.tokens["search"]
-    problem = Problem(bench.stitcher, budget, even, fitness, text, config.search, config.seed, state)
+    text, calibration = bench.tokens["search"], bench.tokens["calibration"]
+    problem = Problem(bench.stitcher, budget, even, fitness, text, calibration, config.search, config.seed, state)
     try:
         genome = ALLOCATORS[method](problem)
     except UsageError as error:

@@ -113,9 +113,11 @@ class SearchConfig:
     """Learning rate of the training before selection."""
     loss: Literal["cross-entropy", "distillation"] = "cross-entropy"
     """What that training minimises: cross-entropy with the text, or the divergence from the dense model."""
+    mask_tokens: int = 65_536
+    """Calibration tokens on which sheared-llama, a method of darwinlm compare, learns its masks."""
 
     def __post_init__(self) -> None:
-        expect_at_least(self, "search", generations=0, offspring=1, max_switches=1, top_k=1)
+        expect_at_least(self, "search", generations=0, offspring=1, max_switches=1, top_k=1, mask_tokens=1)
         expect(bool(self.start), "search.start", "sensitivity, uniform, or a file", "nothing")
         expect_positive(self, "search", "learning_rate")
         flag = "search.stages"

@@ -100,6 +100,7 @@ METHODS = (
     "shortened-llama-taylor",
     "evopress",
     "ziplm",
+    "sheared-llama",
     "evolution",
     "training-aware",
 )

@@ -9,6 +9,7 @@ from darwinlm.allocate.evolution import evolve
 from darwinlm.allocate.evopress import evopress
 from darwinlm.allocate.problem import Allocator, Problem
 from darwinlm.allocate.sensitivity import find_starts
+from darwinlm.allocate.sheared_llama import sheared_llama
 from darwinlm.allocate.shortened_llama import shortened_llama, shortened_llama_taylor
 from darwinlm.allocate.shortgpt import shortgpt
 from darwinlm.allocate.ziplm import ziplm
@@ -50,6 +51,7 @@ ALLOCATORS: dict[str, Allocator] = {
     "shortened-llama-taylor": shortened_llama_taylor,
     "evopress": evopress,
     "ziplm": ziplm,
+    "sheared-llama": sheared_llama,
     "evolution": evolution,
     "training-aware": training_aware,
 }

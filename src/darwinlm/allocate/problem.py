@@ -24,7 +24,8 @@ class Problem:
         stitcher: has the dense model, its family and the database.
         even: the uniform genome of the budget.
         fitness: scores genomes, for allocators that try some.
-        token_ids: calibration text, for those that measure the dense model.
+        token_ids: text of the search, for those that measure the dense model.
+        calibration: text that the database was measured on, for those that train.
         config: what a search may spend.
         state: a directory in which an allocator may keep what it resumes from.
     """
@@ -34,6 +35,7 @@ class Problem:
     even: Genome
     fitness: Scorer
     token_ids: Int[Tensor, "sequences length"]
+    calibration: Int[Tensor, "_ length"]
     config: SearchConfig
     seed: int
     state: Path

@@ -1,0 +1,119 @@
+"""ShearedLLaMA's masks: on a model of which it is known what can go, and against the distribution's own formulas."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from darwinlm.allocate.problem import Problem
+from darwinlm.allocate.sheared_llama import HardConcrete, learn_masks, nearest_genome, sheared_llama
+from darwinlm.budget import Budget, parameter_costs
+from darwinlm.config import SearchConfig
+from darwinlm.database import Database
+from darwinlm.evaluate import parameter_count
+from darwinlm.families import FAMILIES, find_units, linear_at
+from darwinlm.fitness import Fitness
+from darwinlm.genome import ceilings, level_grid
+from darwinlm.surgery import Stitcher
+from darwinlm.types import DarwinError
+from test_allocators import written_by
+
+THERE, IDLE = (4, 16, 4, 16), (1, 4, 2, 8)  # structures of each unit, and those of them that nothing reads
+LENGTH = 32
+SEARCH = SearchConfig(mask_tokens=150 * LENGTH)
+
+
+@pytest.fixture(scope="module")
+def idle() -> list[set[int]]:
+    rng = Random(0)
+    return [set(rng.sample(range(size), count)) for size, count in zip(THERE, IDLE, strict=True)]
+
+
+@pytest.fixture
+def problem(idle: list[set[int]], tmp_path: Path) -> Problem:
+    """To take out of a model of two blocks most of what nothing reads: a closed mask still counts for a twentieth."""
+    config = copy.deepcopy(tiny.CONFIGS["llama-mha"])
+    config.num_hidden_layers, config.intermediate_size = 2, 16
+    torch.manual_seed(0)
+    model: Any = tiny.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    units = find_units(model, model.config)
+    for unit, gone in zip(units, idle, strict=True):
+        weight = linear_at(model, unit.consumer).weight.mul_(2)
+        weight.unflatten(1, (unit.structures, unit.structure_width))[:, sorted(gone)] = 0
+    grid = level_grid(units, 4, 4)
+    costs = parameter_costs(grid, parameter_count(model))
+    lost = sum(unit.parameters(0) - unit.parameters(count) for unit, count in zip(units, IDLE, strict=True))
+    limit = costs.of(grid.dense()) - 0.85 * lost
+    budget = Budget(grid, costs, limit, 0.0, ceilings(grid))
+    stitcher = Stitcher(model, FAMILIES["llama"], Database(tmp_path / "database", grid, {}))
+    text = written_by(model, 200)
+    fitness = Fitness(stitcher, text[:1], text[:1], SEARCH)
+    return Problem(stitcher, budget, grid.dense(), fitness, text, text, SEARCH, 0, tmp_path)
+
+
+def test_masks_close_on_exactly_what_nothing_reads(problem: Problem, idle: list[set[int]]) -> None:
+    weights = {name: parameter.clone() for name, parameter in problem.stitcher.dense.named_parameters()}
+    kept = learn_masks(problem)
+    assert [{i for i, p in enumerate(unit.tolist()) if p < 0.5} for unit in kept] == idle
+    for name, parameter in problem.stitcher.dense.named_parameters():  # frozen, and free of hooks
+        assert torch.equal(parameter, weights[name])
+    genome = nearest_genome(problem.budget, kept)
+    assert genome.levels == (1, 1, 2, 2)
+    assert problem.budget.fits(genome)
+
+
+@pytest.mark.parametrize("share", [0.15, 0.5, 0.85])
+def test_the_genome_fits_every_budget_and_fills_it(problem: Problem, share: float) -> None:
+    """Though the masks had no time to come anywhere near it by themselves."""
+    costs, grid = problem.budget.costs, problem.budget.grid
+    limit = costs.fixed + (1 - share) * (costs.of(grid.dense()) - costs.fixed)
+    budget = replace(problem.budget, limit=limit)
+    short = replace(problem, budget=budget, config=replace(SEARCH, mask_tokens=2 * LENGTH))
+    lost = (structures - kept.sum().item() for structures, kept in zip(THERE, learn_masks(short), strict=True))
+    expected = sum(map(np.interp, lost, grid.removed, costs.units))
+    assert costs.fixed + expected == pytest.approx(limit, rel=1e-4)
+    genome = sheared_llama(short)
+    assert budget.fits(genome)
+    assert not any(budget.fits(genome.replace({unit: level - 1})) for unit, level in enumerate(genome.levels) if level)
+
+
+def test_the_same_seed_learns_the_same(problem: Problem) -> None:
+    short = replace(problem, config=replace(SEARCH, mask_tokens=10 * LENGTH))
+    first, same, other = (torch.cat(learn_masks(replace(short, seed=seed))) for seed in (0, 0, 1))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def test_masks_are_hard_concrete() -> None:
+    """As often 0 as `kept` says, and as often 1 as the distribution does."""
+    masks = HardConcrete([20_000, 20_000], 0, torch.device("cpu"))
+    masks.log_alpha.data[:20_000] = -1.0
+    masks.log_alpha.data[20_000:] = 0.7
+    for log_alpha, sample, kept in zip((-1.0, 0.7), masks.sample(), masks.kept(), strict=True):
+        assert sample.min() == 0
+        assert sample.max() == 1
+        assert (sample > 0).float().mean().item() == pytest.approx(kept[0].item(), abs=0.01)
+        # A mask is 1 where the concrete variable is above (1 - gamma) / (zeta - gamma).
+        chance = torch.sigmoid(log_alpha - torch.tensor(1.1 / 1.2).logit() * 2 / 3)
+        assert (sample == 1).float().mean().item() == pytest.approx(chance.item(), abs=0.01)
+
+
+def test_steps_without_a_finite_gradient_are_left_out(problem: Problem, capsys: pytest.CaptureFixture[str]) -> None:
+    dense: Any = problem.stitcher.dense
+    text = problem.calibration[:4].clone()
+    unused = next(token for token in range(1, tiny.VOCAB) if not (text == token).any())
+    dense.get_input_embeddings().weight[unused] = float("nan")
+    text[0, 3] = unused
+    short = replace(problem, calibration=text, config=replace(SEARCH, mask_tokens=8 * LENGTH))
+    assert all(unit.isfinite().all() for unit in learn_masks(short))
+    assert "2 of 8 steps had no finite gradient" in capsys.readouterr().err
+    with pytest.raises(DarwinError, match="expected a finite loss on the calibration text, found NaN or infinity"):
+        learn_masks(replace(short, calibration=text[:1]))
