@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 import darwinlm
 import tiny
@@ -61,3 +62,8 @@ def test_no_model(tmp_path: Path) -> None:
     for name in (tmp_path / "nowhere", "me/nowhere"):
         with pytest.raises(darwinlm.UsageError, match=f"no model {name}: expected a run, a model directory or a hub"):
             darwinlm.load(name)
+
+
+@pytest.mark.parametrize(("model", "parent"), [("me/dense", "me/dense"), ("./runs/mine", None), ("smollm2-135m", None)])
+def test_a_hub_lists_an_export_below_its_parent(model: str, parent: str | None) -> None:
+    assert ModelCard(model_card(model, {}, 100, 50)).data.base_model == parent

@@ -254,7 +254,7 @@ def told_in_one_sentence(what: str, thrift: str) -> Iterator[None]:
         what: has stopped.
         thrift: what to do to need less memory.
     """
-    cure = "mend this and run the same command again, it goes on from what is finished"
+    cure = "mend this and run the same command again"
     try:
         yield
     except (OSError, SafetensorError) as error:

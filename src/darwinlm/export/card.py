@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +11,7 @@ CARD = """\
 library_name: transformers
 pipeline_tag: text-generation
 tags: [pruned, structured-pruning, darwinlm]
----
+{lineage}---
 
 # {name}, pruned to {share:.0%}
 
@@ -61,6 +62,7 @@ def model_card(model: str, settings: Mapping[str, str], dense_parameters: int, p
     """The text of an export's README.md; `table` is what was measured of it, once it has been."""
     card = CARD.format(
         name=Path(model).name,
+        lineage=f"base_model: {model}\n" if _is_hub_id(model) else "",
         share=parameters / dense_parameters,
         parameters=parameters,
         dense_parameters=dense_parameters,
@@ -68,3 +70,8 @@ def model_card(model: str, settings: Mapping[str, str], dense_parameters: int, p
         settings="\n".join(f"- {name}: {value}" for name, value in settings.items()),
     )
     return card + MEASURED.format(table=table) if table else card
+
+
+def _is_hub_id(model: str) -> bool:
+    """Whether a hub could list the export below its parent: `owner/name`, and no path here."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", model)) and not Path(model).exists()
