@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
 
 from darwinlm.config import DEMO, ExportConfig, RunConfig, SpeedConfig, expect_level
-from darwinlm.evaluation_config import METHODS, CompareConfig, EvaluateConfig
+from darwinlm.evaluation_config import METHODS, UNTRAINED, CompareConfig, EvaluateConfig
 from darwinlm.train_config import GradualConfig, GradualStage, TrainConfig
 from darwinlm.types import DarwinError, UsageError
 
@@ -144,7 +144,8 @@ def _parser() -> ArgumentParser:
     compare = Parser(description=COMPARE)
     compare.add_argument("model", type=str, help="a hub id, a directory, a .gguf file, or smollm2-135m")
     compare.add_argument("--config", action="config", help="a YAML file of settings; flags win over it")
-    compare.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS[:-1]), help="all but the last")
+    untrained = "by default those that train nothing, all but the last two"
+    compare.add_argument("--methods", nargs="+", choices=METHODS, default=list(UNTRAINED), help=untrained)
     targets = "shares of the prunable parameters that are removed"
     compare.add_argument("--targets", type=float, nargs="+", default=list(CompareConfig.targets), help=targets)
     compare.add_class_arguments(CompareConfig, skip={"model", "methods", "targets"})

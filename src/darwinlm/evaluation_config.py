@@ -100,10 +100,11 @@ METHODS = (
     "shortened-llama-taylor",
     "evopress",
     "ziplm",
-    "sheared-llama",
     "evolution",
+    "sheared-llama",
     "training-aware",
 )
+UNTRAINED = METHODS[:-2]
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,9 @@ class CompareConfig(TasksConfig):
     """Text: as for darwinlm compress. Its held-out documents are what models are judged on."""
     out: str
     """Directory of the comparison. The same command resumes it; methods, targets and tasks can be added later."""
-    methods: tuple[str, ...] = METHODS[:-1]
-    """Ways to choose what is removed; training-aware needs training_tokens in search.stages."""
+    methods: tuple[str, ...] = UNTRAINED
+    """Ways to choose what is removed; by default those that train nothing. training-aware needs training_tokens in
+    search.stages."""
     targets: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)
     """Shares of the prunable parameters that are removed."""
     seed: int = 0
