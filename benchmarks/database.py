@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from refit import HeldOut
 
 from darwinlm import calibrate as calibration
 from darwinlm import database as store
@@ -29,9 +30,8 @@ from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.config import DatabaseConfig
 from darwinlm.data import read_corpus
 from darwinlm.database import Database, add_unit
-from darwinlm.families import Head, find_units
+from darwinlm.families import find_units
 from darwinlm.genome import level_grid, uniform_genome
-from darwinlm.metric import Divergence
 from darwinlm.surgery import Stitcher
 
 TOKENS = Path(__file__).resolve().parents[2] / "shared" / "reference" / "smollm2_calibration_tokens.npz"
@@ -94,22 +94,14 @@ def compare(checkpoint: Checkpoint, database: Database, other: Database) -> None
     shared = mean(torch.isin(*pair).float().mean().item() for pair in pairs)
     print(f"{same} of {len(pairs)} levels keep the same structures, {shared:.1%} of all structures kept are the same")
     corpus = read_corpus("vital-wiki", checkpoint.tokenizer, 512, 0)
-    dense, text = checkpoint.load(torch.float32, torch.device("cpu")), corpus.draw_held_out(16_384)
-    batches = [(ids, Divergence.of(dense, ids)) for ids in text.split(4)]
+    dense = checkpoint.load(torch.float32, torch.device("cpu"))
+    held_out = HeldOut(dense, {"articles": corpus.draw_held_out(16_384)})
     for level in (3, 5):
         genome = uniform_genome(grid, level, 9, Random(0))
-        found = [
-            held_out_kl(Stitcher(dense, checkpoint.family, each).stitch(genome), batches) for each in (database, other)
-        ]
-        print(f"uniform at level {level}: held-out KL {found[0]:.4f}, of the other {found[1]:.4f}")
-
-
-@torch.inference_mode()
-def held_out_kl(model: Any, batches: list[tuple[torch.Tensor, Divergence]]) -> float:
-    """Nats a token."""
-    decoder, head = model.get_decoder(), Head(model)
-    totals = [side.total(decoder(ids, use_cache=False).last_hidden_state.flatten(0, 1), head) for ids, side in batches]
-    return sum(totals) / sum(ids.numel() for ids, _ in batches)
+        (mine,), (its,) = (
+            held_out(Stitcher(dense, checkpoint.family, each).stitch(genome)) for each in (database, other)
+        )
+        print(f"uniform at level {level}: held-out KL {mine:.4f}, of the other {its:.4f}")
 
 
 def unit_size(unit: Any, hidden: int) -> int:

@@ -49,7 +49,7 @@ class HeldOut:
                 side.total(model.get_decoder()(ids, use_cache=False).last_hidden_state.flatten(0, 1), head)
                 for ids, side in batches
             )
-            / HELD_OUT
+            / sum(side.tokens for _, side in batches)
             for batches in self.texts.values()
         ]
 

@@ -39,6 +39,7 @@ from darwinlm.evaluate import parameter_count
 from darwinlm.families import Head, find_grid, linear_at
 from darwinlm.fitness import Fitness
 from darwinlm.metric import Divergence
+from darwinlm.obs import columns_of
 from darwinlm.run import Run
 from darwinlm.surgery import Stitcher
 from darwinlm.tuning import Tuner, rounded
@@ -83,8 +84,7 @@ def zero_masked(bench: Bench, genome: Genome) -> PreTrainedModel:
             weight.zero_()
         if 0 < level < database.grid.highest(index):
             found = database.level(index, level)
-            columns = (found.kept[:, None] * unit.structure_width + torch.arange(unit.structure_width)).flatten()
-            weight[:, columns] = found.weight.to(weight.dtype)
+            weight[:, columns_of(found.kept, unit.structure_width)] = found.weight.to(weight.dtype)
     return model
 
 

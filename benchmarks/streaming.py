@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from database import memory
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from darwinlm.calibrate import calibrate
@@ -110,15 +111,6 @@ def measure(path: Path, shape: str, tokens: int, dtype: torch.dtype) -> dict[str
         "memory": memory("VmHWM") - before,
         "disk": stored,
     }
-
-
-def memory(figure: str) -> float:
-    """GB that this process holds now (`VmRSS`), or has held at most (`VmHWM`).
-
-    Not getrusage, whose peak a process inherits from the one that started it.
-    """
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(figure))
-    return int(line.split()[1]) * 1024 / 1e9
 
 
 def main() -> None:
