@@ -19,6 +19,7 @@ from rich.text import Text
 
 from darwinlm.evaluate import Quality
 from darwinlm.harness import Score
+from darwinlm.report import save_figure
 
 DENSE = "dense"
 HELD_OUT = "held-out documents"
@@ -131,9 +132,7 @@ def _columns(cell: Cell, titles: Sequence[str]) -> list[str]:
 
 def save_picture(path: Path, cells: Sequence[Cell]) -> None:
     """Perplexity over the share removed, a panel a text and in it a line a method (Figure 4 of the paper)."""
-    temporary = path.with_suffix(".partial")
-    figure(cells).savefig(temporary, format="png", dpi=200, metadata={"Software": None})
-    temporary.rename(path)
+    save_figure(path, figure(cells))
 
 
 def figure(cells: Sequence[Cell]) -> Figure:

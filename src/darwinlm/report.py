@@ -159,10 +159,10 @@ def write_report(
     out.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, str] = {}
     if genomes:
-        _save(out / "levels.png", _levels_figure(grid, genomes))
+        save_figure(out / "levels.png", _levels_figure(grid, genomes))
         pictures["levels.png"] = "Share of each attention and each MLP that is left, block by block"
     if history:
-        _save(out / "search.png", _search_figure(history, metric))
+        save_figure(out / "search.png", _search_figure(history, metric))
         pictures["search.png"] = f"{metric} of the best genome, generation by generation"
     write_json(out / "table.json", [_record(row) for row in rows])
     write_text(out / "report.md", _markdown(title, rows, settings, pictures))
@@ -348,8 +348,9 @@ def _style(axis: Axes) -> None:
     axis.set_axisbelow(True)
 
 
-def _save(path: Path, figure: Figure) -> None:
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a PNG file, whole or not at all."""
     temporary = path.with_name(path.name + ".partial")
     # The version of matplotlib, which it would note, is no part of the picture.
-    figure.savefig(temporary, format="png", metadata={"Software": None})
+    figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
     os.replace(temporary, path)
