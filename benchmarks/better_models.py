@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from refit import HeldOut
 from search import even_at, open_bench
 from time_to_kl import plainly, texts
 
@@ -47,10 +48,10 @@ def measure(out: Path, level: float, seed: int) -> dict[str, list[float]]:
     found = run(compress, until="export")
     bench, config = open_bench(path)
     even, budget = even_at(bench, config, level)
-    plain, _ = plainly(bench, even, budget, out / f"plain-{level:g}-{seed}.jsonl", seed)
+    plain = plainly(bench, even, budget, out / f"plain-{level:g}-{seed}.jsonl", seed)
     first = read_json_lines(found.search / "history.jsonl", "genome")[0]
     genomes = {"uniform": even, "plain search": plain, "start": Genome(tuple(first["genome"]))}
-    held_out = texts(bench, config, out)
+    held_out = HeldOut(bench.stitcher.dense, texts(config, out))
     divergences = {name: held_out(bench.stitcher.stitch(genome)) for name, genome in genomes.items()}
     return divergences | {"compress": held_out(load(found.exported, "bfloat16"))}
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 import tiny
-from darwinlm.data import HELD_OUT_SHARE, Corpus, is_held_out, read_corpus
+from darwinlm.data import HELD_OUT_SHARE, Corpus, is_held_out, read_corpus, scramble
 from darwinlm.types import UsageError
 
 
@@ -78,6 +78,21 @@ def test_what_comes_later_does_not_change_what_came_before(weights: list[float],
     assert torch.equal(alone["calibration"], corpus.draw(calibration=100)["calibration"])
     assert torch.equal(alone["calibration"], more["calibration"])
     assert torch.equal(alone["search"], more["search"])
+
+
+@given(length=st.integers(1, 40), share=st.floats(0, 1))
+@settings(deadline=None, max_examples=25)
+def test_only_the_end_of_a_scrambled_block_changes_its_order(length: int, share: float):
+    blocks = torch.arange(3 * length).view(3, length)
+    found, kept = scramble(blocks, share), length - round(share * length)
+    assert torch.equal(found[:, :kept], blocks[:, :kept])
+    assert torch.equal(found.sort().values, blocks)
+    assert torch.equal(found, scramble(blocks, share))
+    assert torch.equal(blocks.flatten(), torch.arange(3 * length))  # it works on a copy
+    if length - kept > 12:
+        assert all((row != block).sum() > 1 for row, block in zip(found, blocks, strict=True))
+        orders = [row - block[0] for row, block in zip(found, blocks, strict=True)]
+        assert not torch.equal(orders[0], orders[1])
 
 
 def test_weights_are_heeded_in_every_prefix():

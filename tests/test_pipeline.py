@@ -18,14 +18,16 @@ import tiny
 from darwinlm import pipeline
 from darwinlm.artifact import read_json
 from darwinlm.checkpoint import Checkpoint
-from darwinlm.config import RunConfig, read_config
-from darwinlm.data import read_corpus
+from darwinlm.config import RunConfig, SearchConfig, read_config
+from darwinlm.data import read_corpus, scramble
 from darwinlm.database import Database
 from darwinlm.families import block_sizes
+from darwinlm.fitness import Fitness
 from darwinlm.genome import Grid, level_grid, prunable_parameters
 from darwinlm.refit import set_consumers
 from darwinlm.run import Run
 from darwinlm.surgery import Stitcher
+from darwinlm.types import MetricName, SelectionStage
 
 VERIFIED = "llama-gqa"  # its export is proved in a fresh process, which takes seconds
 TABLE_KEYS = {
@@ -93,6 +95,28 @@ def test_the_export_is_the_stitched_model(compressed: Run):
     assert {(size.query_heads, size.intermediate) for size in sizes} != {
         (checkpoint.config.num_attention_heads, checkpoint.config.intermediate_size)
     }
+
+
+@pytest.mark.parametrize(("metric", "scrambled"), [("kl", 0.5), ("perplexity", 0.0)])
+def test_candidates_are_scored_on_text_whose_ends_are_scrambled(
+    checkpoints: dict[str, Path], text: Path, tmp_path: Path, metric: MetricName, scrambled: float
+):
+    settings = SearchConfig(metric=metric, generations=0, scrambled=0.5, stages=(SelectionStage(1, 128),))
+    config = runs.short(checkpoints["llama-gqa"], text, tmp_path / "run", search=settings, dtype="float32")
+    run = pipeline.run(config, until="search")
+    checkpoint, grid = Checkpoint(Path(config.model)), _grid(run)
+    drawn = pipeline.draw_tokens(read_corpus(config.data, checkpoint.tokenizer, 32, config.seed), config)
+    database = Database(run.database, grid, read_json(run.database / "database.json")["made_from"])
+    stitcher = Stitcher(checkpoint.load(torch.float32, torch.device("cpu")), checkpoint.family, database)
+    scores = {
+        share: Fitness(stitcher, scramble(drawn["search"], share), drawn["training"], settings).score(
+            run.genome, settings.stages[-1]
+        )
+        for share in (0.0, 0.5)
+    }
+    found = read_json(run.search / "result.json", "fitness")["fitness"]
+    assert found == pytest.approx(scores[scrambled], rel=1e-4)
+    assert scores[0.0] != pytest.approx(scores[0.5], rel=1e-3)
 
 
 def test_the_run_directory_holds_what_the_design_says_and_nothing_else(compressed: Run):

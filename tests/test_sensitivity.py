@@ -66,9 +66,9 @@ def test_each_unit_is_measured_alone_and_between_levels_interpolated(tmp_path: P
     grid = level_grid(units(2, heads=3, channels=640), 20, 32)
     scorer = Counting(grid)
     table = sensitivities(grid, scorer, STAGE, tmp_path / "state.json")
-    assert table[0] == [0, 1, 4, 9]
-    assert [table[1][level] for level in (0, 1, 3, 10, 20)] == [0, 2, 2 * 9, 2 * 100, 2 * 400]
-    assert table[1][2] == 2 * (1 + 9) / 2
+    assert table[0] == pytest.approx([0, 1, 4, 9])
+    assert [table[1][level] for level in (0, 1, 7, 13, 20)] == pytest.approx([0, 2, 2 * 49, 2 * 169, 2 * 400])
+    assert table[1][4] == pytest.approx(2 * (1 * 49) ** 0.5)  # half way from 1 to 7, each level by the same factor
     asked = scorer.asked
     assert sensitivities(grid, scorer, STAGE, tmp_path / "state.json") == table
     assert scorer.asked == asked

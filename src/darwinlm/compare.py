@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from darwinlm import pipeline
-from darwinlm.allocate.methods import ALLOCATORS
+from darwinlm.allocate.methods import ALLOCATORS, OURS
 from darwinlm.allocate.problem import Problem
 from darwinlm.allocate.uniform import uniform
 from darwinlm.artifact import locked_directory, read_json, read_json_lines, write_json, write_text
@@ -162,9 +162,10 @@ def _find(bench: _Bench, method: str, target: float, even: Genome, budget: Budge
     config = bench.config
     began = time.monotonic()
     # Each method pays for its own scores: nothing of another's is reused.
-    fitness = Fitness(bench.stitcher, bench.tokens["search"], bench.tokens["training"], config.search)
-    state = Path(config.out) / "state" / f"{method}-{target:g}"
     text, calibration = bench.tokens["search"], bench.tokens["calibration"]
+    scored = pipeline.scored_text(text, config.search) if method in OURS else text
+    fitness = Fitness(bench.stitcher, scored, bench.tokens["training"], config.search)
+    state = Path(config.out) / "state" / f"{method}-{target:g}"
     problem = Problem(bench.stitcher, budget, even, fitness, text, calibration, config.search, config.seed, state)
     try:
         genome = ALLOCATORS[method](problem)

@@ -95,6 +95,9 @@ class SearchConfig:
     """What fitness is: KL divergence from the dense model, over all tokens or its likeliest, or log-perplexity."""
     top_k: int = 512
     """Tokens that top-k-kl tells apart; all others count as one."""
+    scrambled: float = 0.25
+    """Share of each of the search's sequences, at its end, whose tokens are put in random order: a model that is judged
+    on one kind of text alone breaks on others. Perplexity, which takes the text at its word, is judged without."""
     generations: int = 40
     """Generations of the evolution."""
     offspring: int = 16
@@ -120,6 +123,7 @@ class SearchConfig:
         expect_at_least(self, "search", generations=0, offspring=1, max_switches=1, top_k=1, mask_tokens=1)
         expect(bool(self.start), "search.start", "sensitivity, uniform, or a file", "nothing")
         expect_positive(self, "search", "learning_rate")
+        expect(0 <= self.scrambled <= 1, "search.scrambled", "a share between 0 and 1", self.scrambled)
         flag = "search.stages"
         expect(len(self.stages) > 0, flag, "at least one stage", "none")
         for stage in self.stages:

@@ -45,6 +45,19 @@ def fingerprint(blocks: Int[Tensor, "sequences length"]) -> str:
     return hashlib.sha256(blocks.numpy().tobytes()).hexdigest()
 
 
+def scramble(blocks: Int[Tensor, "sequences length"], share: float) -> Int[Tensor, "sequences length"]:
+    """The blocks, with this share of each, at its end, in random order; the same order every time.
+
+    Such an end has the text's words but none of its form: what a model does there tells how it fares on other text.
+    """
+    rng, length = torch.Generator().manual_seed(0), blocks.shape[1]
+    scrambled = blocks.clone()
+    for block in scrambled:
+        end = block[length - round(share * length) :]
+        end.copy_(end[torch.randperm(len(end), generator=rng)])
+    return scrambled
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Documents of one or several sources, and the token blocks drawn from them.

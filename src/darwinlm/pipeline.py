@@ -21,8 +21,8 @@ from darwinlm.artifact import write_text
 from darwinlm.budget import Budget, Costs, Target, amount_of, cache_costs, flop_costs, parameter_costs
 from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
-from darwinlm.config import RunConfig
-from darwinlm.data import Corpus, fingerprint, read_corpus
+from darwinlm.config import RunConfig, SearchConfig
+from darwinlm.data import Corpus, fingerprint, read_corpus, scramble
 from darwinlm.database import Database, add_unit
 from darwinlm.device import DTYPES, resolve_device, resolve_dtype
 from darwinlm.evaluate import Row, evaluate, parameter_bytes, parameter_count
@@ -87,11 +87,11 @@ def run(config: RunConfig, until: Stage = "report") -> Run:
         result = _allocate(work, database)
         if until == "search" or not parallel.first():
             return this
-        models = _stitch(work, database, result, _refit(work, database, result))
-        _export(work, result, models)
+        stitcher = _stitcher(work, database, work.checkpoint.dtype)
+        _export(work, result, _finish(work, stitcher, "searched", result.best))
         if until == "export":
             return this
-        rows = _evaluate(work, models)
+        rows = _evaluate(work, stitcher.dense, _finish(work, stitcher, "uniform", work.even))
         _report(work, result, rows)
     return this
 
@@ -186,6 +186,11 @@ def draw_tokens(corpus: Corpus, config: RunConfig) -> dict[str, Int[Tensor, "seq
     return tokens | {"evaluation": corpus.draw_held_out(config.evaluation.tokens)}
 
 
+def scored_text(text: Int[Tensor, "sequences length"], config: SearchConfig) -> Int[Tensor, "sequences length"]:
+    """What candidates are scored on, of the text that was drawn for the search."""
+    return text if config.metric == "perplexity" else scramble(text, config.scrambled)
+
+
 def draw_texts(corpus: Corpus, config: RunConfig) -> dict[str, Int[Tensor, "_ length"]]:
     """The further texts that models are judged on. Raises `UsageError` if one cannot be read or is too short."""
     return {text: corpus.draw_beside(text, config.evaluation.tokens) for text in config.evaluation.texts}
@@ -228,9 +233,9 @@ def _eliminate(work: _Work) -> Database:
 def _allocate(work: _Work, database: Database) -> SearchResult:
     """The best genome found within the budget, or the one that was given. All processes search, the first writes."""
     config = work.config.search
-    dense = work.checkpoint.load(work.dtype, work.device)
-    stitcher = Stitcher(dense, work.checkpoint.family, database)
-    fitness = Fitness(stitcher, work.tokens["search"], work.tokens["training"], config)
+    stitcher = _stitcher(work, database, work.dtype)
+    text = scored_text(work.tokens["search"], config)
+    fitness = Fitness(stitcher, text, work.tokens["training"], config)
     if work.genome is not None:
         result = SearchResult(work.genome, fitness.score(work.genome, config.stages[-1]), ())
     else:
@@ -245,42 +250,25 @@ def _allocate(work: _Work, database: Database) -> SearchResult:
     return result
 
 
-def _refit(work: _Work, database: Database, result: SearchResult) -> dict[str, dict[str, Tensor]]:
-    """The consumers of the uniform and of the searched model, solved again against the dense model's distribution."""
-    genomes = {"uniform": work.even, "searched": result.best}
-    if not work.config.refit.tokens:
-        return {name: {} for name in genomes}
-    stitcher = Stitcher(work.checkpoint.load(work.dtype, work.device), work.checkpoint.family, database)
-    return {
-        name: refit(
-            stitcher,
-            genome,
-            work.tokens["refit"],
-            work.config.refit,
-            work.run.refit / f"{name}.safetensors",
-            work.made_from | work.settings,
-        )
-        for name, genome in genomes.items()
-    }
+def _stitcher(work: _Work, database: Database, dtype: torch.dtype) -> Stitcher:
+    return Stitcher(work.checkpoint.load(dtype, work.device), work.checkpoint.family, database)
 
 
-def _stitch(
-    work: _Work, database: Database, result: SearchResult, consumers: dict[str, dict[str, Tensor]]
-) -> dict[str, PreTrainedModel]:
-    """The dense, the uniform and the searched model, in the precision of the checkpoint."""
-    dense = work.checkpoint.load(work.checkpoint.dtype, work.device)
-    stitcher = Stitcher(dense, work.checkpoint.family, database)
-    models = {"dense": dense}
-    for name, genome in {"uniform": work.even, "searched": result.best}.items():
-        models[name] = stitcher.stitch(genome)
-        set_consumers(models[name], consumers[name])
-        repeat_shared(models[name])
-    return models
+def _finish(work: _Work, stitcher: Stitcher, name: str, genome: Genome) -> PreTrainedModel:
+    """The model of a genome, its consumers solved again against the dense distribution, in the search's precision."""
+    model, config = stitcher.stitch(genome), work.config.refit
+    if config.tokens:
+        same = work.dtype == work.checkpoint.dtype
+        learner = stitcher if same else _stitcher(work, stitcher.database, work.dtype)
+        file, made_from = work.run.refit / f"{name}.safetensors", work.made_from | work.settings
+        set_consumers(model, refit(learner, genome, work.tokens["refit"], config, file, made_from))
+    repeat_shared(model)
+    return model
 
 
-def _export(work: _Work, result: SearchResult, models: dict[str, PreTrainedModel]) -> None:
+def _export(work: _Work, result: SearchResult, model: PreTrainedModel) -> None:
     """Write the searched model as a directory that transformers loads, and prove it in a fresh process."""
-    model, exported = models["searched"], work.run.exported
+    exported = work.run.exported
     expected = Expected.of(model) if work.config.verify else None
     if not exported.exists():
         if any(unit.uneven for unit in work.grid.units):
@@ -289,7 +277,7 @@ def _export(work: _Work, result: SearchResult, models: dict[str, PreTrainedModel
                 "--database.structure kv_group and balanced share them"
             )
         sizes = block_sizes(work.grid, result.best, work.checkpoint.config)
-        counts = parameter_count(models["dense"]), parameter_count(model)
+        counts = parameter_count(work.checkpoint.skeleton()), parameter_count(model)
         card = model_card(work.config.model, _settings(work, result), *counts)
         export_hf(model, sizes, work.checkpoint.tokenizer, exported, card, expected)
         for refusal in check_vllm(exported):
@@ -298,10 +286,10 @@ def _export(work: _Work, result: SearchResult, models: dict[str, PreTrainedModel
         verify_export(exported, expected)
 
 
-def _evaluate(work: _Work, models: dict[str, PreTrainedModel]) -> list[Row]:
+def _evaluate(work: _Work, dense: PreTrainedModel, even: PreTrainedModel) -> list[Row]:
     """Dense, uniform and searched on held-out documents; the searched one as it was reloaded from its export."""
     reloaded: Any = load(work.run.exported)
-    models = models | {"searched": reloaded.to(work.device).eval()}
+    models = {"dense": dense, "uniform": even, "searched": reloaded.to(work.device).eval()}
     sizes = {name: parameter_bytes(model) for name, model in models.items()}
     held_out, tokenizer = work.tokens["evaluation"], work.checkpoint.tokenizer
     return evaluate(models, held_out, tokenizer, work.config.evaluation, sizes, work.texts)

@@ -55,3 +55,4 @@ ALLOCATORS: dict[str, Allocator] = {
     "evolution": evolution,
     "training-aware": training_aware,
 }
+OURS = ("evolution", "training-aware")

@@ -22,7 +22,8 @@ from darwinlm.genome import Grid
 from darwinlm.progress import say, track
 from darwinlm.types import Genome, SelectionStage
 
-MEASURED = 6  # levels of a unit that are measured; those between are interpolated
+MEASURED = 3  # levels of a unit that are measured, and the first; those between are interpolated
+LEAST = 1e-6  # nats a token: what no level costs less than
 WORST = 1e6  # nats a token: what a unit's removal costs that leaves no finite fitness
 CELLS = 20_000  # of the budget, into which costs are rounded up
 
@@ -60,10 +61,12 @@ def sensitivities(grid: Grid, scorer: Scorer, stage: SelectionStage, state: Path
         highest = grid.highest(index)
         levels = sorted({round(highest * i / MEASURED) for i in range(MEASURED + 1)} - {0} | {1})
         alone = [dense.replace({index: level}) for level in levels]
-        found = [0.0, *(min(score - before, WORST) for score in scorer.scores(alone, stage, dense))]
+        found = [min(max(score - before, LEAST), WORST) for score in scorer.scores(alone, stage, dense)]
         # More is never better than less: what noise says otherwise is flattened.
         rising = np.maximum.accumulate(found)
-        table.append(np.interp(range(highest + 1), [0, *levels], rising).tolist())
+        # Every level multiplies it, roughly; straight lines would be too high between the measured levels.
+        between = np.exp(np.interp(range(1, highest + 1), levels, np.log(rising)))
+        table.append([0.0, *between.tolist()])
         if parallel.first():
             write_json(state, table)
     return table
