@@ -18,13 +18,13 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from refit import HeldOut
 from search import even_at, open_bench
 from time_to_kl import plainly, texts
 
 from darwinlm import load
 from darwinlm.artifact import read_json_lines
 from darwinlm.config import DatabaseConfig, RunConfig
+from darwinlm.curves import HeldOut
 from darwinlm.pipeline import run
 from darwinlm.run import SETTINGS, claim
 from darwinlm.types import Genome
@@ -52,8 +52,9 @@ def measure(out: Path, level: float, seed: int) -> dict[str, list[float]]:
     first = read_json_lines(found.search / "history.jsonl", "genome")[0]
     genomes = {"uniform": even, "plain search": plain, "start": Genome(tuple(first["genome"]))}
     held_out = HeldOut(bench.stitcher.dense, texts(config, out))
-    divergences = {name: held_out(bench.stitcher.stitch(genome)) for name, genome in genomes.items()}
-    return divergences | {"compress": held_out(load(found.exported, "bfloat16"))}
+    models = {name: bench.stitcher.stitch(genome) for name, genome in genomes.items()}
+    models["compress"] = load(found.exported, "bfloat16")
+    return {name: list(held_out(model).values()) for name, model in models.items()}
 
 
 def main() -> None:

@@ -21,13 +21,13 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from refit import HeldOut
 
 from darwinlm import calibrate as calibration
 from darwinlm import database as store
 from darwinlm import obs
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.config import DatabaseConfig
+from darwinlm.curves import HeldOut
 from darwinlm.data import read_corpus
 from darwinlm.database import Database, add_unit
 from darwinlm.families import find_units
@@ -98,8 +98,8 @@ def compare(checkpoint: Checkpoint, database: Database, other: Database) -> None
     held_out = HeldOut(dense, {"articles": corpus.draw_held_out(16_384)})
     for level in (3, 5):
         genome = uniform_genome(grid, level, 9, Random(0))
-        (mine,), (its,) = (
-            held_out(Stitcher(dense, checkpoint.family, each).stitch(genome)) for each in (database, other)
+        mine, its = (
+            held_out(Stitcher(dense, checkpoint.family, each).stitch(genome))["articles"] for each in (database, other)
         )
         print(f"uniform at level {level}: held-out KL {mine:.4f}, of the other {its:.4f}")
 

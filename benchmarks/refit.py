@@ -17,41 +17,20 @@ from statistics import mean
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.config import DatabaseConfig, RefitConfig
+from darwinlm.curves import HeldOut
 from darwinlm.data import read_corpus
 from darwinlm.database import Database, add_unit
-from darwinlm.families import Head
 from darwinlm.genome import level_grid, uniform_genome
-from darwinlm.metric import Divergence
 from darwinlm.refit import refit, set_consumers
 from darwinlm.surgery import Stitcher
 
 WIKITEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "wikitext2_valid.txt"
 CPU = torch.device("cpu")
 LENGTH, CALIBRATION, HELD_OUT, LEVELS = 512, 32_768, 8_192, 12
-
-
-class HeldOut:
-    """Mean divergence from the dense model on several texts."""
-
-    def __init__(self, dense: PreTrainedModel, texts: dict[str, Tensor]):
-        self.texts = {name: [(ids, Divergence.of(dense, ids)) for ids in text.split(4)] for name, text in texts.items()}
-
-    @torch.inference_mode()
-    def __call__(self, model: PreTrainedModel) -> list[float]:
-        head = Head(model)
-        return [
-            sum(
-                side.total(model.get_decoder()(ids, use_cache=False).last_hidden_state.flatten(0, 1), head)
-                for ids, side in batches
-            )
-            / sum(side.tokens for _, side in batches)
-            for batches in self.texts.values()
-        ]
 
 
 def wikitext(checkpoint: Checkpoint) -> Tensor:
@@ -87,7 +66,7 @@ def main() -> None:
         stitcher = Stitcher(dense, checkpoint.family, database)
         for level in arguments.levels:
             genome = uniform_genome(grid, level, LEVELS, Random(seed))
-            before = held_out(stitcher.stitch(genome))
+            before = held_out(stitcher.stitch(genome)).values()
             for count in arguments.tokens:
                 began = time.monotonic()
                 file = arguments.out / f"refit-{seed}-{level:g}-{count}.safetensors"
@@ -97,7 +76,7 @@ def main() -> None:
                 seconds = time.monotonic() - began
                 model = stitcher.stitch(genome)
                 set_consumers(model, weights)
-                after = held_out(model)
+                after = held_out(model).values()
                 pairs = list(zip(before, after, strict=True))
                 ratios.append([new / old for old, new in pairs])
                 cells = [f"{old:.4f} | {new:.4f} | {new / old:.2f}" for old, new in pairs]

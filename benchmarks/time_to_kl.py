@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from refit import HELD_OUT, HeldOut, wikitext
+from refit import HELD_OUT, wikitext
 from search import LENGTH, Bench, even_at, mutants, open_bench, plan_of, seconds, staged, stages
 from torch import Tensor
 
@@ -30,6 +30,7 @@ from darwinlm.allocate.sensitivity import find_starts
 from darwinlm.budget import Budget
 from darwinlm.checkpoint import find_checkpoint
 from darwinlm.config import RunConfig, SearchConfig
+from darwinlm.curves import HeldOut
 from darwinlm.data import read_corpus
 from darwinlm.fitness import Fitness
 from darwinlm.pipeline import scored_text
@@ -54,7 +55,7 @@ def scorer(bench: Bench, config: SearchConfig) -> Fitness:
 
 
 def judge(name: str, genome: Genome, seconds: float, bench: Bench, held_out: HeldOut) -> Moment:
-    return Moment(name, seconds, tuple(held_out(bench.stitcher.stitch(genome))))
+    return Moment(name, seconds, tuple(held_out(bench.stitcher.stitch(genome)).values()))
 
 
 def plainly(bench: Bench, even: Genome, budget: Budget, history: Path, seed: int) -> Genome:

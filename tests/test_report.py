@@ -130,8 +130,20 @@ def test_levels_picture_shows_what_is_left(grid: Grid, genomes: dict[str, Genome
     assert legend == ["uniform (50.0 % left overall)", "searched (54.2 % left overall)", "removed"]
 
 
+def test_search_picture_shows_the_curve_of_every_text(history: list[Generation]):
+    curves = {"articles, held out": ((0, 2.0), (2, 1.25)), "texts/other.txt": ((0, 3.0), (2, 3.5))}
+    (axis,) = _search_figure(history, "KL", curves).axes
+    _, *lines = axis.lines
+    assert [np.asarray(line.get_xydata()).tolist() for line in lines] == [[[0, 2], [2, 1.25]], [[0, 3], [2, 3.5]]]
+    legend = axis.get_legend()
+    assert legend is not None
+    said = [text.get_text() for text in legend.get_texts()]
+    assert said == ["KL, the search's tokens", "KL, articles, held out", "KL, other.txt"]
+    assert axis.get_ylim()[1] > 3.5
+
+
 def test_search_picture_shows_the_parent_and_the_time(history: list[Generation]):
-    figure = _search_figure(history, "log-perplexity")
+    figure = _search_figure(history, "log-perplexity", {})
     (axis,) = figure.axes
     assert axis.get_ylabel() == "log-perplexity (nats a token)"
     (line,) = axis.lines

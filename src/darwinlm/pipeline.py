@@ -22,6 +22,7 @@ from darwinlm.budget import Budget, Costs, Target, amount_of, cache_costs, flop_
 from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.config import RunConfig, SearchConfig
+from darwinlm.curves import curves
 from darwinlm.data import Corpus, fingerprint, read_corpus, scramble
 from darwinlm.database import Database, add_unit
 from darwinlm.device import DTYPES, resolve_device, resolve_dtype
@@ -40,7 +41,7 @@ from darwinlm.progress import say, track
 from darwinlm.refit import refit, set_consumers
 from darwinlm.run import SETTINGS, Run, claim, find_export, read_genome, told_in_one_sentence, versions, versions_told
 from darwinlm.surgery import Stitcher, repeat_shared
-from darwinlm.types import DarwinError, Genome, SearchResult
+from darwinlm.types import Curve, DarwinError, Genome, SearchResult
 
 Stage = Literal["database", "search", "export", "report"]
 STARTS = ("sensitivity", "uniform")  # anything else is the file of an earlier genome
@@ -92,7 +93,7 @@ def run(config: RunConfig, until: Stage = "report") -> Run:
         if until == "export":
             return this
         rows = _evaluate(work, stitcher.dense, _finish(work, stitcher, "uniform", work.even))
-        _report(work, result, rows)
+        _report(work, result, rows, _curves(work, stitcher, result))
     return this
 
 
@@ -295,7 +296,13 @@ def _evaluate(work: _Work, dense: PreTrainedModel, even: PreTrainedModel) -> lis
     return evaluate(models, held_out, tokenizer, work.config.evaluation, sizes, work.texts)
 
 
-def _report(work: _Work, result: SearchResult, rows: list[Row]) -> None:
+def _curves(work: _Work, stitcher: Stitcher, result: SearchResult) -> dict[str, Curve]:
+    """How the search did on text that it never saw."""
+    texts = {f"{work.config.data}, held out": work.tokens["evaluation"]} | work.texts
+    return curves(stitcher, result.history, texts, work.run.search / "curves.json") if result.history else {}
+
+
+def _report(work: _Work, result: SearchResult, rows: list[Row], elsewhere: dict[str, Curve]) -> None:
     """Tables and pictures, in the run directory and on the screen."""
     genomes = {"uniform": work.even, "searched": result.best}
     title = f"{Path(work.config.model).name} at {_target(work.config)}"
@@ -304,7 +311,8 @@ def _report(work: _Work, result: SearchResult, rows: list[Row]) -> None:
     card = model_card(work.config.model, settings, *counts, report.models_table(rows))
     write_text(work.run.exported / "README.md", card)
     metric = label(work.config.search.metric)
-    paths = report.write_report(work.run.path, title, rows, work.grid, genomes, result.history, settings, metric)
+    history = result.history
+    paths = report.write_report(work.run.path, title, rows, work.grid, genomes, history, settings, metric, elsewhere)
     report.print_table(rows)
     for path in [work.run.exported, *paths]:
         print(path)

@@ -6,8 +6,9 @@ import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import accumulate, cycle
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from matplotlib.artist import Artist
@@ -25,7 +26,7 @@ from rich.text import Text
 from darwinlm.artifact import write_json, write_text
 from darwinlm.evaluate import Row
 from darwinlm.genome import Grid, prunable_parameters
-from darwinlm.types import KINDS, Generation, Genome, Kind
+from darwinlm.types import KINDS, Curve, Generation, Genome, Kind
 
 WIDTH = 100  # columns of the printed table
 TEXT_WIDTH = 24  # and as many again for each further text, whose name is broken where it is longer
@@ -35,6 +36,7 @@ KIND_COLOURS: dict[Kind, str] = {"attention": "#56b4e9", "mlp": "#e69f00"}
 UNIT_LABELS: dict[Kind, str] = {"attention": "attention heads left (%)", "mlp": "MLP channels left (%)"}
 TIME_UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
 SEARCH_COLOUR = "#0072b2"
+TEXT_COLOURS = ("#e69f00", "#009e73", "#cc79a7", "#d55e00")
 LINE_COLOURS = ("#333333", "#009e73", "#cc79a7", "#0072b2", "#d55e00")
 INK = "#333333"
 
@@ -146,6 +148,7 @@ def write_report(
     history: Sequence[Generation],
     settings: Mapping[str, str],
     metric: str = "KL",
+    curves: Mapping[str, Curve] = MappingProxyType({}),
 ) -> list[Path]:
     """Write a run's report to the directory `out`, and return the files: `report.md` and what it refers to.
 
@@ -155,6 +158,7 @@ def write_report(
         history: the search, or nothing. A picture of which there is nothing to show is not written.
         settings: what made this run, as it should be read.
         metric: what the search minimised, for people.
+        curves: KL of its parents on other texts, by text.
     """
     out.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, str] = {}
@@ -162,8 +166,8 @@ def write_report(
         save_figure(out / "levels.png", _levels_figure(grid, genomes))
         pictures["levels.png"] = "Share of each attention and each MLP that is left, block by block"
     if history:
-        save_figure(out / "search.png", _search_figure(history, metric))
-        pictures["search.png"] = f"{metric} of the best genome, generation by generation"
+        save_figure(out / "search.png", _search_figure(history, metric, curves))
+        pictures["search.png"] = f"{metric} of the best genome, generation by generation, and KL on text it never saw"
     write_json(out / "table.json", [_record(row) for row in rows])
     write_text(out / "report.md", _markdown(title, rows, settings, pictures))
     return [out / name for name in ("report.md", "table.json", *pictures)]
@@ -302,8 +306,8 @@ def _percent_left(grid: Grid, genome: Genome, members: Sequence[int]) -> list[fl
     return [100 * (1 - grid.removed[i][genome.levels[i]] / grid.units[i].structures) for i in members]
 
 
-def _search_figure(history: Sequence[Generation], metric: str) -> Figure:
-    """The parent's fitness after each generation, and the time that the search had taken by then."""
+def _search_figure(history: Sequence[Generation], metric: str, curves: Mapping[str, Curve]) -> Figure:
+    """The parent's fitness after each generation, its KL on other texts, and the time that the search had taken."""
     figure = _figure(3.3)
     axis: Axes = figure.subplots()
     numbers = [line.generation for line in history]
@@ -315,12 +319,18 @@ def _search_figure(history: Sequence[Generation], metric: str) -> Figure:
         label = axis.annotate(f"{fitness[i]:.3f}", (numbers[i], fitness[i]), (0, 8), textcoords="offset points")
         label.set(ha="center", fontsize=8, color=INK)
         label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
+    for colour, (text, curve) in zip(cycle(TEXT_COLOURS), curves.items()):
+        axis.plot(*zip(*curve, strict=True), marker=".", linewidth=1, color=colour, label=f"KL, {Path(text).name}")
+    if curves:
+        axis.lines[0].set_label(f"{metric}, the search's tokens")
+        axis.legend(fontsize=8, frameon=False, loc="lower left")
     axis.set_xlabel("generation (a dot where a better genome was found)", fontsize=9)
     axis.set_ylabel(f"{metric} (nats a token)", fontsize=9)
     axis.set_title(f"Search: {metric} of the best genome", fontsize=10.5, pad=8)
     axis.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
     axis.yaxis.set_major_locator(MaxNLocator(nbins=5))
-    axis.set_ylim(0, 1.15 * max(fitness) or 1)
+    highest = max(*fitness, *(value for curve in curves.values() for _, value in curve), 0.0)
+    axis.set_ylim(0, 1.15 * highest or 1)
     axis.margins(x=0.03)
     _style(axis)
     elapsed: dict[float, float] = dict(zip(numbers, accumulate(line.seconds for line in history), strict=True))

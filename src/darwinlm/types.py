@@ -198,6 +198,10 @@ class Generation:
     training_tokens: int = 0
 
 
+Curve = tuple[tuple[int, float], ...]
+"""Points of a curve: a generation, and a figure of its parent."""
+
+
 @dataclass(frozen=True)
 class SearchResult:
     """The best genome found, its fitness (by default KL(dense || model) in nats a token), and how it was found."""
