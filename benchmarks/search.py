@@ -17,6 +17,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -50,6 +51,11 @@ FITNESS_TOKENS = (1024, 2048, 4096, 8192)
 TRAINING_TOKENS = (512, 1024, 2048, 4096)
 LENGTH = 512
 CPU = torch.device("cpu")
+OURS = {"ours: and the parent's blocks reused": SearchConfig()}
+OURS_TRAINING = {
+    "ours: and survivors train on, parent known": SearchConfig(),
+    "and consumers alone train": SearchConfig(trains="consumers"),
+}
 
 
 @dataclass(frozen=True)
@@ -223,7 +229,7 @@ def plan_of(parent: Genome, offspring: list[Genome], fitness: Fitness, training:
     return Generation(parent, tuple(rounds), schedule)
 
 
-def measure(bench: Bench, plan: Generation, fitness: Fitness, rate: float, repeats: int) -> None:
+def measure(bench: Bench, plan: Generation, scorers: dict[str, Fitness], rate: float, repeats: int) -> None:
     """Print a row for each form: seconds, the ratio to the published one, and what this lever gave."""
     training = bool(plan.stages[-1].training_tokens)
     forms: dict[str, Callable[[], object]] = {
@@ -235,8 +241,9 @@ def measure(bench: Bench, plan: Generation, fitness: Fitness, rate: float, repea
     }
     if not training:
         forms["and nested tokens, parent known"] = lambda: staged(bench, plan, narrow=True, chunked=True, nested=True)
-    last = "ours: and survivors train on, parent known" if training else "ours: and the parent's blocks reused"
-    forms[last] = lambda: ours(fitness, plan)
+    for name, scorer in scorers.items():
+        forms[name] = partial(ours, scorer, plan)
+        scorer.score(plan.parent, replace(plan.stages[-1], training_tokens=0))  # the dense model's side
     staged(
         bench, Generation(plan.parent, (plan.candidates[-1],), plan.stages[:1]), narrow=True, chunked=True, nested=False
     )
@@ -244,14 +251,14 @@ def measure(bench: Bench, plan: Generation, fitness: Fitness, rate: float, repea
     print("| --- | ---: | ---: | ---: |")
     taken: list[float] = []
     for name, work in forms.items():
-        taken.append(min(seconds(work) for _ in range(repeats if name == last else 1)))
+        taken.append(min(seconds(work) for _ in range(repeats if name in scorers else 1)))
         print(
             f"| {name} | {taken[-1]:.1f} | {taken[0] / taken[-1]:.2f}x | {taken[-2:][0] / taken[-1]:.2f}x |", flush=True
         )
     if training:
         return  # the counter cannot watch gradients that are taken in parts
     with FlopCounterMode(display=False) as counter:
-        ours(fitness, plan)
+        work()
     operations = counter.get_total_flops()
     share = operations / taken[-1] / rate
     print(f"\nours: {operations / 1e12:.2f} TFLOP, {share:.0%} of the rate of bf16 products, {rate / 1e9:.0f} GFLOP/s")
@@ -269,10 +276,14 @@ def main() -> None:
     rate = product_rate()
     print(f"{torch.get_num_threads()} threads, level {config.database.levels / 3:g} of {config.database.levels}")
     for training in (False, True):
-        fitness = Fitness(bench.stitcher, bench.text, bench.training_text, SearchConfig(stages=stages(training)))
-        plan = plan_of(parent, offspring, fitness, training)
+        names = OURS_TRAINING if training else OURS
+        scorers = {
+            name: Fitness(bench.stitcher, bench.text, bench.training_text, replace(config, stages=stages(training)))
+            for name, config in names.items()
+        }
+        plan = plan_of(parent, offspring, next(iter(scorers.values())), training)
         REFERENCES.clear()
-        measure(bench, plan, fitness, rate, arguments.repeats)
+        measure(bench, plan, scorers, rate, arguments.repeats)
 
 
 if __name__ == "__main__":

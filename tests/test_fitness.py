@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,7 +18,7 @@ from darwinlm.families import Head
 from darwinlm.fitness import Fitness
 from darwinlm.metric import metric as make_metric
 from darwinlm.surgery import Stitcher
-from darwinlm.tuning import Tuner, _training, rounded, trainable_copy
+from darwinlm.tuning import Tuner, _training, rounded
 from darwinlm.types import Genome, MetricName, SelectionStage
 from pruned import CPU, prune, token_ids, zero_masked
 
@@ -220,16 +221,25 @@ def plain_divergence(model: Any, dense: Any, ids: torch.Tensor) -> torch.Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
+def consumers_of(stitcher: Stitcher) -> list[str]:
+    return [unit.consumer for unit in stitcher.grid.units]
+
+
 @pytest.mark.parametrize("loss", [plain_cross_entropy, plain_divergence])
-def test_a_step_is_that_of_the_plain_loss(stitcher: Stitcher, loss: Any) -> None:
+@pytest.mark.parametrize("all_train", [True, False])
+def test_a_step_is_that_of_the_plain_loss(stitcher: Stitcher, loss: Any, all_train: bool) -> None:
     """The gradient taken a few tokens at a time, with a frozen head, is autograd's of the loss over whole logits."""
     model = stitcher.stitch(random_genomes(stitcher, 1)[0])
     ids = token_ids(2, 1)
     teacher = stitcher.dense if loss is plain_divergence else None
-    trained = Tuner(ids, 1e-3, CPU, teacher).train(stitcher.grid.dense(), model, 1)
-    plain: Any = trainable_copy(model)
-    loss(plain.train(), stitcher.dense, ids).backward()
-    weights = [p for p in plain.parameters() if p.requires_grad]
+    trains = None if all_train else consumers_of(stitcher)
+    trained = Tuner(ids, 1e-3, CPU, teacher, trains).train(stitcher.grid.dense(), model, 1)
+    plain: Any = copy.deepcopy(model)
+    loss(plain.train().requires_grad_(True), stitcher.dense, ids).backward()
+    names = [name for name, _ in _training(trained.model)]
+    if not all_train:
+        assert {name.removesuffix(".weight") for name in names} <= set(consumers_of(stitcher))
+    weights = [plain.get_parameter(name) for name in names]
     torch.nn.utils.clip_grad_norm_(weights, 1.0)
     for weight, (_, after) in zip(weights, _training(trained.model), strict=True):
         assert weight.grad is not None
@@ -249,6 +259,26 @@ def test_a_search_can_train_by_distillation(stitcher: Stitcher) -> None:
     assert found["distillation"][0] < found["cross-entropy"][0]
     assert found["distillation"][1] == pytest.approx(0, abs=1e-4)
     assert found["cross-entropy"][1] > 1e-3
+
+
+def test_a_search_can_train_consumers_alone(stitcher: Stitcher) -> None:
+    """They learn, everything else is the candidate's memory as it was, and the setting reaches the training."""
+    genome, ids = random_genomes(stitcher, 1)[0], token_ids(4, 8)
+    candidate = stitcher.stitch(genome)
+    before = {name: weight.clone() for name, weight in candidate.named_parameters()}
+    trained = Tuner(ids, 1e-3, CPU, trains=consumers_of(stitcher)).train(genome, candidate, 8)
+    training = dict(_training(trained.model))
+    assert set(training) == {f"{path}.weight" for path in consumers_of(stitcher)} & set(before)
+    scored = dict(rounded(trained.model, candidate.dtype).named_parameters())
+    for name, weight in candidate.named_parameters():
+        assert torch.equal(weight, before[name])
+        assert torch.equal(scored[name], weight) == (name not in training)
+        assert (scored[name].data_ptr() == weight.data_ptr()) == (name not in training)
+    stage, found = SelectionStage(1, 256, 256), {}
+    for trains in ("all", "consumers"):
+        config = SearchConfig(stages=(stage,), learning_rate=1e-3, trains=trains)
+        found[trains] = Fitness(stitcher, token_ids(3, 8), ids, config).score(genome, stage)
+    assert found["all"] != pytest.approx(found["consumers"], rel=1e-3)
 
 
 def token_embeddings(model: Any) -> torch.Tensor:

@@ -70,7 +70,8 @@ class Fitness:
         self._batches = [token_ids[start:end].to(self.device) for start, end in zip([0, *ends], ends, strict=False)]
         self._config = config
         teacher = stitcher.dense if config.loss == "distillation" else None
-        self._tuner = Tuner(training_ids, config.learning_rate, self.device, teacher)
+        consumers = [unit.consumer for unit in stitcher.grid.units] if config.trains == "consumers" else None
+        self._tuner = Tuner(training_ids, config.learning_rate, self.device, teacher, consumers)
         self._sums: dict[Genome, list[float]] = {}  # of untrained candidates, a batch each
         self._trained: dict[tuple[Genome, SelectionStage], float] = {}
         self._owners: dict[Genome, int] = {}  # the process that has computed something of a genome

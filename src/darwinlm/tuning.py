@@ -6,7 +6,7 @@ import copy
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -29,8 +29,8 @@ KEPT_BYTES = 8 << 30  # of trained states in memory; what is beyond goes to a te
 class Trained:
     """A candidate in training, and how many sequences it has seen.
 
-    Weights of the blocks are float32: at 1e-5 a bfloat16 step rounds away. Embeddings and head are the dense model's,
-    shared and frozen.
+    Weights that train are float32: at 1e-5 a bfloat16 step rounds away. All others are the candidate's, shared and
+    frozen; embeddings and head always are.
     """
 
     model: PreTrainedModel
@@ -54,6 +54,7 @@ class Tuner:
         learning_rate: constant.
         device: of the candidates.
         teacher: whose distribution they learn; None: the text's next tokens.
+        trains: modules whose weights train; None: all of the blocks and the last norm.
     """
 
     def __init__(
@@ -62,11 +63,13 @@ class Tuner:
         learning_rate: float,
         device: torch.device,
         teacher: PreTrainedModel | None = None,
+        trains: Collection[str] | None = None,
     ):
         self.token_ids = token_ids
         self.learning_rate = learning_rate
         self.device = device
         self.teacher = teacher
+        self.trains = trains
         self._wanted: dict[int, Tensor] = {}  # the teacher's last hidden states, by sequence: all candidates need them
         self._kept: dict[Genome, Trained] = {}
         self._spilled: dict[Genome, tuple[Path, int]] = {}
@@ -108,7 +111,7 @@ class Tuner:
         return kept if kept is not None and kept.sequences <= sequences else self._start(candidate)
 
     def _start(self, candidate: PreTrainedModel) -> Trained:
-        model = trainable_copy(candidate)
+        model = trainable_copy(candidate, self.trains)
         weights = [p for p in model.parameters() if p.requires_grad]
         return Trained(model, torch.optim.AdamW(weights, lr=self.learning_rate, weight_decay=0.0, fused=True), 0)
 
@@ -165,28 +168,34 @@ def _training(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def trainable_copy(candidate: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose blocks have float32 weights of their own that train; embeddings and head stay shared, and frozen."""
-    frozen = _frozen(candidate)
-    model = copy.deepcopy(candidate, dict(frozen))
-    for parameter in model.parameters():
-        if all(parameter is not kept for kept in frozen.values()):
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
+def trainable_copy(candidate: PreTrainedModel, trains: Collection[str] | None = None) -> PreTrainedModel:
+    """A copy with float32 weights of its own where it trains, as for `Tuner`; all others are shared, and frozen."""
+    ends = (candidate.get_input_embeddings(), candidate.get_output_embeddings())
+    shared = {id(weight) for module in ends if module is not None for weight in module.parameters()}
+    wanted = None if trains is None else {f"{path}.weight" for path in trains}
+    shared |= {id(weight) for name, weight in candidate.named_parameters() if wanted is not None and name not in wanted}
+    model = _copy(candidate, shared)
+    for weight, original in zip(model.parameters(), candidate.parameters(), strict=True):
+        if id(original) not in shared:
+            weight.data = weight.data.float()
+            weight.requires_grad_(True)
     return model
 
 
 def rounded(trained: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The trained model as it is scored, in the precision of the search."""
-    model = copy.deepcopy(trained, dict(_frozen(trained)))
+    model = _copy(trained, {id(weight) for weight in trained.parameters() if not weight.requires_grad})
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(dtype)
     return model
 
 
-def _frozen(model: PreTrainedModel) -> dict[int, nn.Parameter]:
-    """The weights of embeddings and head, by the id of the parameter that each is to stand for in a copy."""
-    modules = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
-    weights = [parameter for module in modules for parameter in module.parameters()]
-    return {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in weights}
+def _copy(model: PreTrainedModel, shared: Collection[int]) -> PreTrainedModel:
+    """A copy in which the parameters of these ids share their memory with the model's, and are frozen."""
+    stand_ins = {
+        id(weight): nn.Parameter(weight.detach(), requires_grad=False)
+        for weight in model.parameters()
+        if id(weight) in shared
+    }
+    return copy.deepcopy(model, dict(stand_ins))
