@@ -258,7 +258,7 @@ def measure(bench: Bench, plan: Generation, scorers: dict[str, Fitness], rate: f
     if training:
         return  # the counter cannot watch gradients that are taken in parts
     with FlopCounterMode(display=False) as counter:
-        work()
+        forms[next(reversed(forms))]()
     operations = counter.get_total_flops()
     share = operations / taken[-1] / rate
     print(f"\nours: {operations / 1e12:.2f} TFLOP, {share:.0%} of the rate of bf16 products, {rate / 1e9:.0f} GFLOP/s")
