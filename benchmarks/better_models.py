@@ -12,21 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 from pathlib import Path
 from statistics import mean
 
 import torch
 from search import even_at, open_bench
+from shared_database import run_over
 from time_to_kl import plainly, texts
 
 from darwinlm import load
 from darwinlm.artifact import read_json_lines
 from darwinlm.config import DatabaseConfig, RunConfig
 from darwinlm.curves import HeldOut
-from darwinlm.pipeline import run
-from darwinlm.run import SETTINGS, claim
 from darwinlm.types import Genome
 
 METHODS = ("uniform", "plain search", "start", "compress")
@@ -36,16 +33,11 @@ GOAL = 0.75
 
 def measure(out: Path, level: float, seed: int) -> dict[str, list[float]]:
     """KL of every method on both texts."""
-    base = out / f"base-{seed}"
-    settings = {"model": "smollm2-135m", "data": "vital-wiki", "seed": seed, "database": DatabaseConfig(levels=9)}
-    run(RunConfig(**settings, out=str(base)), until="database")
     path = out / f"compress-{level:g}-{seed}"
-    compress = RunConfig(**settings, out=str(path), target_level=level)
-    if not (path / "database").exists():  # the same text makes the same database
-        path.mkdir(exist_ok=True)
-        claim(path, SETTINGS, compress)
-        shutil.copytree(base / "database", path / "database", copy_function=os.link)
-    found = run(compress, until="export")
+    settings = RunConfig(
+        "smollm2-135m", "vital-wiki", str(path), target_level=level, seed=seed, database=DatabaseConfig(levels=9)
+    )
+    found = run_over(out / f"base-{seed}", settings, "export")
     bench, config = open_bench(path)
     even, budget = even_at(bench, config, level)
     plain = plainly(bench, even, budget, out / f"plain-{level:g}-{seed}.jsonl", seed)

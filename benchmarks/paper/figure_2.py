@@ -4,8 +4,9 @@ darwinlm database smollm2-135m --data vital-wiki --out RUN --database.levels 9 -
 python benchmarks/paper/figure_2.py RUN OUT      # resumes
 
 16 offspring of the uniform genome at level 3 of 9, by the paper's mutation, are scored on 8,192 tokens before training,
-after 4,096 training tokens and after 40,960, once trained by cross-entropy and once by distillation (AdamW, 1e-5, one
-step a sequence). Spearman's rank correlation of each of the former two with the last says which predicts better.
+after 4,096 training tokens and after 40,960 (AdamW, 1e-5, one step a sequence): by cross-entropy and by distillation,
+of all weights and of consumers alone. Spearman's rank correlation of each of the former two with the last says which
+predicts better.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -33,7 +33,11 @@ from darwinlm.data import read_corpus
 from darwinlm.fitness import Fitness
 from darwinlm.types import Genome, SelectionStage
 
-Loss = Literal["cross-entropy", "distillation"]
+TRAININGS = {
+    f"{loss}, {trains}": SearchConfig(loss=loss, trains=trains)
+    for loss in ("cross-entropy", "distillation")
+    for trains in ("all", "consumers")
+}
 OFFSPRING, FITNESS_TOKENS, LITTLE, MUCH = 16, 8192, 4096, 40_960
 
 
@@ -41,28 +45,28 @@ OFFSPRING, FITNESS_TOKENS, LITTLE, MUCH = 16, 8192, 4096, 40_960
 class Candidate:
     """KL of an offspring before training, and after little and much."""
 
-    loss: Loss
+    training: str
     number: int
     before: float
     little: float
     much: float
 
 
-def score(bench: Bench, training_text: torch.Tensor, genomes: Sequence[Genome], loss: Loss, out: Path) -> None:
+def score(bench: Bench, training_text: torch.Tensor, genomes: Sequence[Genome], training: str, out: Path) -> None:
     """Append the candidates that `out` lacks, a line of JSON each."""
-    stages = tuple(SelectionStage(1, FITNESS_TOKENS, training) for training in (0, LITTLE, MUCH))
-    fitness = Fitness(bench.stitcher, bench.text, training_text, SearchConfig(stages=stages, loss=loss))
-    known = {candidate.number for candidate in read(out) if candidate.loss == loss}
+    stages = tuple(SelectionStage(1, FITNESS_TOKENS, tokens) for tokens in (0, LITTLE, MUCH))
+    fitness = Fitness(bench.stitcher, bench.text, training_text, replace(TRAININGS[training], stages=stages))
+    known = {candidate.number for candidate in read(out) if candidate.training == training}
     for number, genome in enumerate(genomes):
         if number not in known:
-            found = Candidate(loss, number, *(fitness.score(genome, stage) for stage in stages))
+            found = Candidate(training, number, *(fitness.score(genome, stage) for stage in stages))
             with out.open("a") as file:
                 file.write(json.dumps(vars(found)) + "\n")
             print(found, flush=True)
 
 
 def read(out: Path) -> list[Candidate]:
-    return [Candidate(**line) for line in read_json_lines(out, "loss", "number")] if out.exists() else []
+    return [Candidate(**line) for line in read_json_lines(out, "training", "number")] if out.exists() else []
 
 
 def rank(first: Sequence[float], second: Sequence[float]) -> float:
@@ -71,16 +75,16 @@ def rank(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def draw(candidates: list[Candidate], path: Path) -> None:
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(9, 8), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, loss in zip(figure.subplots(1, 2), get_args(Loss), strict=True):
-        of_loss = [candidate for candidate in candidates if candidate.loss == loss]
-        much = [candidate.much for candidate in of_loss]
+    for axes, training in zip(figure.subplots(2, 2).flat, TRAININGS, strict=True):
+        chosen = [candidate for candidate in candidates if candidate.training == training]
+        much = [candidate.much for candidate in chosen]
         for name, label, marker in (("before", "before training", "o"), ("little", "after a little", "x")):
-            found = [getattr(candidate, name) for candidate in of_loss]
+            found = [getattr(candidate, name) for candidate in chosen]
             shift = [value - min(found) for value in found]
             axes.scatter(shift, much, label=label, marker=marker)
-        axes.set(title=loss, xlabel="KL above the best of the 16", ylabel="KL after much training")
+        axes.set(title=training, xlabel="KL above the best of the 16", ylabel="KL after much training")
         axes.legend()
     figure.savefig(path, dpi=120)
 
@@ -97,13 +101,14 @@ def main() -> None:
     even, budget = even_at(bench, config, 3.0)
     genomes = mutants(even, budget, OFFSPRING)
     lines = arguments.out / "candidates.jsonl"
-    for loss in get_args(Loss):
-        score(bench, training_text, genomes, loss, lines)
+    for training in TRAININGS:
+        score(bench, training_text, genomes, training, lines)
     candidates = read(lines)
     print("| trained by | before training predicts | after little training predicts |\n| --- | ---: | ---: |")
-    for loss in get_args(Loss):
-        before, little, much = zip(*((c.before, c.little, c.much) for c in candidates if c.loss == loss), strict=True)
-        print(f"| {loss} | {rank(before, much):.2f} | {rank(little, much):.2f} |")
+    for training in TRAININGS:
+        chosen = (candidate for candidate in candidates if candidate.training == training)
+        before, little, much = zip(*((each.before, each.little, each.much) for each in chosen), strict=True)
+        print(f"| {training} | {rank(before, much):.2f} | {rank(little, much):.2f} |")
     draw(candidates, arguments.out / "figure_2.png")
 
 
