@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
+from statistics import median
 from typing import Any
 
 import torch
@@ -251,7 +252,7 @@ def measure(bench: Bench, plan: Generation, scorers: dict[str, Fitness], rate: f
     print("| --- | ---: | ---: | ---: |")
     taken: list[float] = []
     for name, work in forms.items():
-        taken.append(min(seconds(work) for _ in range(repeats if name in scorers else 1)))
+        taken.append(median(seconds(work) for _ in range(repeats)))
         print(
             f"| {name} | {taken[-1]:.1f} | {taken[0] / taken[-1]:.2f}x | {taken[-2:][0] / taken[-1]:.2f}x |", flush=True
         )
@@ -267,7 +268,7 @@ def measure(bench: Bench, plan: Generation, scorers: dict[str, Fitness], rate: f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run directory with the database of SmolLM2-135M")
-    parser.add_argument("--repeats", type=int, default=1, help="generations of ours, of which the fastest counts")
+    parser.add_argument("--repeats", type=int, default=1, help="generations of each form, for their median")
     parser.add_argument("--offspring", type=int, default=16)
     arguments = parser.parse_args()
     bench, config = open_bench(arguments.run)

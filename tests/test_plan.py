@@ -135,6 +135,7 @@ def test_no_config_is_one_sentence(tmp_path: Path) -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates that take no seconds to measure."""
     monkeypatch.setattr("darwinlm.plan.measure_rates", lambda _: RATES)
+    monkeypatch.setattr("darwinlm.plan.block_rate", lambda *_: 1e12)
 
 
 @pytest.mark.usefixtures("quick")

@@ -23,11 +23,12 @@ from darwinlm import obs
 from darwinlm.calibrate import PANEL, SPILL_BYTES
 from darwinlm.checkpoint import PACKAGED, WEIGHTS, find_checkpoint, is_finite
 from darwinlm.config import CalibrationConfig, DatabaseConfig
-from darwinlm.device import DTYPES
+from darwinlm.device import DTYPES, resolve_dtype
 from darwinlm.families import find_family, find_grid, head_dim
 from darwinlm.genome import Grid, level_grid, prunable_parameters, uniform_genome
+from darwinlm.plan_search import plan_search
 from darwinlm.train_config import GradualConfig
-from darwinlm.types import Unit, UsageError
+from darwinlm.types import Genome, Unit, UsageError
 
 FLOAT = 4  # bytes of float32, in which statistics and elimination are
 
@@ -60,6 +61,8 @@ class Plan:
     """What the dense model has, what is left of it, and what the database takes.
 
     Attributes:
+        grid: its units and their levels.
+        even: the uniform genome at the target level.
         parameters: of the dense model, embeddings in.
         target_parameters: of the uniform model at the target level, which is a run's budget.
         calibration_seconds, elimination_seconds: of the whole model.
@@ -68,6 +71,8 @@ class Plan:
         spilled_bytes: activations in a temporary file.
     """
 
+    grid: Grid
+    even: Genome
     parameters: int
     target_parameters: int
     calibration_seconds: float
@@ -105,6 +110,8 @@ def plan(
     disk = [_level_bytes(grid, index, hidden, stored) for index in range(len(units))]
     stream = tokens * hidden * dtype.itemsize
     return Plan(
+        grid=grid,
+        even=genome,
         parameters=size,
         target_parameters=size - prunable_parameters(grid, grid.dense()) + prunable_parameters(grid, genome),
         calibration_seconds=stored * config.vocab_size * hidden / rates.loads
@@ -210,6 +217,21 @@ def measure_rates(dtype: torch.dtype = torch.float32, size: int = 3072) -> Rates
     )
 
 
+def block_rate(config: PretrainedConfig, dtype: torch.dtype, length: int = 512, sequences: int = 4) -> float:
+    """Floating-point operations a second of a model's first block, forwards: search and training are made of it."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    decoder, blocks = model.get_decoder(), model.get_submodule(find_family(config).blocks)
+    block, norm = blocks[0], model.get_submodule(find_family(config).final_norm)
+    for module in (block, norm):
+        module.to_empty(device="cpu")
+    del blocks[1:]
+    stream = torch.ones(sequences, length, config.hidden_size, dtype=dtype)
+    operations = 2 * sum(parameter.numel() for parameter in block.parameters()) * sequences * length
+    with torch.inference_mode():
+        return operations / _seconds(lambda: decoder(inputs_embeds=stream, use_cache=False))
+
+
 def _product_rate(dtype: torch.dtype, size: int) -> float:
     matrix = torch.randn(size, size).to(dtype)
     return 2 * size**3 / _seconds(lambda: matrix @ matrix)
@@ -310,6 +332,7 @@ def show(config: GradualConfig) -> None:
     model, calibration, database = find_config(config.model), config.calibration, config.database
     find_family(model)  # before seconds are spent on rates
     rates = measure_rates(DTYPES[calibration.dtype])
+    block = block_rate(model, resolve_dtype("auto", torch.device("cpu")))
     plans = [plan(model, calibration, database, stage.target_level, rates) for stage in config.stages]
     found = plans[0]
     rows = {
@@ -324,11 +347,20 @@ def show(config: GradualConfig) -> None:
         rows[f"at level {stage.target_level:g} of {database.levels}, {database.structure}"] = (
             f"{at.target_parameters / 1e9:.2f} B"
         )
+        search = plan_search(found.parameters, model, at.grid, at.even, config.search, config.refit)
+        work = {
+            "the start": search.start,
+            f"{config.search.generations} generations": config.search.generations * search.generation,
+            "refit": search.refit,
+        }
+        rows[f"  its search at level {stage.target_level:g}"] = ", ".join(
+            f"{name} {_duration(operations / block)}" for name, operations in work.items()
+        )
         if stage.tokens:
             training = plan_training(at.target_parameters, found.parameters, stage.tokens, config)
             rows[f"training at level {stage.target_level:g}, {stage.tokens:,} tokens"] = (
                 f"{training.steps:,} steps, {training.operations:.1e} operations, "
-                f"{_duration(training.operations / rates.forward)} on this machine"
+                f"{_duration(training.operations / block)} on this machine"
             )
             rows[f"  its memory at level {stage.target_level:g}"] = (
                 f"{training.memory_bytes / 1e9:.0f} GB over all processes, beside activations"

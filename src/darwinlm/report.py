@@ -316,7 +316,8 @@ def _search_figure(history: Sequence[Generation], metric: str, curves: Mapping[s
     better = [i for i in range(len(history)) if i == 0 or history[i].genome != history[i - 1].genome]
     axis.scatter([numbers[i] for i in better], [fitness[i] for i in better], s=18, color=SEARCH_COLOUR, zorder=3)
     for i in {0, len(history) - 1}:
-        label = axis.annotate(f"{fitness[i]:.3f}", (numbers[i], fitness[i]), (0, 8), textcoords="offset points")
+        place = (0, -16) if curves else (0, 8)  # where no curve runs: those of other texts are higher
+        label = axis.annotate(f"{fitness[i]:.3f}", (numbers[i], fitness[i]), place, textcoords="offset points")
         label.set(ha="center", fontsize=8, color=INK)
         label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
     for colour, (text, curve) in zip(cycle(TEXT_COLOURS), curves.items()):

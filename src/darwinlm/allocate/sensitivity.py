@@ -59,7 +59,7 @@ def sensitivities(grid: Grid, scorer: Scorer, stage: SelectionStage, state: Path
     (before,) = scorer.scores([dense], stage)
     for index in track(indices, "sensitivities", len(grid.units), len(table)):
         highest = grid.highest(index)
-        levels = sorted({round(highest * i / MEASURED) for i in range(MEASURED + 1)} - {0} | {1})
+        levels = measured_levels(highest)
         alone = [dense.replace({index: level}) for level in levels]
         found = [min(max(score - before, LEAST), WORST) for score in scorer.scores(alone, stage, dense)]
         # More is never better than less: what noise says otherwise is flattened.
@@ -70,6 +70,11 @@ def sensitivities(grid: Grid, scorer: Scorer, stage: SelectionStage, state: Path
         if parallel.first():
             write_json(state, table)
     return table
+
+
+def measured_levels(highest: int) -> list[int]:
+    """Of a unit whose highest level this is, rising."""
+    return sorted({round(highest * i / MEASURED) for i in range(MEASURED + 1)} - {0} | {1})
 
 
 def _kept(grid: Grid, state: Path) -> list[list[float]]:

@@ -1,0 +1,96 @@
+"""What a search will take, against the operations that torch counts while one runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from darwinlm.allocate.evolution import evolve
+from darwinlm.allocate.sensitivity import find_starts
+from darwinlm.budget import Budget, parameter_costs
+from darwinlm.config import RefitConfig, SearchConfig
+from darwinlm.evaluate import parameter_count
+from darwinlm.fitness import Fitness
+from darwinlm.genome import ceilings, uniform_genome
+from darwinlm.plan_search import SearchPlan, plan_search
+from darwinlm.types import Genome, SelectionStage
+from pruned import CONFIG, Pruned, prune, token_ids
+
+SEARCH = SearchConfig(
+    generations=2, offspring=6, stages=(SelectionStage(3, 64), SelectionStage(2, 128), SelectionStage(1, 256))
+)
+
+
+def counted(work: Callable[[], object]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+@pytest.fixture(scope="module", params=["llama-gqa", "qwen2"])
+def case(
+    request: pytest.FixtureRequest, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Pruned:
+    return prune(checkpoints[request.param], tmp_path_factory.mktemp("database"))
+
+
+def at(case: Pruned, config: SearchConfig = SEARCH, tokens: int = 256) -> tuple[Genome, SearchPlan]:
+    even = uniform_genome(case.database.grid, 2.0, CONFIG.levels, Random(0))
+    settings = config, RefitConfig(tokens=tokens, batch_size=2)
+    return even, plan_search(parameter_count(case.dense), case.dense.config, case.database.grid, even, *settings)
+
+
+def moving(model: Any) -> int:
+    """Weights that multiply something: all but those of an embedding of its own."""
+    own = not model.config.tie_word_embeddings
+    return parameter_count(model) - own * model.get_input_embeddings().weight.numel()
+
+
+def weights_of(model: Any, modules: set[str]) -> int:
+    return sum(w.numel() for name, w in model.named_parameters() if name.rpartition(".")[0] in modules)
+
+
+def test_start_and_generations_are_what_is_computed(case: Pruned, tmp_path: Path) -> None:
+    even, planned = at(case)
+    grid = case.database.grid
+    costs = parameter_costs(grid, parameter_count(case.dense))
+    budget = Budget(grid, costs, float(costs.of(even)), 0.0, ceilings(grid))
+    scorer, found = Fitness(case.stitcher, token_ids(1, 8), token_ids(2, 8), SEARCH), dict[str, Genome]()
+
+    def start() -> None:
+        found.update(find_starts(even, budget, scorer, SEARCH, 0, tmp_path))
+        evolve(found, budget, scorer, replace(SEARCH, generations=0), 0, tmp_path / "history.jsonl")
+
+    # Beside the products of weights there are the scores of attention.
+    assert 0.9 < counted(start) / planned.start < 1.2
+    generations = counted(lambda: evolve(found, budget, scorer, SEARCH, 0, tmp_path / "history.jsonl"))
+    # Blocks before the first that differs from the parent's are not computed.
+    assert 0.6 < generations / (SEARCH.generations * planned.generation) < 1.2
+
+
+@pytest.mark.parametrize("trains", ["all", "consumers"])
+def test_training_is_counted_by_what_trains(case: Pruned, trains: str) -> None:
+    """By hand: 6 offspring see 32 tokens, 2 of them 32 more, and are scored anew on 64 and on 128."""
+    stages = (SelectionStage(2, 64, 32), SelectionStage(1, 128, 64))
+    config = replace(SEARCH, stages=stages, trains=trains)
+    even, planned = at(case, config)
+    model, small = case.stitcher.stitch(even), moving(case.stitcher.stitch(even))
+    blocks = {name.rpartition(".")[0] for name, _ in model.named_parameters() if ".layers." in name}
+    trained = weights_of(model, blocks if trains == "all" else {unit.consumer for unit in case.database.grid.units})
+    steps = 6 * 32 + 2 * 32
+    expected = 2 * small * (6 * 64 + 2 * 128) + (4 * small + 2 * trained) * steps
+    assert planned.generation == pytest.approx(expected, rel=0.02)  # norms and biases
+
+
+def test_the_refit_is_counted_for_two_models(case: Pruned) -> None:
+    """By hand: both models forwards, one backwards, and the gradients of the consumers that are left."""
+    even, planned = at(case)
+    dense, small = (moving(model) for model in (case.dense, case.stitcher.stitch(even)))
+    consumers = weights_of(case.stitcher.stitch(even), {unit.consumer for unit in case.database.grid.units})
+    assert planned.refit == pytest.approx(2 * 256 * (2 * dense + 4 * small + 2 * consumers), rel=0.02)
