@@ -11,11 +11,12 @@ generations of 16, no training; its weights are the database's, as those of the 
 from __future__ import annotations
 
 import argparse
-import json
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
 import torch
+from cells import cells
 from search import even_at, open_bench
 from shared_database import run_over
 from time_to_kl import plainly, texts
@@ -56,22 +57,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    lines = arguments.out / "cells.jsonl"
-    known = read_json_lines(lines, "level", "seed") if lines.exists() else []
-    for seed in arguments.seeds:
-        for level in arguments.levels:
-            if not any((line["level"], line["seed"]) == (level, seed) for line in known):
-                known.append({"level": level, "seed": seed} | measure(arguments.out, level, seed))
-                lines.write_text("".join(json.dumps(line) + "\n" for line in known))
+    wanted = [{"level": level, "seed": seed} for seed in arguments.seeds for level in arguments.levels]
+    known = cells(arguments.out / "cells.jsonl", wanted, partial(measure, arguments.out))
     print(f"{torch.get_num_threads()} threads\n\n| level | text | {' | '.join(METHODS)} | to plain | goal |")
     print(f"| --- | --- | {'---: | ' * len(METHODS)}---: | ---: |")
     for level in arguments.levels:
-        of_level = [line for line in known if line["level"] == level and line["seed"] in arguments.seeds]
+        of_level = [line for line in known if line["level"] == level]
         for index, text in enumerate(TEXTS):
             each = {name: [line[name][index] for line in of_level] for name in METHODS}
-            cells = " | ".join(f"{mean(values):.4f} ({min(values):.4f}-{max(values):.4f})" for values in each.values())
+            row = " | ".join(f"{mean(values):.4f} ({min(values):.4f}-{max(values):.4f})" for values in each.values())
             ratio = mean(mine / its for mine, its in zip(each["compress"], each["plain search"], strict=True))
-            print(f"| {level:g} | {text} | {cells} | {ratio:.2f} | {GOAL} |")
+            print(f"| {level:g} | {text} | {row} | {ratio:.2f} | {GOAL} |")
 
 
 if __name__ == "__main__":

@@ -11,20 +11,20 @@ articles and of WikiText-2 validation; every seed draws its own text.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cells import cells
 from search import open_bench, stages
 from shared_database import run_over
 from time_to_kl import texts
 
 from darwinlm import load
-from darwinlm.artifact import read_json_lines
 from darwinlm.config import DatabaseConfig, RefitConfig, RunConfig, SearchConfig
 from darwinlm.curves import HeldOut
 from darwinlm.train import train
@@ -37,17 +37,17 @@ SEARCHES = {
 }
 
 
-def measure(out: Path, name: str, seed: int) -> dict[str, dict[str, float]]:
+def measure(out: Path, search: str, seed: int) -> dict[str, dict[str, float]]:
     """KL on every text, before and after post-training."""
     settings = RunConfig(
         model="smollm2-135m",
         data="vital-wiki",
-        out=str(out / f"{name.replace(' ', '-')}-{seed}"),
+        out=str(out / f"{search.replace(' ', '-')}-{seed}"),
         target_level=3.0,
         seed=seed,
         verify=False,
         database=DatabaseConfig(levels=9),
-        search=SEARCHES[name],
+        search=SEARCHES[search],
         refit=RefitConfig(tokens=0),
     )
     found = run_over(out / f"base-{seed}", settings, "export")
@@ -76,21 +76,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    lines = arguments.out / "cells.jsonl"
-    known = read_json_lines(lines, "search", "seed") if lines.exists() else []
-    for seed in arguments.seeds:
-        for name in SEARCHES:
-            if not any((line["search"], line["seed"]) == (name, seed) for line in known):
-                known.append({"search": name, "seed": seed} | measure(arguments.out, name, seed))
-                lines.write_text("".join(json.dumps(line) + "\n" for line in known))
+    wanted = [{"search": name, "seed": seed} for seed in arguments.seeds for name in SEARCHES]
+    known = cells(arguments.out / "cells.jsonl", wanted, partial(measure, arguments.out))
     print(f"{torch.get_num_threads()} threads\n\n| search | text | before post-training | after |")
     print("| --- | --- | ---: | ---: |")
     for name in SEARCHES:
-        chosen = [line for line in known if line["search"] == name and line["seed"] in arguments.seeds]
+        chosen = [line for line in known if line["search"] == name]
         for text in chosen[0]["before"]:
             each = [[line[when][text] for line in chosen] for when in ("before", "after")]
-            cells = " | ".join(f"{mean(values):.4f} ({min(values):.4f}-{max(values):.4f})" for values in each)
-            print(f"| {name} | {text} | {cells} |")
+            row = " | ".join(f"{mean(values):.4f} ({min(values):.4f}-{max(values):.4f})" for values in each)
+            print(f"| {name} | {text} | {row} |")
 
 
 if __name__ == "__main__":
