@@ -65,6 +65,16 @@ def test_export_is_the_stitched_model(run: Path, searched: RunConfig, tmp_path: 
         torch.testing.assert_close(load(model)(TOKEN_IDS).logits, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("form", [("--out",), ("--format", "gguf", "--out")])
+def test_a_taken_name_is_refused_before_a_model_is_stitched(
+    run: Path, capsys: pytest.CaptureFixture[str], form: tuple[str, ...]
+) -> None:
+    before = runs.files(run)
+    assert runs.call("export", str(run), *form, str(run)) == 2
+    assert "choose another name" in only_sentence(capsys.readouterr().err)
+    assert runs.files(run) == before
+
+
 @pytest.mark.parametrize("name", ["block-01-mlp.safetensors", "block-01-mlp.json"])
 def test_missing_unit(run: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     (run / "database" / name).unlink()

@@ -236,12 +236,12 @@ def test_a_step_is_that_of_the_plain_loss(stitcher: Stitcher, loss: Any, all_tra
     trained = Tuner(ids, 1e-3, CPU, teacher, trains).train(stitcher.grid.dense(), model, 1)
     plain: Any = copy.deepcopy(model)
     loss(plain.train().requires_grad_(True), stitcher.dense, ids).backward()
-    names = [name for name, _ in _training(trained.model)]
+    names = list(_training(trained.model))
     if not all_train:
         assert {name.removesuffix(".weight") for name in names} <= set(consumers_of(stitcher))
     weights = [plain.get_parameter(name) for name in names]
     torch.nn.utils.clip_grad_norm_(weights, 1.0)
-    for weight, (_, after) in zip(weights, _training(trained.model), strict=True):
+    for weight, after in zip(weights, _training(trained.model).values(), strict=True):
         assert weight.grad is not None
         moment = trained.optimizer.state[after]["exp_avg"]
         torch.testing.assert_close(moment, 0.1 * weight.grad, atol=1e-6, rtol=1e-4)
@@ -298,7 +298,7 @@ def test_embeddings_and_head_are_shared_and_stay(stitcher: Stitcher) -> None:
         assert mine.data_ptr() == theirs.data_ptr()
         assert not mine.requires_grad
     assert torch.equal(token_embeddings(stitcher.dense), before)
-    names = {name for name, _ in _training(trained)}
+    names = set(_training(trained))
     assert all(".layers." in name or name.endswith("model.norm.weight") for name in names)
 
 
@@ -309,7 +309,7 @@ def test_bfloat16_steps_of_a_small_learning_rate_are_not_lost() -> None:
     before = {name: p.clone() for name, p in model.named_parameters()}
     trained = Tuner(token_ids(2, 8), 1e-4, CPU).train(Genome(()), model, 8)
     after = dict(rounded(trained.model, torch.bfloat16).named_parameters())
-    weights = [name for name, p in _training(trained.model) if p.dim() == 2]
+    weights = [name for name, p in _training(trained.model).items() if p.dim() == 2]
     changed = sum((after[name] != before[name]).sum().item() for name in weights)
     # Eight steps of 1e-4 on weights of about 0.3, whose bfloat16 spacing is 2e-3: each alone would round away.
     assert changed > 0.1 * sum(before[name].numel() for name in weights)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from darwinlm.gradual import _size_at, gradual
 from darwinlm.modeling import block_sizes_of, load
 from darwinlm.train_config import GradualConfig, GradualStage
 from darwinlm.types import UsageError
+from test_parallel import torchrun
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 # What makes a recipe of the paper one of seconds; the rest of it is used as it stands.
@@ -96,6 +97,19 @@ def test_an_interrupted_recipe_goes_on(finished: GradualConfig, tmp_path: Path):
     gradual(finished)
     assert (out / "table.json").read_text() == table
     assert {path: path.stat().st_mtime_ns for path in (out / "1-train" / "model").iterdir()} == kept
+
+
+@pytest.mark.slow
+def test_two_processes_run_a_recipe_as_one_does(finished: GradualConfig, tmp_path: Path):
+    config = replace(finished, out=str(tmp_path / "out"))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(config)))))
+    done = torchrun("-m", "darwinlm", "gradual", "--config", str(recipe))
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(*(read_json(Path(each.out) / "table.json") for each in (config, finished)), strict=True):
+        assert ours["parameters"] == theirs["parameters"]
+        for when in ("before", "after"):
+            assert ours[when] == pytest.approx(theirs[when], rel=1e-3, abs=1e-3)
 
 
 def test_levels_that_do_not_rise_are_refused(text: Path):

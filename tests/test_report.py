@@ -50,7 +50,8 @@ def history(genomes: dict[str, Genome]) -> list[Generation]:
 
 
 def write(out: Path, grid: Grid, genomes: dict[str, Genome], history: list[Generation]) -> list[Path]:
-    return write_report(out, "A tiny model", ROWS, grid, genomes, history, {"data": "vital-wiki|c4", "seed": "0"})
+    settings = {"data": "vital-wiki|c4", "seed": "0"}
+    return write_report(out, "A tiny model", ROWS, grid, genomes, history, settings, "KL", {})
 
 
 def test_files_are_written_whole(tmp_path: Path, grid: Grid, genomes: dict[str, Genome], history: list[Generation]):

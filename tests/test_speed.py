@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,10 @@ def test_command_prints_both_models(
     titles = "parameters|prefill, tokens/s|decode, tokens/s|time to first token, s|KV cache, MB|peak memory, MB"
     assert [line.split("  ")[0] for line in lines[1:]] == titles.split("|")
     assert lines[3].endswith("times, 1.00 predicted")
+    assert runs.call(*command, "--prompt-tokens", "8", "--repeats", "1", "--out", str(tmp_path / "speed.json")) == 0
+    saved = json.loads((tmp_path / "speed.json").read_text())["speed"]
+    assert f"{saved['model']['cache_bytes'] / 1e6:.1f}" in capsys.readouterr().out
+    assert saved["predicted"] == {"prefill": 1.0, "decode": 1.0}
     assert runs.call(*command[:-1], str(tmp_path / "none")) == 2
     assert "no model at" in capsys.readouterr().err
     assert runs.call(*command, "--repeats", "0") == 2

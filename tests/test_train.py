@@ -202,6 +202,16 @@ def test_low_rank_adapters_are_merged(whole: TrainConfig, export: Path, text: Pa
     assert math.isclose(figures.perplexity, result.result["after"]["perplexity"], rel_tol=1e-4)
 
 
+def test_a_reporter_is_told_what_the_log_says(export: Path, text: Path, tmp_path: Path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    result = train(trainings.short(export, text, tmp_path / "out", training={"report_to": ("tensorboard",)}))
+    (file,) = (tmp_path / "out").rglob("events.out.tfevents.*")
+    told = events.EventAccumulator(str(file)).Reload()
+    assert [event.value for event in told.Scalars("train/loss")] == pytest.approx(trainings.losses(result.history))
+    kept = [line["eval_perplexity"] for line in result.history if "eval_perplexity" in line]
+    assert [event.value for event in told.Scalars("eval/perplexity")] == pytest.approx(kept)
+
+
 def test_wrong_arguments_are_one_sentence(
     export: Path, text: Path, checkpoints: dict[str, Path], whole: TrainConfig, tmp_path: Path
 ):
@@ -216,6 +226,10 @@ def test_wrong_arguments_are_one_sentence(
         (trainings.distilled(export, text, out, other), "expected the tokenizer of .* found another in"),
         (trainings.short(export, text, out, tokens=10**9), "too little text .* expected 1,000,000,000 tokens"),
         (trainings.short(export, text, out, training={"batch_size": 3}), "a multiple of 2 .* found 3"),
+        (
+            trainings.short(export, text, out, training={"report_to": ("paper",)}),
+            "report-to: expected what is installed",
+        ),
         (trainings.short(checkpoints["gemma2"], text, out), "families llama, mistral, qwen2, qwen3 .* 'gemma2'"),
     ]
     for config, sentence in cases:

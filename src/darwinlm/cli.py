@@ -166,6 +166,7 @@ def _run(command: str, fields: Namespace) -> None:
     # torch and transformers, which no one should wait for to read --help
     from darwinlm import pipeline, plan
     from darwinlm.export.convert import convert
+    from darwinlm.export.place import check_new
     from darwinlm.run import told_in_one_sentence
 
     if command == "plan":
@@ -177,6 +178,7 @@ def _run(command: str, fields: Namespace) -> None:
         return
     if command == "export":
         config = _settings(ExportConfig, fields)
+        check_new(Path(fields.out), directory=config.format == "hf")  # before a model is stitched
         with told_in_one_sentence(f"the export to {fields.out}", "--no-verify needs half as much"):
             print(convert(pipeline.export(Path(fields.source), fields.verify), Path(fields.out), config))
         return
@@ -216,10 +218,10 @@ def _evaluate(fields: Namespace) -> None:
     timing = _settings(SpeedConfig, fields)
     if fields.speed and config.against is None:
         raise UsageError("--speed is beside the dense model: expected --against, found none; name it")
-    if not fields.speed or config.asks_for_something:
-        scorecard.evaluate_models(config)
+    cards = scorecard.evaluate_models(config) if config.asks_for_something or not fields.speed else []
     if fields.speed:
-        speed.compare(find_export(Path(fields.model)), str(config.against), timing, config.device, config.dtype)
+        model = find_export(Path(fields.model))
+        scorecard.save(cards, config, speed.compare(model, str(config.against), timing, config.device, config.dtype))
 
 
 def _fail(message: str, code: int) -> int:

@@ -6,24 +6,21 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from darwinlm import tables
 from darwinlm.evaluate import Quality
 from darwinlm.harness import Score
 from darwinlm.report import save_figure
 
 DENSE = "dense"
 HELD_OUT = "held-out documents"
-WIDTH, TEXT_WIDTH, TASK_WIDTH = 120, 24, 16  # of the printed table, and so much more for each further text and task
 # Colours that remain apart for the colour-blind (Okabe and Ito), and markers for the rest.
 COLOURS = ("#333333", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2", "#d55e00")
 MARKERS = "osv^Dx*P+"
@@ -78,32 +75,22 @@ class Cell:
 def print_table(cells: Sequence[Cell]) -> None:
     """Print the table, the dense model first, and what methods refused below it."""
     titles = _titles(cells[0])
-    width = WIDTH + TEXT_WIDTH * len(cells[0].texts) + TASK_WIDTH * len(cells[0].scores)
-    console = Console(highlight=False)
-    console = Console(highlight=False, width=console.width if console.is_terminal else width)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for title in titles:
-        table.add_column(Text(title), justify="left" if title == "method" else "right")
-    for before, cell in zip([None, *cells], cells, strict=False):
-        if before is not None and before.target != cell.target:
-            table.add_section()
-        table.add_row(*_columns(cell, titles))
-    console.print(table)
-    for cell in cells:
-        if cell.refused is not None:
-            console.print(f"{cell.method} at {cell.target:.0%}: {cell.refused}", markup=False)
+    tables.show(titles, [[_columns(cell, titles) for cell in of] for _, of in groupby(cells, lambda cell: cell.target)])
+    for refusal in _refusals(cells):
+        print(refusal)
 
 
 def markdown(cells: Sequence[Cell], picture: str) -> str:
     """The table, the dense model first, with what methods refused below it, and the picture."""
     titles = _titles(cells[0])
-    rules = ["---" if title == "method" else "---:" for title in titles]
-    table = [f"| {' | '.join(line)} |" for line in [titles, rules, *(_columns(cell, titles) for cell in cells)]]
-    asked = [
-        f"- {s.task}: {s.questions:,} questions from {s.source}, {s.shots}-shot; per cent" for s in cells[0].scores
-    ]
-    refusals = [f"- {cell.method} at {cell.target:.0%}: {cell.refused}" for cell in cells if cell.refused is not None]
-    return "\n".join([*table, "", *asked, *refusals, "", f"![Perplexity at every size]({picture})"]) + "\n"
+    asked = [f"{s.task}: {s.questions:,} questions from {s.source}, {s.shots}-shot; per cent" for s in cells[0].scores]
+    table = tables.markdown(titles, [_columns(cell, titles) for cell in cells])
+    notes = [f"- {note}" for note in [*asked, *_refusals(cells)]]
+    return "\n".join([table, "", *notes, "", f"![Perplexity at every size]({picture})"]) + "\n"
+
+
+def _refusals(cells: Sequence[Cell]) -> list[str]:
+    return [f"{cell.method} at {cell.target:.0%}: {cell.refused}" for cell in cells if cell.refused is not None]
 
 
 def _titles(dense: Cell) -> list[str]:

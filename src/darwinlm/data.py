@@ -139,13 +139,7 @@ class Corpus:
     def _pack(self, name: str, documents: list[str], count: int, purposes: str) -> Int[Tensor, "count length"]:
         """The first `count` blocks of the documents' tokens, one after another, an end-of-text token between them."""
         needed = count * self.sequence_length
-        end = self.tokenizer.eos_token_id
-        stream: list[int] = []
-        for batch in batched(documents, 256):
-            if len(stream) >= needed:
-                break
-            for ids in self.tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-                stream += [*ids, end] if end is not None else ids
+        stream, _ = one_stream(documents, self.tokenizer, needed)
         if len(stream) < needed:
             raise UsageError(
                 f"too little text in {name} for {purposes}: expected {needed:,} tokens (sequences of "
@@ -310,9 +304,22 @@ def text_of(record: object, where: str) -> str:
     raise UsageError(f"{where} has no text: expected a column {' or '.join(TEXT_COLUMNS)}; rename the text's column")
 
 
-def batched(items: Sequence[str], size: int) -> Iterator[list[str]]:
-    """Consecutive slices of `size` items, the last maybe shorter."""
-    return (list(items[start : start + size]) for start in range(0, len(items), size))
+def one_stream(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, tokens: int, batch: int = 256
+) -> tuple[list[int], bool]:
+    """The tokens of documents one after another, an end-of-text token after each, and whether all documents are in it.
+
+    No more batches of documents are read once there are `tokens`.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stream: list[int] = []
+    for start in range(0, len(documents), batch):
+        if len(stream) >= tokens:
+            return stream, False
+        these = list(documents[start : start + batch])
+        for ids in tokenizer(these, add_special_tokens=False, verbose=False)["input_ids"]:
+            stream += ids + end
+    return stream, True
 
 
 def _interleave(parts: list[Tensor]) -> Tensor:

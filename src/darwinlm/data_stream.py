@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from darwinlm import parallel
 from darwinlm.artifact import read_json, sweep, write_json
-from darwinlm.data import HUB, PACKAGED, batched, is_held_out, name_and_weight, read_documents, text_of
+from darwinlm.data import HUB, PACKAGED, is_held_out, name_and_weight, one_stream, read_documents, text_of
 from darwinlm.progress import say
 from darwinlm.train_config import StreamConfig
 from darwinlm.types import DarwinError, UsageError
@@ -265,20 +265,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def _pack(
     documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, wanted: int
 ) -> tuple[Int[Tensor, "sequences length"], bool]:
-    """The documents' tokens one after another, an end-of-text token between them, and whether all of them are used."""
-    end = tokenizer.eos_token_id
-    stream: list[int] = []
-    for batch in batched(documents, 256):
-        if len(stream) >= wanted * length:
-            return _cut(stream, length, wanted), False
-        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-            stream += [*ids, end] if end is not None else ids
-    return _cut(stream, length, wanted), len(stream) // length <= wanted
-
-
-def _cut(stream: list[int], length: int, wanted: int) -> Int[Tensor, "sequences length"]:
+    """At most `wanted` sequences of the documents' tokens, and whether they leave none over."""
+    stream, whole = one_stream(documents, tokenizer, wanted * length)
     count = min(len(stream) // length, wanted)
-    return torch.tensor(stream[: count * length], dtype=torch.int32).view(count, length)
+    tokens = torch.tensor(stream[: count * length], dtype=torch.int32).view(count, length)
+    return tokens, whole and len(stream) // length <= wanted
 
 
 def _stream(source: str) -> IterableDataset:

@@ -180,7 +180,7 @@ def quality_over(models: Mapping[str, PreTrainedModel], windows: Sequence[Window
                     else:
                         divergence[name] += _kl(dense.to(log_probs.device), log_probs)
     predicted = sum(len(window.token_ids) - window.first for window in windows)
-    return {name: Quality(_exp(loss[name] / predicted), divergence[name] / predicted) for name in models}
+    return {name: Quality(perplexity_of(loss[name] / predicted), divergence[name] / predicted) for name in models}
 
 
 def _kl(dense: Float[Tensor, "tokens vocab"], other: Float[Tensor, "tokens vocab"]) -> float:
@@ -188,9 +188,10 @@ def _kl(dense: Float[Tensor, "tokens vocab"], other: Float[Tensor, "tokens vocab
     return F.kl_div(other, dense, reduction="none", log_target=True).sum(dtype=torch.float64).item()
 
 
-def _exp(value: float) -> float:
+def perplexity_of(loss: float) -> float:
+    """Of a mean loss in nats a token; infinite where it is beyond float64."""
     try:
-        return math.exp(value)
+        return math.exp(loss)
     except OverflowError:
         return math.inf
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from darwinlm import parallel
+from darwinlm import parallel, tables
 from darwinlm.artifact import write_json, write_text
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.config import RunConfig
 from darwinlm.evaluate import parameter_count
 from darwinlm.families import find_grid, find_units
-from darwinlm.genome import prunable_parameters, uniform_genome
+from darwinlm.genome import parameters_at, uniform_genome
 from darwinlm.pipeline import run
 from darwinlm.progress import say
 from darwinlm.run import GRADUAL_SETTINGS, claim, find_export
@@ -110,8 +110,7 @@ def _size_at(dense: Checkpoint, level: float, config: GradualConfig) -> int:
     skeleton.tie_weights()
     grid = find_grid(skeleton, dense.config, config.database)
     genome = uniform_genome(grid, level, config.database.levels, Random(config.seed))
-    fixed = parameter_count(skeleton) - prunable_parameters(grid, grid.dense())
-    return fixed + prunable_parameters(grid, genome)
+    return parameters_at(grid, genome, parameter_count(skeleton))
 
 
 def _shape(model: Path) -> Any:
@@ -122,17 +121,18 @@ def _shape(model: Path) -> Any:
 
 def _report(config: GradualConfig, out: Path, rows: list[dict[str, Any]], dense_parameters: int) -> None:
     """What every stage came to, on held-out text."""
+    titles = ["stage", "level", "parameters", "perplexity as pruned", "trained", "KL as pruned", "trained"]
+    cells = []
+    for row in rows:
+        figures = [row.get(when, {}).get(what) for what in ("perplexity", "kl") for when in ("before", "after")]
+        shown = ["" if figure is None else f"{figure:.4g}" for figure in figures]
+        cells.append([str(row["stage"]), f"{row['level']:g}", f"{row['parameters']:,}", *shown])
     lines = [
         f"# {Path(config.model).name} in {len(rows)} stage{'s' * (len(rows) > 1)}",
         "",
         f"Dense: {dense_parameters:,} parameters. Held-out perplexity, and KL from the dense model in nats a token.",
         "",
-        "| stage | level | parameters | perplexity as pruned | trained | KL as pruned | trained |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        tables.markdown(titles, cells),
     ]
-    for row in rows:
-        figures = [row.get(when, {}).get(what) for what in ("perplexity", "kl") for when in ("before", "after")]
-        shown = " | ".join("" if figure is None else f"{figure:.4g}" for figure in figures)
-        lines.append(f"| {row['stage']} | {row['level']:g} | {row['parameters']:,} | {shown} |")
     write_json(out / "table.json", [{k: v for k, v in row.items() if k != "made_from"} for row in rows])
     write_text(out / "report.md", "\n".join(lines) + "\n")

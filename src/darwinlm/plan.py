@@ -25,7 +25,7 @@ from darwinlm.checkpoint import PACKAGED, WEIGHTS, find_checkpoint, is_finite
 from darwinlm.config import CalibrationConfig, DatabaseConfig
 from darwinlm.device import DTYPES, resolve_dtype
 from darwinlm.families import find_family, find_grid, head_dim
-from darwinlm.genome import Grid, level_grid, prunable_parameters, uniform_genome
+from darwinlm.genome import Grid, level_grid, parameters_at, uniform_genome
 from darwinlm.plan_search import plan_search
 from darwinlm.train_config import GradualConfig
 from darwinlm.types import Genome, Unit, UsageError
@@ -113,7 +113,7 @@ def plan(
         grid=grid,
         even=genome,
         parameters=size,
-        target_parameters=size - prunable_parameters(grid, grid.dense()) + prunable_parameters(grid, genome),
+        target_parameters=parameters_at(grid, genome, size),
         calibration_seconds=stored * config.vocab_size * hidden / rates.loads
         + sum(_measured(unit, config, calibration, rates) for unit in units),
         elimination_seconds=sum(

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from darwinlm.adamw import set_state, state_of
 from darwinlm.config import RefitConfig
 from darwinlm.families import Head, linear_at
 from darwinlm.progress import say, track
@@ -31,7 +32,6 @@ from darwinlm.types import DarwinError, Genome
 
 SAVE_SECONDS = 60.0  # the most work that a kill costs, as a rule
 WARM_UP = 0.1  # of all steps
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @torch.enable_grad()
@@ -61,7 +61,8 @@ def refit(
     alive = [index for index, level in enumerate(genome.levels) if level < stitcher.grid.highest(index)]
     weights = _own_weights(model, [stitcher.grid.units[index].consumer for index in alive])
     optimizer = torch.optim.AdamW(list(weights.values()), weight_decay=0.0)
-    _restore(weights, optimizer, tensors)
+    if tensors:
+        set_state(weights, optimizer, tensors)
     heads, device = (Head(dense), Head(model)), dense.device
     low = dense.dtype == torch.bfloat16
     saved, divergences = time.monotonic(), []
@@ -153,24 +154,7 @@ def _read(file: Path, identity: str) -> tuple[int, dict[str, Tensor]]:
 def _write(
     file: Path, weights: dict[str, nn.Parameter], optimizer: torch.optim.AdamW | None, steps: int, identity: str
 ) -> None:
-    tensors = {f"weight.{path}": weight.detach() for path, weight in weights.items()}
-    if optimizer is not None:
-        tensors |= {f"{key}.{path}": optimizer.state[weights[path]][key] for path in weights for key in MOMENTS}
     temporary = file.with_suffix(".partial")
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
-        temporary,
-        {"steps": str(steps), "made_from": identity},
-    )
+    save_file(state_of(weights, optimizer), temporary, {"steps": str(steps), "made_from": identity})
     temporary.rename(file)
-
-
-def _restore(weights: dict[str, nn.Parameter], optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]) -> None:
-    if not tensors:
-        return
-    for path, weight in weights.items():
-        weight.data.copy_(tensors[f"weight.{path}"])
-        optimizer.state[weight] = {
-            key: tensors[f"{key}.{path}"].to("cpu" if key == "step" else weight.device) for key in MOMENTS
-        }

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, cycle
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from matplotlib.artist import Artist
@@ -18,18 +17,16 @@ from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.ticker import MaxNLocator
-from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from darwinlm import tables
 from darwinlm.artifact import write_json, write_text
 from darwinlm.evaluate import Row
 from darwinlm.genome import Grid, prunable_parameters
 from darwinlm.types import KINDS, Curve, Generation, Genome, Kind
 
-WIDTH = 100  # columns of the printed table
-TEXT_WIDTH = 24  # and as many again for each further text, whose name is broken where it is longer
+WIDTH = 100  # columns of what models write
 DOTS_PER_INCH = 200
 # Colours that remain apart in print and for the colour-blind (Okabe and Ito).
 KIND_COLOURS: dict[Kind, str] = {"attention": "#56b4e9", "mlp": "#e69f00"}
@@ -68,6 +65,10 @@ def _columns(rows: Sequence[Row]) -> list[_Column]:
     for text in reversed(rows[0].texts):
         columns[place:place] = _of_text(text)
     return columns
+
+
+def _titles(columns: Sequence[_Column]) -> list[str]:
+    return ["model", *(column.title for column in columns)]
 
 
 def _of_text(text: str) -> tuple[_Column, _Column]:
@@ -112,16 +113,8 @@ def print_table(rows: Sequence[Row]) -> None:
     The first row is the dense model; what follows a figure in brackets is its ratio to that model's.
     """
     columns = _columns(rows)
-    # Where there is no terminal rich takes 80 columns, and would break the table.
-    console, width = Console(highlight=False), WIDTH + TEXT_WIDTH * len(rows[0].texts)
-    console = Console(highlight=False, width=min(console.width, width) if console.is_terminal else width)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("model")
-    for column in columns:
-        table.add_column(Text(column.title), justify="right")
-    for row in rows:
-        table.add_row(Text(row.model), *_cells(row, rows[0], columns))
-    console.print(table)
+    tables.show(_titles(columns), [[[row.model, *_cells(row, rows[0], columns)] for row in rows]])
+    console = tables.screen(WIDTH)
     for texts in _by_prompt(rows):
         grid = Table.grid(padding=(0, 2, 0, 0))
         grid.add_column(style="bold", no_wrap=True)
@@ -147,8 +140,8 @@ def write_report(
     genomes: Mapping[str, Genome],
     history: Sequence[Generation],
     settings: Mapping[str, str],
-    metric: str = "KL",
-    curves: Mapping[str, Curve] = MappingProxyType({}),
+    metric: str,
+    curves: Mapping[str, Curve],
 ) -> list[Path]:
     """Write a run's report to the directory `out`, and return the files: `report.md` and what it refers to.
 
@@ -212,7 +205,7 @@ torch and transformers, not `darwinlm`. Where all blocks have one size there is 
 def _markdown(title: str, rows: Sequence[Row], settings: Mapping[str, str], pictures: Mapping[str, str]) -> str:
     lines = [f"# {title}", ""]
     if settings:
-        lines += [*_table(["setting", "value"], [[name, value] for name, value in settings.items()]), ""]
+        lines += [tables.markdown(["setting", "value"], list(settings.items())), ""]
     lines += ["## Models", "", models_table(rows), ""]
     for name, caption in pictures.items():
         lines += [f"![{caption}]({name})", ""]
@@ -234,19 +227,9 @@ def _markdown(title: str, rows: Sequence[Row], settings: Mapping[str, str], pict
 def models_table(rows: Sequence[Row]) -> str:
     """The models' figures as a Markdown table, and what they are."""
     columns = _columns(rows)
-    titles = ["model", *(column.title for column in columns)]
-    cells = [[row.model, *(" ".join(cell.split()) for cell in _cells(row, rows[0], columns))] for row in rows]
+    table = tables.markdown(_titles(columns), [[row.model, *_cells(row, rows[0], columns)] for row in rows])
     note = NOTE.format(dense=rows[0].model, texts=NOTE_ON_TEXTS if rows[0].texts else "")
-    return "\n".join([*_table(titles, cells, right=True), "", note])
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], right: bool = False) -> list[str]:
-    rules = ["---", *("---:" if right else "---" for _ in titles[1:])]
-    return [_line(titles), _line(rules), *(_line(row) for row in rows)]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+    return "\n".join([table, "", note])
 
 
 def _levels_figure(grid: Grid, genomes: Mapping[str, Genome]) -> Figure:

@@ -77,8 +77,7 @@ def evaluate_models(config: EvaluateConfig) -> list[Card]:
             scores = run_tasks(subject.model, subject.tokenizer, requests, config) if requests else []
             quality = {text: qualities[text][subject.name] for text in texts}
             cards.append(Card(subject.name, parameter_count(subject.model), quality, writing, scores))
-    if config.out is not None:
-        write_json(Path(config.out), _as_json(cards, config))
+    save(cards, config)
     print(table(cards, config))
     return cards
 
@@ -201,7 +200,10 @@ def protocol(cards: Sequence[Card], config: EvaluateConfig) -> dict[str, str]:
     return how
 
 
-def _as_json(cards: Sequence[Card], config: EvaluateConfig) -> dict[str, Any]:
+def save(cards: Sequence[Card], config: EvaluateConfig, speed: Mapping[str, Any] | None = None) -> None:
+    """Write the JSON that `config` asks for, if it does: what is known of every model, and what `--speed` measured."""
+    if config.out is None:
+        return
     models = [
         {
             "model": card.name,
@@ -212,4 +214,5 @@ def _as_json(cards: Sequence[Card], config: EvaluateConfig) -> dict[str, Any]:
         }
         for card in cards
     ]
-    return {"models": models, "protocol": protocol(cards, config), "settings": asdict(config), "versions": versions()}
+    how = {"protocol": protocol(cards, config) if cards else {}, "settings": asdict(config), "versions": versions()}
+    write_json(Path(config.out), {"models": models, **({} if speed is None else {"speed": dict(speed)}), **how})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -162,8 +162,13 @@ def count(model: PreTrainedModel, config: SpeedConfig) -> Counted:
     return Counted(config.batch * each, read + config.batch * cache)
 
 
-def compare(directory: Path, dense: str, config: SpeedConfig, device: str = "auto", dtype: str = "auto") -> None:
+def compare(
+    directory: Path, dense: str, config: SpeedConfig, device: str = "auto", dtype: str = "auto"
+) -> dict[str, Any]:
     """Print how fast the model in `directory` is beside the dense one, and the speed-ups that counting predicts.
+
+    Returns:
+        The same for a file: what was measured of both, and the speed-ups, those that were found and those predicted.
 
     Args:
         dense: a directory, a hub id, a .gguf file, or smollm2-135m.
@@ -202,6 +207,7 @@ def compare(directory: Path, dense: str, config: SpeedConfig, device: str = "aut
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for name, left, right, note in rows:
         print(f"{name:{widths[0]}}  {left:>{widths[1]}}  {right:>{widths[2]}}  {note}".rstrip())
+    return {"dense": asdict(before), "model": asdict(after), "speedup": found, "predicted": predicted}
 
 
 def _megabytes(number: int | None) -> str:

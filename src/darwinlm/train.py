@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
 
 from darwinlm import parallel
 from darwinlm.artifact import read_json, write_json
@@ -124,6 +125,7 @@ def _open(this: Training, config: TrainConfig) -> _Work:
             checkpoint = open_model(config.model, this.path / "student")
             teacher = None if config.teacher is None else open_model(config.teacher, this.path / "teacher")
         family_of(checkpoint.config)  # that it can be exported
+        _check_reports(config)
         _accumulation(config)
         checkpoint.check_length(config.stream.sequence_length, "stream.sequence-length")
         if teacher is not None:
@@ -155,6 +157,16 @@ def _open(this: Training, config: TrainConfig) -> _Work:
             (this.path / TRAIN_SETTINGS).unlink(missing_ok=True)
         raise
     return _Work(this, config, checkpoint, teacher, sequences, held_out, cache, device, dtype, made_from)
+
+
+def _check_reports(config: TrainConfig) -> None:
+    installed = get_available_reporting_integrations()
+    known = ", ".join(installed) or "nothing"
+    for name in config.training.report_to:
+        if name not in installed:
+            raise UsageError(
+                f"--training.report-to: expected what is installed ({known}), found {name!r}; install it or leave it"
+            )
 
 
 def _accumulation(config: TrainConfig) -> int:

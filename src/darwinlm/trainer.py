@@ -26,6 +26,7 @@ from transformers import (
 
 from darwinlm.artifact import write_json, write_text
 from darwinlm.distill import Losses, Target, chunked_loss, hidden_for_logits
+from darwinlm.evaluate import perplexity_of
 from darwinlm.progress import say
 from darwinlm.train_config import DistillationConfig
 from darwinlm.types import DarwinError
@@ -142,7 +143,7 @@ class RecoveryTrainer(Trainer):
                     sums += torch.stack((losses.cross_entropy, losses.kl, torch.ones_like(losses.kl))).to(sums)
         model.train(was_training)
         loss, kl, count = self._over_processes(sums).tolist()
-        metrics = {"eval_perplexity": _exp(loss / count)} | ({"eval_kl": kl / count} if self.teacher else {})
+        metrics = {"eval_perplexity": perplexity_of(loss / count)} | ({"eval_kl": kl / count} if self.teacher else {})
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -257,7 +258,3 @@ class _Log(TrainerCallback):
         kind = "held-out" if "eval_perplexity" in line else "training"
         values = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
         say(f"{kind}: step {line['step']}/{state.max_steps}, {values}")
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf

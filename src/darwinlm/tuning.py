@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from darwinlm.adamw import set_state, state_of
 from darwinlm.families import Head
 from darwinlm.slopes import Distance, Surprise
 from darwinlm.types import Genome
@@ -143,29 +144,20 @@ class Tuner:
             self._directory = Path(tempfile.mkdtemp(prefix="darwinlm-search-"))
             weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
         path = self._directory / f"{next(self._numbers)}.safetensors"
-        tensors = {}
-        for name, weight in _training(trained.model):
-            state = trained.optimizer.state[weight]
-            tensors |= {f"weight.{name}": weight.detach()} | {f"{key}.{name}": state[key] for key in _MOMENTS}
-        save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, path)
+        save_file(state_of(_training(trained.model), trained.optimizer), path)
         self._spilled[genome] = path, trained.sequences
 
     def _unspill(self, genome: Genome, candidate: PreTrainedModel) -> Trained:
         path, sequences = self._spilled.pop(genome)
-        tensors, trained = load_file(path, device=str(self.device)), self._start(candidate)
+        trained = self._start(candidate)
+        set_state(_training(trained.model), trained.optimizer, load_file(path, device=str(self.device)))
         path.unlink()
-        for name, weight in _training(trained.model):
-            weight.data = tensors[f"weight.{name}"]
-            trained.optimizer.state[weight] = {key: tensors[f"{key}.{name}"] for key in _MOMENTS}
         trained.sequences = sequences
         return trained
 
 
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-
-
-def _training(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+def _training(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def trainable_copy(candidate: PreTrainedModel, trains: Collection[str] | None = None) -> PreTrainedModel:

@@ -48,6 +48,12 @@ TRAINING = """
 
 {settings}
 """
+STUBBED = """
+## For vLLM
+
+Where a block lost its attention or its MLP there is a small one of zeros here, which vLLM asks for and which changes no
+output: {parameters:,} parameters with these.
+"""
 
 
 def trained_card(card: str, model: str, settings: Mapping[str, str], parameters: int) -> str:
@@ -56,6 +62,11 @@ def trained_card(card: str, model: str, settings: Mapping[str, str], parameters:
         card = f"# {Path(model).name}, trained\n\n{parameters:,} parameters, trained by darwinlm.\n"
     listed = "\n".join(f"- {name}: {value}" for name, value in settings.items())
     return card.replace(UNTRAINED, TRAINED) + TRAINING.format(settings=listed)
+
+
+def stubbed_card(card: str, parameters: int) -> str:
+    """The card of a model with modules of zeros, which has `parameters` with these."""
+    return card + STUBBED.format(parameters=parameters)
 
 
 def model_card(model: str, settings: Mapping[str, str], dense_parameters: int, parameters: int, table: str = "") -> str:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.config import ExportConfig
+from darwinlm.evaluate import parameter_count
+from darwinlm.export.card import stubbed_card
 from darwinlm.export.gguf import export_gguf
 from darwinlm.export.hf import export_hf
 from darwinlm.export.place import check_new
@@ -35,6 +37,8 @@ def convert(directory: Path, out: Path, config: ExportConfig) -> Path:
     written = zero_stubs(model) if config.compat == "vllm" else model
     sizes = block_sizes_of(written.config)
     text = card.read_text(encoding="utf-8") if card.exists() else f"# {directory.absolute().name}\n"
+    if sizes != block_sizes_of(model.config):
+        text = stubbed_card(text, parameter_count(written))
     export_hf(written, sizes, tokenizer, out, text, expected)
     for refusal in check_vllm(out):
         say(f"vLLM would refuse this export: {refusal}")

@@ -12,11 +12,12 @@ from pathlib import Path
 from darwinlm.types import UsageError
 
 
-def check_new(out: Path) -> None:
-    """Raise `UsageError` unless `out` is free for a directory: not there yet, or an empty directory."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        found = "a directory with files in it" if out.is_dir() else "a file"
-        raise UsageError(f"expected {out} to be new or empty, found {found}; choose another name or remove it")
+def check_new(out: Path, directory: bool = True) -> None:
+    """Raise `UsageError` unless `out` is free: not there yet, or for a directory an empty one."""
+    if out.exists() and not (directory and out.is_dir() and not any(out.iterdir())):
+        expected = "new or empty" if directory else "new"
+        found = "a file" if out.is_file() else "a directory with files in it" if any(out.iterdir()) else "a directory"
+        raise UsageError(f"expected {out} to be {expected}, found {found}; choose another name or remove it")
 
 
 @contextmanager
@@ -40,8 +41,7 @@ def new_file(out: Path) -> Iterator[Path]:
     Raises:
         UsageError: if `out` is there already, its place cannot be written to, or another process writes it.
     """
-    if out.exists():
-        raise UsageError(f"expected {out} to be new, found a file; choose another name or remove it")
+    check_new(out, directory=False)
     with _partial(out, directory=False) as partial:
         yield partial
         os.replace(partial, out)
