@@ -17,8 +17,8 @@ import tiny
 from darwinlm.allocate.methods import ALLOCATORS
 from darwinlm.artifact import read_json_lines
 from darwinlm.checkpoint import Checkpoint
-from darwinlm.compare import CELLS, PICTURE, TABLE, compare
-from darwinlm.comparison import DENSE, Cell, figure
+from darwinlm.compare import PICTURE, TABLE, compare
+from darwinlm.comparison import CELLS, DENSE, Cell, figure
 from darwinlm.config import DatabaseConfig, SearchConfig
 from darwinlm.data import read_corpus
 from darwinlm.database import MANIFEST, Database

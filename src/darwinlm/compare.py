@@ -16,10 +16,10 @@ from darwinlm import pipeline
 from darwinlm.allocate.methods import ALLOCATORS, OURS
 from darwinlm.allocate.problem import Problem
 from darwinlm.allocate.uniform import uniform
-from darwinlm.artifact import locked_directory, read_json, read_json_lines, write_json, write_text
+from darwinlm.artifact import locked_directory, read_json, write_json, write_text
 from darwinlm.budget import Budget, Costs, parameter_costs
 from darwinlm.checkpoint import find_checkpoint
-from darwinlm.comparison import DENSE, Cell, markdown, print_table, save_picture
+from darwinlm.comparison import CELLS, DENSE, Cell, markdown, print_table, read_cells, save_picture
 from darwinlm.config import RefitConfig, RunConfig
 from darwinlm.data import read_corpus
 from darwinlm.database import MANIFEST, Database
@@ -34,7 +34,7 @@ from darwinlm.progress import say
 from darwinlm.surgery import Stitcher
 from darwinlm.types import Genome, UsageError
 
-CELLS, QUESTIONS, TABLE, PICTURE = "cells.jsonl", "questions.json", "comparison.md", "comparison.png"
+QUESTIONS, TABLE, PICTURE = "questions.json", "comparison.md", "comparison.png"
 METRICS = {request.task: request.metric for request in SUITE}
 
 
@@ -79,7 +79,7 @@ def compare(config: CompareConfig) -> list[Cell]:
             write_json(out / QUESTIONS, asked)
         bench = _open(config, run)
         problems = {target: _budget(bench, target, run) for target in config.targets}
-        cells = _read(out)
+        cells = {(cell.method, cell.target): cell for cell in read_cells(out)}
         wanted = [(DENSE, 0.0), *((method, target) for target in config.targets for method in config.methods)]
         for number, (method, target) in enumerate(wanted, 1):
             place = f"compare: {number}/{len(wanted)}, {method} at {target:g}"
@@ -121,12 +121,6 @@ def _requests(config: CompareConfig) -> tuple[list[Request], dict[str, Any]]:
                 "another --out"
             )
     return requests, before | asked
-
-
-def _read(out: Path) -> dict[tuple[str, float], Cell]:
-    """The cells that an earlier call has finished."""
-    lines = read_json_lines(out / CELLS, "method", "target") if (out / CELLS).exists() else []
-    return {(cell.method, cell.target): cell for cell in map(Cell.of, lines)}
 
 
 def _write(out: Path, cells: dict[tuple[str, float], Cell], cell: Cell) -> None:

@@ -15,12 +15,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from darwinlm import tables
+from darwinlm.artifact import read_json_lines
 from darwinlm.evaluate import Quality
 from darwinlm.harness import Score
 from darwinlm.report import save_figure
 
 DENSE = "dense"
 HELD_OUT = "held-out documents"
+CELLS = "cells.jsonl"
 # Colours that remain apart for the colour-blind (Okabe and Ito), and markers for the rest.
 COLOURS = ("#333333", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2", "#d55e00")
 MARKERS = "osv^Dx*P+"
@@ -70,6 +72,12 @@ class Cell:
     def perplexity_on(self, text: str) -> float:
         """On the held-out documents or on a further text."""
         return self.perplexity if text == HELD_OUT else self.texts[text].perplexity
+
+
+def read_cells(directory: Path) -> list[Cell]:
+    """The cells that `darwinlm compare --out DIRECTORY` has finished so far, the dense model among them."""
+    file = directory / CELLS
+    return [Cell.of(line) for line in read_json_lines(file, "method", "target")] if file.exists() else []
 
 
 def print_table(cells: Sequence[Cell]) -> None:

@@ -1,0 +1,73 @@
+"""Table 3 of the paper on SmolLM2-135M: the uniform model against the searched one, before any training.
+
+python benchmarks/paper/table_3.py COMPARISON OUT      # COMPARISON: the directory of `darwinlm compare`
+
+Tasks are those of the comparison, by the paper's choice of metric; KL to the dense model in nats a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from statistics import mean
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from darwinlm import tables
+from darwinlm.comparison import DENSE, Cell, read_cells
+from darwinlm.report import save_figure
+
+SEARCHED = {"uniform": "uniform", "evolution": "searched"}
+
+
+def average(cell: Cell) -> float:
+    """Of all tasks, in per cent."""
+    return 100 * mean(score.value for score in cell.scores) if cell.scores else float("nan")
+
+
+def table(cells: list[Cell]) -> str:
+    """A row a model, in Markdown."""
+    first = cells[0]
+    texts, tasks = [Path(text).name for text in first.texts], [f"{score.task} {score.metric}" for score in first.scores]
+    titles = ["removed", "model", "KL", *(f"KL {text}" for text in texts), "perplexity", *tasks, "average"]
+    rows = []
+    for cell in cells:
+        kl = [f"{quality.kl:.4f}" for quality in cell.texts.values()]
+        found = [f"{cell.kl:.4f}", *kl, f"{cell.perplexity:.2f}", *map(str, cell.scores), f"{average(cell):.1f}"]
+        rows.append([f"{cell.target:.0%}", SEARCHED.get(cell.method, cell.method), *found])
+    return tables.markdown(titles, rows)
+
+
+def draw(cells: list[Cell]) -> Figure:
+    """KL and the average of the tasks, over the share removed."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels: list[Axes] = list(figure.subplots(1, 2))
+    for method, label in SEARCHED.items():
+        chosen = [cell for cell in cells if cell.method == method]
+        removed = [100 * cell.target for cell in chosen]
+        panels[0].plot(removed, [cell.kl for cell in chosen], marker="o", label=label)
+        panels[1].plot(removed, [average(cell) for cell in chosen], marker="o", label=label)
+    panels[1].axhline(average(cells[0]), color="#333333", linestyle=":", label=DENSE)
+    for axis, name in zip(panels, ("KL to the dense model (nats a token)", "average of the tasks (%)"), strict=True):
+        axis.set(xlabel="prunable parameters removed (%)", ylabel=name)
+        axis.legend(frameon=False)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("comparison", type=Path)
+    parser.add_argument("out", type=Path, help="directory of the picture")
+    arguments = parser.parse_args()
+    cells = [cell for cell in read_cells(arguments.comparison) if cell.method in (DENSE, *SEARCHED)]
+    cells.sort(key=lambda cell: cell.target)
+    print(table(cells))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    save_figure(arguments.out / "table_3.png", draw(cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Table 6 of the paper on SmolLM2-135M: what finding the model costs, and what it gives.
+
+python benchmarks/paper/table_6.py COMPARISON OUT      # COMPARISON: the directory of `darwinlm compare`
+
+Seconds are those from the database to the genome, on the machine of the comparison; every method pays for its own
+scores. The database, which all share, is measured by benchmarks/database.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from darwinlm import tables
+from darwinlm.comparison import COLOURS, DENSE, MARKERS, Cell, read_cells
+from darwinlm.report import save_figure
+
+LEAST = 0.1  # seconds: what costs nothing, on a logarithmic axis
+
+
+def table(cells: list[Cell], targets: list[float]) -> str:
+    """Seconds and KL, a row a method."""
+    found = {(cell.method, cell.target): cell for cell in cells}
+    titles = ["method", *(f"{what} at {target:.0%}" for target in targets for what in ("seconds", "KL"))]
+    rows = []
+    for method in dict.fromkeys(cell.method for cell in cells):
+        row = [method]
+        for target in targets:
+            cell = found.get((method, target))
+            row += ["-", "-"] if cell is None or cell.refused else [f"{cell.seconds:.0f}", f"{cell.kl:.4f}"]
+        rows.append(row)
+    return tables.markdown(titles, rows)
+
+
+def draw(cells: list[Cell]) -> Figure:
+    """KL over seconds, a line a method through its sizes."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis: Axes = figure.subplots()
+    for number, method in enumerate(dict.fromkeys(cell.method for cell in cells)):
+        chosen = [cell for cell in cells if cell.method == method and cell.refused is None]
+        axis.plot(
+            [max(cell.seconds, LEAST) for cell in chosen],
+            [cell.kl for cell in chosen],
+            label=method,
+            color=COLOURS[number % len(COLOURS)],
+            marker=MARKERS[number % len(MARKERS)],
+        )
+    axis.set(xscale="log", xlabel="seconds to find the genome", ylabel="KL to the dense model (nats a token)")
+    axis.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("comparison", type=Path)
+    parser.add_argument("out", type=Path, help="directory of the picture")
+    arguments = parser.parse_args()
+    cells = sorted((c for c in read_cells(arguments.comparison) if c.method != DENSE), key=lambda cell: cell.target)
+    print(table(cells, list(dict.fromkeys(cell.target for cell in cells))))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    save_figure(arguments.out / "table_6.png", draw(cells))
+
+
+if __name__ == "__main__":
+    main()

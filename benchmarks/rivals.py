@@ -1,0 +1,242 @@
+"""SmolLM2-135M pruned by what others wrote, beside a run of ours: the same text, no more parameters.
+
+darwinlm compress smollm2-135m --data vital-wiki --out RUN --target params=0.8
+python benchmarks/rivals.py RUN OUT      # resumes
+
+Torch-Pruning 1.6.1 and optipfair 0.4.2 run as they come, in an environment of their own that borrows torch and
+transformers from this one. Each prunes the run's dense model in float32; the ratio that it is given is the least, of
+ten bisections, that leaves it no more parameters than the run's model has. Text that it can use is the run's
+calibration text. Nothing is trained after pruning; of ours, the stitched genome is listed without its refit too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sysconfig
+import tempfile
+import time
+import venv
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from search import LENGTH, open_bench
+from time_to_kl import texts
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from darwinlm import load, tables
+from darwinlm.checkpoint import find_checkpoint
+from darwinlm.data import read_corpus
+from darwinlm.evaluate import parameter_count, perplexity_and_kl
+from darwinlm.run import Run
+
+PACKAGES = ("torch_pruning==1.6.1", "optipfair==0.4.2", "click")
+CALIBRATION = 16_384  # tokens
+BISECTIONS = 10
+Prune = Callable[[Any, float, Tensor], PreTrainedModel]
+
+
+def torch_pruning(model: Any, ratio: float, text: Tensor, *, hidden: bool) -> PreTrainedModel:
+    """As its LLM example does: norms of groups, heads and widths, the hidden size too if `hidden`."""
+    tp: Any = import_module("torch_pruning")
+    attentions = [layer.self_attn for layer in model.model.layers]
+    heads: dict[Any, int] = {}
+    for attention in attentions:
+        heads[attention.q_proj] = model.config.num_attention_heads
+        heads[attention.k_proj] = heads[attention.v_proj] = model.config.num_key_value_heads
+    widths = {} if hidden else {layer.mlp.gate_proj: ratio for layer in model.model.layers}
+    pruner = tp.pruner.BasePruner(
+        model,
+        example_inputs=text[:1, :8],
+        forward_fn=lambda model, ids: model(ids, use_cache=False).logits,  # it cannot follow a cache
+        importance=tp.importance.GroupMagnitudeImportance(p=2, group_reduction="mean"),
+        pruning_ratio=ratio if hidden else 0.0,
+        pruning_ratio_dict=widths,
+        ignored_layers=[model.lm_head],
+        num_heads=heads,
+        prune_num_heads=True,
+        prune_head_dims=False,
+        head_pruning_ratio=ratio,
+        round_to=4,
+    )
+    for group in pruner.step(interactive=True):
+        group.prune()
+    return with_sizes(model)
+
+
+def with_sizes(model: Any) -> PreTrainedModel:
+    """What Torch-Pruning leaves to its user: sizes in the config and in the attentions."""
+    config, layer = model.config, model.model.layers[0]
+    config.hidden_size, config.intermediate_size = model.lm_head.in_features, layer.mlp.gate_proj.out_features
+    config.num_attention_heads = layer.self_attn.q_proj.out_features // config.head_dim
+    config.num_key_value_heads = layer.self_attn.k_proj.out_features // config.head_dim
+    for block in model.model.layers:
+        attention = block.self_attn
+        attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
+    return model
+
+
+def optipfair_mlp(model: Any, ratio: float, text: Tensor, *, calibrated: bool) -> PreTrainedModel:
+    """The same share of every MLP, by the range of weights, alone or with the norms of activations."""
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in text.split(4)]
+    given = {"dataloader": batches} if calibrated else {}
+    package: Any = import_module("optipfair")
+    return package.prune_model(model, "MLP_GLU", "MAW", 100 * ratio, show_progress=False, **given)
+
+
+def optipfair_depth(model: Any, ratio: float, text: Tensor) -> PreTrainedModel:
+    """The last blocks."""
+    package: Any = import_module("optipfair")
+    count = round(ratio * model.config.num_hidden_layers)
+    return package.prune_model(model, "DEPTH", num_layers_to_remove=max(count, 1), show_progress=False)
+
+
+RIVALS: dict[str, Prune] = {
+    "Torch-Pruning, its LLM example": lambda *given: torch_pruning(*given, hidden=True),
+    "Torch-Pruning, heads and MLP": lambda *given: torch_pruning(*given, hidden=False),
+    "optipfair, MLP by weights": lambda *given: optipfair_mlp(*given, calibrated=False),
+    "optipfair, MLP by weights and activations": lambda *given: optipfair_mlp(*given, calibrated=True),
+    "optipfair, last blocks": optipfair_depth,
+}
+
+
+def prune(name: str, dense: PreTrainedModel, parameters: int, text: Tensor) -> tuple[PreTrainedModel, float]:
+    """The largest model of a rival that has no more parameters, and the seconds that one pruning took."""
+    low, high, best, seconds = 0.0, 1.0, None, 0.0
+    for _ in range(BISECTIONS):
+        ratio = (low + high) / 2
+        began = time.perf_counter()
+        try:
+            found = RIVALS[name](copy.deepcopy(dense), ratio, text)
+        except ValueError:  # a rival may refuse to leave nothing
+            high = ratio
+            continue
+        seconds = time.perf_counter() - began
+        if parameter_count(found) <= parameters:
+            best, high = found, ratio
+        else:
+            low = ratio
+    if best is None:
+        raise ValueError(f"no ratio leaves {parameters:,} parameters")
+    return best, seconds
+
+
+def stock(model: PreTrainedModel, ids: Tensor) -> str:
+    """Whether `save_pretrained` writes what `from_pretrained` reads, with the same logits."""
+    with tempfile.TemporaryDirectory() as directory, torch.no_grad():
+        try:
+            model.save_pretrained(directory)
+            again: Any = AutoModelForCausalLM.from_pretrained(directory)
+            difference = (again(ids).logits - model(ids).logits).abs().max().item()  # pyright: ignore[reportCallIssue]
+        except (RuntimeError, ValueError) as error:
+            return f"no: {str(error).strip().splitlines()[0][:90]}"
+    return "yes" if difference < 1e-3 else f"no: logits differ by {difference:.2g}"
+
+
+def measure(models: dict[str, PreTrainedModel], on: dict[str, Tensor]) -> dict[str, Any]:
+    """Perplexity and KL of the second model, the first being the dense one."""
+    _, name = models
+    found = {text: perplexity_and_kl(models, ids)[name] for text, ids in on.items()}
+    return {text: [quality.perplexity, quality.kl] for text, quality in found.items()}
+
+
+def rival(name: str, inputs: Path, out: Path) -> None:
+    """In the environment of the rivals: prune, measure, write."""
+    given = torch.load(inputs)
+    dense: Any = load(Path(given["dense"]), "float32")
+    line: dict[str, Any] = {"name": name}
+    try:
+        model, line["seconds"] = prune(name, dense, given["parameters"], given["calibration"])
+        line |= {"parameters": parameter_count(model), **measure({"dense": dense, name: model}, given["texts"])}
+        line["stock"] = stock(model, given["calibration"][:1, :64])
+    except Exception as error:
+        line["failed"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    out.write_text(json.dumps(line))
+
+
+def ours(run: Run, inputs: Path) -> list[dict[str, Any]]:
+    """The run's export, and its genome as the database has it."""
+    given = torch.load(inputs)
+    bench, _ = open_bench(run.path, torch.float32)
+    lines = []
+    models: dict[str, Any] = {"darwinlm, without refit": bench.stitcher.stitch(run.genome)}
+    if run.config.refit.tokens:
+        models["darwinlm"] = load(run.exported, "float32")
+    for name, model in models.items():
+        found = measure({"dense": bench.stitcher.dense, name: model}, given["texts"])
+        lines.append({"name": name, "parameters": parameter_count(model), "stock": "with its own class", **found})
+    return lines
+
+
+def prepare(run: Run, path: Path) -> None:
+    """What every model is given."""
+    config, tokenizer = run.config, find_checkpoint(run.config.model, run.path).tokenizer
+    corpus = read_corpus(config.data, tokenizer, LENGTH, config.seed)
+    given = {
+        "dense": str(run.dense),
+        "parameters": parameter_count(load(run.exported)),
+        "calibration": corpus.draw(calibration=CALIBRATION)["calibration"],
+        "texts": texts(config, run.path),
+    }
+    torch.save(given, path)
+
+
+def environment(root: Path) -> Path:
+    """Python of a virtual environment with the rivals; everything else is borrowed."""
+    if not (root / "ready").exists():
+        venv.create(root, with_pip=True)
+        site = root / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
+        (site / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+        python = root / "bin" / "python"
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
+        (root / "ready").touch()
+    return root / "bin" / "python"
+
+
+def show(lines: Sequence[dict[str, Any]]) -> None:
+    """The table, in Markdown."""
+    titles = ["model", "parameters", "perplexity, articles", "KL", "perplexity, WikiText-2", "KL", "loads as stock"]
+    cells = []
+    for line in lines:
+        if "failed" in line:
+            cells.append([line["name"], *[""] * 5, line["failed"]])
+        else:
+            (one, kl_one), (two, kl_two) = line["articles"], line["wikitext"]
+            figures = [f"{one:.2f}", f"{kl_one:.4f}", f"{two:.2f}", f"{kl_two:.4f}"]
+            cells.append([line["name"], f"{line['parameters']:,}", *figures, line["stock"]])
+    print(tables.markdown(titles, cells))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a finished run on SmolLM2-135M")
+    parser.add_argument("out", type=Path, help="keeps what was measured, and the environment")
+    parser.add_argument("--rival", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    out: Path = arguments.out
+    inputs = out / "inputs.pt"
+    if arguments.rival:
+        rival(arguments.rival, inputs, out / f"{arguments.rival}.json")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    run = Run.open(arguments.run)
+    if not inputs.exists():
+        prepare(run, inputs)
+    python = environment(out / "environment")
+    source = os.pathsep.join([str(Path(__file__).resolve().parents[1] / "src"), str(Path(__file__).parent)])
+    for name in RIVALS:
+        if not (out / f"{name}.json").exists():
+            command = [python, __file__, str(arguments.run), str(out), "--rival", name]
+            subprocess.run(command, env=os.environ | {"PYTHONPATH": source}, check=True)
+    show([*(json.loads((out / f"{name}.json").read_text()) for name in RIVALS), *ours(run, inputs)])
+
+
+if __name__ == "__main__":
+    main()
