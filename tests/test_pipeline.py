@@ -119,6 +119,22 @@ def test_candidates_are_scored_on_text_whose_ends_are_scrambled(
     assert scores[0.0] != pytest.approx(scores[0.5], rel=1e-3)
 
 
+def test_a_command_needs_no_text_for_later_stages(checkpoints: dict[str, Path], text: Path, tmp_path: Path):
+    """And what it draws, of a mixture too, is what the whole run draws."""
+    documents = text.read_text().splitlines()
+    halves = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    for half, lines in zip(halves, (documents[::2], documents[1::2]), strict=True):
+        half.write_text("\n".join(lines))
+    config = runs.short(checkpoints["llama-gqa"], text, tmp_path / "run")
+    corpus = read_corpus(f"{halves[0]}=2,{halves[1]}", tiny.tokenizer(), 32, seed=0)
+    whole = pipeline.draw_tokens(corpus, config)
+    assert whole.keys() == {"calibration", "search", "training", "refit", "evaluation"}
+    for until, purposes in (("database", ["calibration"]), ("search", ["calibration", "search", "training"])):
+        drawn = pipeline.draw_tokens(corpus, config, until)
+        assert list(drawn) == purposes
+        assert all(torch.equal(drawn[purpose], whole[purpose]) for purpose in purposes)
+
+
 def test_the_run_directory_holds_what_the_design_says_and_nothing_else(compressed: Run):
     found = set(runs.files(compressed.path))
     code = {name for name in found if name.startswith("model/modeling_pruned_")}

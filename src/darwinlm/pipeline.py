@@ -123,7 +123,7 @@ class _Work:
     budget: Budget
     genome: Genome | None  # one that was given, instead of a search
     earlier: Genome | None  # one that was given, to start from
-    tokens: dict[str, Int[Tensor, "sequences length"]]  # by purpose
+    tokens: dict[str, Int[Tensor, "sequences length"]]  # by purpose, of the stages that are run
     texts: dict[str, Int[Tensor, "_ length"]]  # further ones to judge models on
     device: torch.device
     dtype: torch.dtype
@@ -149,7 +149,7 @@ def _open(this: Run, config: RunConfig, until: Stage) -> _Work:
         for sentence in grid.fewer(config.database.levels):
             say(sentence)
         corpus = read_corpus(config.data, checkpoint.tokenizer, config.calibration.sequence_length, config.seed)
-        tokens, texts = draw_tokens(corpus, config), draw_texts(corpus, config)
+        tokens, texts = draw_tokens(corpus, config, until), draw_texts(corpus, config)
         made_from = {
             "model": checkpoint.fingerprint,
             "text": corpus.fingerprint,
@@ -175,16 +175,18 @@ def _open(this: Run, config: RunConfig, until: Stage) -> _Work:
     return _Work(this, config, checkpoint, grid, even, budget, genome, earlier, tokens, texts, device, dtype, made_from)
 
 
-def draw_tokens(corpus: Corpus, config: RunConfig) -> dict[str, Int[Tensor, "sequences length"]]:
-    """Disjoint tokens for each stage of a run. Raises `UsageError` if there is too little text."""
-    stages = config.search.stages
-    tokens = corpus.draw(
-        calibration=config.calibration.tokens,
-        search=max(stage.fitness_tokens for stage in stages),
-        training=max(stage.training_tokens for stage in stages),
-        refit=config.refit.tokens,
-    )
-    return tokens | {"evaluation": corpus.draw_held_out(config.evaluation.tokens)}
+def draw_tokens(
+    corpus: Corpus, config: RunConfig, until: Stage = "report"
+) -> dict[str, Int[Tensor, "sequences length"]]:
+    """Disjoint tokens for each stage up to `until`. Raises `UsageError` if there is too little text."""
+    stages, wanted = config.search.stages, {"calibration": config.calibration.tokens}
+    if until != "database":
+        wanted["search"] = max(stage.fitness_tokens for stage in stages)
+        wanted["training"] = max(stage.training_tokens for stage in stages)
+    if until in ("database", "search"):
+        return corpus.draw(**wanted)
+    drawn = corpus.draw(**wanted, refit=config.refit.tokens)
+    return drawn | {"evaluation": corpus.draw_held_out(config.evaluation.tokens)}
 
 
 def scored_text(text: Int[Tensor, "sequences length"], config: SearchConfig) -> Int[Tensor, "sequences length"]:
