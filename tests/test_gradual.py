@@ -30,7 +30,7 @@ SMALL = [
     "[{survivors: 1, fitness_tokens: 64, training_tokens: 32}]",
     "--evaluation.tokens=128", "--evaluation.continuation-tokens=2", "--evaluation.speed-tokens=16",
     "--evaluation.decode-tokens=2", "--evaluation.repeats=1", "--evaluation.prompts=[Hello]",
-    "--stream.sequence-length=32", "--training.evaluation-tokens=128", "--training.fsdp=false", "--no-verify",
+    "--stream.sequence-length=32", "--training.evaluation-tokens=128", "--training.warmup-steps=1", "--no-verify",
 ]  # fmt: skip
 
 
@@ -136,9 +136,12 @@ def test_a_recipe_of_the_paper_runs_on_a_tiny_model_of_its_family(
     assert (training.batch_size, training.warmup_steps, config.stream.sequence_length) == (batch, warmup, context)
     assert [(stage.target_level, stage.tokens) for stage in config.stages] == [(level, 10**10) for level in levels]
     stages = yaml.safe_dump([{"target_level": level, "tokens": 256} for level in levels], default_flow_style=True)
-    small = [f"--model={checkpoints[family]}", f"--data={text}", f"--out={tmp_path / 'out'}", "--stages", stages]
+    scored = tmp_path / "scored.jsonl"
+    lines = text.read_text().splitlines()
+    scored.write_text("".join(f"{json.dumps(json.loads(line) | {'language_score': 0.95})}\n" for line in lines))
+    small = [f"--model={checkpoints[family]}", f"--data={scored}", f"--out={tmp_path / 'out'}", "--stages", stages]
     assert config.refit.tokens == config.distillation.weight == 0
-    small += [*SMALL, "--training.batch-size=4", "--stream.score-column=null"]
+    small += [*SMALL, "--training.batch-size=4"]
     assert runs.call("gradual", "--config", str(path), *small) == 0
     table = read_json(tmp_path / "out" / "table.json")
     assert [row["level"] for row in table] == levels

@@ -141,7 +141,7 @@ def test_what_was_trained_is_not_trained_again(whole: TrainConfig, tmp_path: Pat
 def test_gradient_checkpointing_changes_nothing(dtype: str, export: Path, text: Path, tmp_path: Path):
     curves = []
     for checkpointing in (False, True):
-        changes = {"gradient_checkpointing": checkpointing, "dtype": dtype}
+        changes = {"gradient_checkpointing": checkpointing, "dtype": dtype, "warmup_steps": 1}
         config = trainings.short(export, text, tmp_path / str(checkpointing), tokens=256, training=changes)
         curves.append(trainings.losses(train(config).history))
     assert curves[0] == pytest.approx(curves[1], abs=1e-5)
@@ -222,7 +222,10 @@ def test_wrong_arguments_are_one_sentence(
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-5]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     cases = [
-        (trainings.short(export, text, out, stream={"sequence_length": 512}), "256 positions of the model, found 512"),
+        (
+            trainings.short(export, text, out, tokens=10**5, stream={"sequence_length": 512}),
+            "256 positions of the model, found 512",
+        ),
         (trainings.distilled(export, text, out, other), "expected the tokenizer of .* found another in"),
         (trainings.short(export, text, out, tokens=10**9), "too little text .* expected 1,000,000,000 tokens"),
         (trainings.short(export, text, out, training={"batch_size": 3}), "a multiple of 2 .* found 3"),
@@ -236,7 +239,8 @@ def test_wrong_arguments_are_one_sentence(
         with pytest.raises(UsageError, match=sentence):
             train(config)
         assert not (out / "train.yaml").exists()
-        shutil.rmtree(out, ignore_errors=True)
+    assert (out / "cache").exists()  # and yet the right command may use it
+    assert train(trainings.short(export, text, out)).result["after"]["perplexity"] > 1
 
 
 def test_a_checkpoint_of_another_training_is_refused(whole: TrainConfig, tmp_path: Path):
@@ -262,7 +266,7 @@ def test_top_k_of_the_whole_vocabulary_trains_like_the_teacher_itself(whole: Tra
     found = train(cached).history
     expected = train(whole).history
     assert trainings.losses(found) == pytest.approx(trainings.losses(expected), abs=3e-3)
-    assert [line["eval_kl"] for line in found if "eval_kl" in line] == pytest.approx(
+    assert [line["eval_kl_top_k"] for line in found if "eval_kl_top_k" in line] == pytest.approx(
         [line["eval_kl"] for line in expected if "eval_kl" in line], abs=3e-3
     )
 

@@ -34,6 +34,11 @@ def expect_positive(config: object, section: str, *names: str) -> None:
         expect(0 < found < math.inf, f"{section}.{name}", "more than 0", found)
 
 
+def expect_seed(seed: int) -> None:
+    """Raise `UsageError` unless every generator takes the seed."""
+    expect(0 <= seed < 2**32, "seed", "0 to 4294967295", seed)
+
+
 def expect_named(config: object, *names: str) -> None:
     for name in names:
         expect(bool(getattr(config, name)), name, "a name", "nothing")
@@ -280,6 +285,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         expect_named(self, "model", "data", "out")
+        expect_seed(self.seed)
         if self.target is None:
             expect_level(self.target_level, self.database.levels)
 

@@ -28,6 +28,7 @@ HUB_DOCUMENTS = 50_000  # a streamed data set is read this far
 TEXT_COLUMNS = ("text", "content", "extract")
 HUB = {
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train"),
+    "fineweb-edu-100bt": ("HuggingFaceFW/fineweb-edu", "sample-100BT", "train"),  # for billions of tokens
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
     "c4": ("allenai/c4", "en", "train"),
     # For evaluation only.
@@ -297,10 +298,11 @@ def _read_hub(name: str, flag: str) -> Iterator[str]:
 
 
 def text_of(record: object, where: str) -> str:
-    """The text of a record, or `UsageError` if it has none under a name that is known."""
-    for column in TEXT_COLUMNS:
-        if isinstance(record, dict) and isinstance(record.get(column), str):
-            return record[column]
+    """The text of a record, empty where it is null, or `UsageError` if it has none under a name that is known."""
+    found = [record[column] for column in TEXT_COLUMNS if column in record] if isinstance(record, dict) else []
+    for text in sorted(found, key=lambda text: text is None):
+        if isinstance(text, str | None):
+            return text or ""
     raise UsageError(f"{where} has no text: expected a column {' or '.join(TEXT_COLUMNS)}; rename the text's column")
 
 

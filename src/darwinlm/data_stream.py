@@ -12,8 +12,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
-from itertools import islice
+from functools import cached_property, lru_cache
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from datasets.exceptions import DatasetNotFoundError
 from jaxtyping import Int
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from darwinlm import parallel
@@ -35,6 +35,7 @@ from darwinlm.types import DarwinError, UsageError
 
 LANES = 64  # of a source at most, whatever the number of processes
 FIRST_PART, LARGEST_PART = 64, 8192  # documents; each part of a lane is twice as large as the one before
+OPEN_FILES = 512  # mapped into memory at a time: Linux allows a process 65,530 maps
 LOADERS = {".jsonl": "json", ".parquet": "parquet"}
 MANIFEST = "tokens.json"
 Place = tuple[int, int, int]  # lane, part of the lane, row of the part
@@ -77,10 +78,10 @@ class TokenStore:
         return store
 
     def fill(self, sequences: int) -> list[Place]:
-        """See that at least `sequences` are there, and return their places.
+        """See that at least `sequences` are there, and return the places of the first ones.
 
         All processes call it together, each fills its own lanes. The places do not depend on how many there are, nor
-        on what was there before.
+        on what was there before, and those of fewer sequences come first among those of more.
 
         Raises:
             UsageError: if the source has too little text, or cannot be read.
@@ -98,8 +99,8 @@ class TokenStore:
                 length = self.config.sequence_length
                 raise UsageError(
                     f"too little text in {self.source}: expected {sequences * length:,} tokens (sequences "
-                    f"of {length}), found {sum(counts.values()) * length:,} {self._kept}; give more text or ask for "
-                    "fewer tokens"
+                    f"of {length}), found {sum(counts.values()) * length:,} {self._kept}; give more text or "
+                    f"{'lower --training.evaluation-tokens' if self.held_out else 'ask for fewer tokens'}"
                 )
             quota += -(-missing // len(live))
             for lane in live:
@@ -107,7 +108,9 @@ class TokenStore:
                     self._extend(lane, quota)
             parallel.wait_for_all()
             counts = {lane: sum(part["sequences"] for part in self._parts(lane)) for lane in lanes}
-        return [place for lane in lanes for place in islice(self._places(lane), quota)][:sequences]
+        # Lanes in turn, so that a longer draw only adds to a shorter one.
+        rounds = zip_longest(*(islice(self._places(lane), quota) for lane in lanes))
+        return list(islice((place for turn in rounds for place in turn if place is not None), sequences))
 
     def _places(self, lane: int) -> Iterator[Place]:
         for number, part in enumerate(self._parts(lane)):
@@ -160,19 +163,26 @@ class TokenStore:
         return tokens, {"sequences": len(tokens), "whole": whole, "end": end, "next": state}
 
     def _kept_texts(self, documents: IterableDataset) -> Iterator[str]:
-        column, least = self.config.score_column, self.config.min_score
         for record in documents:
             text = text_of(record, self.source)
-            if column is not None:
-                if column not in record:
-                    raise UsageError(
-                        f"--stream.score-column: {self.source} has no column {column}, it has {', '.join(record)}; "
-                        "name one of these"
-                    )
-                if record[column] is None or record[column] < least:
-                    continue
-            if text.strip() and is_held_out(text) == self.held_out:
+            if text.strip() and self._scored_enough(record) and is_held_out(text) == self.held_out:
                 yield text
+
+    def _scored_enough(self, record: Mapping[str, Any]) -> bool:
+        column, least = self.config.score_column, self.config.min_score
+        if column is None:
+            return True
+        if column not in record:
+            raise UsageError(
+                f"--stream.score-column: {self.source} has no column {column}, it has {', '.join(record)}; name one of "
+                "these"
+            )
+        score = record[column]
+        if score is not None and not isinstance(score, int | float):
+            raise UsageError(
+                f"--stream.score-column: expected numbers in {column} of {self.source}, found {score!r}; name another"
+            )
+        return score is not None and score >= least  # which NaN is not
 
     @cached_property
     def _documents(self) -> IterableDataset:
@@ -219,16 +229,25 @@ class Sequences(torch.utils.data.Dataset):
 
 
 def draw_sequences(
-    data: str, sequences: int, tokenizer: PreTrainedTokenizerBase, config: StreamConfig, cache: Path, seed: int
+    data: str,
+    sequences: int,
+    tokenizer: PreTrainedTokenizerBase,
+    config: StreamConfig,
+    cache: Path,
+    seed: int,
+    skip: int = 0,
 ) -> Sequences:
     """Training sequences of `SOURCE` or a mixture `SOURCE=WEIGHT,SOURCE=WEIGHT`, shuffled by `seed`.
+
+    Args:
+        skip: so many that come before these are for others, such as earlier stages of a recipe.
 
     Raises:
         UsageError: if a source cannot be read or has too little text.
     """
-    drawn = _draw(data, sequences, tokenizer, config, cache, held_out=False)
-    order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed))[:sequences]
-    return Sequences(drawn.stores, drawn.places[order])
+    drawn = _draw(data, skip + sequences, tokenizer, config, cache, held_out=False)
+    order = torch.randperm(sequences, generator=torch.Generator().manual_seed(seed))
+    return Sequences(drawn.stores, drawn.places[skip:][order])
 
 
 def draw_held_out(
@@ -241,14 +260,19 @@ def draw_held_out(
 def _draw(
     data: str, sequences: int, tokenizer: PreTrainedTokenizerBase, config: StreamConfig, cache: Path, held_out: bool
 ) -> Sequences:
+    """The first sequences of a mixture, its sources in turn by their weights."""
     sources = [name_and_weight(part.strip()) for part in data.split(",")]
-    total = sum(weight for _, weight in sources)
-    stores, places = [], []
-    for number, (source, weight) in enumerate(sources):
+    # Sequence k of a source stands at (k + 1/2) / weight: any beginning of the mixture has about its weights.
+    stands = [(torch.arange(sequences, dtype=torch.float64) + 0.5) / weight for _, weight in sources]
+    first = torch.cat(stands).argsort(stable=True)[:sequences] // sequences
+    stores, places = [], torch.empty(sequences, 4, dtype=torch.int32)
+    for number, (source, _) in enumerate(sources):
         store = TokenStore.open(cache, source, tokenizer, config, held_out)
         stores.append(store)
-        places += [(number, *place) for place in store.fill(-int(-sequences * weight // total))]
-    return Sequences(tuple(stores), torch.tensor(places, dtype=torch.int32).view(-1, 4))
+        of_source = first == number
+        found = torch.tensor(store.fill(int(of_source.sum())), dtype=torch.int32).view(-1, 3)
+        places[of_source] = nn.functional.pad(found, (1, 0), value=number)
+    return Sequences(tuple(stores), places)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -307,6 +331,7 @@ def _shards(source: str) -> list[Path]:
         found = [path] if path.is_file() else []
     else:
         return []
+    found = [file for file in found if file.stat().st_size]  # an empty shard has no columns
     if not found or len({file.suffix for file in found}) > 1:
         kinds = " and ".join(sorted({file.suffix for file in found})) or "none"
         raise UsageError(f"no text at {source}: expected .jsonl or .parquet files of one kind, found {kinds}; check it")
@@ -336,6 +361,6 @@ def open_tensors(file: Path) -> Any:
     return _open(file, file.stat().st_mtime_ns)
 
 
-@cache
+@lru_cache(maxsize=OPEN_FILES)
 def _open(file: Path, _: int) -> Any:
     return safe_open(file, framework="pt").__enter__()

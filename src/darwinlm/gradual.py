@@ -14,14 +14,18 @@ from darwinlm import parallel, tables
 from darwinlm.artifact import write_json, write_text
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.config import RunConfig
+from darwinlm.data_stream import draw_sequences
 from darwinlm.evaluate import parameter_count
 from darwinlm.families import find_grid, find_units
 from darwinlm.genome import parameters_at, uniform_genome
 from darwinlm.pipeline import run
 from darwinlm.progress import say
 from darwinlm.run import GRADUAL_SETTINGS, claim, find_export
-from darwinlm.train import train
+from darwinlm.train import check, train
 from darwinlm.train_config import GradualConfig, GradualStage, TrainConfig
+from darwinlm.trainer import FINISHED
+
+LEFT = ("cache", "dense")  # by a command that was refused: the next one takes it
 
 
 def gradual(config: GradualConfig) -> Path:
@@ -35,20 +39,41 @@ def gradual(config: GradualConfig) -> Path:
         DarwinError: if a stage fails. The same call goes on from what is finished.
     """
     out = Path(config.out)
-    with parallel.together(), parallel.shared_directory(out, lambda: claim(out, GRADUAL_SETTINGS, config)):
+    with parallel.together(), parallel.shared_directory(out, lambda: _claim(out, config)):
         return _stages(config, out)
+
+
+def _claim(out: Path, config: GradualConfig) -> None:
+    """Hold the directory. How to train may change until a training has begun, and all until a pruning has."""
+    if not any(out.glob("*-prune")):
+        (out / GRADUAL_SETTINGS).unlink(missing_ok=True)
+    begun = any(out.glob(f"*-train/checkpoints/*/{FINISHED}"))
+    claim(out, GRADUAL_SETTINGS, config, own=LEFT, open_to=() if begun else ("stream", "distillation", "training"))
+
+
+def _check(config: GradualConfig, dense: Checkpoint) -> None:
+    """Find before the first pruning what trainings would stumble over after it: settings, and how the text reads."""
+    trainings = [
+        _training(config, stage, number, Path(config.model), dense) for number, stage in enumerate(config.stages, 1)
+    ]
+    for training in (training for training in trainings if training is not None):
+        check(training, dense, dense)
+        cache = Path(str(training.cache))
+        draw_sequences(config.data, config.training.batch_size, dense.tokenizer, config.stream, cache, config.seed)
 
 
 def _stages(config: GradualConfig, out: Path) -> Path:
     with parallel.first_before_others():
         dense = find_checkpoint(config.model, out)
+    _check(config, dense)
     model, rows = config.model, []
     for number, stage in enumerate(config.stages, 1):
         say(f"stage {number} of {len(config.stages)}: level {stage.target_level:g}, then {stage.tokens:,} tokens")
         pruned = run(_pruning(config, stage, number, model, dense))
         model, row = str(pruned.exported), {"stage": number, "level": stage.target_level}
-        if stage.tokens:
-            trained = train(_training(config, stage, number, pruned.path, dense))
+        training = _training(config, stage, number, pruned.path, dense)
+        if training is not None:
+            trained = train(training)
             model, row = str(trained.exported), row | trained.result
         parallel.wait_for_all()
         rows.append(row | {"parameters": parameter_count(_shape(Path(model)))})
@@ -86,13 +111,20 @@ def _pruning(config: GradualConfig, stage: GradualStage, number: int, model: str
     )
 
 
-def _training(config: GradualConfig, stage: GradualStage, number: int, pruned: Path, dense: Checkpoint) -> TrainConfig:
+def _training(
+    config: GradualConfig, stage: GradualStage, number: int, pruned: Path, dense: Checkpoint
+) -> TrainConfig | None:
+    """The training of a stage, if it has one: on text that no stage before it has seen."""
+    if not stage.tokens:
+        return None
     out = Path(config.out)
+    step = config.training.batch_size * config.stream.sequence_length
     return TrainConfig(
         model=str(pruned),
         data=config.data,
         out=str(out / f"{number}-train"),
         tokens=stage.tokens,
+        skip=sum(-(-earlier.tokens // step) * step for earlier in config.stages[: number - 1]),
         teacher=str(dense.path),
         seed=config.seed,
         device=config.device,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
@@ -25,7 +25,11 @@ from darwinlm.genome import Grid
 from darwinlm.types import DarwinError, Genome, SearchResult, UsageError
 
 SETTINGS, TRAIN_SETTINGS, GRADUAL_SETTINGS = "run.yaml", "train.yaml", "recipe.yaml"
-FREE = ("out", "verify")  # settings that may change when a run is resumed: a run may be moved
+# Settings that may change when something is resumed: it may be moved, and may need less memory or another disk.
+FREE = ("out", "verify", "cache", "training.micro_batch_size", "training.gradient_checkpointing", "training.report_to")
+
+
+ARCHIVE = ("PytorchStreamReader", "PytorchStreamWriter", "inline_container")  # torch's own words for a bad file
 
 
 class Run:
@@ -122,25 +126,30 @@ class Run:
         return read_json(self._result_path, "levels", "level_of")
 
 
-def claim(path: Path, settings: str, config: Any) -> None:
+def claim(path: Path, settings: str, config: Any, own: Sequence[str] = (), open_to: Sequence[str] = ()) -> None:
     """Make a directory that of a configuration, or find that it is. The directory must be held by this process.
 
     Args:
         settings: name of the file that holds the configuration.
+        own: what an earlier command, which was refused, may have left for this one.
+        open_to: settings that may still change, whole ones or parts (`training`); the file then takes the new ones.
 
     Raises:
         UsageError: if the directory holds other settings, or anything else.
     """
     file = path / settings
     if not file.exists():
-        strangers = [entry.name for entry in path.iterdir() if not entry.name.startswith((".", settings))]
+        strangers = [entry.name for entry in path.iterdir() if not entry.name.startswith((".", settings, *own))]
         if strangers:
             raise UsageError(f"{path} is not empty and holds no run (found {strangers[0]}); choose another --out")
         write_text(file, yaml.safe_dump(_plain(config), sort_keys=False))
-    old, new = _plain(read_config(file, type(config))), _plain(config)
-    changed = _differences(old | {name: new[name] for name in FREE if name in new}, new)
+    found = _differences(_plain(read_config(file, type(config))), _plain(config))
+    changed = {name: how for name, how in found.items() if name not in FREE}
+    fixed = [how for name, how in changed.items() if not any(f"{name}.".startswith(f"{part}.") for part in open_to)]
+    if fixed:
+        raise UsageError(f"{path} holds another run ({'; '.join(fixed)}); choose another --out, or delete it")
     if changed:
-        raise UsageError(f"{path} holds another run ({'; '.join(changed)}); choose another --out, or delete it")
+        write_text(file, yaml.safe_dump(_plain(config), sort_keys=False))
     sweep(path)
 
 
@@ -239,11 +248,14 @@ def _lists(value: Any) -> Any:
     return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _differences(old: Any, new: Any, name: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = dict.fromkeys([*old, *new])
-        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))]
-    return [] if old == new else [f"its {name} is {old}, not {new}"]
+def _differences(old: Any, new: Any, name: str = "") -> dict[str, str]:
+    """What differs, by its dotted name, for people."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return {} if old == new else {name: f"its {name} is {old}, not {new}"}
+    found = {}
+    for key in dict.fromkeys([*old, *new]):
+        found |= _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
+    return found
 
 
 @contextmanager
@@ -259,5 +271,12 @@ def told_in_one_sentence(what: str, thrift: str) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise DarwinError(f"{what} has stopped: {error}; {cure}") from error
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in ARCHIVE):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise DarwinError(
+            f"{what} has stopped: a file of torch's could not be read or written ({reason}); {cure}"
+        ) from error
     except (MemoryError, torch.OutOfMemoryError):
         raise DarwinError(f"{what} has stopped: out of memory; {thrift}") from None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from transformers.integrations import get_available_reporting_integrations
 from darwinlm import parallel
 from darwinlm.artifact import read_json, write_json
 from darwinlm.checkpoint import Checkpoint
+from darwinlm.config import expect
 from darwinlm.data_stream import Sequences, draw_held_out, draw_sequences, tokenizer_fingerprint
 from darwinlm.device import resolve_device, resolve_dtype
 from darwinlm.distill import Target, teacher_target
@@ -27,11 +31,14 @@ from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected
 from darwinlm.modeling import block_sizes_of, family_of
 from darwinlm.progress import quiet_transformers, say
-from darwinlm.run import TRAIN_SETTINGS, claim, open_model, told_in_one_sentence, versions_told
+from darwinlm.run import FREE, TRAIN_SETTINGS, claim, open_model, told_in_one_sentence, versions_told
 from darwinlm.teacher_logits import CachedTeacher, TaughtSequences, TeacherLogits
 from darwinlm.train_config import TrainConfig
 from darwinlm.trainer import FINISHED, Batch, DivergedError, RecoveryTrainer, Teacher
 from darwinlm.types import DarwinError, UsageError
+
+LEFT = ("cache", "student", "teacher")  # by a command that was refused: the next one takes it
+OPTIMIZER = "optimizer.pt"
 
 
 class Training:
@@ -64,7 +71,11 @@ class Training:
 
     def last_checkpoint(self, made_from: Mapping[str, Any]) -> Path | None:
         """The newest whole checkpoint. Raises `UsageError` if it is of another training."""
-        whole = {int(file.parent.name.rpartition("-")[2]): file for file in self.checkpoints.glob(f"*/{FINISHED}")}
+        whole = {
+            int(found[1]): file
+            for file in self.checkpoints.glob(f"*/{FINISHED}")
+            if (found := re.fullmatch(r"checkpoint-(\d+)", file.parent.name))
+        }
         if not whole:
             return None
         newest = whole[max(whole)]
@@ -88,7 +99,7 @@ def train(config: TrainConfig) -> Training:
     thrift = "lower --training.micro-batch-size or switch on --training.gradient-checkpointing"
     told = told_in_one_sentence(f"the training in {config.out}", thrift)
     this = Training(config.out)
-    held = parallel.shared_directory(this.path, lambda: claim(this.path, TRAIN_SETTINGS, config))
+    held = parallel.shared_directory(this.path, lambda: _claim(this, config))
     with told, parallel.together(), held:
         if this.result_path.exists():
             say(f"{this.path} is finished: {this.exported} is the model")
@@ -97,8 +108,41 @@ def train(config: TrainConfig) -> Training:
         last = _train(work)
         if parallel.first():
             _export(work, last)
-            _conclude(work)
+            _conclude(work, last)
     return this
+
+
+def check(config: TrainConfig, student: Checkpoint, teacher: Checkpoint | None) -> None:
+    """Find what is wrong with the settings of a training, before anything is computed for it.
+
+    Args:
+        student: the model that will be trained, or one of the same kind and tokenizer.
+
+    Raises:
+        UsageError: if a setting cannot be used.
+    """
+    training, distillation, length = config.training, config.distillation, config.stream.sequence_length
+    resolve_device(config.device)
+    family_of(student.config)  # that it can be exported
+    student.check_length(length, "stream.sequence-length")
+    if teacher is not None:
+        teacher.check_length(length, "stream.sequence-length")
+        _check_tokenizers(config, student, teacher)
+    vocabulary = student.config.vocab_size
+    expect(distillation.top_k <= vocabulary, "distillation.top_k", f"at most {vocabulary:,}", distillation.top_k)
+    _check_reports(training.report_to)
+    _accumulation(config)
+    if training.lora_rank and find_spec("peft") is None:
+        raise UsageError("--training.lora-rank wants the package peft: pip install darwinlm[lora]")
+    if training.fsdp and parallel.processes() == 1:
+        say("--training.fsdp: there is one process, which has nothing to share; torchrun starts several")
+
+
+def _claim(this: Training, config: TrainConfig) -> None:
+    """Hold the directory. Until there is a checkpoint, nothing in it depends on the settings."""
+    if not any(this.checkpoints.glob(f"*/{FINISHED}")):
+        (this.path / TRAIN_SETTINGS).unlink(missing_ok=True)
+    claim(this.path, TRAIN_SETTINGS, config, own=LEFT)
 
 
 @dataclass(frozen=True)
@@ -124,18 +168,10 @@ def _open(this: Training, config: TrainConfig) -> _Work:
         with parallel.first_before_others():
             checkpoint = open_model(config.model, this.path / "student")
             teacher = None if config.teacher is None else open_model(config.teacher, this.path / "teacher")
-        family_of(checkpoint.config)  # that it can be exported
-        _check_reports(config)
-        _accumulation(config)
-        checkpoint.check_length(config.stream.sequence_length, "stream.sequence-length")
-        if teacher is not None:
-            teacher.check_length(config.stream.sequence_length, "stream.sequence-length")
-            _check_tokenizers(config, checkpoint, teacher)
-        elif config.distillation.top_k:
-            raise UsageError("--distillation.top-k: expected --teacher with it, found none; name the dense model")
+        check(config, checkpoint, teacher)
         cache = Path(config.cache) if config.cache else this.path / "cache"
         text = config.data, config.steps * config.training.batch_size, checkpoint.tokenizer, config.stream, cache
-        sequences = draw_sequences(*text, config.seed)
+        sequences = draw_sequences(*text, config.seed, -(-config.skip // config.stream.sequence_length))
         held_out = draw_held_out(
             config.data,
             -(-config.training.evaluation_tokens // config.stream.sequence_length),
@@ -147,7 +183,7 @@ def _open(this: Training, config: TrainConfig) -> _Work:
             "model": checkpoint.fingerprint,
             "teacher": None if teacher is None else teacher.fingerprint,
             "text": sequences.fingerprint,
-            "settings": asdict(config.training) | asdict(config.distillation) | {"seed": config.seed},
+            "settings": _deciding(config),
         }
         made_from = json.loads(json.dumps(made_from))  # as a checkpoint says it
         this.last_checkpoint(made_from)
@@ -159,10 +195,17 @@ def _open(this: Training, config: TrainConfig) -> _Work:
     return _Work(this, config, checkpoint, teacher, sequences, held_out, cache, device, dtype, made_from)
 
 
-def _check_reports(config: TrainConfig) -> None:
+def _deciding(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide what a training makes of its model and text."""
+    free = {name.removeprefix("training.") for name in FREE}
+    settings = {name: value for name, value in asdict(config.training).items() if name not in free}
+    return settings | asdict(config.distillation) | {"seed": config.seed}
+
+
+def _check_reports(names: Sequence[str]) -> None:
     installed = get_available_reporting_integrations()
     known = ", ".join(installed) or "nothing"
-    for name in config.training.report_to:
+    for name in names:
         if name not in installed:
             raise UsageError(
                 f"--training.report-to: expected what is installed ({known}), found {name!r}; install it or leave it"
@@ -212,12 +255,14 @@ def _teacher(work: _Work) -> tuple[Teacher | None, Dataset, Dataset]:
 
     if not config.top_k:
         return _OnlineTeacher(load()), work.sequences, work.held_out
-    taught: list[Dataset] = []
-    for sequences, temperature in ((work.sequences, config.temperature), (work.held_out, 1.0)):
+
+    def taught(sequences: Sequences, temperature: float) -> Dataset:
         logits = TeacherLogits.open(work.cache, checkpoint.fingerprint, config.top_k, temperature)
         logits.fill(sequences, load)
-        taught.append(TaughtSequences(sequences, logits))
-    return CachedTeacher(), taught[0], taught[1]
+        return TaughtSequences(sequences, logits)
+
+    learned = taught(work.sequences, config.temperature) if config.weight else work.sequences
+    return CachedTeacher(), learned, taught(work.held_out, 1.0)
 
 
 def _train(work: _Work) -> Path:
@@ -226,11 +271,8 @@ def _train(work: _Work) -> Path:
     last = this.last_checkpoint(work.made_from)
     if last is not None and last.name == f"checkpoint-{config.steps}":
         return last
-    if last is not None and config.training.fsdp and work.device.type == "cpu":
-        raise DarwinError(  # accelerate's loading waits for ever
-            f"--training.fsdp: a sharded training cannot be resumed on CPU (found {last}); resume it on GPUs, or "
-            "choose another --out"
-        )
+    if last is not None:
+        _check_resumable(last, work)
     set_seed(config.seed)
     model: Any = work.checkpoint.load(torch.float32, work.device).requires_grad_(True).train()
     if config.training.lora_rank:
@@ -263,8 +305,28 @@ def _train(work: _Work) -> Path:
     return last
 
 
+def _check_resumable(last: Path, work: _Work) -> None:
+    """Raise `DarwinError` if a checkpoint lacks what going on exactly takes."""
+    if _sharded(work.config) and work.device.type == "cpu":  # accelerate's loading waits for ever
+        raise DarwinError(
+            f"--training.fsdp: a sharded training cannot be resumed on CPU (found {last}); resume it on GPUs, or "
+            "choose another --out"
+        )
+    if not _sharded(work.config) and not (last / OPTIMIZER).exists():
+        raise DarwinError(
+            f"expected {OPTIMIZER} in {last}, found none: resume with as many processes as wrote it, or remove that "
+            "checkpoint, and the training goes on from the one before"
+        )
+
+
+def _sharded(config: TrainConfig) -> bool:
+    return config.training.fsdp and parallel.processes() > 1
+
+
 def _arguments(work: _Work, resumed: bool) -> TrainingArguments:
     config = work.config.training
+    low = work.dtype == torch.bfloat16
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if low else "no"  # which a launcher may have set otherwise
     return TrainingArguments(
         output_dir=str(work.this.checkpoints),
         max_steps=work.config.steps,
@@ -276,7 +338,7 @@ def _arguments(work: _Work, resumed: bool) -> TrainingArguments:
         optim="adamw_torch",
         weight_decay=0.0,
         max_grad_norm=config.max_gradient_norm,
-        bf16=work.dtype == torch.bfloat16,
+        bf16=low,
         **(_activation_checkpointing() if config.gradient_checkpointing else {}),
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,
@@ -294,7 +356,7 @@ def _arguments(work: _Work, resumed: bool) -> TrainingArguments:
         dataloader_pin_memory=work.device.type == "cuda",
         use_cpu=work.device.type == "cpu",
         ddp_find_unused_parameters=False,
-        **({"fsdp": True, "fsdp_config": {"version": 2}} if config.fsdp else {}),
+        **({"fsdp": True, "fsdp_config": {"version": 2}} if _sharded(work.config) else {}),
     )
 
 
@@ -306,10 +368,8 @@ def _activation_checkpointing() -> dict[str, Any]:
 
 
 def _with_adapters(model: PreTrainedModel, config: TrainConfig) -> nn.Module:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise UsageError("--training.lora-rank wants the package peft: pip install darwinlm[lora]") from None
+    from peft import LoraConfig, get_peft_model
+
     training = config.training
     adapters = LoraConfig(
         r=training.lora_rank,
@@ -368,8 +428,9 @@ def _settings(work: _Work) -> dict[str, str]:
     }
 
 
-def _conclude(work: _Work) -> None:
-    evaluations = [line for line in work.this.history if "eval_perplexity" in line]
+def _conclude(work: _Work, last: Path) -> None:
+    history = read_json(last / "trainer_state.json", "log_history")["log_history"]
+    evaluations = [line for line in history if "eval_perplexity" in line]
     before, after = (_figures(evaluations[i]) for i in (0, -1))
     write_json(work.this.result_path, {"before": before, "after": after, "made_from": work.made_from})
     for name, figures in (("before", before), ("after", after)):

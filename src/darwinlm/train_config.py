@@ -15,6 +15,7 @@ from darwinlm.config import (
     expect_at_least,
     expect_named,
     expect_positive,
+    expect_seed,
 )
 
 
@@ -31,6 +32,8 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         expect_at_least(self, "stream", sequence_length=2)
+        scored = self.score_column is not None or not self.min_score
+        expect(scored, "stream.min_score", "--stream.score-column with it", f"{self.min_score:g} alone")
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ class TrainConfig:
     """Tokens to train on, rounded up to whole steps."""
     teacher: str | None = None
     """The dense model: its distribution is learned, and the KL divergence from it reported."""
+    skip: int = 0
+    """Tokens of the text to leave out at its beginning: those that an earlier training has seen."""
     seed: int = 0
     """Order of the sequences, and everything else that is random."""
     device: str = "auto"
@@ -122,12 +127,29 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         expect_named(self, "model", "data", "out")
-        expect_at_least(self, "", tokens=1)
+        expect_at_least(self, "", tokens=1, skip=0)
+        expect_seed(self.seed)
+        expect_more_than_warm_up(self.steps, self.training)
+        if self.teacher is None:
+            alone = DistillationConfig(weight=self.distillation.weight)
+            expect(self.distillation == alone, "distillation", "--teacher with its settings", "none")
+            expect(self.distillation.weight in (0, 1), "distillation.weight", "--teacher with it", "none")
 
     @property
     def steps(self) -> int:
         """Optimizer steps."""
-        return -(-self.tokens // (self.training.batch_size * self.stream.sequence_length))
+        return steps_of(self.tokens, self.training, self.stream)
+
+
+def steps_of(tokens: int, training: TrainingConfig, stream: StreamConfig) -> int:
+    """Optimizer steps that tokens make, the last one whole."""
+    return -(-tokens // (training.batch_size * stream.sequence_length))
+
+
+def expect_more_than_warm_up(steps: int, training: TrainingConfig) -> None:
+    """Raise `UsageError` if a training would end before its learning rate has risen."""
+    expected = f"fewer than the {steps:,} steps that the tokens make"
+    expect(training.warmup_steps < steps, "training.warmup_steps", expected, training.warmup_steps)
 
 
 @dataclass(frozen=True)
@@ -148,7 +170,8 @@ class GradualConfig:
     """A recipe: a model pruned and trained, in one stage or several."""
 
     model: str
-    """The dense model, as for darwinlm compress. It teaches, and every stage is judged beside it."""
+    """The dense model, as for darwinlm compress. It teaches, and trainings are judged beside it; a later search is
+    judged beside the model that the stage before it trained."""
     data: str
     """Text: as for darwinlm compress."""
     out: str
@@ -179,3 +202,7 @@ class GradualConfig:
         rising = levels == sorted(set(levels))
         expected = f"at least one stage, levels that rise between 0 and {self.database.levels}"
         expect(bool(levels) and within and rising, "stages", expected, levels)
+        expect_seed(self.seed)
+        for stage in self.stages:
+            if stage.tokens:
+                expect_more_than_warm_up(steps_of(stage.tokens, self.training, self.stream), self.training)

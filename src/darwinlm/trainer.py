@@ -143,7 +143,9 @@ class RecoveryTrainer(Trainer):
                     sums += torch.stack((losses.cross_entropy, losses.kl, torch.ones_like(losses.kl))).to(sums)
         model.train(was_training)
         loss, kl, count = self._over_processes(sums).tolist()
-        metrics = {"eval_perplexity": perplexity_of(loss / count)} | ({"eval_kl": kl / count} if self.teacher else {})
+        # Over the teacher's likeliest tokens alone it is less than the divergence, which no one should take it for.
+        name = "eval_kl_top_k" if self.distillation.top_k else "eval_kl"
+        metrics = {"eval_perplexity": perplexity_of(loss / count)} | ({name: kl / count} if self.teacher else {})
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -152,9 +154,12 @@ class RecoveryTrainer(Trainer):
         """Add the loss's parts to its mean over the last steps."""
         if "loss" in logs:
             cross_entropy, kl, batches = self._over_processes(self._sums.float().to(self.args.device)).tolist()
-            logs["cross_entropy"] = cross_entropy / max(batches, 1)
-            if self.teacher is not None and self.distillation.weight > 0:
+            weight, softened = self.distillation.weight, self.distillation.temperature**2
+            logs["cross_entropy"] = logs["loss"] = cross_entropy / max(batches, 1)
+            if self.teacher is not None and weight > 0:
                 logs["kl"] = kl / max(batches, 1)
+                # From its float32 parts: sharded models hand on a loss in the precision of their products.
+                logs["loss"] = (1 - weight) * logs["cross_entropy"] + weight * softened * logs["kl"]
             self._sums.zero_()
         super().log(logs, start_time)
 
