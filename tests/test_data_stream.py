@@ -174,3 +174,45 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path):
     for source in (tmp_path / "bad.jsonl", tmp_path / "empty", tmp_path / "*.parquet", tmp_path / "none.parquet"):
         with pytest.raises(UsageError, match="no text"):
             draw(source, 1, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_what_is_skipped_is_what_a_shorter_draw_has(shards: Path, text: Path, tmp_path: Path, mixed: bool):
+    """So stages of a recipe, one after another, see no sequence twice."""
+    plain = StreamConfig(sequence_length=32)
+    data = f"{shards}/*{next(shards.iterdir()).suffix}=3,{text}=1" if mixed else str(shards)
+    stages, start = [], 0
+    for count in (13, 40, 22):
+        drawn = draw_sequences(data, count, tiny.tokenizer(), plain, tmp_path, seed=0, skip=start)
+        stages.append(Counter(map(tuple, drawn.places.tolist())))
+        start += count
+    together = draw_sequences(data, start, tiny.tokenizer(), plain, tmp_path, seed=0)
+    assert sum(stages, Counter()) == Counter(map(tuple, together.places.tolist()))
+    assert max(sum(stages, Counter()).values()) == 1
+
+
+def test_scores_that_are_no_numbers(tmp_path: Path):
+    words = tiny.documents()
+
+    def write(*scores: object) -> Path:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        lines = [{"text": words[i % len(words)], "language_score": score} for i, score in enumerate(scores)]
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        return path
+
+    good = write(*[0.95] * 40)
+    assert len(draw(good, 1, tmp_path / "cache")) == 1
+    with pytest.raises(UsageError, match="found 0 beside"):
+        draw(write(*[float("nan")] * 40), 1, tmp_path / "cache")
+    with pytest.raises(UsageError, match=r"expected numbers in language_score of .* found 'high'"):
+        draw(write(*["high"] * 40), 1, tmp_path / "cache")
+
+
+def test_empty_shards_and_texts_that_are_null_are_passed_over(shards: Path, tmp_path: Path):
+    suffix, mixed = next(shards.iterdir()).suffix, tmp_path / "mixed"
+    shutil.copytree(shards, mixed)
+    (mixed / f"empty{suffix}").touch()
+    if suffix == ".jsonl":
+        with (mixed / "000.jsonl").open("a") as file:
+            file.write(json.dumps({"text": None, "url": "", "language_score": 0.95}) + "\n")
+    assert rows(draw(mixed, 100, tmp_path / "one")) == rows(draw(shards, 100, tmp_path / "two"))

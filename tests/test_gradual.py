@@ -13,12 +13,13 @@ import yaml
 
 import runs
 import trainings
+from darwinlm import gradual as recipes
 from darwinlm.artifact import read_json
 from darwinlm.checkpoint import Checkpoint
-from darwinlm.config import read_config
+from darwinlm.config import RunConfig, read_config
 from darwinlm.gradual import _size_at, gradual
 from darwinlm.modeling import block_sizes_of, load
-from darwinlm.train_config import GradualConfig, GradualStage
+from darwinlm.train_config import GradualConfig, GradualStage, TrainConfig
 from darwinlm.types import UsageError
 from test_parallel import torchrun
 
@@ -73,6 +74,8 @@ def test_every_stage_is_smaller_and_no_unit_grows_again(finished: GradualConfig)
         for before, after in zip(first, second, strict=True):
             assert all(b >= a for b, a in zip(asdict(before).values(), asdict(after).values(), strict=True))
     assert "| 2 | 2 |" in (out / "report.md").read_text()
+    trainings_of = [read_config(out / f"{stage}-train" / "train.yaml", TrainConfig) for stage in (1, 2)]
+    assert [training.skip for training in trainings_of] == [0, finished.stages[0].tokens]
 
 
 @pytest.mark.slow
@@ -110,6 +113,40 @@ def test_two_processes_run_a_recipe_as_one_does(finished: GradualConfig, tmp_pat
         assert ours["parameters"] == theirs["parameters"]
         for when in ("before", "after"):
             assert ours[when] == pytest.approx(theirs[when], rel=1e-3, abs=1e-3)
+
+
+def test_training_is_checked_before_anything_is_pruned_and_may_be_mended(
+    checkpoints: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Once a training has begun it may not change any more."""
+
+    class PruningError(Exception):
+        """It would begin now."""
+
+    def prune(_: RunConfig) -> None:
+        (out / "1-prune").mkdir(exist_ok=True)
+        raise PruningError
+
+    monkeypatch.setattr(recipes, "run", prune)
+    good, out = two_stages(checkpoints["llama-gqa"], text, tmp_path / "out"), tmp_path / "out"
+    for part, changes, sentence in (
+        ("training", {"batch_size": 3}, "--training.batch-size: expected a multiple of 2"),
+        ("training", {"report_to": ("paper",)}, "expected what is installed"),
+        ("stream", {"score_column": "rating"}, "has no column rating"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            gradual(replace(good, **{part: replace(getattr(good, part), **changes)}))
+        assert not (out / "1-prune").exists()
+    for learning_rate in (1e-3, 2e-3):
+        with pytest.raises(PruningError):
+            gradual(replace(good, training=replace(good.training, learning_rate=learning_rate)))
+    with pytest.raises(UsageError, match=r"its seed is 0, not 1"):
+        gradual(replace(good, seed=1))
+    checkpoint = out / "1-train" / "checkpoints" / "checkpoint-4"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "darwinlm.json").touch()
+    with pytest.raises(UsageError, match=r"its training\.learning_rate is 0\.002, not 0\.003"):
+        gradual(good)
 
 
 def test_levels_that_do_not_rise_are_refused(text: Path):
