@@ -52,9 +52,7 @@ def models(run: Run, out: Path) -> dict[str, Path]:
     units = find_units(dense.skeleton(), dense.config, settings.database.structure)
     grid = level_grid(units, settings.database.levels, settings.database.granularity)
     database = Database(run.database, grid, read_json(run.database / MANIFEST)["made_from"])
-    skeleton = dense.skeleton()
-    skeleton.tie_weights()
-    even, _ = uniform(grid, parameter_costs(grid, parameter_count(skeleton)), settings)
+    even, _ = uniform(grid, parameter_costs(grid, parameter_count(dense.skeleton())), settings)
     found = {}
     for name, genome in (("searched", run.genome), ("uniform", even)):
         found[name] = out / name

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
+from darwinlm.evaluate import parameter_count
 from darwinlm.types import DarwinError, UsageError
 
 CPU = torch.device("cpu")
@@ -186,6 +187,14 @@ def test_a_file_that_is_no_gguf(tmp_path: Path):
     with pytest.raises(UsageError, match=r"x\.gguf cannot be read as a GGUF model .*check the file"):
         find_checkpoint(str(tmp_path / "x.gguf"), tmp_path)
     assert not (tmp_path / "dense").exists()
+
+
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+def test_a_skeleton_has_as_many_parameters_as_the_model(checkpoints: dict[str, Path], family: str):
+    """A tied head counts once: what a budget is a share of is what a user sees."""
+    checkpoint = Checkpoint(checkpoints[family])
+    model = AutoModelForCausalLM.from_pretrained(checkpoints[family])
+    assert parameter_count(checkpoint.skeleton()) == sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.slow

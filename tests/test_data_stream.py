@@ -216,3 +216,10 @@ def test_empty_shards_and_texts_that_are_null_are_passed_over(shards: Path, tmp_
         with (mixed / "000.jsonl").open("a") as file:
             file.write(json.dumps({"text": None, "url": "", "language_score": 0.95}) + "\n")
     assert rows(draw(mixed, 100, tmp_path / "one")) == rows(draw(shards, 100, tmp_path / "two"))
+
+
+def test_after_too_much_was_asked_what_is_there_is_enough(shards: Path, tmp_path: Path):
+    expected = rows(draw(shards, 100, tmp_path / "one"))
+    with pytest.raises(UsageError, match="too little text"):
+        draw(shards, 10**6, tmp_path / "two")
+    assert rows(draw(shards, 100, tmp_path / "two")) == expected

@@ -45,7 +45,7 @@ def two_stages(model: Path, data: Path, out: Path) -> GradualConfig:
         verify=False,
         calibration=runs.SHORT.calibration,
         database=runs.SHORT.database,
-        search=runs.SHORT.search,
+        search=replace(runs.SHORT.search, start="uniform"),
         refit=runs.SHORT.refit,
         evaluation=runs.SHORT.evaluation,
         stream=trainings.SHORT.stream,
@@ -87,6 +87,22 @@ def test_the_second_search_starts_from_the_model_that_was_trained(finished: Grad
     assert set(json.loads(Path(second.search.start).read_text())) == {0}
     manifest = json.loads((out / "2-prune" / "database" / "database.json").read_text())
     assert manifest["made_from"]["model"] == Checkpoint(Path(second.model)).fingerprint
+
+
+def test_a_later_search_may_start_from_sensitivities_and_has_the_size_of_the_level(
+    checkpoints: dict[str, Path], text: Path, tmp_path: Path
+):
+    """Of a model whose embedding is tied: its head counts once."""
+    model = checkpoints["llama-gqa"]
+    config = two_stages(model, text, tmp_path)
+    config = replace(config, search=replace(config.search, start="sensitivity"))
+    run = recipes._pruning(config, config.stages[1], 2, str(model), Checkpoint(model))
+    levels, dense = config.database.levels, load(model)
+    size = sum(parameter.numel() for parameter in dense.parameters())
+    embedding = dense.get_input_embeddings().weight.numel()
+    assert run.search.start == "sensitivity"
+    share = (int(run.target.removeprefix("params=")) - embedding) / (size - embedding)
+    assert share == pytest.approx(1 - config.stages[1].target_level / levels, abs=0.1)
 
 
 @pytest.mark.slow

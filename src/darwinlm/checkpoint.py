@@ -138,9 +138,11 @@ class Checkpoint:
             )
 
     def skeleton(self) -> PreTrainedModel:
-        """The whole model without its weights: parameters on the meta device, buffers real."""
+        """The whole model without its weights: parameters on the meta device, tied ones once, buffers real."""
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+        model.tie_weights()
+        return model
 
     def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """The whole model with its weights, in evaluation mode.

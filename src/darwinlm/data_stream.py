@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -92,7 +92,7 @@ class TokenStore:
 
     def _fill(self, sequences: int) -> list[Place]:
         lanes = range(min(self._documents.num_shards, LANES))
-        quota, counts = 0, dict.fromkeys(lanes, 0)
+        quota, counts = 0, self._counts(lanes)
         while (missing := sequences - sum(min(counts[lane], quota) for lane in lanes)) > 0:
             live = [lane for lane in lanes if counts[lane] > quota or not self._exhausted(lane)]
             if not live:
@@ -107,10 +107,14 @@ class TokenStore:
                 if lane % parallel.processes() == parallel.rank():
                     self._extend(lane, quota)
             parallel.wait_for_all()
-            counts = {lane: sum(part["sequences"] for part in self._parts(lane)) for lane in lanes}
+            counts = self._counts(lanes)
         # Lanes in turn, so that a longer draw only adds to a shorter one.
         rounds = zip_longest(*(islice(self._places(lane), quota) for lane in lanes))
         return list(islice((place for turn in rounds for place in turn if place is not None), sequences))
+
+    def _counts(self, lanes: Iterable[int]) -> dict[int, int]:
+        """Sequences of each lane so far."""
+        return {lane: sum(part["sequences"] for part in self._parts(lane)) for lane in lanes}
 
     def _places(self, lane: int) -> Iterator[Place]:
         for number, part in enumerate(self._parts(lane)):

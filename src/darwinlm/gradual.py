@@ -32,7 +32,8 @@ def gradual(config: GradualConfig) -> Path:
     """Run all stages of a recipe and return the directory of the last model.
 
     A later stage measures the trained model anew and builds its database from each unit's own level up. Its search
-    starts from the model as it is, with further levels lost at random units until it is small enough.
+    starts from that model's own sensitivities or, where `search.start` is uniform, as in the paper, from the model as
+    it is, with further levels lost at random units until it is small enough.
 
     Raises:
         UsageError: if a setting cannot be used.
@@ -76,9 +77,9 @@ def _stages(config: GradualConfig, out: Path) -> Path:
             trained = train(training)
             model, row = str(trained.exported), row | trained.result
         parallel.wait_for_all()
-        rows.append(row | {"parameters": parameter_count(_shape(Path(model)))})
+        rows.append(row | {"parameters": parameter_count(Checkpoint(Path(model)).skeleton())})
     if parallel.first():
-        _report(config, out, rows, parameter_count(_shape(dense.path)))
+        _report(config, out, rows, parameter_count(dense.skeleton()))
         print(model)
     return Path(model)
 
@@ -88,14 +89,10 @@ def _pruning(config: GradualConfig, stage: GradualStage, number: int, model: str
     out = Path(config.out)
     settings: dict[str, Any] = {"target_level": stage.target_level, "search": config.search}
     if number > 1:
-        source = Checkpoint(find_export(Path(model)))
-        units = find_units(source.skeleton(), source.config, config.database.structure)
-        start = out / f"{number}-start.json"
-        if parallel.first():
-            write_json(start, [0] * len(units))
-        parallel.wait_for_all()
-        size = _size_at(dense, stage.target_level, config)
-        settings = {"target": f"params={size}", "search": replace(config.search, start=str(start))}
+        settings = {"target": f"params={_size_at(dense, stage.target_level, config)}", "search": config.search}
+        if config.search.start != "sensitivity":
+            start = _as_it_is(out / f"{number}-start.json", model, config)
+            settings["search"] = replace(config.search, start=str(start))
     return RunConfig(
         model=model,
         data=config.data,
@@ -109,6 +106,16 @@ def _pruning(config: GradualConfig, stage: GradualStage, number: int, model: str
         evaluation=config.evaluation,
         **settings,
     )
+
+
+def _as_it_is(file: Path, model: str, config: GradualConfig) -> Path:
+    """A file with the genome that prunes nothing of a model."""
+    source = Checkpoint(find_export(Path(model)))
+    units = find_units(source.skeleton(), source.config, config.database.structure)
+    if parallel.first():
+        write_json(file, [0] * len(units))
+    parallel.wait_for_all()
+    return file
 
 
 def _training(
@@ -139,16 +146,9 @@ def _training(
 def _size_at(dense: Checkpoint, level: float, config: GradualConfig) -> int:
     """Parameters of the dense model at a uniform level."""
     skeleton = dense.skeleton()
-    skeleton.tie_weights()
     grid = find_grid(skeleton, dense.config, config.database)
     genome = uniform_genome(grid, level, config.database.levels, Random(config.seed))
     return parameters_at(grid, genome, parameter_count(skeleton))
-
-
-def _shape(model: Path) -> Any:
-    skeleton = Checkpoint(model).skeleton()
-    skeleton.tie_weights()
-    return skeleton
 
 
 def _report(config: GradualConfig, out: Path, rows: list[dict[str, Any]], dense_parameters: int) -> None:
