@@ -19,7 +19,7 @@ from darwinlm.config import CalibrationConfig, DatabaseConfig
 from darwinlm.genome import uniform_genome
 from darwinlm.plan import Plan, Rates, find_config, measure_rates, plan, plan_training
 from darwinlm.surgery import Stitcher
-from darwinlm.train_config import GradualConfig
+from darwinlm.train_config import DistillationConfig, GradualConfig
 from darwinlm.types import UsageError
 
 RATES = Rates(products=1e9, forward=1e9, solves=1e9, sweeps=1e9, fills=1e9, loads=1e9, disk=1e9)
@@ -185,4 +185,7 @@ def test_a_recipe_is_priced_stage_by_stage(tmp_path: Path, capsys: pytest.Captur
 def test_training_is_priced_by_hand() -> None:
     found = plan_training(10**9, 10**9, 10**6, GradualConfig("M", "D", "O"))
     assert found.operations == (6 + 2) * 1e15  # all activations kept, and a teacher of the same size
-    assert found.memory_bytes == 16 * 10**9 + 2 * 10**9
+    assert (found.memory_bytes, found.teacher_bytes) == (16 * 10**9, 2 * 10**9)
+    kept = plan_training(10**9, 10**9, 10**6, GradualConfig("M", "D", "O", distillation=DistillationConfig(top_k=64)))
+    assert kept.operations == found.operations
+    assert (kept.teacher_bytes, kept.disk_bytes - found.disk_bytes) == (0, 10**6 * 64 * 6)

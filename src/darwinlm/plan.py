@@ -27,6 +27,7 @@ from darwinlm.device import DTYPES, resolve_dtype
 from darwinlm.families import find_family, find_grid, head_dim
 from darwinlm.genome import Grid, level_grid, parameters_at, uniform_genome
 from darwinlm.plan_search import plan_search
+from darwinlm.teacher_logits import LOGIT_BYTES
 from darwinlm.train_config import GradualConfig
 from darwinlm.types import Genome, Unit, UsageError
 
@@ -298,13 +299,15 @@ class TrainingPlan:
 
     Attributes:
         operations: floating-point operations of student and teacher.
-        memory_bytes: float32 weights, gradients and both moments of AdamW, and the teacher, without activations.
-        disk_bytes: tokens, and the two checkpoints that are kept.
+        memory_bytes: float32 weights, gradients and both moments of AdamW, over all processes, without activations.
+        teacher_bytes: the dense model in each process; none where its logits are read from the disk.
+        disk_bytes: tokens, the teacher's top-k logits, and the two checkpoints that are kept.
     """
 
     steps: int
     operations: float
     memory_bytes: int
+    teacher_bytes: int
     disk_bytes: int
 
 
@@ -312,12 +315,15 @@ def plan_training(parameters: int, teacher_parameters: int, tokens: int, config:
     """Six operations a weight and token, two more where activations are computed again, two a weight of the teacher."""
     batch = config.training.batch_size * config.stream.sequence_length
     student = parameters * (8 if config.training.gradient_checkpointing else 6)
-    online = config.distillation.weight > 0 and not config.distillation.top_k
+    distillation = config.distillation
+    taught = distillation.weight > 0  # online or once to the disk: a pass either way
+    logits = LOGIT_BYTES * distillation.top_k * tokens if taught else 0
     return TrainingPlan(
         steps=-(-tokens // batch),
-        operations=float(tokens) * (student + (2 * teacher_parameters if online else 0)),
-        memory_bytes=4 * FLOAT * parameters + DTYPES["bfloat16"].itemsize * teacher_parameters,
-        disk_bytes=FLOAT * tokens + 2 * 3 * FLOAT * parameters,
+        operations=float(tokens) * (student + (2 * teacher_parameters if taught else 0)),
+        memory_bytes=4 * FLOAT * parameters,
+        teacher_bytes=0 if distillation.top_k else DTYPES["bfloat16"].itemsize * teacher_parameters,
+        disk_bytes=FLOAT * tokens + logits + 2 * 3 * FLOAT * parameters,
     )
 
 
@@ -363,7 +369,9 @@ def show(config: GradualConfig) -> None:
                 f"{_duration(training.operations / block)} on this machine"
             )
             rows[f"  its memory at level {stage.target_level:g}"] = (
-                f"{training.memory_bytes / 1e9:.0f} GB over all processes, beside activations"
+                f"{training.memory_bytes / 1e9:.0f} GB over all processes"
+                + (f", the teacher's {training.teacher_bytes / 1e9:.0f} GB in each" if training.teacher_bytes else "")
+                + ", beside activations"
             )
             rows[f"  its disk at level {stage.target_level:g}"] = f"{training.disk_bytes / 1e9:.0f} GB"
     width = max(map(len, rows))

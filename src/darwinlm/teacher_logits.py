@@ -23,6 +23,7 @@ from darwinlm.distill import Target, TopKTarget, teacher_target
 from darwinlm.progress import track
 
 ROWS = 16  # sequences in a file
+LOGIT_BYTES = 6  # of each of the K tokens at a position: an index and a half
 MANIFEST = "logits.json"
 
 
@@ -31,7 +32,7 @@ class TeacherLogits:
     """Top-K log-probabilities of one teacher at one temperature, a file for every `ROWS` rows of a part of tokens.
 
     A file is named after the token store, lane and part that its sequences are in, so trainings of any length, order
-    and seed find theirs. It takes six bytes for each of the K tokens at every position: an index and a half.
+    and seed find theirs. It takes `LOGIT_BYTES` for each of the K tokens at every position.
     """
 
     path: Path
