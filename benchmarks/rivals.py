@@ -43,14 +43,14 @@ BISECTIONS = 10
 Prune = Callable[[Any, float, Tensor], PreTrainedModel]
 
 
-def torch_pruning(model: Any, ratio: float, text: Tensor, *, hidden: bool) -> PreTrainedModel:
-    """As its LLM example does: norms of groups, heads and widths, the hidden size too if `hidden`."""
+def torch_pruning(model: Any, ratio: float, text: Tensor, *, heads: bool, hidden: bool) -> PreTrainedModel:
+    """As its LLM example does, which prunes all of it by norms of groups: MLPs, and heads and the hidden size."""
     tp: Any = import_module("torch_pruning")
     attentions = [layer.self_attn for layer in model.model.layers]
-    heads: dict[Any, int] = {}
+    counts: dict[Any, int] = {}
     for attention in attentions:
-        heads[attention.q_proj] = model.config.num_attention_heads
-        heads[attention.k_proj] = heads[attention.v_proj] = model.config.num_key_value_heads
+        counts[attention.q_proj] = model.config.num_attention_heads
+        counts[attention.k_proj] = counts[attention.v_proj] = model.config.num_key_value_heads
     widths = {} if hidden else {layer.mlp.gate_proj: ratio for layer in model.model.layers}
     pruner = tp.pruner.BasePruner(
         model,
@@ -60,10 +60,10 @@ def torch_pruning(model: Any, ratio: float, text: Tensor, *, hidden: bool) -> Pr
         pruning_ratio=ratio if hidden else 0.0,
         pruning_ratio_dict=widths,
         ignored_layers=[model.lm_head],
-        num_heads=heads,
-        prune_num_heads=True,
+        num_heads=counts,
+        prune_num_heads=heads,
         prune_head_dims=False,
-        head_pruning_ratio=ratio,
+        head_pruning_ratio=ratio if heads else 0.0,
         round_to=4,
     )
     for group in pruner.step(interactive=True):
@@ -99,8 +99,9 @@ def optipfair_depth(model: Any, ratio: float, text: Tensor) -> PreTrainedModel:
 
 
 RIVALS: dict[str, Prune] = {
-    "Torch-Pruning, its LLM example": lambda *given: torch_pruning(*given, hidden=True),
-    "Torch-Pruning, heads and MLP": lambda *given: torch_pruning(*given, hidden=False),
+    "Torch-Pruning, its LLM example": lambda *given: torch_pruning(*given, heads=True, hidden=True),
+    "Torch-Pruning, MLP and hidden size": lambda *given: torch_pruning(*given, heads=False, hidden=True),
+    "Torch-Pruning, MLP": lambda *given: torch_pruning(*given, heads=False, hidden=False),
     "optipfair, MLP by weights": lambda *given: optipfair_mlp(*given, calibrated=False),
     "optipfair, MLP by weights and activations": lambda *given: optipfair_mlp(*given, calibrated=True),
     "optipfair, last blocks": optipfair_depth,

@@ -87,12 +87,12 @@ def locked_directory(path: Path) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / LOCK).open("w")
     except OSError as error:
-        raise UsageError(f"cannot write to {path}: {error.strerror}; choose another --out") from None
+        raise UsageError(f"cannot write to {path}: {error.strerror}; choose another directory") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(f"another process is working in {path}; wait for it, or choose another --out") from None
+            raise UsageError(f"another process is working in {path}; wait for it, or choose another directory") from None
         try:
             yield
         finally:
