@@ -31,7 +31,7 @@ def config(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> RunConfi
 def test_directory_that_cannot_be_written_to(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "file").write_text("a file")
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
-        refused(replace(config, out=str(out)), capsys, 2, f"cannot write to {out}", "choose another --out")
+        refused(replace(config, out=str(out)), capsys, 2, f"cannot write to {out}", "choose another directory")
     assert (tmp_path / "file").read_text() == "a file"
 
 
@@ -39,7 +39,7 @@ def test_directory_that_cannot_be_written_to(config: RunConfig, tmp_path: Path, 
 def test_directory_without_permission(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "locked").mkdir(mode=0o500)
     out = tmp_path / "locked" / "run"
-    refused(replace(config, out=str(out)), capsys, 2, "cannot write", "Permission denied", "choose another --out")
+    refused(replace(config, out=str(out)), capsys, 2, "cannot write", "Permission denied", "choose another directory")
 
 
 def test_directory_that_holds_another_run(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
