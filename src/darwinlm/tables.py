@@ -24,8 +24,8 @@ def show(titles: Sequence[str], sections: Sequence[Sequence[Cells]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     whole = [max(width, *map(len, title.split() or [""])) for width, title in zip(widths, titles, strict=True)]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0), pad_edge=False, show_edge=False)
-    for title, least in zip(titles, widths, strict=True):
-        table.add_column(Text(title), justify="left" if title in WORDS else "right", min_width=least)
+    for title, width in zip(titles, whole, strict=True):
+        table.add_column(Text(title), justify="left" if title in WORDS else "right", width=width)
     for section in sections:
         table.add_section()
         for row in section:
