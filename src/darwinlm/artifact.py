@@ -92,7 +92,7 @@ def locked_directory(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(f"another process is working in {path}; wait for it, or choose another directory") from None
+            raise UsageError(f"another process is working in {path}; wait, or choose another directory") from None
         try:
             yield
         finally:
