@@ -129,7 +129,11 @@ def test_a_command_needs_no_text_for_later_stages(checkpoints: dict[str, Path], 
     corpus = read_corpus(f"{halves[0]}=2,{halves[1]}", tiny.tokenizer(), 32, seed=0)
     whole = pipeline.draw_tokens(corpus, config)
     assert whole.keys() == {"calibration", "search", "training", "refit", "evaluation"}
-    for until, purposes in (("database", ["calibration"]), ("search", ["calibration", "search", "training"])):
+    expected: dict[pipeline.Stage, list[str]] = {
+        "database": ["calibration"],
+        "search": ["calibration", "search", "training"],
+    }
+    for until, purposes in expected.items():
         drawn = pipeline.draw_tokens(corpus, config, until)
         assert list(drawn) == purposes
         assert all(torch.equal(drawn[purpose], whole[purpose]) for purpose in purposes)

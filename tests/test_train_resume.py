@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,16 +76,17 @@ def test_a_lost_log_costs_no_figures(whole: TrainConfig, tmp_path: Path):
 
 
 def test_settings_that_would_do_nothing_are_refused(whole: TrainConfig, stopped: TrainConfig, tmp_path: Path):
-    short = {"model": whole.model, "data": whole.data, "out": str(tmp_path / "new")}
-    for settings, sentence in (
+    short: dict[str, Any] = {"model": whole.model, "data": whole.data, "out": str(tmp_path / "new")}
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"distillation": DistillationConfig(temperature=3.0)}, "--distillation: expected --teacher"),
         ({"distillation": DistillationConfig(weight=0.5)}, "--distillation.weight: expected --teacher"),
         ({"distillation": DistillationConfig(top_k=8)}, "--distillation: expected --teacher"),
         ({"tokens": 50 * 128 * 1024}, "--training.warmup-steps: expected fewer than the 50 steps"),
         ({"seed": -1}, "--seed: expected 0 to 4294967295, found -1"),
-    ):
+    )
+    for settings, sentence in cases:
         with pytest.raises(UsageError, match=sentence):
-            TrainConfig(**short, **settings)
+            TrainConfig(**short | settings)
     with pytest.raises(UsageError, match=r"--stream\.min-score: expected --stream\.score-column with it"):
         StreamConfig(min_score=0.9)
     wide = DistillationConfig(top_k=10**6)
