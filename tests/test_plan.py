@@ -22,6 +22,7 @@ from darwinlm.surgery import Stitcher
 from darwinlm.train_config import DistillationConfig, GradualConfig
 from darwinlm.types import UsageError
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 RATES = Rates(products=1e9, forward=1e9, solves=1e9, sweeps=1e9, fills=1e9, loads=1e9, disk=1e9)
 
 
@@ -168,12 +169,36 @@ def test_a_plan_of_settings_that_cannot_be_used_is_refused(
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("recipe", "config", "size", "steps"),
+    [
+        ("llama-2-7b", llama_2_7b, "3.50 B", "2,385"),
+        ("llama-3.1-8b", llama_3_1_8b, "4.67 B", "1,060"),
+        ("qwen-2.5-14b-instruct", qwen_2_5_14b, "8.42 B", "1,193"),
+    ],
+)
+def test_every_recipe_is_priced(
+    recipe: str,
+    config: Callable[[], PreTrainedConfig],
+    size: str,
+    steps: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Steps are 10 B tokens over the global batch and context of Table 5."""
+    config().save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--config", str(RECIPES / f"{recipe}.yaml")]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(rf"^at level 5 of 10, head +{size}$", printed, re.MULTILINE)
+    assert re.search(rf"^training at level 5, 10,000,000,000 tokens +{steps} steps, ", printed, re.MULTILINE)
+
+
 @pytest.mark.slow
 def test_a_recipe_is_priced_stage_by_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """10 B tokens are 2,385 steps of 1,024 x 4,096; 8 operations a weight and token with activations computed again."""
     llama_2_7b().save_pretrained(tmp_path)
-    recipe = Path(__file__).parents[1] / "recipes" / "llama-2-7b.yaml"
-    assert main(["plan", str(tmp_path), "--config", str(recipe)]) == 0
+    assert main(["plan", str(tmp_path), "--config", str(RECIPES / "llama-2-7b.yaml")]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"at level 5 of 10, head +3.50 B", printed)
     for level in (5, 6):
