@@ -48,9 +48,10 @@ def torch_pruning(model: Any, ratio: float, text: Tensor, *, heads: bool, hidden
     tp: Any = import_module("torch_pruning")
     attentions = [layer.self_attn for layer in model.model.layers]
     counts: dict[Any, int] = {}
-    for attention in attentions:
+    for attention in attentions if heads else ():
         counts[attention.q_proj] = model.config.num_attention_heads
         counts[attention.k_proj] = counts[attention.v_proj] = model.config.num_key_value_heads
+    whole = [] if heads else [linear for at in attentions for linear in (at.q_proj, at.k_proj, at.v_proj)]
     widths = {} if hidden else {layer.mlp.gate_proj: ratio for layer in model.model.layers}
     pruner = tp.pruner.BasePruner(
         model,
@@ -59,7 +60,7 @@ def torch_pruning(model: Any, ratio: float, text: Tensor, *, heads: bool, hidden
         importance=tp.importance.GroupMagnitudeImportance(p=2, group_reduction="mean"),
         pruning_ratio=ratio if hidden else 0.0,
         pruning_ratio_dict=widths,
-        ignored_layers=[model.lm_head],
+        ignored_layers=[model.lm_head, *whole],
         num_heads=counts,
         prune_num_heads=heads,
         prune_head_dims=False,

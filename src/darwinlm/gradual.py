@@ -75,6 +75,7 @@ def _stages(config: GradualConfig, out: Path) -> Path:
         training = _training(config, stage, number, pruned.path, dense)
         if training is not None:
             trained = train(training)
+            parallel.wait_for_all()  # for what the first process writes in the end
             model, row = str(trained.exported), row | trained.result
         parallel.wait_for_all()
         rows.append(row | {"parameters": parameter_count(Checkpoint(Path(model)).skeleton())})
