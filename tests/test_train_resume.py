@@ -47,6 +47,15 @@ def test_what_decides_the_result_may_not(stopped: TrainConfig):
         train(replace(stopped, training=replace(stopped.training, learning_rate=0.1)))
 
 
+def test_what_was_killed_before_its_first_checkpoint_begins_again(whole: TrainConfig, stopped: TrainConfig):
+    """Its log and its half a checkpoint are there; so its settings may still change."""
+    (Path(stopped.out) / "checkpoints/checkpoint-8/darwinlm.json").unlink()
+    assert (Path(stopped.out) / "log.jsonl").exists()
+    found = train(replace(stopped, training=replace(stopped.training, max_gradient_norm=0.5)))
+    assert len(trainings.losses(found.history)) == trainings.STEPS
+    assert trainings.losses(found.history) != trainings.losses(Training(whole.out).history)
+
+
 def test_a_copy_of_a_checkpoint_is_passed_over(whole: TrainConfig, stopped: TrainConfig):
     checkpoints = Path(stopped.out) / "checkpoints"
     shutil.copytree(checkpoints / "checkpoint-8", checkpoints / "checkpoint-8 copy")

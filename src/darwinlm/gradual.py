@@ -5,7 +5,7 @@ Each stage is a run and a training of its own, in a directory of its own, so wha
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -22,7 +22,7 @@ from darwinlm.pipeline import run
 from darwinlm.progress import say
 from darwinlm.run import GRADUAL_SETTINGS, claim, find_export
 from darwinlm.train import check, train
-from darwinlm.train_config import GradualConfig, GradualStage, TrainConfig
+from darwinlm.train_config import GradualConfig, GradualStage, TrainConfig, steps_of
 from darwinlm.trainer import FINISHED
 
 LEFT = ("cache", "dense")  # by a command that was refused: the next one takes it
@@ -46,20 +46,18 @@ def gradual(config: GradualConfig) -> Path:
 
 def _claim(out: Path, config: GradualConfig) -> None:
     """Hold the directory. How to train may change until a training has begun, and all until a pruning has."""
-    if not any(out.glob("*-prune")):
-        (out / GRADUAL_SETTINGS).unlink(missing_ok=True)
-    begun = any(out.glob(f"*-train/checkpoints/*/{FINISHED}"))
-    claim(out, GRADUAL_SETTINGS, config, own=LEFT, open_to=() if begun else ("stream", "distillation", "training"))
+    trained = any(out.glob("*-train/result.json")) or any(out.glob(f"*-train/checkpoints/*/{FINISHED}"))
+    how = ["stream", "distillation", "training"] if any(out.glob("*-prune")) else [f.name for f in fields(config)]
+    claim(out, GRADUAL_SETTINGS, config, LEFT, () if trained else how)
 
 
 def _check(config: GradualConfig, dense: Checkpoint) -> None:
     """Find before the first pruning what trainings would stumble over after it: settings, and how the text reads."""
-    trainings = [
-        _training(config, stage, number, Path(config.model), dense) for number, stage in enumerate(config.stages, 1)
-    ]
-    for training in (training for training in trainings if training is not None):
-        check(training, dense, dense)
-        cache = Path(str(training.cache))
+    trainings = (_training(config, stage, 1, Path(config.model), dense) for stage in config.stages)
+    first = next(filter(None, trainings), None)  # of which all others have the settings
+    if first is not None:
+        check(first, dense, dense)
+        cache = Path(str(first.cache))
         draw_sequences(config.data, config.training.batch_size, dense.tokenizer, config.stream, cache, config.seed)
 
 
@@ -126,13 +124,14 @@ def _training(
     if not stage.tokens:
         return None
     out = Path(config.out)
-    step = config.training.batch_size * config.stream.sequence_length
     return TrainConfig(
         model=str(pruned),
         data=config.data,
         out=str(out / f"{number}-train"),
         tokens=stage.tokens,
-        skip=sum(-(-earlier.tokens // step) * step for earlier in config.stages[: number - 1]),
+        skip=sum(steps_of(earlier.tokens, config.training, config.stream) for earlier in config.stages[: number - 1])
+        * config.training.batch_size
+        * config.stream.sequence_length,
         teacher=str(dense.path),
         seed=config.seed,
         device=config.device,

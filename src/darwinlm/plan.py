@@ -28,7 +28,7 @@ from darwinlm.families import find_family, find_grid, head_dim
 from darwinlm.genome import Grid, level_grid, parameters_at, uniform_genome
 from darwinlm.plan_search import plan_search
 from darwinlm.teacher_logits import LOGIT_BYTES
-from darwinlm.train_config import GradualConfig
+from darwinlm.train_config import GradualConfig, steps_of
 from darwinlm.types import Genome, Unit, UsageError
 
 FLOAT = 4  # bytes of float32, in which statistics and elimination are
@@ -313,13 +313,12 @@ class TrainingPlan:
 
 def plan_training(parameters: int, teacher_parameters: int, tokens: int, config: GradualConfig) -> TrainingPlan:
     """Six operations a weight and token, two more where activations are computed again, two a weight of the teacher."""
-    batch = config.training.batch_size * config.stream.sequence_length
     student = parameters * (8 if config.training.gradient_checkpointing else 6)
     distillation = config.distillation
     taught = distillation.weight > 0  # online or once to the disk: a pass either way
     logits = LOGIT_BYTES * distillation.top_k * tokens if taught else 0
     return TrainingPlan(
-        steps=-(-tokens // batch),
+        steps=steps_of(tokens, config.training, config.stream),
         operations=float(tokens) * (student + (2 * teacher_parameters if taught else 0)),
         memory_bytes=4 * FLOAT * parameters,
         teacher_bytes=0 if distillation.top_k else DTYPES["bfloat16"].itemsize * teacher_parameters,

@@ -140,9 +140,8 @@ def check(config: TrainConfig, student: Checkpoint, teacher: Checkpoint | None) 
 
 def _claim(this: Training, config: TrainConfig) -> None:
     """Hold the directory. Until there is a checkpoint, nothing in it depends on the settings."""
-    if not any(this.checkpoints.glob(f"*/{FINISHED}")):
-        (this.path / TRAIN_SETTINGS).unlink(missing_ok=True)
-    claim(this.path, TRAIN_SETTINGS, config, own=LEFT)
+    begun = this.result_path.exists() or any(this.checkpoints.glob(f"*/{FINISHED}"))
+    claim(this.path, TRAIN_SETTINGS, config, LEFT, () if begun else [field.name for field in fields(config)])
 
 
 @dataclass(frozen=True)
