@@ -5,19 +5,14 @@ python benchmarks/paper/figure_4.py COMPARISON OUT      # COMPARISON: the direct
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from of_comparison import opened
 
-from darwinlm.comparison import read_cells, save_picture
+from darwinlm.comparison import save_picture
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("comparison", type=Path)
-    parser.add_argument("out", type=Path, help="directory of the picture")
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    save_picture(arguments.out / "figure_4.png", read_cells(arguments.comparison))
+    cells, out = opened(__doc__)
+    save_picture(out / "figure_4.png", cells)
 
 
 if __name__ == "__main__":

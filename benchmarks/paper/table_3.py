@@ -7,16 +7,16 @@ Tasks are those of the comparison, by the paper's choice of metric; KL to the de
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from statistics import mean
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from of_comparison import opened
 
 from darwinlm import tables
-from darwinlm.comparison import DENSE, Cell, read_cells
+from darwinlm.comparison import DENSE, Cell
 from darwinlm.report import save_figure
 
 SEARCHED = {"uniform": "uniform", "evolution": "searched"}
@@ -58,15 +58,10 @@ def draw(cells: list[Cell]) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("comparison", type=Path)
-    parser.add_argument("out", type=Path, help="directory of the picture")
-    arguments = parser.parse_args()
-    cells = [cell for cell in read_cells(arguments.comparison) if cell.method in (DENSE, *SEARCHED)]
-    cells.sort(key=lambda cell: cell.target)
+    every, out = opened(__doc__)
+    cells = [cell for cell in every if cell.method in (DENSE, *SEARCHED)]
     print(table(cells))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    save_figure(arguments.out / "table_3.png", draw(cells))
+    save_figure(out / "table_3.png", draw(cells))
 
 
 if __name__ == "__main__":

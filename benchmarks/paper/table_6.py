@@ -8,15 +8,13 @@ scores. The database, which all share, is measured by benchmarks/database.py.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from of_comparison import opened
 
 from darwinlm import tables
-from darwinlm.comparison import COLOURS, DENSE, MARKERS, Cell, read_cells
+from darwinlm.comparison import COLOURS, DENSE, MARKERS, Cell
 from darwinlm.report import save_figure
 
 LEAST = 0.1  # seconds: what costs nothing, on a logarithmic axis
@@ -56,14 +54,10 @@ def draw(cells: list[Cell]) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("comparison", type=Path)
-    parser.add_argument("out", type=Path, help="directory of the picture")
-    arguments = parser.parse_args()
-    cells = sorted((c for c in read_cells(arguments.comparison) if c.method != DENSE), key=lambda cell: cell.target)
+    every, out = opened(__doc__)
+    cells = [cell for cell in every if cell.method != DENSE]
     print(table(cells, list(dict.fromkeys(cell.target for cell in cells))))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    save_figure(arguments.out / "table_6.png", draw(cells))
+    save_figure(out / "table_6.png", draw(cells))
 
 
 if __name__ == "__main__":

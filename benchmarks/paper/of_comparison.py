@@ -1,0 +1,18 @@
+"""What the scripts that read a comparison are given: its cells, smallest share removed first, and a place."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from darwinlm.comparison import Cell, read_cells
+
+
+def opened(description: str | None) -> tuple[list[Cell], Path]:
+    """The cells of the comparison that the command line names, and the directory for the picture."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("comparison", type=Path, help="directory of `darwinlm compare`")
+    parser.add_argument("out", type=Path, help="directory of the picture")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    return sorted(read_cells(arguments.comparison), key=lambda cell: cell.target), arguments.out
