@@ -17,7 +17,7 @@ from darwinlm import data_stream, parallel
 from darwinlm.data import is_held_out
 from darwinlm.data_stream import Sequences, TokenStore, draw_held_out, draw_sequences
 from darwinlm.train_config import StreamConfig
-from darwinlm.types import UsageError
+from darwinlm.types import DarwinError, UsageError
 
 SCORED = StreamConfig(sequence_length=32, score_column="language_score", min_score=0.9)
 SHARDS, DOCUMENTS = 5, 120
@@ -139,6 +139,19 @@ def test_an_interrupted_filling_goes_on_from_its_last_part(
     assert rows(draw(shards, 1000, tmp_path / "killed")) == rows(expected)
     assert (lane / "00000.safetensors").stat().st_mtime_ns == kept
     assert not list(store.rglob("*.partial"))
+
+
+def test_damaged_tokens_are_made_again_once_they_are_deleted(shards: Path, tmp_path: Path):
+    drawn = draw(shards, 100, tmp_path)
+    expected = rows(drawn)
+    for file in drawn.stores[0].path.rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(DarwinError, match=r"00000\.safetensors is damaged .*; delete .*lane-\d\d and run") as refused:
+        rows(draw(shards, 100, tmp_path))
+    for lane in drawn.stores[0].path.glob("lane-*"):
+        assert lane.name[:5] in str(refused.value)
+        shutil.rmtree(lane)
+    assert rows(draw(shards, 100, tmp_path)) == expected
 
 
 def test_a_pattern_names_files_and_a_mixture_keeps_its_weights(shards: Path, text: Path, tmp_path: Path):

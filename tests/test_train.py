@@ -202,6 +202,16 @@ def test_low_rank_adapters_are_merged(whole: TrainConfig, export: Path, text: Pa
     assert math.isclose(figures.perplexity, result.result["after"]["perplexity"], rel_tol=1e-4)
 
 
+def test_every_step_is_in_the_log(whole: TrainConfig, tmp_path: Path):
+    """Also those after the last multiple of `log_every`."""
+    fewer = replace(whole.training, log_every=5, save_every=5)
+    found = trainings.losses(train(replace(whole, out=str(tmp_path / "out"), training=fewer)).history)
+    each = trainings.losses(train(whole).history)
+    assert len(each) % 5, "a last step that is no multiple"
+    means = [sum(part) / len(part) for part in (each[i : i + 5] for i in range(0, len(each), 5))]
+    assert found == pytest.approx(means, rel=1e-6)
+
+
 def test_a_reporter_is_told_what_the_log_says(export: Path, text: Path, tmp_path: Path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     result = train(trainings.short(export, text, tmp_path / "out", training={"report_to": ("tensorboard",)}))
@@ -288,3 +298,9 @@ def test_the_teachers_logits_are_written_once_for_many_runs(whole: TrainConfig, 
     assert [path for path in files if again[path] != files[path]] == [lost]
     assert len(second.history) == len(train(first).history)
     assert trainings.losses(second.history) != trainings.losses(train(first).history)
+    lost.write_bytes(lost.read_bytes()[:-8])
+    third = replace(first, out=str(tmp_path / "third"), seed=2)
+    with pytest.raises(DarwinError, match=f"{lost.name} is damaged .*; delete it and run"):
+        train(third)
+    lost.unlink()
+    train(third)

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from darwinlm.types import DarwinError, UsageError
 
 LOCK = ".lock"
@@ -64,6 +66,21 @@ def _expect_keys(path: Path, value: Any, keys: tuple[str, ...]) -> None:
     missing = [key for key in keys if not isinstance(value, dict) or key not in value]
     if missing:
         raise DarwinError(f"{path} is damaged (it lacks {missing[0]}); delete it and run the command again")
+
+
+def open_tensors(path: Path, delete: Path | None = None) -> Any:
+    """Open a safetensors file by memory map.
+
+    Args:
+        delete: what is to be deleted where the file is damaged, for the next run to make it again; the file if None.
+
+    Raises:
+        DarwinError: if it is missing, no such file, or cut off.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, FileNotFoundError) as error:
+        raise DarwinError(f"{path} is damaged ({error}); delete {delete or 'it'} and run the command again") from None
 
 
 def sweep(path: Path) -> None:

@@ -138,11 +138,8 @@ class Checkpoint:
             )
 
     def skeleton(self) -> PreTrainedModel:
-        """The whole model without its weights: parameters on the meta device, tied ones once, buffers real."""
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
-        model.tie_weights()
-        return model
+        """The whole model without its weights, as the function of this name."""
+        return skeleton(self.config)
 
     def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """The whole model with its weights, in evaluation mode.
@@ -189,6 +186,15 @@ class Checkpoint:
                 yield opened
         except (SafetensorError, FileNotFoundError) as error:
             raise DarwinError(f"{self.path / shard} cannot be read ({error}); fetch the checkpoint again") from None
+
+
+def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The whole model of a config without its weights: parameters on the meta device, tied ones once, buffers real."""
+    register()
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **({"dtype": dtype} if dtype else {}))
+    model.tie_weights()
+    return model
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -259,8 +265,7 @@ def _dequantise(path: Path, out: Path) -> None:
     find_family(config)
     with redirect_stderr(io.StringIO()):  # its bar cannot be switched off
         dequantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).state_dict()
-    with init_empty_weights(include_buffers=False):
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain = skeleton(config, torch.float32)
     plain.load_state_dict(dequantised, assign=True)
     plain.tie_weights()
     plain.save_pretrained(out)

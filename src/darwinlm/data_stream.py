@@ -21,13 +21,12 @@ import torch
 from datasets import IterableDataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from jaxtyping import Int
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from darwinlm import parallel
-from darwinlm.artifact import read_json, sweep, write_json
+from darwinlm.artifact import open_tensors, read_json, sweep, write_json
 from darwinlm.data import HUB, PACKAGED, is_held_out, name_and_weight, one_stream, read_documents, text_of
 from darwinlm.progress import say
 from darwinlm.train_config import StreamConfig
@@ -128,7 +127,8 @@ class TokenStore:
 
     def read(self, lane: int, part: int, row: int) -> Int[Tensor, " length"]:
         """One sequence, read by memory map."""
-        return open_tensors(self._file(lane, part)).get_slice("tokens")[row].long()
+        file = self._file(lane, part)
+        return mapped(file, delete=file.parent).get_slice("tokens")[row].long()
 
     def _extend(self, lane: int, sequences: int) -> None:
         """Add parts to a lane until it has `sequences`, or its documents are at an end."""
@@ -360,11 +360,15 @@ def _told(source: str) -> Iterator[None]:
         raise UsageError(f"no text in {source} that can be read ({reason}); check --data") from None
 
 
-def open_tensors(file: Path) -> Any:
-    """A safetensors file, mapped into memory once for each process, and again if it was rewritten."""
-    return _open(file, file.stat().st_mtime_ns)
+def mapped(file: Path, delete: Path | None = None) -> Any:
+    """A safetensors file, mapped into memory once for each process, and again if it was rewritten.
+
+    Raises:
+        DarwinError: as `open_tensors`.
+    """
+    return _mapped(file, delete, file.stat().st_mtime_ns if file.exists() else 0)
 
 
 @lru_cache(maxsize=OPEN_FILES)
-def _open(file: Path, _: int) -> Any:
-    return safe_open(file, framework="pt").__enter__()
+def _mapped(file: Path, delete: Path | None, _: int) -> Any:
+    return open_tensors(file, delete).__enter__()

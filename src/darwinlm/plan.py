@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from darwinlm import obs
 from darwinlm.calibrate import PANEL, SPILL_BYTES
-from darwinlm.checkpoint import PACKAGED, WEIGHTS, find_checkpoint, is_finite
+from darwinlm.checkpoint import PACKAGED, WEIGHTS, find_checkpoint, is_finite, skeleton
 from darwinlm.config import CalibrationConfig, DatabaseConfig
 from darwinlm.device import DTYPES, resolve_dtype
 from darwinlm.families import find_family, find_grid, head_dim
@@ -98,9 +98,7 @@ def plan(
     Raises:
         UsageError: if the family is not supported or a setting cannot be used.
     """
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
+    model = skeleton(config)
     grid = find_grid(model, config, database)
     units = grid.units
     genome = uniform_genome(grid, target_level, database.levels, Random(0))

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from darwinlm.adamw import set_state, state_of
+from darwinlm.artifact import open_tensors
 from darwinlm.config import RefitConfig
 from darwinlm.families import Head, linear_at
 from darwinlm.progress import say, track
@@ -144,7 +144,7 @@ def _read(file: Path, identity: str) -> tuple[int, dict[str, Tensor]]:
     """Steps that are done, and the tensors of a refit that has begun."""
     if not file.exists():
         return 0, {}
-    with safe_open(file, framework="pt") as opened:
+    with open_tensors(file) as opened:
         about = opened.metadata()
         if about.get("made_from") != identity:
             raise DarwinError(f"{file} is of another refit: expected this run's; delete it and run the command again")

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from darwinlm import parallel
 from darwinlm.artifact import sweep, write_json
-from darwinlm.data_stream import Sequences, open_tensors
+from darwinlm.data_stream import Sequences, mapped
 from darwinlm.distill import Target, TopKTarget, teacher_target
 from darwinlm.progress import track
 
@@ -83,7 +83,7 @@ class TeacherLogits:
     def _count(self, sequences: Sequences, group: tuple[int, ...]) -> int:
         """Rows that a file has. An earlier training may have needed fewer of them."""
         file = self._file(sequences, group)
-        return open_tensors(file).get_slice("values").get_shape()[0] if file.exists() else 0
+        return mapped(file).get_slice("values").get_shape()[0] if file.exists() else 0
 
     def _file(self, sequences: Sequences, group: tuple[int, ...]) -> Path:
         store, lane, part, number = group
@@ -102,7 +102,7 @@ class TeacherLogits:
     def read(self, sequences: Sequences, index: int) -> dict[str, Tensor]:
         """`indices` and `values` after every token but the last of a sequence, each `[length - 1, top_k]`."""
         store, lane, part, row = sequences.places[index].tolist()
-        file = open_tensors(self._file(sequences, (store, lane, part, row // ROWS)))
+        file = mapped(self._file(sequences, (store, lane, part, row // ROWS)))
         return {name: file.get_slice(name)[row % ROWS] for name in ("indices", "values")}
 
 

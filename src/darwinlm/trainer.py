@@ -251,6 +251,10 @@ class _Log(TrainerCallback):
         if state.is_world_process_zero:  # what came after the checkpoint is forgotten
             write_text(self.path, "".join(f"{json.dumps(line)}\n" for line in state.log_history))
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step == state.max_steps:  # what came after the last multiple of log_every too
+            control.should_log = True
+
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import tempfile
 import weakref
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from itertools import count
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from jaxtyping import Int
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,7 +19,7 @@ from darwinlm.families import Head
 from darwinlm.slopes import Distance, Surprise
 from darwinlm.types import Genome
 
-KEPT_BYTES = 8 << 30  # of trained states in memory; what is beyond goes to a temporary directory
+KEPT_BYTES = 8 << 30  # of trained states in memory; what is beyond goes to temporary files
 
 
 @dataclass
@@ -73,9 +69,7 @@ class Tuner:
         self.trains = trains
         self._wanted: dict[int, Tensor] = {}  # the teacher's last hidden states, by sequence: all candidates need them
         self._kept: dict[Genome, Trained] = {}
-        self._spilled: dict[Genome, tuple[Path, int]] = {}
-        self._directory: Path | None = None
-        self._numbers = count()
+        self._spilled: dict[Genome, tuple[IO[bytes], int]] = {}
 
     def train(self, genome: Genome, candidate: PreTrainedModel, sequences: int) -> Trained:
         """The candidate after training on the first `sequences` sequences. Its own weights stay as they are."""
@@ -102,7 +96,7 @@ class Tuner:
         wanted = set(genomes)
         self._kept = {genome: state for genome, state in self._kept.items() if genome in wanted}
         for genome in self._spilled.keys() - wanted:
-            self._spilled.pop(genome)[0].unlink()
+            self._spilled.pop(genome)[0].close()
 
     def _resume(self, genome: Genome, candidate: PreTrainedModel, sequences: int) -> Trained:
         """Where the genome stood, if that is kept and is no further than `sequences`; else where it starts."""
@@ -140,18 +134,17 @@ class Tuner:
         return Distance(Head(self.teacher), wanted, len(wanted))
 
     def _spill(self, genome: Genome, trained: Trained) -> None:
-        if self._directory is None:
-            self._directory = Path(tempfile.mkdtemp(prefix="darwinlm-search-"))
-            weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
-        path = self._directory / f"{next(self._numbers)}.safetensors"
-        save_file(state_of(_training(trained.model), trained.optimizer), path)
-        self._spilled[genome] = path, trained.sequences
+        file = tempfile.TemporaryFile()  # noqa: SIM115, it has no name and is gone with the process
+        weakref.finalize(self, file.close)
+        torch.save(state_of(_training(trained.model), trained.optimizer), file)
+        self._spilled[genome] = file, trained.sequences
 
     def _unspill(self, genome: Genome, candidate: PreTrainedModel) -> Trained:
-        path, sequences = self._spilled.pop(genome)
+        file, sequences = self._spilled.pop(genome)
         trained = self._start(candidate)
-        set_state(_training(trained.model), trained.optimizer, load_file(path, device=str(self.device)))
-        path.unlink()
+        with file:
+            file.seek(0)
+            set_state(_training(trained.model), trained.optimizer, torch.load(file, map_location=self.device))
         trained.sequences = sequences
         return trained
 

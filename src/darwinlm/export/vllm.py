@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from darwinlm.artifact import read_json
+from darwinlm.checkpoint import skeleton
 from darwinlm.modeling import (
     PRUNED,
     auto_map,
@@ -51,7 +51,7 @@ def zero_stubs(model: PreTrainedModel) -> PreTrainedModel:
         for block in sizes
     )
     weights = model.state_dict()
-    for name, parameter in _skeleton(pruned_config(model.config, full)).state_dict().items():
+    for name, parameter in skeleton(pruned_config(model.config, full)).state_dict().items():
         if name not in weights:
             value = 1.0 if name.endswith("norm.weight") else 0.0
             weights[name] = torch.full(parameter.shape, value, dtype=model.dtype, device=model.device)
@@ -88,19 +88,13 @@ def check_vllm(directory: Path) -> list[str]:
         code = directory / f"{module_name(family)}.py"
         if not code.exists() or code.read_text(encoding="utf-8") != render(family):
             refusals.append(f"{code.name} is missing or not that of this darwinlm: export the model again")
-    return refusals + _check_classes(_skeleton(config))
+    return refusals + _check_classes(skeleton(config))
 
 
 def tensor_parallel_sizes(sizes: Sequence[BlockSizes]) -> tuple[int, ...]:
     """How many devices tensor parallelism may split a model among: they divide the sizes of every block."""
     numbers = [number for block in sizes for number in (block.query_heads, block.key_value_heads, block.intermediate)]
     return tuple(size for size in range(1, LARGEST_PARALLEL + 1) if all(number % size == 0 for number in numbers))
-
-
-def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    register()
-    with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def _check_classes(model: PreTrainedModel) -> list[str]:
