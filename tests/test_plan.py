@@ -17,7 +17,8 @@ import tiny
 from darwinlm.cli import main
 from darwinlm.config import CalibrationConfig, DatabaseConfig
 from darwinlm.genome import uniform_genome
-from darwinlm.plan import Plan, Rates, find_config, measure_rates, plan, plan_training
+from darwinlm.plan import Plan, Rates, block_rates, find_config, measure_rates, plan, plan_training
+from darwinlm.plan_search import BlockRates, Work
 from darwinlm.surgery import Stitcher
 from darwinlm.train_config import DistillationConfig, GradualConfig
 from darwinlm.types import UsageError
@@ -122,6 +123,16 @@ def test_rates_are_positive_and_finite() -> None:
     assert all(0 < rate < 1e15 for rate in vars(rates).values())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_block_of_every_family_has_its_rates(dtype: torch.dtype) -> None:
+    for family in tiny.CONFIGS:
+        assert all(0 < rate < 1e15 for rate in vars(block_rates(tiny.CONFIGS[family], dtype, length=16)).values())
+
+
+def test_work_is_done_at_its_own_rate() -> None:
+    assert Work(3e9, 8e9).seconds(BlockRates(1e9, 4e9)) == 3 + 2
+
+
 def test_a_config_is_found_by_directory_and_by_file(checkpoints: dict[str, Path]) -> None:
     for path in (checkpoints["phi3"], checkpoints["phi3"] / "config.json"):
         assert find_config(str(path)).to_dict()["intermediate_size"] == tiny.CONFIGS["phi3"].intermediate_size
@@ -136,7 +147,7 @@ def test_no_config_is_one_sentence(tmp_path: Path) -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates that take no seconds to measure."""
     monkeypatch.setattr("darwinlm.plan.measure_rates", lambda _: RATES)
-    monkeypatch.setattr("darwinlm.plan.block_rate", lambda *_: 1e12)
+    monkeypatch.setattr("darwinlm.plan.block_rates", lambda *_: BlockRates(1e12, 5e11))
 
 
 @pytest.mark.usefixtures("quick")
@@ -209,8 +220,8 @@ def test_a_recipe_is_priced_stage_by_stage(tmp_path: Path, capsys: pytest.Captur
 
 def test_training_is_priced_by_hand() -> None:
     found = plan_training(10**9, 10**9, 10**6, GradualConfig("M", "D", "O"))
-    assert found.operations == (6 + 2) * 1e15  # all activations kept, and a teacher of the same size
+    assert found.work == Work(forward=2e15, training=6e15)  # all activations kept, and a teacher of the same size
     assert (found.memory_bytes, found.teacher_bytes) == (16 * 10**9, 2 * 10**9)
     kept = plan_training(10**9, 10**9, 10**6, GradualConfig("M", "D", "O", distillation=DistillationConfig(top_k=64)))
-    assert kept.operations == found.operations
+    assert kept.work == found.work
     assert (kept.teacher_bytes, kept.disk_bytes - found.disk_bytes) == (0, 10**6 * 64 * 6)

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig
 
 from darwinlm import obs
 from darwinlm.calibrate import PANEL, SPILL_BYTES
@@ -26,7 +27,7 @@ from darwinlm.config import CalibrationConfig, DatabaseConfig
 from darwinlm.device import DTYPES, resolve_dtype
 from darwinlm.families import find_family, find_grid, head_dim
 from darwinlm.genome import Grid, level_grid, parameters_at, uniform_genome
-from darwinlm.plan_search import plan_search
+from darwinlm.plan_search import BlockRates, Work, plan_search
 from darwinlm.teacher_logits import LOGIT_BYTES
 from darwinlm.train_config import GradualConfig, steps_of
 from darwinlm.types import Genome, Unit, UsageError
@@ -216,19 +217,36 @@ def measure_rates(dtype: torch.dtype = torch.float32, size: int = 3072) -> Rates
     )
 
 
-def block_rate(config: PretrainedConfig, dtype: torch.dtype, length: int = 512, sequences: int = 4) -> float:
-    """Floating-point operations a second of a model's first block, forwards: search and training are made of it."""
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    decoder, blocks = model.get_decoder(), model.get_submodule(find_family(config).blocks)
-    block, norm = blocks[0], model.get_submodule(find_family(config).final_norm)
-    for module in (block, norm):
-        module.to_empty(device="cpu")
-    del blocks[1:]
+def block_rates(config: PretrainedConfig, dtype: torch.dtype, length: int = 512, sequences: int = 4) -> BlockRates:
+    """Measured on a model's first block: search and training are made of it. Weights that train are float32."""
+    decoder, weights = _first_block(config, dtype)
     stream = torch.ones(sequences, length, config.hidden_size, dtype=dtype)
-    operations = 2 * sum(parameter.numel() for parameter in block.parameters()) * sequences * length
+    operations = 2 * sum(weight.numel() for weight in weights) * length
     with torch.inference_mode():
-        return operations / _seconds(lambda: decoder(inputs_embeds=stream, use_cache=False))
+        forward = sequences * operations / _seconds(lambda: decoder(inputs_embeds=stream, use_cache=False))
+    decoder, weights = _first_block(config, torch.float32)
+    sequence = torch.ones(1, length, config.hidden_size, requires_grad=True)
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            states = decoder(inputs_embeds=sequence, use_cache=False).last_hidden_state
+        states.backward(torch.ones_like(states))
+        for weight in weights:
+            weight.grad = None
+
+    return BlockRates(forward, 3 * operations / _seconds(step))
+
+
+def _first_block(config: PretrainedConfig, dtype: torch.dtype) -> tuple[nn.Module, list[nn.Parameter]]:
+    """A decoder of one block and the last norm, and the block's weights."""
+    model, family = skeleton(config, dtype), find_family(config)
+    blocks: Any = model.get_submodule(family.blocks)
+    del blocks[1:]
+    for module in (blocks, model.get_submodule(family.final_norm)):
+        module.to_empty(device="cpu")
+        for weight in module.parameters():
+            nn.init.constant_(weight, 1 / config.hidden_size)  # what memory holds may be no numbers, which are slow
+    return model.get_decoder(), list(blocks.parameters())
 
 
 def _product_rate(dtype: torch.dtype, size: int) -> float:
@@ -296,14 +314,14 @@ class TrainingPlan:
     """What a training takes.
 
     Attributes:
-        operations: floating-point operations of student and teacher.
+        work: of the student in training, and of the teacher forwards.
         memory_bytes: float32 weights, gradients and both moments of AdamW, over all processes, without activations.
         teacher_bytes: the dense model in each process; none where its logits are read from the disk.
         disk_bytes: tokens, the teacher's top-k logits, and the two checkpoints that are kept.
     """
 
     steps: int
-    operations: float
+    work: Work
     memory_bytes: int
     teacher_bytes: int
     disk_bytes: int
@@ -317,7 +335,7 @@ def plan_training(parameters: int, teacher_parameters: int, tokens: int, config:
     logits = LOGIT_BYTES * distillation.top_k * tokens if taught else 0
     return TrainingPlan(
         steps=steps_of(tokens, config.training, config.stream),
-        operations=float(tokens) * (student + (2 * teacher_parameters if taught else 0)),
+        work=Work(2.0 * teacher_parameters * tokens if taught else 0.0, float(tokens) * student),
         memory_bytes=4 * FLOAT * parameters,
         teacher_bytes=0 if distillation.top_k else DTYPES["bfloat16"].itemsize * teacher_parameters,
         disk_bytes=FLOAT * tokens + logits + 2 * 3 * FLOAT * parameters,
@@ -335,7 +353,7 @@ def show(config: GradualConfig) -> None:
     model, calibration, database = find_config(config.model), config.calibration, config.database
     find_family(model)  # before seconds are spent on rates
     rates = measure_rates(DTYPES[calibration.dtype])
-    block = block_rate(model, resolve_dtype("auto", torch.device("cpu")))
+    block = block_rates(model, resolve_dtype("auto", torch.device("cpu")))
     plans = [plan(model, calibration, database, stage.target_level, rates) for stage in config.stages]
     found = plans[0]
     rows = {
@@ -353,17 +371,17 @@ def show(config: GradualConfig) -> None:
         search = plan_search(found.parameters, model, at.grid, at.even, config.search, config.refit)
         work = {
             "the start": search.start,
-            f"{config.search.generations} generations": config.search.generations * search.generation,
+            f"{config.search.generations} generations": search.generations,
             "refit": search.refit,
         }
         rows[f"  its search at level {stage.target_level:g}"] = ", ".join(
-            f"{name} {_duration(operations / block)}" for name, operations in work.items()
+            f"{name} {_duration(part.seconds(block))}" for name, part in work.items()
         )
         if stage.tokens:
             training = plan_training(at.target_parameters, found.parameters, stage.tokens, config)
             rows[f"training at level {stage.target_level:g}, {stage.tokens:,} tokens"] = (
-                f"{training.steps:,} steps, {training.operations:.1e} operations, "
-                f"{_duration(training.operations / block)} on this machine"
+                f"{training.steps:,} steps, {training.work.forward + training.work.training:.1e} operations, "
+                f"{_duration(training.work.seconds(block))} on this machine"
             )
             rows[f"  its memory at level {stage.target_level:g}"] = (
                 f"{training.memory_bytes / 1e9:.0f} GB over all processes"

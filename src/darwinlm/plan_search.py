@@ -1,4 +1,4 @@
-"""What a search and the refit will take, in floating-point operations of matrix products."""
+"""What a search, the refit and a training will take, in floating-point operations of matrix products."""
 
 from __future__ import annotations
 
@@ -13,18 +13,38 @@ from darwinlm.types import Genome, SelectionStage
 
 
 @dataclass(frozen=True)
+class BlockRates:
+    """Operations a second of a decoder block: forwards alone, and in training, forwards and backwards."""
+
+    forward: float
+    training: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations, by the rate that they are done at."""
+
+    forward: float
+    training: float = 0.0
+
+    def seconds(self, rates: BlockRates) -> float:
+        """What it takes at these rates."""
+        return self.forward / rates.forward + self.training / rates.training
+
+
+@dataclass(frozen=True)
 class SearchPlan:
-    """Operations of what comes after the database, the scores of attention left out.
+    """Work that comes after the database, the scores of attention left out.
 
     Attributes:
         start: until the first generation.
-        generation: of one generation; what mutants share with their parent is counted, though it is computed once.
+        generations: of all of them; what mutants share with their parent is counted, though it is computed once.
         refit: of the searched and of the uniform model.
     """
 
-    start: float
-    generation: float
-    refit: float
+    start: Work
+    generations: Work
+    refit: Work
 
 
 def plan_search(
@@ -47,18 +67,17 @@ def plan_search(
     )
     trained = consumers if search.trains == "consumers" else pruned
     teacher = dense if search.loss == "distillation" else 0
-    generation, scored, before = 0.0, 0, 0
+    scores, steps, scored, before = 0.0, 0.0, 0, 0
     candidates = search.offspring
     for stage in search.stages:
         again = stage.training_tokens > 0  # a candidate that has trained is another one
-        generation += candidates * 2.0 * small * max(0, stage.fitness_tokens - (0 if again else scored))
-        generation += candidates * (4.0 * small + 2.0 * trained) * (stage.training_tokens - before)
+        scores += candidates * 2.0 * small * max(0, stage.fitness_tokens - (0 if again else scored))
+        steps += candidates * (4.0 * small + 2.0 * trained) * (stage.training_tokens - before)
         candidates, scored, before = stage.survivors, stage.fitness_tokens, stage.training_tokens
-    learning = 2.0 * dense + 4.0 * small + 2.0 * consumers
     return SearchPlan(
-        start=_start(grid, dense, blocks, small, search) + 2.0 * teacher * before,
-        generation=generation,
-        refit=2 * refit.tokens * learning,
+        start=Work(_start(grid, dense, blocks, small, search) + 2.0 * teacher * before),
+        generations=Work(search.generations * scores, search.generations * steps),
+        refit=Work(2 * refit.tokens * 2.0 * dense, 2 * refit.tokens * (4.0 * small + 2.0 * consumers)),
     )
 
 
