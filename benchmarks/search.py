@@ -190,7 +190,7 @@ def open_bench(path: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Bench, 
     database = Database(run.database, grid, read_json(run.database / "database.json", "made_from")["made_from"])
     stitcher = Stitcher(checkpoint.load(dtype, CPU), checkpoint.family, database)
     tokens = read_corpus(config.data, checkpoint.tokenizer, LENGTH, config.seed).draw(
-        search=sum(FITNESS_TOKENS), training=TRAINING_TOKENS[-1]
+        calibration=config.calibration.tokens, search=sum(FITNESS_TOKENS), training=TRAINING_TOKENS[-1]
     )
     return Bench(stitcher, tokens["search"], tokens["training"]), config
 
