@@ -143,10 +143,18 @@ def test_a_resumed_comparison_measures_only_what_is_missing(
         compare(replace(config, database=DatabaseConfig(levels=4, granularity=4)))
 
 
+def test_a_size_out_of_reach_is_a_refused_cell(config: CompareConfig, cells: dict[Any, dict[str, Any]]) -> None:
+    found = compare(replace(config, methods=("uniform",), targets=(0.2, 0.9999)))
+    assert len(found) == 3
+    assert found[1].levels == tuple(cells["uniform", 0.2]["levels"])
+    assert "--target: expected params from" in str(found[2].refused)
+
+
 def test_methods_have_names_and_targets_bounds(config: CompareConfig, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(METHODS) == set(ALLOCATORS)
     for flags, words in (
         (["--methods", "magnitude"], "magnitude"),
+        (["--methods", "training-aware"], "--methods: training-aware needs training"),
         (["--targets", "0.2", "1.5"], "--targets: expected shares above 0 and below 1, found 1.5"),
     ):
         assert runs.call("compare", "M", "--data", "D", "--out", f"{config.out}-none", *flags) == 2

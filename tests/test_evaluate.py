@@ -11,13 +11,23 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    FalconConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
     GenerationConfig,
+    GPT2Config,
+    GPTNeoXConfig,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    OlmoConfig,
+    OPTConfig,
+    PhiConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -139,6 +149,33 @@ def test_final_logits_are_the_models_own(model_class: type[PreTrainedModel], tok
         if model_class is not LlamaForCausalLM:
             assert not torch.allclose(found, head(hidden))
     assert dict(model.named_modules()) == modules
+
+
+COMMON: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OlmoConfig(**COMMON, intermediate_size=48),
+        GPTNeoXConfig(**COMMON, intermediate_size=48),
+        OPTConfig(**COMMON, ffn_dim=48, word_embed_proj_dim=32),
+        GPT2Config(**COMMON),
+        BloomConfig(**COMMON),
+        FalconConfig(**COMMON),
+        PhiConfig(**COMMON, intermediate_size=48),
+        CohereConfig(**COMMON, intermediate_size=48, logit_scale=0.5),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_family_that_is_never_pruned_is_measured_like_any_other(config: PreTrainedConfig):
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(64, (3, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        log_probs = model(ids).logits[:, :-1].double().log_softmax(-1)
+    loss = -log_probs.gather(-1, ids[:, 1:, None]).mean().item()
+    assert math.log(perplexity_and_kl({"it": model}, ids)["it"].perplexity) == pytest.approx(loss, rel=1e-5)
 
 
 def test_models_are_left_as_they_were(dense: LlamaForCausalLM, token_ids: torch.Tensor):

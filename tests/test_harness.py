@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import tiny
 from darwinlm.evaluation_config import TasksConfig
-from darwinlm.harness import LOCAL, SUITE, Request, local_tasks, run_tasks
+from darwinlm.harness import LOCAL, SUITE, Request, Score, local_tasks, questions, run_tasks
 from darwinlm.types import DarwinError, UsageError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "eval"
@@ -149,6 +149,38 @@ def test_shots_limits_and_task_files(model: PreTrainedModel, tmp_path: Path) -> 
     assert (own.task, own.metric, own.shots, own.questions, own.value in (0, 1)) == ("own", "acc", 0, 3, True)
 
 
+@pytest.mark.parametrize(
+    ("metric", "shown"), [("acc_norm", "85.0 ± 4.0"), ("word_perplexity", "0.850 ± 0.040"), ("bits_per_byte", "0.850")]
+)
+def test_only_shares_are_in_per_cent(metric: str, shown: str) -> None:
+    assert str(Score("task", metric, 0, 0.85, None if "bits" in metric else 0.04, 1, "")) == shown
+
+
+def test_groups_of_groups_count_their_tasks_and_those_without_figures_are_refused(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    data = write(tmp_path / "own.jsonl", [{"q": "Ice is", "a": ["hot", "cold"], "right": 1}] * 3)
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\n"
+            f"dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {tmp_path}/cache}}\n"
+            "output_type: multiple_choice\ntest_split: test\ndoc_to_text: q\ndoc_to_target: right\ndoc_to_choice: a\n"
+            "metric_list: [{metric: acc}]\n"
+        )
+    mean = "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    (tmp_path / "inner.yaml").write_text(f"group: inner\ntask: [one, two]\n{mean}")
+    (tmp_path / "outer.yaml").write_text(f"group: outer\ntask: [inner]\n{mean}")
+    (tmp_path / "bare.yaml").write_text("group: bare\ntask: [one, two]\n")
+    config = TasksConfig(tasks_path=str(tmp_path))
+    (found,) = run_tasks(model, tiny.tokenizer(), [Request("outer")], config)
+    assert (found.metric, found.questions) == ("acc", 6)
+    with pytest.raises(DarwinError, match="bare has no figure of its own; name tasks that have one, of one, two"):
+        run_tasks(model, tiny.tokenizer(), [Request("bare")], config)
+    before = questions([Request("one")], config)
+    (tmp_path / "one.yaml").write_text((tmp_path / "one.yaml").read_text() + "num_fewshot: 1\n")
+    assert questions([Request("one")], config) != before
+
+
 def test_what_cannot_be_asked_is_refused(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +200,8 @@ def test_what_cannot_be_asked_is_refused(
 def test_suite_is_the_papers() -> None:
     shots = {request.task: request.shots for request in SUITE}
     assert {task for task, count in shots.items() if count == 0} == {"sciq", "piqa", "arc_easy", "logiqa", "boolq"}
+    normed = {request.task for request in SUITE if request.metric == "acc_norm"}
+    assert normed == {"arc_challenge", "hellaswag", "logiqa"}, "LLM-Shearing, icl_eval/README.md"
     assert {task: count for task, count in shots.items() if count} == {
         "winogrande": 5, "mmlu": 5, "hellaswag": 10, "arc_challenge": 25,
     }  # fmt: skip

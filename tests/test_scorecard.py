@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import OlmoConfig, OlmoForCausalLM
 
 import runs
 import tiny
@@ -149,6 +152,64 @@ def test_models_of_another_vocabulary_have_no_kl(checkpoints: dict[str, Path], t
     assert card.writing.agreement is None
 
 
+def test_as_many_tokens_but_more_logits_have_no_kl(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    """Models of one family may pad their heads to other sizes."""
+    dense: Any = load(checkpoints["llama-mha"])
+    dense.resize_token_embeddings(tiny.VOCAB + 8)
+    dense.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    config = EvaluateConfig(
+        str(tmp_path), str(text), against=str(checkpoints["llama-mha"]), tokens=100, window=50, generation=True,
+        prompts=PROMPTS, continuation_tokens=4,
+    )  # fmt: skip
+    _, card = evaluate_models(config)
+    assert card.qualities[str(text)][1] is None
+    assert card.writing is not None
+    assert card.writing.agreement is None
+
+
+def test_only_against_names_the_dense_model(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    """Not a directory that happens to be called dense, as every run on a GGUF file has one."""
+    shutil.copytree(checkpoints["llama-gqa"], tmp_path / "dense")
+    config = EvaluateConfig(
+        str(checkpoints["llama-mha"]), str(text), beside=str(tmp_path / "dense"), tokens=100, window=50
+    )
+    assert [card.qualities[str(text)][1] for card in evaluate_models(config)] == [None, None]
+
+
+def test_a_model_that_darwinlm_does_not_prune_can_stand_beside(
+    checkpoints: dict[str, Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }
+    OlmoForCausalLM(OlmoConfig(vocab_size=tiny.VOCAB, **sizes)).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    flags = ["--data", str(text), "--tokens", "100", "--window", "50", "--beside", str(tmp_path)]
+    assert runs.call("evaluate", str(checkpoints["llama-mha"]), *flags) == 0
+    assert tmp_path.name in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")  # lm-eval's and its dependencies'
+def test_a_task_that_cannot_be_run_costs_no_other_figure(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+    record = {"query": "Question: Which is hot?", "choices": ["ice", "fire", "snow", "rain"], "gold": 1}
+    (tmp_path / LOCAL["arc_easy"].file).write_text(f"{json.dumps(record)}\n" * 3)
+    (tmp_path / LOCAL["piqa"].file).write_text('{"query": "half a record"}\n')
+    files = ["--tasks-data", str(tmp_path), "--out", str(tmp_path / "out.json")]
+    assert runs.call("evaluate", str(checkpoints["llama-mha"]), "--tasks", "piqa,arc_easy", *files) == 1
+    printed = capsys.readouterr()
+    assert "piqa.jsonl cannot be read as questions" in printed.err.splitlines()[-1]
+    assert re.search(r"^piqa, -, 0-shot +-$", printed.out, re.MULTILINE)
+    found = json.loads((tmp_path / "out.json").read_text())["models"][0]["tasks"]
+    assert [score["value"] is None for score in found] == [True, False, False]
+
+
 def test_what_cannot_be_measured_is_refused(
     checkpoints: dict[str, Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,9 +222,15 @@ def test_what_cannot_be_measured_is_refused(
         (["--data", str(text), "--window", "64", "--stride", "65"], "--stride: expected at most the --window of 64"),
         (["--data", str(text), "--tokens", "1"], "--tokens: expected at least 2, found 1"),
         (["--data", "nowhere.txt", "--window", "64"], "no text at nowhere.txt"),
+        (["--data", str(text), "--window", "64", "--out", str(tmp_path)], "--out: expected a file that can be written"),
+        (["--data", "nowhere.txt", "--tasks", "nothing"], "--tasks: expected tasks of lm-eval"),
+        (
+            ["--data", "nowhere.txt", "--tasks", "ai2_arc"],
+            "a tag without figures; name its tasks: arc_challenge, arc_easy",
+        ),
         (["--data", str(text), "--out", str(tmp_path / "o"), "--against", str(tmp_path / "none")], "no model at"),
     ):
-        assert runs.call("evaluate", model, *flags) == 2
+        assert runs.call("evaluate", model, *flags) == 2, flags
         assert words in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
     with pytest.raises(UsageError, match="--prompts: expected prompts of at least one word"):

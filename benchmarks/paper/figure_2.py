@@ -5,8 +5,8 @@ python benchmarks/paper/figure_2.py RUN OUT      # resumes
 
 16 offspring of the uniform genome at level 3 of 9, by the paper's mutation, are scored on 8,192 tokens before training,
 after 4,096 training tokens and after 40,960 (AdamW, 1e-5, one step a sequence): by cross-entropy and by distillation,
-of all weights and of consumers alone. Neither text was calibrated on. Spearman's rank correlation of each of the former two with the last says which
-predicts better.
+of all weights and of consumers alone. Neither text was calibrated on. Spearman's rank correlation of each of the former
+two with the last says which predicts better.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from darwinlm.comparison import Cell, read_cells
+from darwinlm.comparison import CELLS, Cell, read_cells
 
 
 def opened(description: str | None) -> tuple[list[Cell], Path]:
@@ -15,4 +15,7 @@ def opened(description: str | None) -> tuple[list[Cell], Path]:
     parser.add_argument("out", type=Path, help="directory of the picture")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    return sorted(read_cells(arguments.comparison), key=lambda cell: cell.target), arguments.out
+    cells = sorted(read_cells(arguments.comparison), key=lambda cell: cell.target)
+    if not cells:
+        parser.error(f"no comparison in {arguments.comparison}: expected {CELLS} in it; name a directory of compare")
+    return cells, arguments.out

@@ -7,6 +7,7 @@ Tasks are those of the comparison, by the paper's choice of metric; KL to the de
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from statistics import mean
 
@@ -24,7 +25,8 @@ SEARCHED = {"uniform": "uniform", "evolution": "searched"}
 
 def average(cell: Cell) -> float:
     """Of all tasks, in per cent."""
-    return 100 * mean(score.value for score in cell.scores) if cell.scores else float("nan")
+    values = [score.value for score in cell.scores if score.value is not None]
+    return 100 * mean(values) if values else math.nan
 
 
 def table(cells: list[Cell]) -> str:
@@ -35,7 +37,13 @@ def table(cells: list[Cell]) -> str:
     rows = []
     for cell in cells:
         kl = [f"{quality.kl:.4f}" for quality in cell.texts.values()]
-        found = [f"{cell.kl:.4f}", *kl, f"{cell.perplexity:.2f}", *map(str, cell.scores), f"{average(cell):.1f}"]
+        found = [
+            f"{cell.kl:.4f}",
+            *kl,
+            f"{cell.perplexity:.2f}",
+            *map(str, cell.scores),
+            f"{average(cell):.1f}" if cell.scores else "-",
+        ]
         rows.append([f"{cell.target:.0%}", SEARCHED.get(cell.method, cell.method), *found])
     return tables.markdown(titles, rows)
 

@@ -35,6 +35,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from darwinlm.artifact import read_json
 from darwinlm.families import Family, find_family, find_units
@@ -55,9 +56,10 @@ class Checkpoint:
     """A directory of safetensors shards with a config, as transformers writes it, of a dense or a pruned model.
 
     Weights are read when asked for and never kept, so that a model larger than memory can be processed block by block.
+    It may be of a family that transformers knows and darwinlm does not prune, to be evaluated beside others.
 
     Raises:
-        UsageError: if the directory has no config or weights, or its family is not supported.
+        UsageError: if the directory has no config or weights, or is no causal language model.
         DarwinError: if the config is damaged.
     """
 
@@ -66,9 +68,10 @@ class Checkpoint:
         for name, found in (("config.json", (path / "config.json").exists()), (WEIGHTS, self._has_weights())):
             if not found:
                 raise UsageError(f"{path} is not a model: expected {name} in it, found none; name a model directory")
-        raw = read_json(path / "config.json", "model_type")
-        # Before AutoConfig, which for a family that it does not know asks to trust code, or gives advice on upgrades.
-        self.family: Family = find_family(PretrainedConfig.from_dict({"model_type": str(raw["model_type"])}))
+        family = str(read_json(path / "config.json", "model_type")["model_type"])
+        if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            # AutoConfig would ask to trust code for a family that it does not know, or give advice on upgrades.
+            find_family(PretrainedConfig.from_dict({"model_type": family}))
         register()
         try:
             # Code in the directory is never run: the classes of pruned models are this package's own.
@@ -79,6 +82,11 @@ class Checkpoint:
             raise UsageError(f"{path / 'config.json'} is no usable config ({error}); fetch the model again") from None
         if getattr(self.config, "quantization_config", None):
             raise UsageError(f"{path} is quantised: expected plain float weights; name the model that it was made from")
+
+    @cached_property
+    def family(self) -> Family:
+        """Where it keeps its units. Raises `UsageError` if its family has no row."""
+        return find_family(self.config)
 
     def _has_weights(self) -> bool:
         return (self.path / WEIGHTS).exists() or (self.path / INDEX).exists()

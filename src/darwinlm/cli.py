@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -212,16 +213,18 @@ def _settings(kind: Any, fields: Namespace, **others: Any) -> Any:
 
 def _evaluate(fields: Namespace) -> None:
     from darwinlm import scorecard, speed
-    from darwinlm.run import find_export
+    from darwinlm.run import open_model
 
     config = _settings(EvaluateConfig, fields)
     timing = _settings(SpeedConfig, fields)
     if fields.speed and config.against is None:
         raise UsageError("--speed is beside the dense model: expected --against, found none; name it")
-    cards = scorecard.evaluate_models(config) if config.asks_for_something or not fields.speed else []
-    if fields.speed:
-        model = find_export(Path(fields.model))
-        scorecard.save(cards, config, speed.compare(model, str(config.against), timing, config.device, config.dtype))
+    with tempfile.TemporaryDirectory(prefix="darwinlm-evaluate-") as workspace:
+        timed = open_model(fields.model, Path(workspace)).path if fields.speed else None
+        cards = scorecard.evaluate_models(config) if config.asks_for_something or not fields.speed else []
+        if timed is not None:
+            found = speed.compare(timed, str(config.against), timing, config.device, config.dtype)
+            scorecard.save(cards, config, found)
 
 
 def _fail(message: str, code: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,9 @@ from darwinlm.evaluation_config import CompareConfig
 from darwinlm.families import find_grid
 from darwinlm.fitness import Fitness
 from darwinlm.genome import Grid
-from darwinlm.harness import SUITE, Request, Score, questions, requested, run_tasks
+from darwinlm.harness import SUITE, Request, questions, requested, run_tasks
 from darwinlm.progress import say
+from darwinlm.stopwatch import Stopwatch
 from darwinlm.surgery import Stitcher
 from darwinlm.types import Genome, UsageError
 
@@ -63,7 +63,7 @@ def compare(config: CompareConfig) -> list[Cell]:
     A cell that is in `cells.jsonl` is not measured again, nor asked again what it has answered.
 
     Raises:
-        UsageError: if a setting, model or text cannot be used, or a target is out of reach.
+        UsageError: if a setting, model or text cannot be used.
         DarwinError: if a stage fails. The same call goes on from there.
     """
     out = Path(config.out)
@@ -78,7 +78,6 @@ def compare(config: CompareConfig) -> list[Cell]:
         if asked:
             write_json(out / QUESTIONS, asked)
         bench = _open(config, run)
-        problems = {target: _budget(bench, target, run) for target in config.targets}
         cells = {(cell.method, cell.target): cell for cell in read_cells(out)}
         wanted = [(DENSE, 0.0), *((method, target) for target in config.targets for method in config.methods)]
         for number, (method, target) in enumerate(wanted, 1):
@@ -88,14 +87,16 @@ def compare(config: CompareConfig) -> list[Cell]:
                 if method == DENSE:
                     found = _measure(bench, method, target, bench.grid.dense(), 0.0)
                 else:
-                    found = _find(bench, method, target, *problems[target])
+                    found = _find(bench, method, target, run)
                 _write(out, cells, found)
             found = cells[method, target]
             answered = {score.task for score in found.scores}
             left = [request for request in requests if request.task not in answered and found.refused is None]
-            if left:
-                say(f"{place}: {', '.join(request.task for request in left)}")
-                _write(out, cells, replace(found, scores=(*found.scores, *_ask(bench, found, left))))
+            for request in left:
+                say(f"{place}: {request.task}")
+                scores = run_tasks(bench.judged.stitch(Genome(found.levels)), bench.tokenizer, [request], config)
+                found = replace(found, scores=(*found.scores, *scores))
+                _write(out, cells, found)
         chosen = [_with_scores(cells[key], requests) for key in wanted]
         write_text(out / TABLE, markdown(chosen, PICTURE))
         save_picture(out / PICTURE, chosen)
@@ -151,22 +152,23 @@ def _budget(bench: _Bench, target: float, run: RunConfig) -> tuple[Genome, Budge
     return uniform(bench.grid, bench.costs, RunConfig(**settings))
 
 
-def _find(bench: _Bench, method: str, target: float, even: Genome, budget: Budget) -> Cell:
+def _find(bench: _Bench, method: str, target: float, run: RunConfig) -> Cell:
     """Let a method choose a genome, and measure what it chose."""
     config = bench.config
-    began = time.monotonic()
     # Each method pays for its own scores: nothing of another's is reused.
     text, calibration = bench.tokens["search"], bench.tokens["calibration"]
     scored = pipeline.scored_text(text, config.search) if method in OURS else text
     fitness = Fitness(bench.stitcher, scored, bench.tokens["training"], config.search)
     state = Path(config.out) / "state" / f"{method}-{target:g}"
-    problem = Problem(bench.stitcher, budget, even, fitness, text, calibration, config.search, config.seed, state)
     try:
-        genome = ALLOCATORS[method](problem)
+        even, budget = _budget(bench, target, run)
+        problem = Problem(bench.stitcher, budget, even, fitness, text, calibration, config.search, config.seed, state)
+        with Stopwatch(state.with_name(f"{state.name}.seconds"), go_on=state.exists()) as stopwatch:
+            genome = ALLOCATORS[method](problem)
     except UsageError as error:
         return Cell(method, target, refused=str(error))
     assert budget.fits(genome)
-    return _measure(bench, method, target, genome, time.monotonic() - began)
+    return _measure(bench, method, target, genome, stopwatch.seconds)
 
 
 def _measure(bench: _Bench, method: str, target: float, genome: Genome, seconds: float) -> Cell:
@@ -191,12 +193,6 @@ def _measure(bench: _Bench, method: str, target: float, genome: Genome, seconds:
         seconds=seconds,
         texts=texts,
     )
-
-
-def _ask(bench: _Bench, cell: Cell, requests: list[Request]) -> list[Score]:
-    """Put the model of a cell through tasks."""
-    model = bench.judged.stitch(Genome(cell.levels))
-    return run_tasks(model, bench.tokenizer, requests, bench.config)
 
 
 def _with_scores(cell: Cell, requests: list[Request]) -> Cell:

@@ -10,9 +10,10 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from random import Random
 
@@ -24,6 +25,8 @@ from transformers import PreTrainedTokenizerBase
 from darwinlm.types import DarwinError, UsageError
 
 HELD_OUT_SHARE = 0.1
+DOCUMENTS = 256  # are read at a time, and then twice as many
+TAIL = 64  # tokens that what comes after a text's end could change
 HUB_DOCUMENTS = 50_000  # a streamed data set is read this far
 TEXT_COLUMNS = ("text", "content", "extract")
 HUB = {
@@ -205,16 +208,31 @@ def token_stream(
     if name != text:
         raise UsageError(f"{flag}: expected texts without weights, found {text!r}: each is measured by itself")
     if name in TESTS:
-        whole = "\n\n".join(read_documents(TESTS[name], flag))
-        return torch.tensor(tokenizer(whole, verbose=False)["input_ids"][:tokens], dtype=torch.long)
+        return torch.tensor(_first_tokens(read_documents(TESTS[name], flag), tokenizer, tokens), dtype=torch.long)
     ids: list[int] = []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for document in dict.fromkeys(read_documents(name, flag)):
-        if document.strip() and counts(document):
+    seen: set[str] = set()
+    for document in read_documents(name, flag):
+        if document.strip() and document not in seen and counts(document):
+            seen.add(document)
             ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
         if len(ids) >= tokens:
             break
     return torch.tensor(ids[:tokens], dtype=torch.long)
+
+
+def _first_tokens(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[int]:
+    """The first tokens of documents as one text, blank lines between them; no more is read than that takes.
+
+    The text is cut off some way beyond them, so that its end decides none of them.
+    """
+    source, read = iter(documents), list[str]()
+    while True:
+        more = list(islice(source, max(DOCUMENTS, len(read))))
+        read += more
+        ids: list[int] = tokenizer("\n\n".join(read), verbose=False)["input_ids"]
+        if not more or len(ids) >= tokens + TAIL:
+            return ids[:tokens]
 
 
 def read_documents(name: str, flag: str = "--data") -> Iterator[str]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from darwinlm.config import EvaluationConfig
 from darwinlm.progress import track
@@ -213,8 +213,13 @@ def final_logits(model: PreTrainedModel, hidden: Float[Tensor, "tokens hidden"])
 
 
 class _HandThrough(nn.Module):
-    def forward(self, inputs_embeds: Tensor, **_: object) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    @property
+    def decoder(self) -> _HandThrough:
+        """Which some families call instead of the backbone around it (OPT)."""
+        return self
+
+    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> BaseModelOutputWithPastAndCrossAttentions:
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
 
 
 @torch.inference_mode()

@@ -139,5 +139,10 @@ class CompareConfig(TasksConfig):
             expect(method in METHODS, "methods", ", ".join(METHODS), repr(method))
         for target in self.targets:
             expect(0 < target < 1, "targets", "shares above 0 and below 1", f"{target:g}")
+        if "training-aware" in self.methods and not any(stage.training_tokens for stage in self.search.stages):
+            raise UsageError(
+                "--methods: training-aware needs training: expected training_tokens above 0 in --search.stages, found "
+                "none; give some, or take evolution"
+            )
         if not self.methods or not self.targets:
             raise UsageError("--methods and --targets: expected at least one of each, found none; give some")

@@ -22,13 +22,13 @@ class Writing:
     Attributes:
         continuations: the prompts with what the model adds greedily.
         repetition: share of 4-grams of tokens in a continuation that were in it before (seq-rep-4, Welleck et al.,
-            2020, arXiv 1908.04319), averaged over those that have any.
+            2020, arXiv 1908.04319), averaged over those that have any; None where none has.
         agreement: share of the dense model's tokens that the model would have chosen too, given what the dense model
             wrote before; None without a dense model, or with one of another vocabulary.
     """
 
     continuations: tuple[str, ...]
-    repetition: float
+    repetition: float | None
     agreement: float | None
 
 
@@ -62,7 +62,7 @@ def write(
             hidden = hidden_states(model, torch.cat([torch.tensor(ids), wanted]))[len(ids) - 1 : -1]
             agreed += int((final_logits(model, hidden).argmax(-1).cpu() == wanted).sum())
             written += len(wanted)
-    share = sum(repeated) / len(repeated) if repeated else 0.0
+    share = sum(repeated) / len(repeated) if repeated else None
     return Writing(tuple(texts), share, agreed / written if written else None)
 
 

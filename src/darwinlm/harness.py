@@ -49,28 +49,38 @@ SUITE = (
 )
 
 
+SHARES = ("exact_match", "em", "f1", "mcc", "pass@1")  # beside acc, acc_norm and the like
+
+
 @dataclass(frozen=True)
 class Score:
     """A model's figure on a task.
 
     Attributes:
+        value: None if the task could not be run.
         stderr: standard error of `value`; None where the harness gives none.
         questions: how many were asked.
-        source: where they come from.
+        source: where they come from, or why there is no value.
     """
 
     task: str
     metric: str
     shots: int
-    value: float
+    value: float | None
     stderr: float | None
     questions: int
     source: str
 
     def __str__(self) -> str:
         """Shares in per cent, with their standard error."""
-        figure = f"{100 * self.value:.1f}" if 0 <= self.value <= 1 else f"{self.value:.3f}"
-        return figure if self.stderr is None else f"{figure} ± {100 * self.stderr:.1f}"
+        if self.value is None:
+            return "-"
+        figure, error = self.value, self.stderr
+        share = self.metric.startswith("acc") or self.metric in SHARES
+        shown = f"{100 * figure:.1f}" if share else f"{figure:.3f}"
+        if error is None:
+            return shown
+        return f"{shown} ± {100 * error:.1f}" if share else f"{shown} ± {error:.3f}"
 
 
 def requested(config: TasksConfig) -> list[Request]:
@@ -85,12 +95,16 @@ def questions(requests: Sequence[Request], config: TasksConfig) -> dict[str, dic
     Raises:
         UsageError: if lm-eval is not installed, or a task is unknown.
     """
-    local, _ = find_tasks(requests, config)
+    local, manager = find_tasks(requests, config)
     asked = {}
     for request in requests:
-        source = config.tasks_path or "lm-eval"
         if request.task in local:
             source = sha256((Path(str(config.tasks_data)) / LOCAL[request.task].file).read_bytes()).hexdigest()
+        else:
+            file: Path | None = manager.task_index[request.task].yaml_path
+            source = f"lm-eval {version('lm-eval')}"
+            if config.tasks_path is not None and file is not None and file.is_relative_to(config.tasks_path):
+                source = sha256(file.read_bytes()).hexdigest()
         asked[request.task] = {"shots": request.shots, "limit": config.limit, "source": source}
     return asked
 
@@ -141,7 +155,7 @@ def find_tasks(requests: Sequence[Request], config: TasksConfig) -> tuple[dict[s
     """The tasks that have a local file, as lm-eval has them configured, and its manager, which knows all others.
 
     Raises:
-        UsageError: if lm-eval is not installed, or a task is unknown.
+        UsageError: if lm-eval is not installed, or a task is unknown or a tag.
     """
     require_harness()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -157,6 +171,11 @@ def find_tasks(requests: Sequence[Request], config: TasksConfig) -> tuple[dict[s
     if unknown:
         name = f"lm-eval {version('lm-eval')}"
         raise UsageError(f"--tasks: expected tasks of {name}, found {unknown[0]!r}; `lm-eval ls tasks` lists them")
+    for tag in sorted(wanted & set(manager.all_tags)):
+        tagged = ", ".join(sorted(manager.task_index[tag].tags))
+        raise UsageError(
+            f"--tasks: expected tasks or groups, found {tag!r}, a tag without figures; name its tasks: {tagged}"
+        )
     return local, manager
 
 
@@ -169,18 +188,28 @@ def _manager(tasks_path: Path | None, include_defaults: bool) -> Any:
 
 
 def _scores(request: Request, found: Mapping[str, Any], source: str) -> list[Score]:
-    """The figures of the task itself, or of the group that it is."""
+    """The figures of the task itself, or of the group that it is. Raises `DarwinError` if there are none."""
     figures = found["results"][request.task]
     counts = found.get("n-samples", {})
-    inside = found.get("group_subtasks", {}).get(request.task) or [request.task]
+    inside = _leaves(request.task, found.get("group_subtasks", {}))
     questions = sum(counts[name]["effective"] for name in inside if name in counts)
     shots = found.get("n-shot", {}).get(request.task, request.shots)
-    return [
+    scores = [
         Score(request.task, name, shots or 0, value, _number(figures.get(f"{name}_stderr,{kind}")), questions, source)
         for key, value in figures.items()
         for name, _, kind in [key.partition(",")]
         if kind and not name.endswith("_stderr") and request.metric in (None, name)
     ]
+    if not scores:
+        wanted, names = request.metric or "figure of its own", ", ".join(sorted(inside))
+        raise DarwinError(f"the task {request.task} has no {wanted}; name tasks that have one, of {names}")
+    return scores
+
+
+def _leaves(task: str, groups: Mapping[str, Sequence[str]]) -> set[str]:
+    """The tasks that a group is made of, through groups in it; of a task, the task."""
+    inside = groups.get(task) or ()
+    return {leaf for name in inside for leaf in _leaves(name, groups)} if inside else {task}
 
 
 def _number(value: Any) -> float | None:

@@ -31,7 +31,7 @@ from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected, verify_export
 from darwinlm.export.vllm import check_vllm
-from darwinlm.families import block_sizes, find_grid
+from darwinlm.families import block_sizes, find_family, find_grid
 from darwinlm.fitness import Fitness
 from darwinlm.genome import Grid
 from darwinlm.latency import latency_costs
@@ -142,6 +142,7 @@ def _open(this: Run, config: RunConfig, until: Stage) -> _Work:
         device = resolve_device(config.device)
         with parallel.first_before_others():
             checkpoint = find_checkpoint(config.model, this.path)
+        find_family(checkpoint.config)
         if until in ("export", "report"):
             family_of(checkpoint.config)  # that it can be exported
         checkpoint.check_length(config.calibration.sequence_length)

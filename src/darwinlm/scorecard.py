@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,10 +20,10 @@ from darwinlm.device import DTYPES, resolve_device
 from darwinlm.evaluate import Quality, parameter_count, quality_over, windows_over
 from darwinlm.evaluation_config import EvaluateConfig
 from darwinlm.generation import Writing, write
-from darwinlm.harness import SUITE, Score, requested, require_harness, run_tasks
+from darwinlm.harness import SUITE, Request, Score, find_tasks, requested, run_tasks
 from darwinlm.progress import say
 from darwinlm.run import open_model, versions
-from darwinlm.types import UsageError
+from darwinlm.types import DarwinError, UsageError
 
 DENSE = "dense"
 
@@ -56,30 +57,50 @@ def evaluate_models(config: EvaluateConfig) -> list[Card]:
 
     Raises:
         UsageError: if nothing is to be measured, or a setting, model, text or task cannot be used.
-        DarwinError: if a task's questions cannot be had.
+        DarwinError: if a task cannot be run; all others are measured, printed and written before.
     """
     if not config.asks_for_something:
         raise UsageError("nothing to measure: expected --data, --tasks, --suite, --generation or --speed; give one")
     requests = [*(SUITE if config.suite else ()), *requested(config)]
     if requests:
-        require_harness()
+        find_tasks(requests, config)
+    _check_file(config)
     with tempfile.TemporaryDirectory(prefix="darwinlm-evaluate-") as workspace:
         subjects = _subjects(config, Path(workspace))
-        dense = next((subject for subject in subjects if subject.name == DENSE), None)
+        dense = None if config.against is None else subjects[0]
         texts = [] if config.data is None else [part.strip() for part in config.data.split(",")]
         qualities = {text: _qualities(text, subjects, dense, config) for text in texts}
         cards = []
         for subject in subjects:
             reference = dense if dense is not None and _same_vocabulary(subject, dense) else None
             writing = _write(subject, reference, config) if config.generation else None
-            if requests:
-                say(f"tasks: {subject.name}")
-            scores = run_tasks(subject.model, subject.tokenizer, requests, config) if requests else []
+            scores = [score for request in requests for score in _ask(subject, request, config)]
             quality = {text: qualities[text][subject.name] for text in texts}
             cards.append(Card(subject.name, parameter_count(subject.model), quality, writing, scores))
-    save(cards, config)
     print(table(cards, config))
+    save(cards, config)
+    for score in (score for card in cards for score in card.scores if score.value is None):
+        raise DarwinError(score.source)
     return cards
+
+
+def _check_file(config: EvaluateConfig) -> None:
+    """Raise `UsageError` if the JSON could not be written, before anything is measured for it."""
+    if config.out is None:
+        return
+    out = Path(config.out).absolute()
+    there = next(parent for parent in out.parents if parent.exists())
+    if out.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
+        raise UsageError(f"--out: expected a file that can be written, found {config.out}; name another")
+
+
+def _ask(subject: Subject, request: Request, config: EvaluateConfig) -> list[Score]:
+    """A model's figures on a task, or why it has none: hours of others are not lost for it."""
+    say(f"tasks: {subject.name}, {request.task}")
+    try:
+        return run_tasks(subject.model, subject.tokenizer, [request], config)
+    except DarwinError as error:
+        return [Score(request.task, request.metric or "-", request.shots or 0, None, None, 0, str(error))]
 
 
 def _subjects(config: EvaluateConfig, workspace: Path) -> list[Subject]:
@@ -88,7 +109,7 @@ def _subjects(config: EvaluateConfig, workspace: Path) -> list[Subject]:
     wanted = {} if config.against is None else {DENSE: config.against}
     for name in [config.model, *beside]:
         short = Path(name).name
-        wanted[name if short in wanted else short] = name
+        wanted[name if short in wanted or short == DENSE else short] = name
     device = resolve_device(config.device)
     found = []
     for number, (label, name) in enumerate(wanted.items()):
@@ -133,7 +154,11 @@ def read_text(text: str, tokenizer: PreTrainedTokenizerBase, config: EvaluateCon
 
 
 def _same_vocabulary(one: Subject, other: Subject) -> bool:
-    return one is other or one.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+    """The same tokens, and as many logits: some models of a family have more than their tokenizer has tokens."""
+    if one is other:
+        return True
+    sizes = one.model.config.vocab_size, other.model.config.vocab_size
+    return sizes[0] == sizes[1] and one.tokenizer.get_vocab() == other.tokenizer.get_vocab()
 
 
 def _write(subject: Subject, reference: Subject | None, config: EvaluateConfig) -> Writing:
@@ -149,14 +174,16 @@ def table(cards: Sequence[Card], config: EvaluateConfig) -> str:
         rows.append([f"perplexity, {text}", *(f"{perplexity:.3f}" for perplexity, _ in found)])
         if any(kl is not None for _, kl in found):
             rows.append([f"KL, {text}", *("" if kl is None else f"{kl:.4f}" for _, kl in found)])
-    for scores in zip(*(card.scores for card in cards), strict=True):
-        label = f"{scores[0].task}, {scores[0].metric}, {scores[0].shots}-shot"
-        rows.append([label, *map(str, scores)])
+    found = [{(score.task, score.metric, score.shots): str(score) for score in card.scores} for card in cards]
+    for task, metric, shots in dict.fromkeys(key for scores in found for key in scores):
+        row = [scores.get((task, metric, shots), "-") for scores in found]
+        rows.append([f"{task}, {metric}, {shots}-shot", *row])
     if config.suite:
-        rows.append(["average of the suite", *(f"{100 * _average(card):.1f}" for card in cards)])
+        rows.append(["average of the suite", *map(_average, cards)])
     written = [card.writing for card in cards if card.writing is not None]
     if written:
-        rows.append(["repetition, %", *(f"{100 * writing.repetition:.1f}" for writing in written)])
+        repeated = ("" if w.repetition is None else f"{100 * w.repetition:.1f}" for w in written)
+        rows.append(["repetition, %", *repeated])
         if any(writing.agreement is not None for writing in written):
             agreed = ("" if w.agreement is None else f"{100 * w.agreement:.1f}" for w in written)
             rows.append(["agreement with dense, %", *agreed])
@@ -172,8 +199,10 @@ def table(cards: Sequence[Card], config: EvaluateConfig) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _average(card: Card) -> float:
-    return math.fsum(score.value for score in card.scores[: len(SUITE)]) / len(SUITE)
+def _average(card: Card) -> str:
+    """Of the suite's tasks, all of which have one figure; of a part of them it would compare with nothing."""
+    values = [score.value for score in card.scores[: len(SUITE)] if score.value is not None]
+    return f"{100 * math.fsum(values) / len(SUITE):.1f}" if len(values) == len(SUITE) else "-"
 
 
 def protocol(cards: Sequence[Card], config: EvaluateConfig) -> dict[str, str]:
@@ -194,9 +223,11 @@ def protocol(cards: Sequence[Card], config: EvaluateConfig) -> dict[str, str]:
             how["agreement"] = "share of the dense model's greedy tokens that the model would have chosen there"
     if cards[0].scores:
         sources = dict.fromkeys(
-            f"{score.task} from {score.source}, {score.questions:,} questions" for score in cards[0].scores
+            f"{score.task} from {score.source}, {score.questions:,} questions"
+            for score in cards[0].scores
+            if score.value is not None
         )
-        how["tasks"] = "; ".join(sources)
+        how["tasks"] = "; ".join([*sources, *dict.fromkeys(s.source for s in cards[0].scores if s.value is None)])
     return how
 
 

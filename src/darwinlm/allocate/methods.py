@@ -14,7 +14,7 @@ from darwinlm.allocate.shortened_llama import shortened_llama, shortened_llama_t
 from darwinlm.allocate.shortgpt import shortgpt
 from darwinlm.allocate.ziplm import ziplm
 from darwinlm.config import SearchConfig
-from darwinlm.types import Genome, UsageError
+from darwinlm.types import Genome
 
 
 def evolution(problem: Problem) -> Genome:
@@ -24,16 +24,7 @@ def evolution(problem: Problem) -> Genome:
 
 
 def training_aware(problem: Problem) -> Genome:
-    """The search of this package with training before selection (section 3.2 of the paper).
-
-    Raises:
-        UsageError: if no stage of the search trains.
-    """
-    if not any(stage.training_tokens for stage in problem.config.stages):
-        raise UsageError(
-            "training-aware needs training: expected training_tokens above 0 in --search.stages, found none; "
-            "give some, or take the method evolution"
-        )
+    """The search of this package with training before selection (section 3.2 of the paper)."""
     return _evolution(problem, problem.config)
 
 
