@@ -14,7 +14,7 @@ import torch
 
 import tiny
 from darwinlm.allocate.problem import Problem
-from darwinlm.allocate.sheared_llama import HardConcrete, learn_masks, nearest_genome, sheared_llama
+from darwinlm.allocate.sheared_llama import HardConcrete, _steps, learn_masks, nearest_genome, sheared_llama
 from darwinlm.budget import Budget, parameter_costs
 from darwinlm.config import SearchConfig
 from darwinlm.database import Database
@@ -117,3 +117,11 @@ def test_steps_without_a_finite_gradient_are_left_out(problem: Problem, capsys: 
     assert "2 of 8 steps had no finite gradient" in capsys.readouterr().err
     with pytest.raises(DarwinError, match="expected a finite loss on the calibration text, found NaN or infinity"):
         learn_masks(replace(short, calibration=text[:1]))
+
+
+def test_by_default_it_takes_as_long_as_the_search() -> None:
+    """40 generations score 16 mutants on 1,024 tokens and the survivors on what their stages add; a third of these."""
+    scored = 40 * (16 * 1024 + 8 * 1024 + 4 * 2048 + 2 * 4096)
+    assert SearchConfig().scored_tokens == scored
+    assert _steps(SearchConfig(), 512) == -(-scored // 3 // 512)
+    assert _steps(replace(SearchConfig(), mask_tokens=2000), 512) == 4

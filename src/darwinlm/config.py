@@ -124,8 +124,9 @@ class SearchConfig:
     trains: Literal["all", "consumers"] = "all"
     """Which weights of the blocks that training moves: all, or those that read what was pruned (o_proj, down_proj), in
     a third of the memory and less time."""
-    mask_tokens: int = 65_536
-    """Calibration tokens on which sheared-llama, a method of darwinlm compare, learns its masks."""
+    mask_tokens: int | None = None
+    """Calibration tokens on which sheared-llama, a method of darwinlm compare, learns its masks; if not given, a third
+    of those that all candidates are scored on: a token forwards and backwards takes as long as three forwards."""
 
     def __post_init__(self) -> None:
         expect_at_least(self, "search", generations=0, offspring=1, max_switches=1, top_k=1, mask_tokens=1)
@@ -143,6 +144,15 @@ class SearchConfig:
         expect(falling, flag, "no more survivors than in the stage before", survivors)
         trained = [stage.training_tokens for stage in self.stages]
         expect(trained == sorted(trained), flag, "no fewer training tokens than in the stage before", trained)
+
+    @property
+    def scored_tokens(self) -> int:
+        """Tokens that the candidates of all generations are scored on, untrained: the budget of rivals that search."""
+        tokens, scored, candidates = 0, 0, self.offspring
+        for stage in self.stages:
+            tokens += candidates * max(0, stage.fitness_tokens - scored)
+            scored, candidates = stage.fitness_tokens, stage.survivors
+        return self.generations * tokens
 
 
 @dataclass(frozen=True)

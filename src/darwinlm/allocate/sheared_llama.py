@@ -23,6 +23,7 @@ from darwinlm.allocate.mutation import restore
 from darwinlm.allocate.problem import Problem
 from darwinlm.allocate.sensitivity import least_sensitive
 from darwinlm.budget import Budget
+from darwinlm.config import SearchConfig
 from darwinlm.families import Head, linear_at
 from darwinlm.progress import say, track
 from darwinlm.slopes import Surprise
@@ -56,7 +57,7 @@ def learn_masks(problem: Problem) -> tuple[Float[Tensor, " _"], ...]:
     minimised = {"params": [masks.log_alpha], "lr": MASK_RATE}
     maximised = {"params": [lagrangian.multipliers], "lr": MULTIPLIER_RATE, "maximize": True}
     optimizer = torch.optim.Adam([minimised, maximised])
-    steps, skipped = -(-problem.config.mask_tokens // text.shape[1]), 0
+    steps, skipped = _steps(problem.config, text.shape[1]), 0
     for step in track(range(steps), "masks", steps, status=lambda: str(lagrangian)):
         optimizer.zero_grad()
         with _multiplied(dense, units, masks.sample()):
@@ -76,6 +77,11 @@ def learn_masks(problem: Problem) -> tuple[Float[Tensor, " _"], ...]:
     with torch.no_grad():
         _shift(masks, problem.budget)
         return masks.kept()
+
+
+def _steps(config: SearchConfig, length: int) -> int:
+    tokens = config.scored_tokens // 3 if config.mask_tokens is None else config.mask_tokens
+    return max(1, -(-tokens // length))
 
 
 def nearest_genome(budget: Budget, kept: Sequence[Float[Tensor, " _"]]) -> Genome:

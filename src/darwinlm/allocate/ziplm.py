@@ -11,7 +11,6 @@ from random import Random
 
 from darwinlm.allocate.problem import Problem
 from darwinlm.allocate.sensitivity import least_sensitive
-from darwinlm.config import SearchConfig
 from darwinlm.database import Database
 from darwinlm.progress import track
 from darwinlm.types import Genome, SelectionStage
@@ -31,7 +30,7 @@ def ziplm(problem: Problem) -> Genome:
     weights = [1.0] * len(errors)
     best = _allocate(problem, errors, weights)
     (least,) = problem.fitness.scores([best], stage)
-    steps = _steps(config)
+    steps = config.scored_tokens // config.stages[-1].fitness_tokens
     for _ in track(range(steps), "ziplm", steps):
         changed = rng.sample(range(len(weights)), max(1, round(MUTATED * len(weights))))
         tried = [rng.random() if index in changed else weight for index, weight in enumerate(weights)]
@@ -46,15 +45,6 @@ def relative_errors(database: Database) -> list[list[float]]:
     """`|W'X - WX|^2 / |WX|^2` of each unit at each level: 0 where it is dense, 1 where nothing of it is left."""
     tables = [database.errors(index) for index in range(len(database.grid.units))]
     return [[error / (errors[-1] or 1.0) for error in errors] for errors in tables]
-
-
-def _steps(config: SearchConfig) -> int:
-    """How often the last stage's tokens go into all that the evolution's candidates are scored on."""
-    tokens, scored, candidates = 0, 0, config.offspring
-    for stage in config.stages:
-        tokens += candidates * max(0, stage.fitness_tokens - scored)
-        scored, candidates = stage.fitness_tokens, stage.survivors
-    return config.generations * tokens // config.stages[-1].fitness_tokens
 
 
 def _allocate(problem: Problem, errors: list[list[float]], weights: list[float]) -> Genome:
