@@ -15,8 +15,11 @@ import sys
 from functools import partial
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cells import cells
@@ -25,8 +28,10 @@ from shared_database import run_over
 from time_to_kl import texts
 
 from darwinlm import load
+from darwinlm.comparison import COLOURS
 from darwinlm.config import DatabaseConfig, RefitConfig, RunConfig, SearchConfig
 from darwinlm.curves import HeldOut
+from darwinlm.report import save_figure
 from darwinlm.train import train
 from darwinlm.train_config import DistillationConfig, StreamConfig, TrainConfig, TrainingConfig
 
@@ -70,6 +75,23 @@ def measure(out: Path, search: str, seed: int) -> dict[str, dict[str, float]]:
     return {when: held_out(load(path, "bfloat16")) for when, path in models.items()}
 
 
+def draw(known: list[dict[str, Any]], path: Path) -> None:
+    """KL before and after post-training, a panel a text, a line a seed."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, text in zip(figure.subplots(1, 2), known[0]["before"], strict=True):
+        for name, colour in zip(SEARCHES, COLOURS[1:], strict=False):
+            chosen = [line for line in known if line["search"] == name]
+            for number, line in enumerate(chosen):
+                label = name if number == 0 else None
+                values = [line[when][text] for when in ("before", "after")]
+                axes.plot(("before", "after"), values, marker="o", color=colour, label=label)
+        axes.set(title=text, ylabel="KL to the dense model (nats a token)", xlabel="post-training")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False)
+    save_figure(path, figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -86,6 +108,7 @@ def main() -> None:
             each = [[line[when][text] for line in chosen] for when in ("before", "after")]
             row = " | ".join(f"{mean(values):.4f} ({min(values):.4f}-{max(values):.4f})" for values in each)
             print(f"| {name} | {text} | {row} |")
+    draw(known, arguments.out / "table_4.png")
 
 
 if __name__ == "__main__":
