@@ -21,7 +21,7 @@ import runs
 from darwinlm import pipeline
 from darwinlm.allocate.mutation import priced
 from darwinlm.allocate.uniform import uniform
-from darwinlm.budget import Budget, Costs, Target, cache_costs, flop_costs, parameter_costs
+from darwinlm.budget import Budget, Costs, Target, amount_of, cache_costs, flop_costs, parameter_costs
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.config import DatabaseConfig, RunConfig
 from darwinlm.evaluate import parameter_count
@@ -151,7 +151,7 @@ def test_a_grid_too_coarse_says_so_and_takes_what_is_below() -> None:
     with console.capture() as said:
         genome, budget = uniform(grid, costs, config)
     assert said.get().count("\n") == 1
-    assert re.search(rf"too coarse for params={limit} to 1%: .*K parameters is the closest found below", said.get())
+    assert f"within 1% of {amount_of(limit)} parameters: {amount_of(below)} is the closest found below" in said.get()
     assert budget.admits(genome)
     assert budget.cost(genome) == below
 
@@ -205,7 +205,7 @@ def test_a_run_ends_within_a_per_cent_below_its_target(
 
 def test_a_search_starts_from_an_earlier_genome(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
     """Gradual pruning: the first parent has lost what the earlier genome had, and at random units as much as is due."""
-    earlier = Genome((1, 0, 0, 2, 0, 0))
+    earlier = Genome((1, 0, 0, 3, 0, 0))  # more of one MLP than the uniform genome of level 2 loses
     (tmp_path / "earlier.json").write_text(json.dumps(earlier.levels))
     search = replace(runs.SHORT.search, start=str(tmp_path / "earlier.json"), generations=0)
     config = runs.short(checkpoints["llama-gqa"], text, tmp_path / "run", search=search)
@@ -214,3 +214,26 @@ def test_a_search_starts_from_an_earlier_genome(checkpoints: dict[str, Path], te
     assert line["origin"] == "earlier"
     assert sum(line["genome"]) > sum(earlier.levels)
     assert all(a >= b for a, b in zip(line["genome"], earlier.levels, strict=True))
+
+
+@pytest.mark.parametrize("level", [5.0, 7.0, 7.5])
+def test_attention_that_must_stay_is_paid_for_elsewhere(level: float) -> None:
+    """The size is that of the level, not of what is left where attention may not go."""
+    grid = level_grid(units(4, heads=1, channels=640), 8, 32)
+    costs = parameter_costs(grid, 10**5)
+    config = RunConfig("M", "D", "O", level, database=DatabaseConfig(levels=8))
+    free, budget = uniform(grid, costs, config)
+    kept, same = uniform(grid, costs, replace(config, keep_attention=True))
+    assert same.limit == budget.limit == costs.of(free)
+    assert same.fits(kept)
+    assert all(level < grid.highest(i) for i, level in enumerate(kept.levels) if grid.units[i].kind == "attention")
+
+
+def test_a_level_no_smaller_than_the_dense_model_is_refused() -> None:
+    """Too little to round up to a step; and single heads of grouped queries, whose K and V are repeated."""
+    plain = level_grid(units(2, heads=8, channels=320), 6, 32)
+    grouped = Unit("a", 0, "attention", "", (), 2, 6, 10, 1, readers=3, shared_parameters=80)
+    for grid, level in ((plain, 0.01), (level_grid((grouped, grouped), 6, 32), 1.0)):
+        config = RunConfig("M", "D", "O", level, database=DatabaseConfig(levels=6))
+        with pytest.raises(UsageError, match=r"--target-level: expected one whose uniform model has from .* \(dense\)"):
+            uniform(grid, parameter_costs(grid, 10**5), config)

@@ -18,7 +18,7 @@ from darwinlm.budget import parameter_costs
 from darwinlm.config import DatabaseConfig, RunConfig, SearchConfig
 from darwinlm.genome import Grid, level_grid
 from darwinlm.progress import console
-from darwinlm.types import DarwinError, Genome, SelectionStage
+from darwinlm.types import DarwinError, Generation, Genome, SelectionStage
 from test_genome import units
 
 GRID = level_grid(units(6, heads=8, channels=320), 8, 32)
@@ -142,17 +142,68 @@ def test_it_starts_from_the_best_start(tmp_path: Path) -> None:
     )
     assert result.history[0].genome == target()
     assert result.history[0].scored == 2
+    assert fitness.asked[:2] == [(start, STAGES[-1]), (target(), STAGES[-1])], (
+        "by the last stage, as its rivals will be"
+    )
+
+
+def test_the_parent_wins_a_tie(tmp_path: Path) -> None:
+    start, budget = at_level(GRID, 4.0)
+
+    class Level(KnownFitness):
+        def score(self, genome: Genome, stage: SelectionStage) -> float:
+            return 1.0
+
+    assert evolve({"uniform": start}, budget, Level(start), CONFIG, 0, tmp_path / "h").best == start
+
+
+def test_the_history_is_kept_after_every_generation(tmp_path: Path) -> None:
+    start, budget = at_level(GRID, 4.0)
+
+    class Watching(KnownFitness):
+        def score(self, genome: Genome, stage: SelectionStage) -> float:
+            kept.add(len((tmp_path / "h").read_text().splitlines()) if (tmp_path / "h").exists() else 0)
+            return super().score(genome, stage)
+
+    kept: set[int] = set()
+    evolve({"uniform": start}, budget, Watching(target()), replace(CONFIG, generations=4), 0, tmp_path / "h")
+    assert kept == {0, 2, 3, 4}, "lines that a kill in generations 1 to 4 leaves"
+
+
+def test_a_stage_in_which_all_diverge_is_null_in_the_history(tmp_path: Path) -> None:
+    start, budget = at_level(GRID, 4.0)
+
+    class Diverging(KnownFitness):
+        def score(self, genome: Genome, stage: SelectionStage) -> float:
+            return 1.0 if genome == start else float("inf")
+
+    def read() -> list[Generation]:
+        found = evolve({"uniform": start}, budget, Diverging(start), replace(CONFIG, generations=2), 0, tmp_path / "h")
+        return list(found.history)
+
+    history = read()
+    assert history[1].stage_fitness == (float("inf"), float("inf"), 1.0)
+    lines = (tmp_path / "h").read_text()
+    assert "Infinity" not in lines
+    assert "[null, null, 1.0]" in lines
+    assert read() == history
+    (tmp_path / "h").write_text(lines.replace('"seconds"', '"time"'))
+    with pytest.raises(DarwinError, match=r"is damaged \(it lacks seconds\)"):
+        read()
 
 
 def test_offspring_are_distinct_even_where_few_exist(tmp_path: Path) -> None:
     grid = level_grid(units(2, heads=2, channels=64), 2, 32)
     start, budget = at_level(grid, 1.0, 2)
     fitness = KnownFitness(start)
-    evolve(
-        {"uniform": start}, budget, fitness, replace(CONFIG, generations=1, offspring=50), 0, tmp_path / "history.jsonl"
-    )
-    first = [genome for genome, stage in fitness.asked[1:] if stage == STAGES[0]]
+    with console.capture() as said:
+        config = replace(CONFIG, generations=2, offspring=50)
+        evolve({"uniform": start}, budget, fitness, config, 0, tmp_path / "history.jsonl")
+    assert said.get().count("distinct mutants") == 1
+    asked = [genome for genome, stage in fitness.asked[1:] if stage == STAGES[0]]
+    first = asked[: len(asked) // 2]  # of two generations
     assert 0 < len(first) == len(set(first)) < 50
+    assert f"generation 1 has {len(first)} distinct mutants, not 50: no more were found" in said.get()
 
 
 def test_a_candidate_that_diverged_is_never_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,7 +237,7 @@ def test_where_no_mutant_exists_the_search_ends_with_its_start(
     moves: Literal["priced", "within_kinds"], tmp_path: Path
 ) -> None:
     grid = level_grid(units(1, heads=1, channels=32), 1, 32)
-    start, budget = at_level(grid, 0.5, 1)
+    start, budget = at_level(grid, 0.9, 1)
     with console.capture() as said:
         config = replace(CONFIG, moves=moves)
         result = evolve({"uniform": start}, budget, KnownFitness(start), config, 0, tmp_path / "h")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,6 +17,7 @@ from darwinlm import parallel, tuning
 from darwinlm.config import SearchConfig
 from darwinlm.families import Head
 from darwinlm.fitness import Fitness
+from darwinlm.metric import Divergence
 from darwinlm.metric import metric as make_metric
 from darwinlm.surgery import Stitcher
 from darwinlm.tuning import Tuner, _training, rounded
@@ -118,6 +120,25 @@ def test_divergences_hold_for_peaked_and_flat_distributions(vocabulary: int, met
         assert found / reference.tokens == pytest.approx(expected / 200, abs=1e-4, rel=1e-3)
 
 
+@pytest.mark.parametrize("vocabulary", [49_152, 152_064])
+def test_the_many_small_probabilities_of_a_large_vocabulary_count(vocabulary: int) -> None:
+    """Logits of a standard deviation of 3, and a candidate whose logits are flatter."""
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.75)
+    ids = torch.randint(vocabulary, (1, 8))
+    with torch.no_grad():
+        hidden = model.model(ids).last_hidden_state[0]
+        log_p, log_q = (model.lm_head(states).double().log_softmax(-1) for states in (hidden, 0.7 * hidden))
+        expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+        found = Divergence.of(model, ids).total(0.7 * hidden, Head(model)) / 8
+    assert found == pytest.approx(expected, abs=5e-5)
+
+
 def test_a_score_does_not_depend_on_what_was_asked_before(stitcher: Stitcher) -> None:
     genome = random_genomes(stitcher, 1)[0]
     in_steps = fitness(stitcher)
@@ -171,6 +192,24 @@ def test_survivors_go_on_training_where_they_stood(
         assert len(scorer._tuner._kept) + len(scorer._tuner._spilled) <= stage.survivors
         genomes = [genomes[i] for i in sorted(range(count), key=scores.__getitem__)]
     assert len(steps) == 2 * 4
+
+
+def test_dropout_plays_no_part_in_a_score(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """It draws from a generator that no search keeps."""
+    case = prune(checkpoints["llama-gqa"], tmp_path)
+    for block in case.stitcher.dense.model.layers:  # pyright: ignore[reportAttributeAccessIssue]
+        block.self_attn.attention_dropout = 0.5
+    (genome,), stage = random_genomes(case.stitcher, 1), TRAINED[1]
+    assert len({fitness(case.stitcher, TRAINED).score(genome, stage) for _ in range(3)}) == 1
+
+
+def test_training_is_at_the_rate_and_on_the_tokens_given(stitcher: Stitcher) -> None:
+    (genome,), stage = random_genomes(stitcher, 1), TRAINED[-1]
+    usual = SearchConfig(stages=TRAINED, learning_rate=1e-3)
+    settings = [(usual, 2), (usual, 2), (replace(usual, learning_rate=2e-3), 2), (usual, 3), (usual, 1)]
+    scores = [Fitness(stitcher, token_ids(1, 8), token_ids(seed, 8), c).score(genome, stage) for c, seed in settings]
+    assert scores[0] == scores[1]
+    assert len(set(scores)) == 4
 
 
 def test_no_more_than_the_survivors_are_kept(stitcher: Stitcher) -> None:

@@ -74,7 +74,12 @@ def test_a_table_of_something_else_is_refused(checkpoints: dict[str, Path], tmp_
         latency_costs(*opened(checkpoints["mistral"]), given, CPU, path)
     with pytest.raises(UsageError, match=r"of another level grid"):
         latency_costs(*opened(checkpoints["llama-gqa"], "head"), given, CPU, path)
-    path.write_text(json.dumps(read_json(path) | {"made_for": read_json(path)["made_for"] | {"device": "cuda"}}))
+    made_for = read_json(path)["made_for"]
+    path.write_text(json.dumps(read_json(path) | {"made_for": made_for | {"threads": 99}}))
+    latency_costs(checkpoint, grid, QUICK, CPU, path)  # a run's own, resumed with another number of threads
+    with pytest.raises(UsageError, match=r"of another threads: expected \d+, found 99"):
+        latency_costs(checkpoint, grid, given, CPU, tmp_path / "new.json")
+    path.write_text(json.dumps(read_json(path) | {"made_for": made_for | {"device": "cuda"}}))
     with pytest.raises(UsageError, match=r"of another device: expected cpu: .*, found cuda"):
         latency_costs(checkpoint, grid, given, CPU, path)
     with pytest.raises(UsageError, match=r"--latency.table: expected a file .* none at .*nowhere"):

@@ -12,12 +12,13 @@ from typing import Any
 
 from darwinlm import parallel, tables
 from darwinlm.artifact import write_json, write_text
+from darwinlm.budget import parameter_costs
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.config import RunConfig
 from darwinlm.data_stream import draw_sequences
 from darwinlm.evaluate import parameter_count
 from darwinlm.families import find_grid, find_units
-from darwinlm.genome import parameters_at, uniform_genome
+from darwinlm.genome import uniform_genome
 from darwinlm.pipeline import run
 from darwinlm.progress import say
 from darwinlm.run import GRADUAL_SETTINGS, claim, find_export
@@ -148,7 +149,7 @@ def _size_at(dense: Checkpoint, level: float, config: GradualConfig) -> int:
     skeleton = dense.skeleton()
     grid = find_grid(skeleton, dense.config, config.database)
     genome = uniform_genome(grid, level, config.database.levels, Random(config.seed))
-    return parameters_at(grid, genome, parameter_count(skeleton))
+    return parameter_costs(grid, parameter_count(skeleton)).of(genome)
 
 
 def _report(config: GradualConfig, out: Path, rows: list[dict[str, Any]], dense_parameters: int) -> None:

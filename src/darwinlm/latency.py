@@ -47,6 +47,8 @@ def latency_costs(checkpoint: Checkpoint, grid: Grid, config: LatencyConfig, dev
         write_json(path, {"made_for": made_for, "units": units, "rest": rest})
     found = read_json(table, "made_for", "units", "rest")
     other = [name for name, value in made_for.items() if found["made_for"].get(name) != value]
+    if config.table is None:
+        other = [name for name in other if name != "threads"]  # a resumed run's own, which decided its budget
     if other:
         raise UsageError(
             f"the latency table in {table} is of another {other[0]}: expected {made_for[other[0]]}, found "
@@ -58,14 +60,22 @@ def latency_costs(checkpoint: Checkpoint, grid: Grid, config: LatencyConfig, dev
 def _made_for(checkpoint: Checkpoint, grid: Grid, config: LatencyConfig, device: torch.device) -> dict[str, Any]:
     """What a table depends on, as JSON has it. Weights are not in it: a trained model is as fast as it was."""
     shape = ("model_type", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
-    on_cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     return {
         "model": {name: getattr(checkpoint.config, name, None) for name in (*shape, "num_hidden_layers", "vocab_size")},
         "level grid": [list(removed) for removed in grid.removed],
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}: {on_cpu}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}: {_processor()}",
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "precision": str(checkpoint.dtype),
         "pass": {name: value for name, value in asdict(config).items() if name in ("batch", "tokens", "context")},
     }
+
+
+def _processor() -> str:
+    """Its model where Linux tells, else its architecture."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    found = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return found or platform.processor() or platform.machine()
 
 
 @torch.inference_mode()

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 from darwinlm.families import Head
 from darwinlm.types import MetricName
 
+SCALE = 2.0**15  # float16 reaches 65,504
+
 
 @runtime_checkable
 class Metric(Protocol):
@@ -51,8 +53,9 @@ def metric(name: MetricName, dense: PreTrainedModel, token_ids: Int[Tensor, "seq
 class Divergence:
     """KL(dense || candidate) = negentropy - sum p (z - logsumexp z) for logits `z`.
 
-    Probabilities are float16, half of float32's memory; negentropy and mass are of the rounded ones, so the divergence
-    of a model to itself is still zero to float32's precision.
+    Probabilities are float16, half of float32's memory, times `SCALE`, or the many small ones of a large vocabulary
+    would be zero; negentropy and mass are of the rounded ones, so the divergence of a model to itself is still zero to
+    float32's precision.
     """
 
     probabilities: Float[Tensor, "tokens vocab"]
@@ -64,8 +67,8 @@ class Divergence:
         """The dense model's distributions."""
         parts = []
         for log_p in _log_probabilities(dense, token_ids):
-            p = log_p.exp().half()
-            parts.append((p, (p.float() * log_p).sum(-1), p.float().sum(-1)))
+            p = (SCALE * log_p.exp()).half()
+            parts.append((p, (p.float() * log_p).sum(-1) / SCALE, p.float().sum(-1) / SCALE))
         return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     @property
@@ -77,7 +80,7 @@ class Divergence:
         """The sum over tokens of KL(dense || candidate)."""
         totals = []
         for rows, z in head.chunks(hidden):
-            expected = torch.linalg.vecdot(self.probabilities[rows].float(), z)
+            expected = torch.linalg.vecdot(self.probabilities[rows].float(), z) / SCALE
             divergence = self.negentropy[rows] - expected + self.mass[rows] * z.logsumexp(-1)
             totals.append(divergence.double().sum())
         return torch.stack(totals).sum().item()

@@ -77,7 +77,13 @@ def run(config: RunConfig, until: Stage = "report") -> Run:
     """
     told = told_in_one_sentence(f"the run in {config.out}", "lower --calibration.batch-size")
     this = Run(config.out)
-    with told, parallel.together(), parallel.shared_directory(this.path, lambda: claim(this.path, SETTINGS, config)):
+    # Until there is a first parent: what made every start diverge may be mended.
+    free = () if this.history_path.exists() else ("search.learning_rate",)
+
+    def prepare() -> None:
+        claim(this.path, SETTINGS, config, open_to=free)
+
+    with told, parallel.together(), parallel.shared_directory(this.path, prepare):
         if this.finished:
             say(f"{this.path} is finished: {this.report_path} has its figures")
             return this
@@ -247,8 +253,7 @@ def _allocate(work: _Work, database: Database) -> SearchResult:
             starts = find_starts(work.even, work.budget, fitness, config, work.config.seed, work.run.search)
         else:
             starts = {"earlier": spread(work.earlier, work.budget, Random(work.config.seed))}
-        history = work.run.search / "history.jsonl"
-        result = evolve(starts, work.budget, fitness, config, work.config.seed, history)
+        result = evolve(starts, work.budget, fitness, config, work.config.seed, work.run.history_path)
     if parallel.first():
         work.run.save_search(result, work.grid, work.made_from)
     return result

@@ -39,6 +39,7 @@ class Run:
         path: the directory.
         dense: where a model that is no directory of safetensors is converted to one.
         database, search, refit, exported: where its stages keep their artifacts.
+        history_path: the search's, a line of JSON for each generation.
         table_path, report_path: what it ends with.
     """
 
@@ -47,6 +48,7 @@ class Run:
         self.dense = self.path / "dense"
         self.database = self.path / "database"
         self.search = self.path / "search"
+        self.history_path = self.search / "history.jsonl"
         self.refit = self.path / "refit"
         self.exported = self.path / "model"
         self.table_path = self.path / "table.json"

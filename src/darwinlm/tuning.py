@@ -74,12 +74,10 @@ class Tuner:
     def train(self, genome: Genome, candidate: PreTrainedModel, sequences: int) -> Trained:
         """The candidate after training on the first `sequences` sequences. Its own weights stay as they are."""
         trained = self._resume(genome, candidate, sequences)
-        model: Any = trained.model
-        model.train()
+        model: Any = trained.model.eval()  # no dropout: a score depends on the genome alone
         head = Head(model)
         for sequence in range(trained.sequences, min(sequences, len(self.token_ids))):
             self._step(model, head, trained.optimizer, sequence, candidate.dtype)
-        model.eval()
         trained.sequences = sequences
         return trained
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from math import inf
+from dataclasses import asdict, fields
+from math import inf, isfinite
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from darwinlm import parallel
 from darwinlm.allocate.mutation import Move, priced, within_kinds
@@ -40,7 +41,7 @@ def evolve(
     history = _read(history_path)
     if not history:
         history.append(_begin(starts, fitness, config))
-    numbers = range(len(history), config.generations + 1)
+    numbers, scarce = range(len(history), config.generations + 1), False
 
     def best() -> str:
         return f"{label(config.metric)} {history[-1].fitness:.4f}"
@@ -54,6 +55,12 @@ def evolve(
                 f"{budget.costs.measure} is a mutation away; raise --database.levels for more"
             )
             break
+        if len(offspring) < config.offspring and not scarce:
+            scarce = True
+            say(
+                f"search: generation {number} has {len(offspring)} distinct mutants, not {config.offspring}: no more "
+                f"were found within {amount_of(budget.limit)} {budget.costs.measure}"
+            )
         history.append(_generation(number, history[-1], offspring, fitness, config))
         _write(history_path, history)
     _write(history_path, history)
@@ -71,7 +78,7 @@ def _begin(starts: Mapping[str, Genome], fitness: Scorer, config: SearchConfig) 
     if scores[best] == inf:
         raise DarwinError(
             "every start of the search diverges: expected a finite fitness, found NaN or infinity; "
-            "lower --search.learning-rate, or take --dtype float32"
+            "lower --search.learning-rate, or take --dtype float32 and another --out"
         )
     tokens = (len(scores) * last.fitness_tokens, len(scores) * last.training_tokens)
     seconds = time.monotonic() - began
@@ -122,14 +129,20 @@ def _generation(
 def _write(path: Path, history: Sequence[Generation]) -> None:
     """One line of JSON a generation, the genome's levels among them."""
     if parallel.first():
-        lines = (asdict(generation) | {"genome": generation.genome.levels} for generation in history)
-        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_text(path, "".join(json.dumps(_line(generation), allow_nan=False) + "\n" for generation in history))
+
+
+def _line(generation: Generation) -> dict[str, Any]:
+    """As JSON has it, where what diverged is null."""
+    by_stage = [score if isfinite(score) else None for score in generation.stage_fitness]
+    return asdict(generation) | {"genome": generation.genome.levels, "stage_fitness": by_stage}
 
 
 def _read(path: Path) -> list[Generation]:
-    lines = read_json_lines(path, "generation", "fitness", "genome") if path.exists() else []
+    lines = read_json_lines(path, *(field.name for field in fields(Generation))) if path.exists() else []
     parallel.wait_for_all()  # all have read it before the first process writes
-    return [
-        Generation(**line | {"genome": Genome(tuple(line["genome"])), "stage_fitness": tuple(line["stage_fitness"])})
-        for line in lines
-    ]
+    history = []
+    for line in lines:
+        by_stage = tuple(inf if score is None else score for score in line["stage_fitness"])
+        history.append(Generation(**line | {"genome": Genome(tuple(line["genome"])), "stage_fitness": by_stage}))
+    return history

@@ -42,7 +42,8 @@ def find_starts(
         stage = SelectionStage(1, config.stages[0].fitness_tokens)
         table = sensitivities(budget.grid, scorer, stage, directory / "sensitivities.json")
         starts["sensitivity"] = restore(least_sensitive(budget, table), budget, Random(seed))
-    return {name: genome for name, genome in starts.items() if budget.fits(genome)}
+    exact = {name: genome for name, genome in starts.items() if budget.admits(genome)}
+    return exact or {name: genome for name, genome in starts.items() if budget.fits(genome)}
 
 
 def sensitivities(grid: Grid, scorer: Scorer, stage: SelectionStage, state: Path) -> list[list[float]]:
@@ -106,6 +107,8 @@ def least_sensitive(budget: Budget, table: list[list[float]]) -> Genome:
                 options[level, needed:] = best[: CELLS + 1 - needed] + sensitivity[level]
         chosen.append(options.argmin(axis=0))
         best = options.min(axis=0)
+    if np.isinf(best[CELLS]):  # costs are rounded up: only the cheapest genome may be left
+        return budget.least
     levels, left = [], CELLS
     for index in reversed(range(len(table))):
         level = int(chosen[index][left])

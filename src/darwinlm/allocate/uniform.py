@@ -9,7 +9,7 @@ from darwinlm.budget import BELOW, Budget, Costs, Target, amount_of, limit_of
 from darwinlm.config import RunConfig
 from darwinlm.genome import Grid, ceilings, uniform_genome
 from darwinlm.progress import say
-from darwinlm.types import Genome
+from darwinlm.types import Genome, UsageError
 
 FILLINGS = 32  # ways to give back single levels, of which the one that fills the budget best is taken
 
@@ -17,23 +17,30 @@ FILLINGS = 32  # ways to give back single levels, of which the one that fills th
 def uniform(grid: Grid, costs: Costs, config: RunConfig) -> tuple[Genome, Budget]:
     """The uniform genome at a run's target, and the budget within which other genomes are sought.
 
-    At a target level the uniform genome's own cost is the limit. At `--target` it is the largest uniform genome that
-    fits, with single levels given back.
+    At a target level the cost of the genome of that level is the limit. Where that keeps less attention than it must,
+    and at `--target`, it is the largest uniform genome that fits, with single levels given back.
 
     Raises:
-        UsageError: if the target cannot be reached.
+        UsageError: if the target cannot be reached, or is no smaller than the dense model.
     """
+    tops = ceilings(grid, config.keep_attention)
     if config.target is not None:
-        return _largest(grid, costs, config)
-    levels = config.database.levels
-    genome = uniform_genome(grid, config.target_level, levels, Random(config.seed), config.keep_attention)
-    limit = float(costs.of(genome))
-    return genome, Budget(grid, costs, limit, (1 - BELOW) * limit, ceilings(grid, config.keep_attention))
+        return _largest(limit_of(Target.parse(config.target), costs, grid, tops), config)
+    genome = uniform_genome(grid, config.target_level, config.database.levels, Random(config.seed))
+    limit, dense = costs.of(genome), costs.of(grid.dense())
+    budget = Budget(grid, costs, float(limit), (1 - BELOW) * limit, tops)
+    least = costs.of(budget.least)
+    if not least <= limit < dense:
+        raise UsageError(
+            f"--target-level: expected one whose uniform model has from {amount_of(least)} to less than "
+            f"{amount_of(dense)} (dense) {costs.measure}, found {config.target_level:g}, at which it has "
+            f"{amount_of(limit)}; give another, or another --database.structure"
+        )
+    return (genome, budget) if budget.fits(genome) else _largest(budget, config)
 
 
-def _largest(grid: Grid, costs: Costs, config: RunConfig) -> tuple[Genome, Budget]:
-    assert config.target is not None
-    budget = limit_of(Target.parse(config.target), costs, grid, ceilings(grid, config.keep_attention))
+def _largest(budget: Budget, config: RunConfig) -> tuple[Genome, Budget]:
+    grid, costs = budget.grid, budget.costs
     count, levels = len(grid.units), config.database.levels
     # From the dense model downwards, one unit's step at a time.
     targets = (step / count for step in range(1, levels * count))
@@ -44,7 +51,7 @@ def _largest(grid: Grid, costs: Costs, config: RunConfig) -> tuple[Genome, Budge
     if not budget.admits(genome):
         found = budget.cost(genome)
         say(
-            f"the level grid is too coarse for {config.target} to {BELOW:.0%}: {amount_of(found)} {costs.measure} is "
-            f"the closest found below {amount_of(budget.limit)}; raise --database.levels"
+            f"the level grid is too coarse to come within {BELOW:.0%} of {amount_of(budget.limit)} {costs.measure}: "
+            f"{amount_of(found)} is the closest found below it; raise --database.levels"
         )
     return genome, budget.down_to(genome)
