@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from darwinlm.allocate.sensitivity import least_sensitive, sensitivities
+from darwinlm.allocate.sensitivity import find_starts, least_sensitive, sensitivities
 from darwinlm.budget import Budget, parameter_costs
+from darwinlm.config import SearchConfig
 from darwinlm.genome import Grid, ceilings, level_grid
 from darwinlm.progress import console
 from darwinlm.types import Genome, SelectionStage
@@ -42,6 +43,31 @@ def test_it_is_the_best_of_all_genomes_within_the_budget(seed: int, share: float
     # Costs are rounded up to cells, so a genome that fills the budget to the last parameter may be passed over.
     tight = replace(budget, limit=limit - 0.001 * (limit - costs.fixed))
     assert total(found) == pytest.approx(total(best)) or not tight.fits(best)
+
+
+@pytest.mark.parametrize("share", [1.0, 1.0005])
+def test_where_rounding_leaves_no_room_it_is_the_cheapest_genome(share: float) -> None:
+    grid = level_grid(units(2, heads=3, channels=160), 5, 32)
+    costs = parameter_costs(grid, 10**5)
+    roomy = Budget(grid, costs, 1e9, 0.0, ceilings(grid))
+    budget = replace(roomy, limit=share * costs.of(roomy.least))
+    found = least_sensitive(budget, [[float(level) for level in range(len(removed))] for removed in grid.removed])
+    assert budget.fits(found)
+
+
+def test_a_start_that_is_smaller_than_asked_for_does_not_stand_in_for_one_that_is_not(tmp_path: Path) -> None:
+    grid = level_grid(units(2, heads=3, channels=160), 5, 32)
+    costs = parameter_costs(grid, 10**5)
+    even = Genome(tuple(grid.highest(index) // 2 for index in range(len(grid.units))))
+    limit = float(costs.of(even))
+    smaller, config = even.replace({0: grid.highest(0)}), SearchConfig(stages=(STAGE,))
+    budget = Budget(grid, costs, limit, limit, ceilings(grid))
+    found = find_starts(even, budget, Counting(grid), config, 0, tmp_path)
+    assert found
+    assert all(budget.admits(genome) for genome in found.values())
+    near, none = replace(budget, floor=0.99 * limit), replace(budget, limit=limit - 1)
+    assert "uniform" not in find_starts(smaller, near, Counting(grid), config, 0, tmp_path)
+    assert find_starts(smaller, none, Counting(grid), config, 0, tmp_path), "better than nothing"
 
 
 class Counting:
