@@ -33,7 +33,8 @@ def evolve(
     The first parent is the best of `starts`, by name. Each generation draws offspring of the parent; stages train and
     score them and keep the best; the parent joins the last stage with the fitness that it was chosen by, so the best is
     never lost. A generation's randomness comes from the seed and its number alone. So the history, rewritten after each
-    generation, is all that a search needs to go on from it, on any number of processes, as if it had never stopped.
+    generation, is all that a search needs to go on from it, on any number of processes with as many threads each, as if
+    it had never stopped. (Sums depend on the number of threads in their last bits.)
 
     Raises:
         DarwinError: if every start diverges.
