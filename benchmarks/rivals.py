@@ -142,7 +142,7 @@ def stock(model: PreTrainedModel, ids: Tensor) -> str:
             model.save_pretrained(directory)
             again: Any = AutoModelForCausalLM.from_pretrained(directory)
             difference = (again(ids).logits - model(ids).logits).abs().max().item()  # pyright: ignore[reportCallIssue]
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever transformers stumbles over
             return f"no: {str(error).strip().splitlines()[0][:90]}"
     return "yes" if difference < 1e-3 else f"no: logits differ by {difference:.2g}"
 

@@ -228,9 +228,6 @@ def test_evolution_is_no_worse_than_its_start_with_training_and_without(
         assert budget.fits(genome)
         assert fitness.score(genome, stage) < fitness.score(even, stage)
         assert (state / "history.jsonl").is_file()
-    untrained = replace(SEARCH, stages=(SelectionStage(1, 64),))
-    with pytest.raises(UsageError, match="training-aware needs training"):
-        ALLOCATORS["training-aware"](replace(problem, config=untrained))
 
 
 def test_uniform_is_the_even_genome(tmp_path: Path) -> None:
