@@ -42,7 +42,7 @@ def measure(out: Path, level: float, seed: int) -> dict[str, list[float]]:
     bench, config = open_bench(path)
     even, budget = even_at(bench, config, level)
     plain = plainly(bench, even, budget, out / f"plain-{level:g}-{seed}.jsonl", seed)
-    first = read_json_lines(found.search / "history.jsonl", "genome")[0]
+    first = read_json_lines(found.history_path, "genome")[0]
     genomes = {"uniform": even, "plain search": plain, "start": Genome(tuple(first["genome"]))}
     held_out = HeldOut(bench.stitcher.dense, texts(config, out))
     models = {name: bench.stitcher.stitch(genome) for name, genome in genomes.items()}

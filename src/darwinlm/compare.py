@@ -92,11 +92,13 @@ def compare(config: CompareConfig) -> list[Cell]:
             found = cells[method, target]
             answered = {score.task for score in found.scores}
             left = [request for request in requests if request.task not in answered and found.refused is None]
-            for request in left:
-                say(f"{place}: {request.task}")
-                scores = run_tasks(bench.judged.stitch(Genome(found.levels)), bench.tokenizer, [request], config)
-                found = replace(found, scores=(*found.scores, *scores))
-                _write(out, cells, found)
+            if left:
+                model = bench.judged.stitch(Genome(found.levels))
+                for request in left:
+                    say(f"{place}: {request.task}")
+                    scores = run_tasks(model, bench.tokenizer, [request], config)
+                    found = replace(found, scores=(*found.scores, *scores))
+                    _write(out, cells, found)
         chosen = [_with_scores(cells[key], requests) for key in wanted]
         write_text(out / TABLE, markdown(chosen, PICTURE))
         save_picture(out / PICTURE, chosen)
