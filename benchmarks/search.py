@@ -153,8 +153,10 @@ def staged(bench: Bench, plan: Generation, *, narrow: bool, chunked: bool, neste
             model: Any = bench.stitcher.stitch(genome) if narrow else zero_masked(bench, genome)
             if stage.training_tokens and chunked:
                 trained = tuner.train(genome, model, stage.training_tokens // LENGTH)  # forgets: from scratch
-                model = rounded(trained.model, model.dtype)
-            elif stage.training_tokens:
+                with rounded(trained.model, model.dtype) as scored:
+                    score(scored)
+                continue
+            if stage.training_tokens:
                 model = copy.deepcopy(model) if narrow else model
                 train_plainly(model, bench.training_text[: stage.training_tokens // LENGTH])
             score(model)
@@ -244,7 +246,7 @@ def measure(bench: Bench, plan: Generation, scorers: dict[str, Fitness], rate: f
         forms["and nested tokens, parent known"] = lambda: staged(bench, plan, narrow=True, chunked=True, nested=True)
     for name, scorer in scorers.items():
         forms[name] = partial(ours, scorer, plan)
-        scorer.score(plan.parent, replace(plan.stages[-1], training_tokens=0))  # the dense model's side
+        forms[name]()  # the dense model's side, and memory that only the first generation of a search has to ask for
     staged(
         bench, Generation(plan.parent, (plan.candidates[-1],), plan.stages[:1]), narrow=True, chunked=True, nested=False
     )

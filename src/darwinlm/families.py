@@ -16,6 +16,7 @@ from darwinlm.genome import Grid, level_grid
 from darwinlm.types import BlockSizes, DarwinError, Genome, Kind, Producer, Structure, Unit, UsageError
 
 ROWS, CACHED_ROWS = 256, 16  # tokens that are multiplied by a head at once, and whose float32 logits exist at once
+TILE = 512, 4096  # tokens and vocabulary on a CPU: their logits stay in cache, and the head is read seldom
 PRUNED = "pruned_"  # before the model type of an export
 
 
@@ -290,6 +291,17 @@ class Head:
             products = self.linear(hidden[start : start + ROWS])
             for row, few in _in_cache(products):
                 yield slice(start + row, start + row + len(few)), self.finish(few)
+
+    def tiles(self, hidden: Float[Tensor, "tokens d_out"]) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Logits of a few tokens and a part of the vocabulary at a time, and which; they may be overwritten."""
+        weight, bias = self.linear.weight, self.linear.bias
+        rows, columns = TILE if hidden.device.type == "cpu" else (ROWS, len(weight))
+        for row in range(0, len(hidden), rows):
+            states = hidden[row : row + rows]
+            for column in range(0, len(weight), columns):
+                part = slice(column, column + columns)
+                products = nn.functional.linear(states, weight[part], None if bias is None else bias[part])
+                yield slice(row, row + len(states)), part, self.finish(products)
 
     def gradient(
         self, hidden: Float[Tensor, "tokens d_out"], slope: Callable[[slice, Tensor], Tensor]

@@ -130,8 +130,8 @@ class Fitness:
     def _score_trained(self, genome: Genome, stage: SelectionStage) -> float:
         candidate = self.stitcher.stitch(genome)
         trained = self._tuner.train(genome, candidate, self._sequences(stage.training_tokens))
-        model = rounded(trained.model, candidate.dtype)
-        score = self._mean([self._total(model, index) for index in range(self._count(stage))])
+        with rounded(trained.model, candidate.dtype) as model:
+            score = self._mean([self._total(model, index) for index in range(self._count(stage))])
         if stage.training_tokens < self._last_training:
             self._tuner.keep(genome, trained)
         return score

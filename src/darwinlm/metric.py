@@ -78,12 +78,14 @@ class Divergence:
 
     def total(self, hidden: Float[Tensor, "tokens d_out"], head: Head) -> float:
         """The sum over tokens of KL(dense || candidate)."""
-        totals = []
-        for rows, z in head.chunks(hidden):
-            expected = torch.linalg.vecdot(self.probabilities[rows].float(), z) / SCALE
-            divergence = self.negentropy[rows] - expected + self.mass[rows] * z.logsumexp(-1)
-            totals.append(divergence.double().sum())
-        return torch.stack(totals).sum().item()
+        expected = torch.zeros_like(self.mass)
+        normaliser = torch.full_like(self.mass, -torch.inf)
+        for rows, columns, z in head.tiles(hidden):
+            expected[rows] += torch.linalg.vecdot(self.probabilities[rows, columns].float(), z)
+            peak = z.amax(-1, keepdim=True)
+            part = z.sub_(peak).exp_().sum(-1).log_() + peak.squeeze(-1)  # logsumexp without a copy
+            normaliser[rows] = torch.logaddexp(normaliser[rows], part)
+        return (self.negentropy - expected / SCALE + self.mass * normaliser).double().sum().item()
 
 
 @dataclass(frozen=True)

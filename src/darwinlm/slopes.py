@@ -18,7 +18,7 @@ class Surprise:
     def __call__(self, rows: slice, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
         difference = logits.softmax(-1)
         difference.scatter_add_(-1, self.labels[rows, None], -torch.ones_like(difference[:, :1]))
-        return difference / len(self.labels)
+        return difference.div_(len(self.labels))
 
 
 class Distance:
@@ -40,7 +40,7 @@ class Distance:
         log_p, log_q = dense.log_softmax(-1), logits.log_softmax(-1)
         p = log_p.exp()
         self._total += torch.linalg.vecdot(p, log_p - log_q).double().sum()
-        return (log_q.exp() - p) / self.tokens
+        return log_q.exp_().sub_(p).div_(self.tokens)
 
     @property
     def total(self) -> float:

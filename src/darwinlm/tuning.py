@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import tempfile
 import weakref
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -157,28 +158,23 @@ def trainable_copy(candidate: PreTrainedModel, trains: Collection[str] | None = 
     shared = {id(weight) for module in ends if module is not None for weight in module.parameters()}
     wanted = None if trains is None else {f"{path}.weight" for path in trains}
     shared |= {id(weight) for name, weight in candidate.named_parameters() if wanted is not None and name not in wanted}
-    model = _copy(candidate, shared)
-    for weight, original in zip(model.parameters(), candidate.parameters(), strict=True):
-        if id(original) not in shared:
-            weight.data = weight.data.float()
-            weight.requires_grad_(True)
-    return model
-
-
-def rounded(trained: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The trained model as it is scored, in the precision of the search."""
-    model = _copy(trained, {id(weight) for weight in trained.parameters() if not weight.requires_grad})
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        parameter.data = parameter.data.to(dtype)
-    return model
-
-
-def _copy(model: PreTrainedModel, shared: Collection[int]) -> PreTrainedModel:
-    """A copy in which the parameters of these ids share their memory with the model's, and are frozen."""
-    stand_ins = {
+    copies = {
         id(weight): nn.Parameter(weight.detach(), requires_grad=False)
-        for weight in model.parameters()
         if id(weight) in shared
+        else nn.Parameter(weight.detach().to(torch.float32, copy=True))
+        for weight in candidate.parameters()
     }
-    return copy.deepcopy(model, dict(stand_ins))
+    return copy.deepcopy(candidate, dict(copies))
+
+
+@contextmanager
+def rounded(trained: PreTrainedModel, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
+    """The trained model as it is scored, in the precision of the search; afterwards it has its own weights again."""
+    exact = [(weight, weight.data) for weight in trained.parameters() if weight.requires_grad]
+    try:
+        for weight, data in exact:
+            weight.data = data.to(dtype)
+        yield trained
+    finally:
+        for weight, data in exact:
+            weight.data = data
