@@ -159,7 +159,7 @@ def test_a_grid_too_coarse_says_so_and_takes_what_is_below() -> None:
 @pytest.mark.parametrize("target", ["params=0.1", "params=1K", "params=2M"])
 def test_a_target_out_of_reach_says_what_is_within(target: str) -> None:
     grid = level_grid(units(4, heads=4, channels=320), 10, 32)
-    with pytest.raises(UsageError, match=r"expected params from (\S+) \(\d+\.\d% of the dense model") as told:
+    with pytest.raises(UsageError, match=r"expected parameters from (\S+) \(\d+\.\d% of the dense model") as told:
         at(grid, target)
     least = re.search(r"from (\S+)K \(", str(told.value))
     assert least is not None
@@ -235,5 +235,7 @@ def test_a_level_no_smaller_than_the_dense_model_is_refused() -> None:
     grouped = Unit("a", 0, "attention", "", (), 2, 6, 10, 1, readers=3, shared_parameters=80)
     for grid, level in ((plain, 0.01), (level_grid((grouped, grouped), 6, 32), 1.0)):
         config = RunConfig("M", "D", "O", level, database=DatabaseConfig(levels=6))
-        with pytest.raises(UsageError, match=r"--target-level: expected one whose uniform model has from .* \(dense\)"):
+        with pytest.raises(
+            UsageError, match=r"--target-level: expected parameters from .* \(dense\), found 0?\.?\d+, at"
+        ):
             uniform(grid, parameter_costs(grid, 10**5), config)

@@ -147,7 +147,7 @@ def test_a_size_out_of_reach_is_a_refused_cell(config: CompareConfig, cells: dic
     found = compare(replace(config, methods=("uniform",), targets=(0.2, 0.9999)))
     assert len(found) == 3
     assert found[1].levels == tuple(cells["uniform", 0.2]["levels"])
-    assert "--target: expected params from" in str(found[2].refused)
+    assert "--target: expected parameters from" in str(found[2].refused)
 
 
 def test_methods_have_names_and_targets_bounds(config: CompareConfig, capsys: pytest.CaptureFixture[str]) -> None:

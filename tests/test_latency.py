@@ -100,7 +100,9 @@ def test_a_search_stays_within_its_latency(checkpoints: dict[str, Path], text: P
     run = pipeline.run(config, until="search")
     assert sum(4 - level for level in run.genome.levels) == 12
     out = replace(config, out=str(tmp_path / "other"), target="latency=5.9ms")  # the first attention stays
-    with pytest.raises(UsageError, match=r"--target: expected latency from .* ns a forward pass; give another value"):
+    with pytest.raises(
+        UsageError, match=r"--target: expected ns a forward pass from .* found 5\.9M; give another value"
+    ):
         pipeline.run(out)
     assert not (tmp_path / "other").exists()
     pipeline.run(replace(out, target="latency=6ms"), until="database")

@@ -145,6 +145,16 @@ class Budget:
         """Whether the genome fits, and is not smaller than was asked for."""
         return self.fits(genome) and self.cost(genome) >= self.floor
 
+    def check(self, flag: str, found: str) -> None:
+        """Raise `UsageError` if no genome is within the limit, or the dense model is."""
+        least, dense = self.cost(self.least), self.cost(self.grid.dense())
+        if not least <= self.limit < dense:
+            raise UsageError(
+                f"{flag}: expected {self.costs.measure} from {amount_of(least)} ({least / dense:.1%} of the dense "
+                f"model: all that can be pruned) to less than {amount_of(dense)} (dense), found {found}; give another "
+                "value, or another --database.structure"
+            )
+
     def down_to(self, genome: Genome) -> Budget:
         """The same budget, whose floor the genome does not fall below."""
         return replace(self, floor=min(self.floor, float(self.cost(genome))))
@@ -185,17 +195,10 @@ def limit_of(target: Target, costs: Costs, grid: Grid, ceilings: tuple[int, ...]
     Raises:
         UsageError: if no genome is within it, or the dense model is.
     """
-    dense = costs.of(grid.dense())
     amount = target.amount * 1e9 if target.measure == "latency" else target.amount  # latencies are nanoseconds
-    limit = target.amount * dense if target.share else amount
+    limit = target.amount * costs.of(grid.dense()) if target.share else amount
     budget = Budget(grid, costs, limit, (1 - BELOW) * limit, ceilings)
-    least = costs.of(budget.least)
-    if not least <= limit < dense:
-        raise UsageError(
-            f"--target: expected {target.measure} from {amount_of(least)} ({least / dense:.1%} of the dense model: all "
-            f"that can be pruned) to less than {amount_of(dense)} (dense), found {amount_of(limit)} {costs.measure}; "
-            "give another value"
-        )
+    budget.check("--target", amount_of(limit))
     return budget
 
 

@@ -9,7 +9,7 @@ from darwinlm.budget import BELOW, Budget, Costs, Target, amount_of, limit_of
 from darwinlm.config import RunConfig
 from darwinlm.genome import Grid, ceilings, uniform_genome
 from darwinlm.progress import say
-from darwinlm.types import Genome, UsageError
+from darwinlm.types import Genome
 
 FILLINGS = 32  # ways to give back single levels, of which the one that fills the budget best is taken
 
@@ -27,15 +27,9 @@ def uniform(grid: Grid, costs: Costs, config: RunConfig) -> tuple[Genome, Budget
     if config.target is not None:
         return _largest(limit_of(Target.parse(config.target), costs, grid, tops), config)
     genome = uniform_genome(grid, config.target_level, config.database.levels, Random(config.seed))
-    limit, dense = costs.of(genome), costs.of(grid.dense())
+    limit = costs.of(genome)
     budget = Budget(grid, costs, float(limit), (1 - BELOW) * limit, tops)
-    least = costs.of(budget.least)
-    if not least <= limit < dense:
-        raise UsageError(
-            f"--target-level: expected one whose uniform model has from {amount_of(least)} to less than "
-            f"{amount_of(dense)} (dense) {costs.measure}, found {config.target_level:g}, at which it has "
-            f"{amount_of(limit)}; give another, or another --database.structure"
-        )
+    budget.check("--target-level", f"{config.target_level:g}, at which it has {amount_of(limit)}")
     return (genome, budget) if budget.fits(genome) else _largest(budget, config)
 
 
