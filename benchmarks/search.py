@@ -7,13 +7,18 @@ Both score the same 16 offspring of one parent in the same stages on tokens of t
 survives a stage is decided once, by ours. The published form is written plainly: for every candidate of every stage a
 deep copy of the whole dense model, consumers of full width with zeros for what is pruned, logits of the dense model
 and of the candidate over all tokens, fresh tokens in every stage, the parent scored again, and training from scratch
-with AdamW on all weights in bfloat16. The levers are added one after another; the last row is `Fitness` itself.
+with AdamW on all weights in bfloat16. The levers are added one after another; the last rows are `Fitness` itself, after
+a first generation: in one process with a thread a core as above, then under torchrun, a process with one thread a core.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from random import Random
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -29,9 +35,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from darwinlm import parallel
 from darwinlm.allocate.mutation import within_kinds
 from darwinlm.allocate.uniform import uniform
-from darwinlm.artifact import read_json
+from darwinlm.artifact import read_json, write_json
 from darwinlm.budget import Budget, parameter_costs
 from darwinlm.checkpoint import find_checkpoint
 from darwinlm.config import RunConfig, SearchConfig
@@ -52,11 +59,7 @@ FITNESS_TOKENS = (1024, 2048, 4096, 8192)
 TRAINING_TOKENS = (512, 1024, 2048, 4096)
 LENGTH = 512
 CPU = torch.device("cpu")
-OURS = {"ours: and the parent's blocks reused": SearchConfig()}
-OURS_TRAINING = {
-    "ours: and survivors train on, parent known": SearchConfig(),
-    "and consumers alone train": SearchConfig(trains="consumers"),
-}
+OURS = {False: "ours: and the parent's blocks reused", True: "ours: and survivors train on, parent known"}
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,7 @@ def ours(fitness: Fitness, plan: Generation) -> None:
     """A generation as `evolve` scores it."""
     fitness._sums.clear()
     fitness._trained.clear()
+    fitness._owners.clear()
     fitness._parent = None
     for candidates, stage in zip(plan.candidates, plan.stages, strict=True):
         fitness.scores(candidates, stage, plan.parent)
@@ -175,6 +179,46 @@ def seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def apart(run: Path, plan: Generation, trains: str) -> float:
+    """Seconds of `ours` in as many processes as there are threads here, after a first generation."""
+    with TemporaryDirectory() as directory:
+        file = Path(directory) / "plan.json"
+        write_json(
+            file,
+            {
+                "parent": plan.parent.levels,
+                "candidates": [[genome.levels for genome in stage] for stage in plan.candidates],
+                "training": bool(plan.stages[-1].training_tokens),
+                "trains": trains,
+            },
+        )
+        command = (
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+            str(torch.get_num_threads()), __file__, str(run), "--plan", str(file),
+        )  # fmt: skip
+        found = subprocess.run(
+            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True
+        )
+    return float(found.stdout)
+
+
+def work_apart(run: Path, file: Path) -> None:
+    """One process of those: the first says what the second generation took."""
+    given = json.loads(file.read_text())
+    bench, _ = open_bench(run)
+    schedule = stages(given["training"])
+    rounds = tuple(tuple(Genome(tuple(levels)) for levels in stage) for stage in given["candidates"])
+    plan = Generation(Genome(tuple(given["parent"])), rounds, schedule)
+    config = SearchConfig(stages=schedule, trains=given["trains"])
+    fitness = Fitness(bench.stitcher, bench.text, bench.training_text, config)
+    with parallel.together():
+        ours(fitness, plan)
+        parallel.wait_for_all()
+        taken = seconds(lambda: (ours(fitness, plan), parallel.wait_for_all()))
+        if parallel.first():
+            print(taken)
 
 
 def product_rate(size: int = 2048) -> float:
@@ -232,7 +276,7 @@ def plan_of(parent: Genome, offspring: list[Genome], fitness: Fitness, training:
     return Generation(parent, tuple(rounds), schedule)
 
 
-def measure(bench: Bench, plan: Generation, scorers: dict[str, Fitness], rate: float, repeats: int) -> None:
+def measure(run: Path, bench: Bench, plan: Generation, fitness: Fitness, rate: float, repeats: int) -> None:
     """Print a row for each form: seconds, the ratio to the published one, and what this lever gave."""
     training = bool(plan.stages[-1].training_tokens)
     forms: dict[str, Callable[[], object]] = {
@@ -244,26 +288,29 @@ def measure(bench: Bench, plan: Generation, scorers: dict[str, Fitness], rate: f
     }
     if not training:
         forms["and nested tokens, parent known"] = lambda: staged(bench, plan, narrow=True, chunked=True, nested=True)
-    for name, scorer in scorers.items():
-        forms[name] = partial(ours, scorer, plan)
-        forms[name]()  # the dense model's side, and memory that only the first generation of a search has to ask for
+    forms[OURS[training]] = partial(ours, fitness, plan)
+    ours(fitness, plan)  # the dense model's side, and memory that only the first generation of a search has to ask for
     staged(
         bench, Generation(plan.parent, (plan.candidates[-1],), plan.stages[:1]), narrow=True, chunked=True, nested=False
     )
     print(f"\n{'with' if training else 'without'} training\n\n| form | seconds | of published | this lever |")
     print("| --- | ---: | ---: | ---: |")
+    timed: dict[str, Callable[[], float]] = {name: partial(seconds, work) for name, work in forms.items()}
+    timed["and a process a core"] = partial(apart, run, plan, "all")
+    if training:
+        timed["and consumers alone train"] = partial(apart, run, plan, "consumers")
     taken: list[float] = []
-    for name, work in forms.items():
-        taken.append(median(seconds(work) for _ in range(repeats)))
+    for name, work in timed.items():
+        taken.append(median(work() for _ in range(repeats)))
         print(
             f"| {name} | {taken[-1]:.1f} | {taken[0] / taken[-1]:.2f}x | {taken[-2:][0] / taken[-1]:.2f}x |", flush=True
         )
     if training:
         return  # the counter cannot watch gradients that are taken in parts
     with FlopCounterMode(display=False) as counter:
-        forms[next(reversed(forms))]()
+        ours(fitness, plan)
     operations = counter.get_total_flops()
-    share = operations / taken[-1] / rate
+    share = operations / taken[list(timed).index(OURS[training])] / rate
     print(f"\nours: {operations / 1e12:.2f} TFLOP, {share:.0%} of the rate of bf16 products, {rate / 1e9:.0f} GFLOP/s")
 
 
@@ -272,21 +319,22 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run directory with the database of SmolLM2-135M")
     parser.add_argument("--repeats", type=int, default=1, help="generations of each form, for their median")
     parser.add_argument("--offspring", type=int, default=16)
+    parser.add_argument("--plan", type=Path, help=argparse.SUPPRESS)  # of a process that torchrun has started
     arguments = parser.parse_args()
+    if arguments.plan:
+        work_apart(arguments.run, arguments.plan)
+        return
     bench, config = open_bench(arguments.run)
     parent, budget = even_at(bench, config, config.database.levels / 3)
     offspring = mutants(parent, budget, arguments.offspring)
     rate = product_rate()
     print(f"{torch.get_num_threads()} threads, level {config.database.levels / 3:g} of {config.database.levels}")
     for training in (False, True):
-        names = OURS_TRAINING if training else OURS
-        scorers = {
-            name: Fitness(bench.stitcher, bench.text, bench.training_text, replace(config, stages=stages(training)))
-            for name, config in names.items()
-        }
-        plan = plan_of(parent, offspring, next(iter(scorers.values())), training)
+        search = SearchConfig(stages=stages(training))
+        fitness = Fitness(bench.stitcher, bench.text, bench.training_text, search)
+        plan = plan_of(parent, offspring, fitness, training)
         REFERENCES.clear()
-        measure(bench, plan, scorers, rate, arguments.repeats)
+        measure(arguments.run, bench, plan, fitness, rate, arguments.repeats)
 
 
 if __name__ == "__main__":
