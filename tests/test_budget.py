@@ -236,6 +236,6 @@ def test_a_level_no_smaller_than_the_dense_model_is_refused() -> None:
     for grid, level in ((plain, 0.01), (level_grid((grouped, grouped), 6, 32), 1.0)):
         config = RunConfig("M", "D", "O", level, database=DatabaseConfig(levels=6))
         with pytest.raises(
-            UsageError, match=r"--target-level: expected parameters from .* \(dense\), found 0?\.?\d+, at"
+            UsageError, match=rf"--target-level: expected parameters from .* \(dense\), found {level:g}, at"
         ):
             uniform(grid, parameter_costs(grid, 10**5), config)
