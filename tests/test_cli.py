@@ -210,3 +210,18 @@ def test_progress_without_a_terminal_is_lines(capsys: pytest.CaptureFixture[str]
     assert lines[0].startswith("letters: 5/5, ")
     assert lines[0].endswith(" 0 s left")
     assert lines[1:] == ["[bold]said[/bold]"]
+
+
+@pytest.mark.parametrize("command", ["compress", "database", "search", "train", "gradual", "plan", "compare"])
+def test_printed_settings_are_a_file_that_gives_them_again(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    model = ("--model", "M") if command == "gradual" else ("M",)
+    where = () if command == "plan" else ("--data", "D", "--out", "O")
+    assert runs.call(command, *model, *where, "--seed", "7", "--print-config") == 0
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["seed"] == 7
+    file = tmp_path / "settings.yaml"
+    file.write_text(printed)
+    assert runs.call(command, "--config", str(file), "--print-config") == 0
+    assert capsys.readouterr().out == printed

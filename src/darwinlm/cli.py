@@ -43,6 +43,16 @@ PRESETS = Path(__file__).parent / "presets"
 class Parser(ArgumentParser):
     """Flags with dashes, as the field writes them, for dataclass fields with underscores; errors are one sentence."""
 
+    def __init__(self, **kwargs: Any):
+        super().__init__(print_config="--print-config", **kwargs)
+
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
+        added = super().add_class_arguments(*args, **kwargs)
+        for action in self._actions:  # lists of dataclasses: as YAML has them, or --print-config cannot write them
+            if isinstance(action.default, tuple) and any(map(dataclasses.is_dataclass, action.default)):
+                action.default = [dataclasses.asdict(item) for item in action.default]
+        return added
+
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         return super().add_argument(*(a.replace("_", "-") if a.startswith("--") else a for a in args), **kwargs)
 
