@@ -88,11 +88,6 @@ def prunable_parameters(grid: Grid, genome: Genome) -> int:
     )
 
 
-def parameters_at(grid: Grid, genome: Genome, dense_parameters: int) -> int:
-    """Parameters of the whole model that a genome leaves of a dense one."""
-    return dense_parameters - prunable_parameters(grid, grid.dense()) + prunable_parameters(grid, genome)
-
-
 def ceilings(grid: Grid, keep_attention: bool = False) -> tuple[int, ...]:
     """The highest level of each unit: all may vanish but the first block's attention, on which every cache relies.
 

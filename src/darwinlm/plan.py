@@ -21,12 +21,13 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from darwinlm import obs
+from darwinlm.budget import parameter_costs
 from darwinlm.calibrate import PANEL, SPILL_BYTES
 from darwinlm.checkpoint import PACKAGED, WEIGHTS, find_checkpoint, is_finite, skeleton
 from darwinlm.config import CalibrationConfig, DatabaseConfig
 from darwinlm.device import DTYPES, resolve_dtype
 from darwinlm.families import find_family, find_grid, head_dim
-from darwinlm.genome import Grid, level_grid, parameters_at, uniform_genome
+from darwinlm.genome import Grid, level_grid, uniform_genome
 from darwinlm.plan_search import BlockRates, Work, plan_search
 from darwinlm.teacher_logits import LOGIT_BYTES
 from darwinlm.train_config import GradualConfig, steps_of
@@ -66,7 +67,7 @@ class Plan:
         grid: its units and their levels.
         even: the uniform genome at the target level.
         parameters: of the dense model, embeddings in.
-        target_parameters: of the uniform model at the target level, which is a run's budget.
+        target_parameters: of the uniform model at the target level as it is exported, which is a run's budget.
         calibration_seconds, elimination_seconds: of the whole model.
         memory_bytes: the most that is held at a time, beside the interpreter with torch.
         disk_bytes: the database.
@@ -113,7 +114,7 @@ def plan(
         grid=grid,
         even=genome,
         parameters=size,
-        target_parameters=parameters_at(grid, genome, size),
+        target_parameters=parameter_costs(grid, size).of(genome),
         calibration_seconds=stored * config.vocab_size * hidden / rates.loads
         + sum(_measured(unit, config, calibration, rates) for unit in units),
         elimination_seconds=sum(
