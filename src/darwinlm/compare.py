@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from darwinlm.allocate.uniform import uniform
 from darwinlm.artifact import locked_directory, read_json, write_json, write_text
 from darwinlm.budget import Budget, Costs, parameter_costs
 from darwinlm.checkpoint import find_checkpoint
-from darwinlm.comparison import CELLS, DENSE, Cell, markdown, print_table, read_cells, save_picture
+from darwinlm.comparison import CELLS, DENSE, HELD_OUT, Cell, markdown, print_table, read_cells, save_picture
 from darwinlm.config import RefitConfig, RunConfig
 from darwinlm.data import read_corpus
 from darwinlm.database import MANIFEST, Database
@@ -45,6 +46,7 @@ class _Bench:
     Attributes:
         stitcher: in the precision of the search.
         judged: in the checkpoint's, in which models are measured.
+        of_dense: the dense model's last hidden states on each text, for all models to be judged against.
     """
 
     config: CompareConfig
@@ -55,6 +57,7 @@ class _Bench:
     judged: Stitcher
     tokens: dict[str, Int[Tensor, "sequences length"]]
     texts: dict[str, Int[Tensor, "_ length"]]
+    of_dense: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
 
 def compare(config: CompareConfig) -> list[Cell]:
@@ -175,10 +178,11 @@ def _find(bench: _Bench, method: str, target: float, run: RunConfig) -> Cell:
 
 def _measure(bench: _Bench, method: str, target: float, genome: Genome, seconds: float) -> Cell:
     models = {DENSE: bench.judged.dense, method: bench.judged.stitch(genome)}
-    quality = perplexity_and_kl(models, bench.tokens["evaluation"])[method]
-    speeds = speed(models, bench.tokens["evaluation"], bench.config.evaluation)
+    held_out = bench.tokens["evaluation"]
+    quality = perplexity_and_kl(models, held_out, bench.of_dense[HELD_OUT])[method]
+    speeds = speed(models, held_out, bench.config.evaluation)
     dense, found = speeds[DENSE], speeds[method]
-    texts = {text: perplexity_and_kl(models, ids)[method] for text, ids in bench.texts.items()}
+    texts = {text: perplexity_and_kl(models, ids, bench.of_dense[text])[method] for text, ids in bench.texts.items()}
     return Cell(
         method,
         target,

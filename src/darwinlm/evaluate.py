@@ -139,11 +139,17 @@ def windows_over(stream: Int[Tensor, " tokens"], length: int, stride: int) -> li
 
 
 def perplexity_and_kl(
-    models: Mapping[str, PreTrainedModel], token_ids: Int[Tensor, "sequences length"]
+    models: Mapping[str, PreTrainedModel],
+    token_ids: Int[Tensor, "sequences length"],
+    kept: list[Tensor] | None = None,
 ) -> dict[str, Quality]:
     """Perplexity of every model, and its KL divergence from the first, over the same tokens in one pass.
 
     Every token but the first of a sequence is predicted from those before it.
+
+    Args:
+        kept: for many calls with one first model and the same tokens: the first call leaves that model's last hidden
+            states in it, and the others read them.
 
     Raises:
         UsageError: if there are no sequences, or a sequence has fewer than two tokens.
@@ -154,21 +160,30 @@ def perplexity_and_kl(
             f"too little held-out text: expected a sequence of at least 2 tokens, found {sequences} sequences of "
             f"{length} tokens; raise evaluation.tokens or give more text"
         )
-    return quality_over(models, [Window(sequence) for sequence in token_ids])
+    return quality_over(models, [Window(sequence) for sequence in token_ids], kept)
 
 
 @torch.inference_mode()
-def quality_over(models: Mapping[str, PreTrainedModel], windows: Sequence[Window]) -> dict[str, Quality]:
+def quality_over(
+    models: Mapping[str, PreTrainedModel], windows: Sequence[Window], kept: list[Tensor] | None = None
+) -> dict[str, Quality]:
     """Perplexity of every model, and its KL divergence from the first, over the tokens that count.
 
     Logits are made for `CHUNK` tokens of two models at a time; probabilities are float32 and sums float64 whatever the
-    models' precision.
+    models' precision. `kept` is as for `perplexity_and_kl`.
     """
+    first, *others = models
     loss, divergence = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0.0)
     with _evaluation_mode(models.values()):
-        for window in track(windows, "perplexity and KL", len(windows)):
+        for number, window in enumerate(track(windows, "perplexity and KL", len(windows))):
             inputs, targets = window.token_ids[:-1], window.token_ids[1:, None]
-            hidden = {name: hidden_states(model, inputs) for name, model in models.items()}
+            hidden = {name: hidden_states(models[name], inputs) for name in others}
+            if kept is None:
+                hidden[first] = hidden_states(models[first], inputs)
+            else:
+                if number == len(kept):
+                    kept.append(hidden_states(models[first], inputs))
+                hidden[first] = kept[number]
             for start in range(window.first - 1, len(inputs), CHUNK):
                 chunk = slice(start, start + CHUNK)
                 dense = None
