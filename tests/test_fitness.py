@@ -194,6 +194,29 @@ def test_survivors_go_on_training_where_they_stood(
     assert len(steps) == 2 * 4
 
 
+@pytest.mark.parametrize("neighbours", [2, 3])
+def test_processes_of_a_machine_share_the_memory_for_trained_survivors(
+    stitcher: Stitcher, neighbours: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is just enough for two processes, each with two survivors of a stage and a third to be judged."""
+    genomes, most = random_genomes(stitcher, 4), []
+    keep = tuning.Tuner.keep
+
+    def noted(tuner: tuning.Tuner, genome: Genome, trained: tuning.Trained) -> None:
+        keep(tuner, genome, trained)
+        most.append(sum(state.bytes for state in tuner._kept.values()))
+
+    monkeypatch.setattr(tuning.Tuner, "keep", noted)
+    fitness(stitcher, TRAINED).scores(genomes, TRAINED[0])
+    monkeypatch.setattr(tuning, "KEPT_BYTES", 2 * max(most))
+    monkeypatch.setattr(parallel, "neighbours", lambda: neighbours)
+    scorer = fitness(stitcher, TRAINED)
+    most.clear()
+    scorer.scores(genomes, TRAINED[0])
+    assert (max(most) == tuning.KEPT_BYTES // 2) == (neighbours == 2)
+    assert max(most) <= tuning.KEPT_BYTES // neighbours
+
+
 def test_dropout_plays_no_part_in_a_score(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """It draws from a generator that no search keeps."""
     case = prune(checkpoints["llama-gqa"], tmp_path)

@@ -15,12 +15,13 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from darwinlm import parallel
 from darwinlm.adamw import set_state, state_of
 from darwinlm.families import Head
 from darwinlm.slopes import Distance, Surprise
 from darwinlm.types import Genome
 
-KEPT_BYTES = 8 << 30  # of trained states in memory; what is beyond goes to temporary files
+KEPT_BYTES = 8 << 30  # of trained states in a GPU, or in all processes of a machine; the rest goes to temporary files
 
 
 @dataclass
@@ -85,7 +86,8 @@ class Tuner:
     def keep(self, genome: Genome, trained: Trained) -> None:
         """Remember where a candidate stands."""
         held = sum(state.bytes for state in self._kept.values())
-        if held + trained.bytes <= KEPT_BYTES:
+        sharing = parallel.neighbours() if self.device.type == "cpu" else 1
+        if held + trained.bytes <= KEPT_BYTES // sharing:
             self._kept[genome] = trained
         else:
             self._spill(genome, trained)
