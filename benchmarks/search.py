@@ -198,7 +198,7 @@ def apart(run: Path, plan: Generation, trains: str) -> float:
             str(torch.get_num_threads()), __file__, str(run), "--plan", str(file),
         )  # fmt: skip
         found = subprocess.run(
-            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True
+            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, check=True
         )
     return float(found.stdout)
 
