@@ -8,7 +8,8 @@ survives a stage is decided once, by ours. The published form is written plainly
 deep copy of the whole dense model, consumers of full width with zeros for what is pruned, logits of the dense model
 and of the candidate over all tokens, fresh tokens in every stage, the parent scored again, and training from scratch
 with AdamW on all weights in bfloat16. The levers are added one after another; the last rows are `Fitness` itself, after
-a first generation: in one process with a thread a core as above, then under torchrun, a process with one thread a core.
+a first generation: in one process with a thread a core as above, then, with training, under torchrun, a process with one
+thread a core (without training that gains nothing: each has to run the parent).
 """
 
 from __future__ import annotations
@@ -294,11 +295,14 @@ def measure(run: Path, bench: Bench, plan: Generation, fitness: Fitness, rate: f
     print(f"\n{'with' if training else 'without'} training\n\n| form | seconds | of published | this lever |")
     print("| --- | ---: | ---: | ---: |")
     timed: dict[str, Callable[[], float]] = {name: partial(seconds, work) for name, work in forms.items()}
-    timed["and a process a core"] = partial(apart, run, plan, "all")
     if training:
+        timed["and a process a core"] = partial(apart, run, plan, "all")
         timed["and consumers alone train"] = partial(apart, run, plan, "consumers")
     taken: list[float] = []
     for name, work in timed.items():
+        if name not in forms:  # others need the memory
+            REFERENCES.clear()
+            fitness._tuner.forget_all_but([])
         taken.append(median(work() for _ in range(repeats)))
         print(
             f"| {name} | {taken[-1]:.1f} | {taken[0] / taken[-1]:.2f}x | {taken[-2:][0] / taken[-1]:.2f}x |", flush=True
