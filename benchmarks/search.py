@@ -8,8 +8,8 @@ survives a stage is decided once, by ours. The published form is written plainly
 deep copy of the whole dense model, consumers of full width with zeros for what is pruned, logits of the dense model
 and of the candidate over all tokens, fresh tokens in every stage, the parent scored again, and training from scratch
 with AdamW on all weights in bfloat16. The levers are added one after another; the last rows are `Fitness` itself, after
-a first generation: in one process with a thread a core as above, then, with training, under torchrun, a process with one
-thread a core (without training that gains nothing: each has to run the parent).
+a first generation: in one process with a thread a core as above, then, with training, under torchrun, a process with
+one thread a core (without training that gains nothing: each has to run the parent).
 """
 
 from __future__ import annotations
