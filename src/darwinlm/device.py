@@ -29,7 +29,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         UsageError: if there is no such precision.
     """
     if name == "auto":
-        fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+        fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if fast else torch.float32
     if name not in DTYPES:
         raise UsageError(f"unknown precision {name!r}: expected auto, {' or '.join(DTYPES)}; check --dtype")
