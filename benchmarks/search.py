@@ -7,9 +7,10 @@ Both score the same 16 offspring of one parent in the same stages on tokens of t
 survives a stage is decided once, by ours. The published form is written plainly: for every candidate of every stage a
 deep copy of the whole dense model, consumers of full width with zeros for what is pruned, logits of the dense model
 and of the candidate over all tokens, fresh tokens in every stage, the parent scored again, and training from scratch
-with AdamW on all weights in bfloat16. The levers are added one after another; the last rows are `Fitness` itself, after
-a first generation: in one process with a thread a core as above, then, with training, under torchrun, a process with
-one thread a core (without training that gains nothing: each has to run the parent).
+with AdamW on all weights in bfloat16. The levers are added one after another; "ours" is `Fitness` with its defaults,
+after a first generation. With training the row before it is `--search.trains all`, and the last is ours under torchrun,
+a process with one thread a core instead of one with a thread a core (without training that gains nothing: each has to
+run the parent).
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ FITNESS_TOKENS = (1024, 2048, 4096, 8192)
 TRAINING_TOKENS = (512, 1024, 2048, 4096)
 LENGTH = 512
 CPU = torch.device("cpu")
-OURS = {False: "ours: and the parent's blocks reused", True: "ours: and survivors train on, parent known"}
+OURS = {False: "ours: and the parent's blocks reused", True: "ours: and consumers alone train"}
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def apart(run: Path, plan: Generation, trains: str) -> float:
+def apart(run: Path, plan: Generation) -> float:
     """Seconds of `ours` in as many processes as there are threads here, after a first generation."""
     with TemporaryDirectory() as directory:
         file = Path(directory) / "plan.json"
@@ -191,7 +192,6 @@ def apart(run: Path, plan: Generation, trains: str) -> float:
                 "parent": plan.parent.levels,
                 "candidates": [[genome.levels for genome in stage] for stage in plan.candidates],
                 "training": bool(plan.stages[-1].training_tokens),
-                "trains": trains,
             },
         )
         command = (
@@ -211,8 +211,7 @@ def work_apart(run: Path, file: Path) -> None:
     schedule = stages(given["training"])
     rounds = tuple(tuple(Genome(tuple(levels)) for levels in stage) for stage in given["candidates"])
     plan = Generation(Genome(tuple(given["parent"])), rounds, schedule)
-    config = SearchConfig(stages=schedule, trains=given["trains"])
-    fitness = Fitness(bench.stitcher, bench.text, bench.training_text, config)
+    fitness = Fitness(bench.stitcher, bench.text, bench.training_text, SearchConfig(stages=schedule))
     with parallel.together():
         ours(fitness, plan)  # it ends for all at once: scores are shared
         taken = seconds(lambda: ours(fitness, plan))
@@ -285,7 +284,12 @@ def measure(run: Path, bench: Bench, plan: Generation, fitness: Fitness, rate: f
             lambda: staged(bench, plan, narrow=True, chunked=True, nested=False)
         ),
     }
-    if not training:
+    if training:
+        config = SearchConfig(stages=plan.stages, trains="all")
+        every = Fitness(bench.stitcher, bench.text, bench.training_text, config)
+        forms["and survivors train on, parent known"] = partial(ours, every, plan)
+        ours(every, plan)
+    else:
         forms["and nested tokens, parent known"] = lambda: staged(bench, plan, narrow=True, chunked=True, nested=True)
     forms[OURS[training]] = partial(ours, fitness, plan)
     ours(fitness, plan)  # the dense model's side, and memory that only the first generation of a search has to ask for
@@ -296,8 +300,7 @@ def measure(run: Path, bench: Bench, plan: Generation, fitness: Fitness, rate: f
     print("| --- | ---: | ---: | ---: |")
     timed: dict[str, Callable[[], float]] = {name: partial(seconds, work) for name, work in forms.items()}
     if training:
-        timed["and a process a core"] = partial(apart, run, plan, "all")
-        timed["and consumers alone train"] = partial(apart, run, plan, "consumers")
+        timed["and a process a core"] = partial(apart, run, plan)
     taken: list[float] = []
     for name, work in timed.items():
         if name not in forms:  # others need the memory

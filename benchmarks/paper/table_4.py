@@ -38,7 +38,7 @@ from darwinlm.train_config import DistillationConfig, StreamConfig, TrainConfig,
 GENERATIONS, TOKENS = 8, 102_400
 SEARCHES = {
     "without training": SearchConfig(generations=GENERATIONS, stages=stages(training=False)),
-    "with training": SearchConfig(generations=GENERATIONS, stages=stages(training=True)),
+    "with training": SearchConfig(generations=GENERATIONS, stages=stages(training=True), trains="all"),
 }
 
 

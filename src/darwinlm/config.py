@@ -121,9 +121,9 @@ class SearchConfig:
     """Learning rate of the training before selection."""
     loss: Literal["cross-entropy", "distillation"] = "cross-entropy"
     """What that training minimises: cross-entropy with the text, or the divergence from the dense model."""
-    trains: Literal["all", "consumers"] = "all"
-    """Which weights of the blocks that training moves: all, or those that read what was pruned (o_proj, down_proj), in
-    a third of the memory and less time."""
+    trains: Literal["all", "consumers"] = "consumers"
+    """Which weights of the blocks that training moves: those that read what was pruned (o_proj, down_proj), in a third
+    of the memory and less time, or all, as in the paper."""
     mask_tokens: int | None = None
     """Calibration tokens on which sheared-llama, a method of darwinlm compare, learns its masks; if not given, a third
     of those that all candidates are scored on: a token forwards and backwards takes as long as three forwards."""
