@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
-from darwinlm import obs
+from darwinlm import obs, tables
 from darwinlm.budget import parameter_costs
 from darwinlm.calibrate import PANEL, SPILL_BYTES
 from darwinlm.checkpoint import PACKAGED, WEIGHTS, find_checkpoint, is_finite, skeleton
@@ -358,16 +358,16 @@ def show(config: GradualConfig) -> None:
     plans = [plan(model, calibration, database, stage.target_level, rates) for stage in config.stages]
     found = plans[0]
     rows = {
-        "parameters": f"{found.parameters / 1e9:.2f} B",
+        "parameters": tables.parameters(found.parameters),
         f"calibration, {calibration.tokens:,} tokens": _duration(found.calibration_seconds),
         "elimination": _duration(found.elimination_seconds),
-        "peak memory": f"{found.memory_bytes / 1e9:.1f} GB beside the interpreter",
-        "database on disk": f"{found.disk_bytes / 1e9:.1f} GB",
-        "activations on disk": f"{found.spilled_bytes / 1e9:.1f} GB",
+        "peak memory": f"{tables.size(found.memory_bytes)} beside the interpreter",
+        "database on disk": tables.size(found.disk_bytes),
+        "activations on disk": tables.size(found.spilled_bytes),
     }
     for stage, at in zip(config.stages, plans, strict=True):
-        rows[f"at level {stage.target_level:g} of {database.levels}, {database.structure}"] = (
-            f"{at.target_parameters / 1e9:.2f} B"
+        rows[f"at level {stage.target_level:g} of {database.levels}, {database.structure}"] = tables.parameters(
+            at.target_parameters
         )
         search = plan_search(found.parameters, model, at.grid, at.even, config.search, config.refit)
         work = {
@@ -385,11 +385,11 @@ def show(config: GradualConfig) -> None:
                 f"{_duration(training.work.seconds(block))} on this machine"
             )
             rows[f"  its memory at level {stage.target_level:g}"] = (
-                f"{training.memory_bytes / 1e9:.0f} GB over all processes"
-                + (f", the teacher's {training.teacher_bytes / 1e9:.0f} GB in each" if training.teacher_bytes else "")
+                f"{tables.size(training.memory_bytes)} over all processes"
+                + (f", the teacher's {tables.size(training.teacher_bytes)} in each" if training.teacher_bytes else "")
                 + ", beside activations"
             )
-            rows[f"  its disk at level {stage.target_level:g}"] = f"{training.disk_bytes / 1e9:.0f} GB"
+            rows[f"  its disk at level {stage.target_level:g}"] = tables.size(training.disk_bytes)
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:{width}}  {value}")

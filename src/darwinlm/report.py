@@ -48,14 +48,14 @@ class _Column:
 
 
 COLUMNS = (
-    _Column("parameters", lambda row: row.parameters, lambda row: _count(row.parameters), "{:.0%}"),
+    _Column("parameters", lambda row: row.parameters, lambda row: tables.parameters(row.parameters), "{:.0%}"),
     _Column("perplexity", lambda row: row.perplexity, lambda row: f"{row.perplexity:.2f}"),
     _Column("KL", lambda row: row.kl, lambda row: f"{row.kl:.4f}"),
     _Column(
         "prefill tok/s", lambda row: row.prefill_tokens_per_s, lambda row: _rate(row.prefill_tokens_per_s), "{:.2f}x"
     ),
     _Column("decode tok/s", lambda row: row.decode_tokens_per_s, lambda row: _rate(row.decode_tokens_per_s), "{:.2f}x"),
-    _Column("size", lambda row: row.bytes, lambda row: _size(row.bytes)),
+    _Column("size", lambda row: row.bytes, lambda row: tables.size(row.bytes)),
 )
 
 
@@ -81,14 +81,6 @@ def _of_text(text: str) -> tuple[_Column, _Column]:
         ),
         _Column(f"KL {name}", lambda row: row.texts[text].kl, lambda row: f"{row.texts[text].kl:.4f}"),
     )
-
-
-def _count(number: int) -> str:
-    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
-
-
-def _size(number: int) -> str:
-    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
 
 
 def _rate(number: float) -> str:

@@ -45,5 +45,15 @@ def markdown(titles: Sequence[str], rows: Sequence[Cells]) -> str:
     return "\n".join(map(_line, [titles, rules, *rows]))
 
 
+def parameters(number: float | int) -> str:
+    """A number of parameters for people."""
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
+
+
+def size(number: float | int) -> str:
+    """A number of bytes for people."""
+    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
 def _line(cells: Cells) -> str:
     return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
