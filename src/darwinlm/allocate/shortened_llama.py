@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 
 from darwinlm.allocate.depth import removable_blocks, remove_until_it_fits, without_blocks
 from darwinlm.allocate.problem import Problem
-from darwinlm.families import Family, Head
-from darwinlm.metric import CrossEntropy
+from darwinlm.config import SearchConfig
+from darwinlm.families import Family
+from darwinlm.fitness import Fitness
 from darwinlm.progress import track
-from darwinlm.types import Genome
+from darwinlm.types import Genome, SelectionStage
 
 KEPT_FIRST, KEPT_LAST = 4, 2  # blocks that Taylor+ keeps, as removing them hurts more than the score says
 
@@ -25,11 +26,12 @@ def shortened_llama(problem: Problem) -> Genome:
     Raises:
         UsageError: if that cannot fit the budget.
     """
-    budget, stitcher = problem.budget, problem.stitcher
-    blocks = removable_blocks(budget)
+    budget, stitcher, text = problem.budget, problem.stitcher, problem.token_ids
+    blocks, stage = removable_blocks(budget), SelectionStage(survivors=1, fitness_tokens=text.numel())
+    fitness = Fitness(stitcher, text, text, SearchConfig(metric="perplexity", stages=(stage,)))
     importance = [0.0] * stitcher.dense.config.num_hidden_layers
     for block in track(blocks, "perplexity without a block", len(blocks)):
-        importance[block] = _surprise(stitcher.stitch(without_blocks(budget, [block])), problem.token_ids)
+        importance[block] = fitness.score(without_blocks(budget, [block]), stage, budget.grid.dense())
     return remove_until_it_fits(budget, importance)
 
 
@@ -47,16 +49,6 @@ def shortened_llama_taylor(problem: Problem) -> Genome:
     last = len(importance) - KEPT_LAST
     kept = [value + (block < KEPT_FIRST or block >= last) * (1 + most) for block, value in enumerate(importance)]
     return remove_until_it_fits(problem.budget, kept)
-
-
-@torch.inference_mode()
-def _surprise(model: PreTrainedModel, token_ids: Int[Tensor, "sequences length"]) -> float:
-    """Summed over tokens: its order is that of perplexity."""
-    total = 0.0
-    for ids in token_ids.to(model.device).split(1):
-        hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state.flatten(0, 1)
-        total += CrossEntropy(ids).total(hidden, Head(model))
-    return total
 
 
 def taylor_importance(
