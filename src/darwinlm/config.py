@@ -126,7 +126,7 @@ class SearchConfig:
     of the memory and less time, or all, as in the paper."""
     mask_tokens: int | None = None
     """Calibration tokens on which sheared-llama, a method of darwinlm compare, learns its masks; if not given, a third
-    of those that all candidates are scored on: a token forwards and backwards takes as long as three forwards."""
+    of those that our search scores on: a token forwards and backwards takes as long as three forwards."""
 
     def __post_init__(self) -> None:
         expect_at_least(self, "search", generations=0, offspring=1, max_switches=1, top_k=1, mask_tokens=1)
@@ -146,13 +146,13 @@ class SearchConfig:
         expect(trained == sorted(trained), flag, "no fewer training tokens than in the stage before", trained)
 
     @property
-    def scored_tokens(self) -> int:
-        """Tokens that the candidates of all generations are scored on, untrained: the budget of rivals that search."""
+    def generation_tokens(self) -> int:
+        """Tokens that a generation's candidates are scored on, untrained."""
         tokens, scored, candidates = 0, 0, self.offspring
         for stage in self.stages:
             tokens += candidates * max(0, stage.fitness_tokens - scored)
             scored, candidates = stage.fitness_tokens, stage.survivors
-        return self.generations * tokens
+        return tokens
 
 
 @dataclass(frozen=True)

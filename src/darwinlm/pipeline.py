@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from math import inf
 from pathlib import Path
-from random import Random
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from darwinlm import parallel, report
 from darwinlm.allocate.evolution import evolve
 from darwinlm.allocate.mutation import spread
 from darwinlm.allocate.sensitivity import find_starts
-from darwinlm.allocate.uniform import uniform
+from darwinlm.allocate.uniform import fullest, uniform
 from darwinlm.artifact import write_text
 from darwinlm.budget import Budget, Costs, Target, amount_of, cache_costs, flop_costs, parameter_costs
 from darwinlm.calibrate import calibrate
@@ -247,13 +247,21 @@ def _allocate(work: _Work, database: Database) -> SearchResult:
     text = scored_text(work.tokens["search"], config)
     fitness = Fitness(stitcher, text, work.tokens["training"], config)
     if work.genome is not None:
-        result = SearchResult(work.genome, fitness.score(work.genome, config.stages[-1]), ())
+        score = fitness.score(work.genome, config.stages[-1])
+        if score == inf:
+            raise DarwinError(
+                "the model of --genome diverges: expected a finite fitness, found NaN or infinity; take --dtype "
+                "float32 and another --out"
+            )
+        result = SearchResult(work.genome, score, ())
     else:
-        if work.earlier is None:
-            starts = find_starts(work.even, work.budget, fitness, config, work.config.seed, work.run.search)
+        budget, seed, earlier = work.budget, work.config.seed, work.earlier
+        if earlier is None:
+            starts = find_starts(work.even, budget, fitness, config, seed, work.run.search)
         else:
-            starts = {"earlier": spread(work.earlier, work.budget, Random(work.config.seed))}
-        result = evolve(starts, work.budget, fitness, config, work.config.seed, work.run.history_path)
+            start, budget = fullest(lambda rng: spread(earlier, work.budget, rng), budget, seed)
+            starts = {"earlier": start}
+        result = evolve(starts, budget, fitness, config, seed, work.run.history_path)
     if parallel.first():
         work.run.save_search(result, work.grid, work.made_from)
     return result

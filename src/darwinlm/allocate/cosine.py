@@ -13,6 +13,8 @@ from darwinlm.allocate.problem import Problem
 from darwinlm.families import Family
 from darwinlm.types import Genome
 
+SEQUENCES = 64
+
 
 def cosine(problem: Problem) -> Genome:
     """The dense model without the window of consecutive blocks over which the stream turns least.
@@ -24,7 +26,8 @@ def cosine(problem: Problem) -> Genome:
     """
     budget, stitcher = problem.budget, problem.stitcher
     removable = set(removable_blocks(budget))
-    distance = angular_distances(stitcher.dense, stitcher.family, problem.token_ids)
+    # A token a sequence counts, so it takes many: the text of the search has a few.
+    distance = angular_distances(stitcher.dense, stitcher.family, problem.calibration[:SEQUENCES])
     for length in range(len(removable) + 1):
         windows = [range(start, start + length) for start in range(len(distance) - length)]
         fitting = [w for w in windows if removable.issuperset(w) and budget.fits(without_blocks(budget, w))]

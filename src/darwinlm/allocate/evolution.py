@@ -42,6 +42,7 @@ def evolve(
     history = _read(history_path)
     if not history:
         history.append(_begin(starts, fitness, config))
+        _write(history_path, history)
     numbers, scarce = range(len(history), config.generations + 1), False
 
     def best() -> str:
@@ -102,25 +103,27 @@ def _offspring(parent: Genome, budget: Budget, config: SearchConfig, rng: Random
 def _generation(
     number: int, before: Generation, offspring: Sequence[Genome], fitness: Scorer, config: SearchConfig
 ) -> Generation:
-    """The best of offspring and parent after all stages."""
+    """The best of offspring and parent after all stages. What diverges leaves at once."""
     began = time.monotonic()
-    candidates, trained, scored = list(offspring), 0, 0
+    candidates, trained, scored, diverged = list(offspring), 0, 0, 0
     by_stage: list[float] = []
     scores: list[float] = []
     fitness_tokens = training_tokens = 0
     for stage in config.stages:
-        scores = fitness.scores(candidates, stage, before.genome)
+        scores = fitness.scores(candidates, stage, before.genome) if candidates else []
         # Untrained candidates keep what they were scored on, trained ones what they were trained on.
         fitness_tokens += len(candidates) * max(0, stage.fitness_tokens - (0 if stage.training_tokens else scored))
         training_tokens += len(candidates) * (stage.training_tokens - trained)
         trained, scored = stage.training_tokens, stage.fitness_tokens
-        if diverged := scores.count(inf):
-            say(f"generation {number}: {diverged} of {len(candidates)} candidates diverged and are out")
+        diverged += scores.count(inf)
         if stage is config.stages[-1]:  # the parent first, so that it wins a tie
             candidates, scores = [before.genome, *candidates], [before.fitness, *scores]
-        ranked = sorted(range(len(candidates)), key=scores.__getitem__)[: stage.survivors]
+        finite = [index for index, score in enumerate(scores) if score < inf]
+        ranked = sorted(finite, key=scores.__getitem__)[: stage.survivors]
         candidates, scores = [candidates[i] for i in ranked], [scores[i] for i in ranked]
-        by_stage.append(scores[0])
+        by_stage.append(scores[0] if scores else inf)
+    if diverged:
+        say(f"generation {number}: {diverged} of {len(offspring)} candidates diverged and are out")
     origin = "parent" if candidates[0] == before.genome else f"{config.moves} mutation"
     seconds = time.monotonic() - began
     spent = (fitness_tokens, training_tokens)

@@ -19,7 +19,8 @@ from darwinlm.types import KINDS, Genome, SelectionStage
 def evopress(problem: Problem) -> Genome:
     """The fittest model found that lacks whole modules: a step brings one back and removes another of its kind.
 
-    It starts from the best of as many random removals as a generation has offspring.
+    It starts from the best of as many random removals as a generation has offspring, and scores on as many tokens as
+    our search does.
 
     Raises:
         UsageError: if no removal of whole modules fits the budget.
@@ -27,8 +28,11 @@ def evopress(problem: Problem) -> Genome:
     grid, rng = problem.budget.grid, Random(problem.seed)
     budget = _of_modules(problem.budget)
     untrained = tuple(replace(stage, training_tokens=0) for stage in problem.config.stages)
-    config = replace(problem.config, stages=untrained, moves="within_kinds")
+    config = problem.config
     starts = {f"random {n}": _random(budget, rng) for n in range(config.offspring)}
+    left = problem.scored_tokens - len(starts) * config.stages[-1].fitness_tokens
+    generations = max(config.generations, left // config.generation_tokens)
+    config = replace(config, stages=untrained, moves="within_kinds", generations=generations)
     if not all(map(budget.fits, starts.values())):
         raise too_large(problem.budget, _whole(grid, Genome(budget.ceilings)))
     scorer = _OfModules(problem.fitness, grid)

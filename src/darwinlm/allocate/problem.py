@@ -9,6 +9,7 @@ from pathlib import Path
 from jaxtyping import Int
 from torch import Tensor
 
+from darwinlm.allocate.sensitivity import start_tokens
 from darwinlm.budget import Budget
 from darwinlm.config import SearchConfig
 from darwinlm.fitness import Scorer
@@ -39,6 +40,12 @@ class Problem:
     config: SearchConfig
     seed: int
     state: Path
+
+    @property
+    def scored_tokens(self) -> int:
+        """Tokens that our search scores on, untrained, its start included: what rivals that search may spend."""
+        config = self.config
+        return start_tokens(self.budget.grid, config) + config.generations * config.generation_tokens
 
 
 Allocator = Callable[[Problem], Genome]

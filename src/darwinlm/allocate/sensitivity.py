@@ -46,6 +46,14 @@ def find_starts(
     return exact or {name: genome for name, genome in starts.items() if budget.fits(genome)}
 
 
+def start_tokens(grid: Grid, config: SearchConfig) -> int:
+    """Tokens that finding the first parent scores genomes on."""
+    if config.start != "sensitivity":
+        return config.stages[-1].fitness_tokens
+    alone = sum(len(measured_levels(grid.highest(index))) for index in range(len(grid.units)))
+    return (1 + alone) * config.stages[0].fitness_tokens + 2 * config.stages[-1].fitness_tokens
+
+
 def sensitivities(grid: Grid, scorer: Scorer, stage: SelectionStage, state: Path) -> list[list[float]]:
     """Rise of the fitness with one unit at one level and all others dense: `result[unit][level]`.
 

@@ -23,7 +23,6 @@ from darwinlm.allocate.mutation import restore
 from darwinlm.allocate.problem import Problem
 from darwinlm.allocate.sensitivity import least_sensitive
 from darwinlm.budget import Budget
-from darwinlm.config import SearchConfig
 from darwinlm.families import Head, linear_at
 from darwinlm.progress import say, track
 from darwinlm.slopes import Surprise
@@ -57,7 +56,7 @@ def learn_masks(problem: Problem) -> tuple[Float[Tensor, " _"], ...]:
     minimised = {"params": [masks.log_alpha], "lr": MASK_RATE}
     maximised = {"params": [lagrangian.multipliers], "lr": MULTIPLIER_RATE, "maximize": True}
     optimizer = torch.optim.Adam([minimised, maximised])
-    steps, skipped = _steps(problem.config, text.shape[1]), 0
+    steps, skipped = _steps(problem, text.shape[1]), 0
     for step in track(range(steps), "masks", steps, status=lambda: str(lagrangian)):
         optimizer.zero_grad()
         with _multiplied(dense, units, masks.sample()):
@@ -79,8 +78,9 @@ def learn_masks(problem: Problem) -> tuple[Float[Tensor, " _"], ...]:
         return masks.kept()
 
 
-def _steps(config: SearchConfig, length: int) -> int:
-    tokens = config.scored_tokens // 3 if config.mask_tokens is None else config.mask_tokens
+def _steps(problem: Problem, length: int) -> int:
+    given = problem.config.mask_tokens
+    tokens = problem.scored_tokens // 3 if given is None else given
     return max(1, -(-tokens // length))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
 
 from darwinlm.allocate.mutation import restore
@@ -34,18 +35,23 @@ def uniform(grid: Grid, costs: Costs, config: RunConfig) -> tuple[Genome, Budget
 
 
 def _largest(budget: Budget, config: RunConfig) -> tuple[Genome, Budget]:
-    grid, costs = budget.grid, budget.costs
-    count, levels = len(grid.units), config.database.levels
+    grid, levels = budget.grid, config.database.levels
+    count = len(grid.units)
     # From the dense model downwards, one unit's step at a time.
     targets = (step / count for step in range(1, levels * count))
     even = (uniform_genome(grid, target, levels, Random(config.seed), config.keep_attention) for target in targets)
     start = next((genome for genome in map(budget.worth, even) if budget.fits(genome)), budget.least)
-    filled = [restore(start, budget, Random(f"{config.seed} {way}")) for way in range(FILLINGS)]
-    genome = max(filled, key=budget.cost)
+    return fullest(lambda rng: restore(start, budget, rng), budget, config.seed)
+
+
+def fullest(draw: Callable[[Random], Genome], budget: Budget, seed: int) -> tuple[Genome, Budget]:
+    """The dearest of several random genomes that fit the budget, and the budget, down to it if that is too cheap."""
+    genome = max((draw(Random(f"{seed} {way}")) for way in range(FILLINGS)), key=budget.cost)
     if not budget.admits(genome):
         found = budget.cost(genome)
         say(
-            f"the level grid is too coarse to come within {BELOW:.0%} of {amount_of(budget.limit)} {costs.measure}: "
+            f"the level grid is too coarse to come within {BELOW:.0%} of {amount_of(budget.limit)} "
+            f"{budget.costs.measure}: "
             f"{amount_of(found)} is the closest found below it; raise --database.levels"
         )
     return genome, budget.down_to(genome)

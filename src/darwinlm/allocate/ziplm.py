@@ -30,7 +30,7 @@ def ziplm(problem: Problem) -> Genome:
     weights = [1.0] * len(errors)
     best = _allocate(problem, errors, weights)
     (least,) = problem.fitness.scores([best], stage)
-    steps = config.scored_tokens // config.stages[-1].fitness_tokens
+    steps = problem.scored_tokens // config.stages[-1].fitness_tokens
     for _ in track(range(steps), "ziplm", steps):
         changed = rng.sample(range(len(weights)), max(1, round(MUTATED * len(weights))))
         tried = [rng.random() if index in changed else weight for index, weight in enumerate(weights)]
