@@ -78,7 +78,7 @@ def torch_pruning(model: Any, ratio: float, text: Tensor, *, heads: bool, hidden
 
 
 def with_sizes(model: Any) -> PreTrainedModel:
-    """What Torch-Pruning leaves to its user: sizes in the config and in the attentions."""
+    """What Torch-Pruning leaves to its user: sizes in the config and in the attentions, and one matrix at both ends."""
     config, layer = model.config, model.model.layers[0]
     config.hidden_size, config.intermediate_size = model.lm_head.in_features, layer.mlp.gate_proj.out_features
     config.num_attention_heads = layer.self_attn.q_proj.out_features // config.head_dim
@@ -86,6 +86,8 @@ def with_sizes(model: Any) -> PreTrainedModel:
     for block in model.model.layers:
         attention = block.self_attn
         attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
+    if config.tie_word_embeddings:  # it prunes the two alike, but leaves a copy in each
+        model.lm_head.weight = model.model.embed_tokens.weight
     return model
 
 
@@ -105,7 +107,10 @@ def optipfair_depth(model: Any, ratio: float, text: Tensor) -> PreTrainedModel:
 
 
 RIVALS: dict[str, tuple[Prune, str]] = {
-    "Torch-Pruning, its LLM example": (lambda *given: torch_pruning(*given, heads=True, hidden=True), NO_SDPA),
+    "Torch-Pruning, its LLM example": (
+        lambda *given: torch_pruning(*given, heads=True, hidden=True),
+        f"{NO_SDPA}; query heads by threes",
+    ),
     "Torch-Pruning, MLP and hidden size": (lambda *given: torch_pruning(*given, heads=False, hidden=True), NO_SDPA),
     "Torch-Pruning, MLP": (lambda *given: torch_pruning(*given, heads=False, hidden=False), NO_SDPA),
     "optipfair, MLP by weights": (lambda *given: optipfair_mlp(*given, calibrated=False), MLP_ALONE),
@@ -117,13 +122,14 @@ RIVALS: dict[str, tuple[Prune, str]] = {
 def prune(name: str, dense: PreTrainedModel, parameters: int, text: Tensor) -> tuple[PreTrainedModel, float]:
     """The largest model of a rival that has no more parameters, and the seconds that one pruning took."""
     low, high, best, seconds = 0.0, 1.0, None, 0.0
+    refusal = f"no ratio leaves {parameters:,} parameters"
     for _ in range(BISECTIONS):
         ratio = (low + high) / 2
         began = time.perf_counter()
         try:
             found = RIVALS[name][0](copy.deepcopy(dense), ratio, text)
-        except ValueError:  # a rival may refuse to leave nothing
-            high = ratio
+        except Exception as error:  # a rival may refuse to leave so little
+            high, refusal = ratio, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             continue
         seconds = time.perf_counter() - began
         if parameter_count(found) <= parameters:
@@ -131,7 +137,7 @@ def prune(name: str, dense: PreTrainedModel, parameters: int, text: Tensor) -> t
         else:
             low = ratio
     if best is None:
-        raise ValueError(f"no ratio leaves {parameters:,} parameters")
+        raise ValueError(refusal)
     return best, seconds
 
 

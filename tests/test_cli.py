@@ -88,6 +88,7 @@ def test_a_preset_is_read_before_files_and_flags(
     assert (mixed.search.offspring, mixed.search.learning_rate) == (6, 2e-5)
     assert (paper.search.offspring, paper.search.learning_rate, paper.search.max_switches) == (16, 1e-5, 3)
     assert (paper.search.start, paper.search.moves, paper.search.metric) == ("uniform", "within_kinds", "kl")
+    assert (paper.search.loss, paper.search.trains) == ("cross-entropy", "all")
     assert (paper.search.generations, paper.search.scrambled, paper.refit.tokens) == (200, 0, 0)
     assert (paper.database.levels, paper.database.structure, paper.database.granularity) == (10, "head", 32)
     assert [s.survivors for s in paper.search.stages] == [8, 4, 2, 1]

@@ -77,11 +77,14 @@ def test_every_method_is_measured_at_every_size(config: CompareConfig, cells: di
     beside = corpus.draw_beside(other, config.evaluation.tokens)
     prunable = sum(unit.parameters(0) for unit in grid.units)
     assert cells[DENSE, 0.0]["kl"] == 0
+    assert cells[DENSE, 0.0]["speedup"] == [1, 1]
     for (method, target), cell in cells.items():
         if "levels" not in cell or cell["refused"]:
             assert target == 0.9
             assert "give a larger one, or a method that prunes within units" in cell["refused"]
             continue
+        assert (cell["seconds"] > 0) == (method != DENSE)
+        assert min(cell["prefill_tokens_per_s"], cell["decode_tokens_per_s"], *cell["speedup"]) > 0
         model = repeat_shared(stitcher.stitch(Genome(tuple(cell["levels"]))))
         assert cell["parameters"] == parameter_count(model)
         assert cell["parameters"] <= parameter_count(dense) - target * prunable + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 import tiny
-from darwinlm.data import HELD_OUT_SHARE, Corpus, is_held_out, read_corpus, scramble
+from darwinlm import data
+from darwinlm.data import HELD_OUT_SHARE, Corpus, is_held_out, read_corpus, scramble, token_stream
 from darwinlm.types import UsageError
 
 
@@ -199,3 +200,17 @@ def test_without_network_a_hub_corpus_is_refused_in_one_sentence(name: str):
     with pytest.raises(UsageError, match=rf"no corpus {name}: expected .*vital-wiki.*check --data") as refused:
         _documents(name)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("name", "part"), [("wikitext2", "wikitext2-test"), ("c4", "c4-validation")])
+def test_texts_of_the_literature_are_their_own_test_text_joined_by_blank_lines(
+    name: str, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(asked: str, flag: str) -> Iterator[str]:
+        assert (asked, flag) == (part, "--data")
+        return iter(["alpha", "", "beta"])
+
+    monkeypatch.setattr(data, "_read_hub", read)
+    tokenizer = tiny.tokenizer()
+    found = token_stream(name, tokenizer, 100, lambda _: pytest.fail("all of it counts"))
+    assert found.tolist() == tokenizer("alpha\n\n\n\nbeta")["input_ids"]

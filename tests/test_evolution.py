@@ -33,13 +33,15 @@ def at_level(grid: Grid, level: float, levels: int = 8):
 
 
 class KnownFitness:
-    """Distance to a target genome; the first stage is blind, so that only later ones can tell candidates apart."""
+    """Distance to a target genome, with noise of each stage if asked."""
 
     def __init__(self, target: Genome, noise: float = 0.0):
         self.target, self.noise = target, noise
         self.asked: list[tuple[Genome, SelectionStage]] = []
+        self.parents: list[Genome | None] = []
 
     def scores(self, genomes: Sequence[Genome], stage: SelectionStage, parent: Genome | None = None) -> list[float]:
+        self.parents.append(parent)
         return [self.score(genome, stage) for genome in genomes]
 
     def score(self, genome: Genome, stage: SelectionStage) -> float:
@@ -78,12 +80,26 @@ def test_the_best_is_never_lost(tmp_path: Path) -> None:
 
 
 def test_stages_narrow_the_field(tmp_path: Path) -> None:
-    _, fitness, _ = search(tmp_path, replace(CONFIG, generations=1))
+    result, fitness, _ = search(tmp_path, replace(CONFIG, generations=1))
+    start, _ = at_level(GRID, 4.0)
+    assert fitness.parents == [None, start, start, start], "whose passes are reused"
     by_stage = [[genome for genome, stage in fitness.asked[1:] if stage == wanted] for wanted in STAGES]
     assert [len(asked) for asked in by_stage] == [8, 4, 2]
     for before, after, stage in zip(by_stage, by_stage[1:], STAGES, strict=False):
         best = sorted(before, key=lambda genome: fitness.score(genome, stage))[: len(after)]
         assert set(after) == set(best)
+    for asked, stage, found in zip(by_stage, STAGES, result.history[1].stage_fitness, strict=True):
+        assert found == min(fitness.score(genome, stage) for genome in [*asked, *[start] * (stage is STAGES[-1])])
+
+
+def test_no_mutant_differs_by_more_switches_than_allowed(tmp_path: Path) -> None:
+    start, _ = at_level(GRID, 4.0)
+    for most, wanted in ((1, {1}), (3, {1, 2, 3})):
+        config = replace(CONFIG, generations=1, offspring=60, max_switches=most)
+        _, fitness, _ = search(tmp_path / str(most), config)
+        mutants = [genome for genome, stage in fitness.asked[1:] if stage == STAGES[0]]
+        switches = {sum(max(0, a - b) for a, b in zip(m.levels, start.levels, strict=True)) for m in mutants}
+        assert switches == wanted
 
 
 def test_the_parent_joins_the_last_stage(tmp_path: Path) -> None:
@@ -109,8 +125,16 @@ def test_history_is_a_line_a_generation(tmp_path: Path) -> None:
         # Stage 1 does not train. Those of stage 2 train 50 tokens, those of stage 3 50 more.
         assert line["training_tokens"] == 4 * 50 + 2 * 50
         assert line["fitness_tokens"] == 8 * 100 + 4 * 200 + 2 * 400
-        assert line["seconds"] >= 0
+        assert line["seconds"] > 0
+    assert (lines[0]["fitness_tokens"], lines[0]["training_tokens"]) == (400, 100)
     assert budget.admits(result.best)
+
+
+def test_an_untrained_candidate_is_scored_only_on_what_a_stage_adds(tmp_path: Path) -> None:
+    stages = tuple(replace(stage, training_tokens=0) for stage in STAGES)
+    result, _, _ = search(tmp_path, replace(CONFIG, generations=1, stages=stages))
+    assert [line.fitness_tokens for line in result.history] == [400, 8 * 100 + 4 * 100 + 2 * 200]
+    assert [line.training_tokens for line in result.history] == [0, 0]
 
 
 def test_an_interrupted_search_takes_the_same_path(tmp_path: Path) -> None:
@@ -218,6 +242,25 @@ def test_a_candidate_that_diverged_is_never_chosen(tmp_path: Path, capsys: pytes
         result = evolve(starts, budget, Diverging(start), replace(CONFIG, generations=1), 0, tmp_path / "h")
     assert result.best == start
     assert "generation 1: 8 of 8 candidates diverged and are out\n" in said.get()
+    assert said.get().count("diverged") == 1
+
+
+def test_what_diverged_takes_no_place_of_a_survivor(tmp_path: Path) -> None:
+    """Two of eight are finite in the first stage, of which four survive; one of the two diverges in the second."""
+    start, budget = at_level(GRID, 4.0)
+
+    class Diverging(KnownFitness):
+        def scores(self, genomes: Sequence[Genome], stage: SelectionStage, parent: Genome | None = None) -> list[float]:
+            found = super().scores(genomes, stage, parent)
+            last = STAGES[-1] if parent is None else stage
+            finite = {STAGES[0]: 2, STAGES[1]: 1, STAGES[2]: 9}[last]
+            return [score if index < finite else float("inf") for index, score in enumerate(found)]
+
+    fitness = Diverging(start)
+    with console.capture() as said:
+        evolve({"uniform": start}, budget, fitness, replace(CONFIG, generations=1), 0, tmp_path / "h")
+    assert [sum(stage == wanted for _, stage in fitness.asked[1:]) for wanted in STAGES] == [8, 2, 1]
+    assert "generation 1: 7 of 8 candidates diverged and are out\n" in said.get()
 
 
 def test_a_search_whose_starts_diverge_ends_with_one_sentence(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import trainings
 from darwinlm import gradual as recipes
 from darwinlm.artifact import read_json
 from darwinlm.checkpoint import Checkpoint
+from darwinlm.cli import PRESETS
 from darwinlm.config import RunConfig, read_config
 from darwinlm.gradual import _size_at, gradual
 from darwinlm.modeling import block_sizes_of, load
@@ -185,6 +186,9 @@ def test_a_recipe_of_the_paper_runs_on_a_tiny_model_of_its_family(
 ):  # fmt: skip
     path = RECIPES / f"{recipe}.yaml"
     config = read_config(path, GradualConfig)
+    preset = yaml.safe_load((PRESETS / "paper.yaml").read_text())
+    (tmp_path / "paper.yaml").write_text(yaml.safe_dump({"model": "M", "data": "D", "out": "O", **preset}))
+    assert config.search == read_config(tmp_path / "paper.yaml").search
     training = config.training
     assert (training.batch_size, training.warmup_steps, config.stream.sequence_length) == (batch, warmup, context)
     assert [(stage.target_level, stage.tokens) for stage in config.stages] == [(level, 10**10) for level in levels]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -101,7 +102,9 @@ def test_the_export_is_the_stitched_model(compressed: Run):
 def test_candidates_are_scored_on_text_whose_ends_are_scrambled(
     checkpoints: dict[str, Path], text: Path, tmp_path: Path, metric: MetricName, scrambled: float
 ):
-    settings = SearchConfig(metric=metric, generations=0, scrambled=0.5, stages=(SelectionStage(1, 128),))
+    """And, trained before, on text that is not."""
+    stage = SelectionStage(1, 128, training_tokens=128)
+    settings = SearchConfig(metric=metric, generations=0, scrambled=0.5, stages=(stage,), learning_rate=1e-3)
     config = runs.short(checkpoints["llama-gqa"], text, tmp_path / "run", search=settings, dtype="float32")
     run = pipeline.run(config, until="search")
     checkpoint, grid = Checkpoint(Path(config.model)), _grid(run)
@@ -232,6 +235,7 @@ def test_the_command_shows_its_own_progress_and_no_one_elses(
     _, done = by_command
     assert "database: 6/6" in done.stderr
     assert "s left" in done.stderr
+    assert re.search(r"search: (\d)/\1, \d+ s, 0 s left, KL \d\.\d{4}\n", done.stderr)
     for foreign in ("Writing model shards", "Loading weights", "Warning", "Traceback", "it/s"):
         assert foreign not in done.stderr
 
@@ -270,7 +274,7 @@ def test_a_given_genome_is_used_without_search_or_budget(
     rows = {row["model"]: row["parameters"] for row in run.table}
     assert rows["uniform"] < rows["searched"] < rows["dense"]
     assert sum(p.numel() for p in run.model.parameters()) == rows["searched"]
-    assert not (run.search / "state.json").exists()
+    assert not run.history_path.exists()
 
     found = by_command[0]  # another run's result, whose model is then the same
     config = runs.short(checkpoints["llama-gqa"], text, tmp_path / "again", genome=str(found.search / "result.json"))

@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -17,12 +18,12 @@ from transformers import OlmoConfig, OlmoForCausalLM
 
 import runs
 import tiny
-from darwinlm import pipeline
+from darwinlm import pipeline, scorecard
 from darwinlm.data import is_held_out
 from darwinlm.evaluate import quality_over, windows_over
 from darwinlm.evaluation_config import EvaluateConfig
 from darwinlm.generation import repetition, write
-from darwinlm.harness import LOCAL
+from darwinlm.harness import LOCAL, SUITE, Request, Score
 from darwinlm.modeling import load
 from darwinlm.scorecard import evaluate_models, read_text
 from darwinlm.types import UsageError
@@ -86,6 +87,12 @@ def test_agreement_is_with_each_of_the_dense_models_tokens() -> None:
     assert written.agreement == pytest.approx(agreed / total)
     assert 0 < agreed < total
     assert all(text.startswith(prompt) for text, prompt in zip(written.continuations, PROMPTS, strict=True))
+    repeated = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        own: Any = other.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+        repeated.append(repetition(own[0, ids.shape[1] :].tolist()))
+    assert written.repetition == pytest.approx(mean(repeated))
 
 
 def test_text_is_that_which_is_held_out_or_all(text: Path) -> None:
@@ -133,6 +140,7 @@ def test_command_measures_dense_models_runs_and_exports(
     models = {"dense": load(dense), "run": load(run.exported)}
     expected = quality_over(models, windows_over(stream, 64, 32))["run"]
     assert of_run["texts"][str(text)] == {"perplexity": expected.perplexity, "kl": expected.kl}
+    assert f"{expected.perplexity:.3f}" in shown
     assert {task["questions"] for task in of_run["tasks"]} == {3}
 
 
@@ -191,6 +199,24 @@ def test_a_model_that_darwinlm_does_not_prune_can_stand_beside(
     flags = ["--data", str(text), "--tokens", "100", "--window", "50", "--beside", str(tmp_path)]
     assert runs.call("evaluate", str(checkpoints["llama-mha"]), *flags) == 0
     assert tmp_path.name in capsys.readouterr().out
+
+
+def test_the_suite_is_asked_whole_and_averaged(
+    checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[Request]()
+
+    def answer(_: object, __: object, requests: list[Request], ___: object) -> list[Score]:
+        asked.extend(requests)
+        share = len(asked) / 10
+        return [Score(each.task, str(each.metric), each.shots or 0, share, None, 1, "") for each in requests]
+
+    monkeypatch.setattr(scorecard, "find_tasks", lambda *_: None)
+    monkeypatch.setattr(scorecard, "run_tasks", answer)
+    evaluate_models(EvaluateConfig(str(checkpoints["llama-mha"]), suite="darwinlm"))
+    assert asked == list(SUITE)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("average of the suite"))
+    assert line.split()[-1] == f"{100 * mean(n / 10 for n in range(1, 10)):.1f}"
 
 
 @pytest.mark.filterwarnings("ignore")  # lm-eval's and its dependencies'

@@ -214,7 +214,10 @@ def protocol(cards: Sequence[Card], config: EvaluateConfig) -> dict[str, str]:
         own = [f"{text}: its {TESTS[text].partition('-')[2]} set" for text in cards[0].qualities if text in TESTS]
         others = [f"{config.documents} documents"] if len(own) < len(cards[0].qualities) else []
         what = "; ".join([*own, *others])
-        how["perplexity"] = f"windows of {config.window} tokens, {windows}; at most {config.tokens:,} tokens; {what}"
+        how["perplexity"] = (
+            f"windows of {config.window} tokens, {windows}; at most {config.tokens:,} tokens; {what}; of a "
+            "token, so not comparable across tokenizers"
+        )
     if config.against is not None and config.data is not None:
         how["KL"] = f"KL({config.against} || model) in nats a token"
     if config.generation:

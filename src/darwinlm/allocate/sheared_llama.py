@@ -2,8 +2,9 @@
 
 Every structure has a hard-concrete mask (Louizos et al., 2018, arXiv 1712.01312) that multiplies what its consumer
 reads. The masks minimise the language-model loss under a Lagrangian for the size, whose multipliers maximise it. In the
-paper the weights train too, on 0.4 B tokens; here they are frozen, and what the masks decide is how much each unit
-keeps: which structures those are, and their weights, are the database's, as for all methods.
+paper the weights train too, on 0.4 B tokens, and masks of layers and of the hidden size lead to one given shape; here
+weights are frozen, the size alone is given, and what the masks decide is how much each unit keeps: which structures
+those are, and their weights, are the database's, as for all methods.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class HardConcrete:
 
 
 class _Lagrangian:
-    """`a (s - t) + b (s - t)^2` with multipliers `a` and `b` (equation 1 of the paper).
+    """`a (s - t) + b (s - t)^2` with multipliers `a` and `b` (section 2.1 of the paper, which has one for each size).
 
     `s` is the share of what can be pruned that is removed in expectation, `t` its target, which grows from 0.
     """

@@ -59,7 +59,7 @@ def taylor_importance(
     weights = [[m.weight for m in block.modules() if isinstance(m, nn.Linear)] for block in blocks]
     every = [weight for block in weights for weight in block]
     trainable = [weight.requires_grad for weight in every]
-    gradients = [torch.zeros_like(weight) for weight in every]
+    gradients = [torch.zeros_like(weight, dtype=torch.float32) for weight in every]
     try:
         for weight in every:
             weight.requires_grad_(True)
