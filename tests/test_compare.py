@@ -176,7 +176,7 @@ def test_tasks_are_asked_of_every_model_and_only_once(
         pairs = zip(words(name), words(name[::-1]), strict=True)
         records = [{"query": "Question: Which?\n", "choices": pair, "gold": 1} for pair in pairs]
         (tmp_path / LOCAL[name].file).write_text("".join(json.dumps(record) + "\n" for record in records))
-    plain = replace(config, out=str(tmp_path / "out"), methods=("uniform", "shortgpt"))
+    plain = replace(config, out=str(tmp_path / "out"), methods=("uniform", "shortgpt"), dtype="float32")
     with_arc = replace(plain, tasks="arc_easy", tasks_data=str(tmp_path), limit=20)
     with_both = replace(with_arc, tasks="piqa,arc_easy")
     found = [compare(each) for each in (plain, with_arc, with_both)]

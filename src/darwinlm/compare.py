@@ -44,8 +44,8 @@ class _Bench:
     """What every cell is found and measured with.
 
     Attributes:
-        stitcher: in the precision of the search.
-        judged: in the checkpoint's, in which models are measured.
+        stitcher: in the precision of the search and of the tasks.
+        judged: in the checkpoint's, in which perplexity, KL and speed are measured.
         of_dense: the dense model's last hidden states on each text, for all models to be judged against.
     """
 
@@ -96,7 +96,7 @@ def compare(config: CompareConfig) -> list[Cell]:
             answered = {score.task for score in found.scores}
             left = [request for request in requests if request.task not in answered and found.refused is None]
             if left:
-                model = bench.judged.stitch(Genome(found.levels))
+                model = bench.stitcher.stitch(Genome(found.levels))
                 for request in left:
                     say(f"{place}: {request.task}")
                     scores = run_tasks(model, bench.tokenizer, [request], config)

@@ -127,7 +127,8 @@ class CompareConfig(TasksConfig):
     device: str = "auto"
     """Where to compute: auto, cpu, cuda."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the searches; auto is bfloat16 where the device is fast at it. Models are measured in their own."""
+    """Precision of the searches and of the tasks; auto is bfloat16 where the device is fast at it. Perplexity, KL and
+    speed are measured in the model's own."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
