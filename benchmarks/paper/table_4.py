@@ -2,8 +2,9 @@
 
 python benchmarks/paper/table_4.py OUT [--seeds 0 1 2]      # resumes; an hour a seed on two cores
 
-Level 3 of 9, the same start, generations and tokens of fitness, no refit. With training an offspring has seen 512 to
-4,096 tokens by the stage it is judged in. Both models are then trained on the same 102,400 tokens of articles by
+Level 3 of 9, the same start, generations and tokens of fitness, no refit; start, moves and scrambled text are this
+package's defaults, not the paper's. With training an offspring's weights have all seen 512 to 4,096 tokens by the stage
+it is judged in. Both models are then trained on the same 102,400 tokens of articles by
 cross-entropy (AdamW, 1e-4). KL to the dense model in nats a token, in bfloat16, on 8,192 tokens each of held-out
 articles and of WikiText-2 validation; every seed draws its own text.
 """
