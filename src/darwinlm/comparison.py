@@ -23,9 +23,11 @@ from darwinlm.report import save_figure
 DENSE = "dense"
 HELD_OUT = "held-out documents"
 CELLS = "cells.jsonl"
-# Colours that remain apart for the colour-blind (Okabe and Ito), and markers for the rest.
-COLOURS = ("#333333", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2", "#d55e00")
-MARKERS = "osv^Dx*P+"
+# As many as there are methods. The first seven remain apart for the colour-blind (Okabe and Ito), the rest by markers.
+COLOURS = (
+    "#333333", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2", "#d55e00", "#882255", "#999933", "#44aa99",
+)  # fmt: skip
+MARKERS = "osv^Dx*P+h"
 
 
 @dataclass(frozen=True)

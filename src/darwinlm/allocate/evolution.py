@@ -65,7 +65,6 @@ def evolve(
             )
         history.append(_generation(number, history[-1], offspring, fitness, config))
         _write(history_path, history)
-    _write(history_path, history)
     return SearchResult(history[-1].genome, history[-1].fitness, tuple(history))
 
 

@@ -51,7 +51,6 @@ def fullest(draw: Callable[[Random], Genome], budget: Budget, seed: int) -> tupl
         found = budget.cost(genome)
         say(
             f"the level grid is too coarse to come within {BELOW:.0%} of {amount_of(budget.limit)} "
-            f"{budget.costs.measure}: "
-            f"{amount_of(found)} is the closest found below it; raise --database.levels"
+            f"{budget.costs.measure}: {amount_of(found)} is the closest found below it; raise --database.levels"
         )
     return genome, budget.down_to(genome)
