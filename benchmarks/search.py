@@ -42,7 +42,7 @@ from darwinlm.allocate.uniform import uniform
 from darwinlm.artifact import read_json, write_json
 from darwinlm.budget import Budget, parameter_costs
 from darwinlm.checkpoint import find_checkpoint
-from darwinlm.config import RunConfig, SearchConfig
+from darwinlm.config import RefitConfig, RunConfig, SearchConfig
 from darwinlm.data import read_corpus
 from darwinlm.database import Database
 from darwinlm.evaluate import parameter_count
@@ -50,6 +50,7 @@ from darwinlm.families import Head, find_grid, linear_at
 from darwinlm.fitness import Fitness
 from darwinlm.metric import Divergence
 from darwinlm.obs import columns_of
+from darwinlm.plan_search import plan_search
 from darwinlm.run import Run
 from darwinlm.surgery import Stitcher
 from darwinlm.tuning import Tuner, rounded
@@ -274,6 +275,14 @@ def plan_of(parent: Genome, offspring: list[Genome], fitness: Fitness, training:
     return Generation(parent, tuple(rounds), schedule)
 
 
+def planned(bench: Bench, plan: Generation) -> float:
+    """Operations of a generation of ours, as `darwinlm plan` counts them."""
+    dense, search = bench.stitcher.dense, SearchConfig(stages=plan.stages, generations=1)
+    none = RefitConfig(tokens=0)
+    work = plan_search(parameter_count(dense), dense.config, bench.stitcher.grid, plan.parent, search, none).generations
+    return work.forward + work.training
+
+
 def measure(run: Path, bench: Bench, plan: Generation, fitness: Fitness, rate: float, repeats: int) -> None:
     """Print a row for each form: seconds, the ratio to the published one, and what this lever gave."""
     training = bool(plan.stages[-1].training_tokens)
@@ -310,11 +319,12 @@ def measure(run: Path, bench: Bench, plan: Generation, fitness: Fitness, rate: f
         print(
             f"| {name} | {taken[-1]:.1f} | {taken[0] / taken[-1]:.2f}x | {taken[-2:][0] / taken[-1]:.2f}x |", flush=True
         )
-    if training:
-        return  # the counter cannot watch gradients that are taken in parts
-    with FlopCounterMode(display=False) as counter:
-        ours(fitness, plan)
-    operations = counter.get_total_flops()
+    if training:  # the counter cannot watch gradients that are taken in parts
+        operations = planned(bench, plan)
+    else:
+        with FlopCounterMode(display=False) as counter:
+            ours(fitness, plan)
+        operations = counter.get_total_flops()
     share = operations / taken[list(timed).index(OURS[training])] / rate
     print(f"\nours: {operations / 1e12:.2f} TFLOP, {share:.0%} of the rate of bf16 products, {rate / 1e9:.0f} GFLOP/s")
 
