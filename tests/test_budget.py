@@ -19,13 +19,13 @@ from transformers import DynamicCache
 
 import runs
 from darwinlm import pipeline
-from darwinlm.allocate.mutation import priced
-from darwinlm.allocate.uniform import uniform
+from darwinlm.allocate.mutation import priced, restore
+from darwinlm.allocate.uniform import fullest, uniform
 from darwinlm.budget import Budget, Costs, Target, amount_of, cache_costs, flop_costs, parameter_costs
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.config import DatabaseConfig, RunConfig
 from darwinlm.evaluate import parameter_count
-from darwinlm.genome import Grid, level_grid
+from darwinlm.genome import Grid, level_grid, uniform_genome
 from darwinlm.progress import console
 from darwinlm.surgery import repeat_shared
 from darwinlm.types import Genome, Structure, Unit, UsageError
@@ -229,6 +229,26 @@ def test_attention_that_must_stay_is_paid_for_elsewhere(level: float) -> None:
     assert same.cost(kept) >= 0.98 * same.limit
     assert same.fits(kept)
     assert all(level < grid.highest(i) for i, level in enumerate(kept.levels) if grid.units[i].kind == "attention")
+
+
+def test_the_dearest_of_random_genomes_is_taken_and_one_that_is_too_cheap_is_said() -> None:
+    """As a uniform genome and the start of a later stage are."""
+    grid = level_grid(units(4, heads=8, channels=320), 8, 32)
+    _, budget = uniform(grid, parameter_costs(grid, 10**5), RunConfig("M", "D", "O", database=DatabaseConfig(levels=8)))
+    drawn = list[Genome]()
+
+    def draw(rng: Random) -> Genome:
+        drawn.append(uniform_genome(grid, rng.choice((6.0, 6.5, 7.0)), 8, rng))
+        return drawn[-1]
+
+    with console.capture() as said:
+        genome, lowered = fullest(draw, budget, 0)
+    assert len({budget.cost(each) for each in drawn}) >= 3
+    assert budget.cost(genome) == max(map(budget.cost, drawn)) == lowered.floor
+    assert "the level grid is too coarse to come within 1%" in said.get()
+    with console.capture() as said:
+        assert fullest(lambda rng: restore(draw(rng), budget, rng), budget, 0)[1].floor == budget.floor
+    assert not said.get()
 
 
 def test_a_level_no_smaller_than_the_dense_model_is_refused() -> None:

@@ -28,7 +28,7 @@ from darwinlm.genome import Grid, level_grid, prunable_parameters
 from darwinlm.refit import set_consumers
 from darwinlm.run import Run
 from darwinlm.surgery import Stitcher
-from darwinlm.types import MetricName, SelectionStage
+from darwinlm.types import DarwinError, MetricName, SelectionStage
 
 VERIFIED = "llama-gqa"  # its export is proved in a fresh process, which takes seconds
 TABLE_KEYS = {
@@ -281,6 +281,17 @@ def test_a_given_genome_is_used_without_search_or_budget(
     again = pipeline.run(config)
     assert again.genome == found.genome
     assert (again.exported / "model.safetensors").read_bytes() == (found.exported / "model.safetensors").read_bytes()
+
+
+def test_a_given_genome_that_diverges_is_refused(checkpoints: dict[str, Path], text: Path, tmp_path: Path):
+    """Here by training before its score."""
+    genome = tmp_path / "genome.json"
+    genome.write_text("[0, 1, 0, 2, 4, 0]")
+    search = SearchConfig(stages=(SelectionStage(1, 64, training_tokens=64),), learning_rate=3e38)
+    config = runs.short(checkpoints["llama-gqa"], text, tmp_path / "run", genome=str(genome), search=search)
+    with pytest.raises(DarwinError, match="the model of --genome diverges: expected a finite fitness"):
+        pipeline.run(config, until="search")
+    assert not Run(tmp_path / "run").searched
 
 
 def test_the_public_face_is_whole_and_quick_to_import():

@@ -250,8 +250,8 @@ def _allocate(work: _Work, database: Database) -> SearchResult:
         score = fitness.score(work.genome, config.stages[-1])
         if score == inf:
             raise DarwinError(
-                "the model of --genome diverges: expected a finite fitness, found NaN or infinity; take --dtype "
-                "float32 and another --out"
+                "the model of --genome diverges: expected a finite fitness, found NaN or infinity; lower "
+                "--search.learning-rate or take --dtype float32, and another --out"
             )
         result = SearchResult(work.genome, score, ())
     else:
