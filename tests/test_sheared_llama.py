@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import tiny
 from darwinlm.allocate.problem import Problem
+from darwinlm.allocate import sheared_llama as sheared
 from darwinlm.allocate.sheared_llama import HardConcrete, _steps, learn_masks, nearest_genome, sheared_llama
 from darwinlm.budget import Budget, parameter_costs
 from darwinlm.config import SearchConfig
@@ -43,10 +45,10 @@ def problem(idle: list[set[int]], tmp_path: Path) -> Problem:
     config = copy.deepcopy(tiny.CONFIGS["llama-mha"])
     config.num_hidden_layers, config.intermediate_size = 2, 16
     torch.manual_seed(0)
-    model: Any = tiny.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    model: Any = tiny.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     units = find_units(model, model.config)
     for unit, gone in zip(units, idle, strict=True):
-        weight = linear_at(model, unit.consumer).weight.mul_(2)
+        weight = linear_at(model, unit.consumer).weight.data.mul_(2)
         weight.unflatten(1, (unit.structures, unit.structure_width))[:, sorted(gone)] = 0
     grid = level_grid(units, 4, 4)
     costs = parameter_costs(grid, parameter_count(model))
@@ -63,11 +65,29 @@ def test_masks_close_on_exactly_what_nothing_reads(problem: Problem, idle: list[
     weights = {name: parameter.clone() for name, parameter in problem.stitcher.dense.named_parameters()}
     kept = learn_masks(problem)
     assert [{i for i, p in enumerate(unit.tolist()) if p < 0.5} for unit in kept] == idle
-    for name, parameter in problem.stitcher.dense.named_parameters():  # frozen, and free of hooks
+    for name, parameter in problem.stitcher.dense.named_parameters():  # frozen while masks learn, and as before after
         assert torch.equal(parameter, weights[name])
+        assert parameter.grad is None
+        assert parameter.requires_grad
     genome = nearest_genome(problem.budget, kept)
     assert genome.levels == (1, 1, 2, 2)
     assert problem.budget.fits(genome)
+
+
+def test_masks_settle_on_the_size_by_themselves(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From half of the steps on they stay within a twentieth of what has to go; the shift is the end's finish only."""
+    removed: list[float] = []
+    loss = sheared._Lagrangian.loss
+
+    def noted(self: Any, *arguments: Any) -> Tensor:
+        found = loss(self, *arguments)
+        removed.append(self.removed / self.target)
+        return found
+
+    monkeypatch.setattr(sheared._Lagrangian, "loss", noted)
+    learn_masks(problem)
+    assert len(removed) == 150
+    assert removed[75:] == pytest.approx([1.0] * 75, abs=0.05)
 
 
 @pytest.mark.parametrize("share", [0.15, 0.5, 0.85])
@@ -110,7 +130,7 @@ def test_steps_without_a_finite_gradient_are_left_out(problem: Problem, capsys: 
     dense: Any = problem.stitcher.dense
     text = problem.calibration[:4].clone()
     unused = next(token for token in range(1, tiny.VOCAB) if not (text == token).any())
-    dense.get_input_embeddings().weight[unused] = float("nan")
+    dense.get_input_embeddings().weight.data[unused] = float("nan")
     text[0, 3] = unused
     short = replace(problem, calibration=text, config=replace(SEARCH, mask_tokens=8 * LENGTH))
     assert all(unit.isfinite().all() for unit in learn_masks(short))

@@ -32,8 +32,9 @@ from darwinlm.types import DarwinError, Genome, Unit
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # temperature, and the ends of the stretched interval (Louizos et al., section 4)
 OPEN = math.log(100)  # log alpha stays between this, at which masks start, and its negative
 WARM_UP = 0.2  # share of the steps in which the target grows from nothing
-# Of Adam. The paper's is 1 for both, over 3,200 steps; over a hundred its multipliers drown the loss and overshoot.
-MASK_RATE, MULTIPLIER_RATE = 0.3, 0.1
+# Of Adam; the paper's is 1 for both. In the hundreds of steps here, a tenth of its own, masks that move as fast follow
+# the noise, and multipliers that grow from 0 overshoot, unless the quadratic one is where theirs is after 300 steps.
+MASK_RATE, MULTIPLIER_RATE, QUADRATIC = 0.2, 0.1, 300.0
 
 
 def sheared_llama(problem: Problem) -> Genome:
@@ -45,8 +46,8 @@ def sheared_llama(problem: Problem) -> Genome:
 def learn_masks(problem: Problem) -> tuple[Float[Tensor, " _"], ...]:
     """The probability to stay of each structure, unit by unit, learned on `config.mask_tokens` tokens.
 
-    A step is a sequence of the calibration text. What the last one leaves between the expected cost and the budget is
-    made up by a shift that is the same for all masks.
+    A step is a sequence of the calibration text. What the last one leaves between the expected cost and the budget, and
+    tells, is made up by a shift that is the same for all masks.
 
     Raises:
         DarwinError: if the gradient is not finite at any step.
@@ -58,15 +59,16 @@ def learn_masks(problem: Problem) -> tuple[Float[Tensor, " _"], ...]:
     maximised = {"params": [lagrangian.multipliers], "lr": MULTIPLIER_RATE, "maximize": True}
     optimizer = torch.optim.Adam([minimised, maximised])
     steps, skipped = _steps(problem, text.shape[1]), 0
-    for step in track(range(steps), "masks", steps, status=lambda: str(lagrangian)):
-        optimizer.zero_grad()
-        with _multiplied(dense, units, masks.sample()):
-            if not _add_gradient(dense, text[step % len(text)][None].to(dense.device)):
-                skipped += 1
-                continue
-        lagrangian.loss(masks.kept(), (step + 1) / steps).backward()
-        optimizer.step()
-        masks.log_alpha.data.clamp_(-OPEN, OPEN)
+    with _frozen(dense):
+        for step in track(range(steps), "masks", steps, status=lambda: str(lagrangian)):
+            optimizer.zero_grad()
+            with _multiplied(dense, units, masks.sample()):
+                if not _add_gradient(dense, text[step % len(text)][None].to(dense.device)):
+                    skipped += 1
+                    continue
+            lagrangian.loss(masks.kept(), (step + 1) / steps).backward()
+            optimizer.step()
+            masks.log_alpha.data.clamp_(-OPEN, OPEN)
     if skipped == steps:
         raise DarwinError(
             "sheared-llama: expected a finite loss on the calibration text, found NaN or infinity at every step; take "
@@ -74,6 +76,7 @@ def learn_masks(problem: Problem) -> tuple[Float[Tensor, " _"], ...]:
         )
     if skipped:
         say(f"sheared-llama: {skipped} of {steps} steps had no finite gradient and were left out")
+    say(f"sheared-llama: {steps * text.shape[1]:,} tokens, {lagrangian} before the shift")
     with torch.no_grad():
         _shift(masks, problem.budget)
         return masks.kept()
@@ -122,7 +125,7 @@ class _Lagrangian:
 
     def __init__(self, budget: Budget, device: torch.device):
         self.budget = budget
-        self.multipliers = torch.zeros(2, device=device, requires_grad=True)
+        self.multipliers = torch.tensor([0.0, QUADRATIC], device=device, requires_grad=True)
         self.prunable = sum(costs[0] for costs in budget.costs.units)
         self.target = (budget.cost(budget.grid.dense()) - budget.limit) / self.prunable
         self.removed = 0.0
@@ -159,6 +162,18 @@ def _expected_costs(budget: Budget, kept: Sequence[Tensor]) -> list[Tensor]:
         slope = (levels[above] - levels[above - 1]) / (removed[above] - removed[above - 1])
         costs.append(levels[above] + (lost - removed[above]) * slope)
     return costs
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """No gradients of weights: they would cost a third of a step, and a copy of the model."""
+    trainable = {weight: weight.requires_grad for weight in model.parameters()}
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight, was in trainable.items():
+            weight.requires_grad_(was)
 
 
 @contextmanager
