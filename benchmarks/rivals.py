@@ -6,8 +6,8 @@ python benchmarks/rivals.py RUN OUT      # resumes
 Torch-Pruning 1.6.1 and optipfair 0.4.2 run as they come, in an environment of their own that borrows torch and
 transformers from this one, on eager attention (Torch-Pruning cannot trace sdpa with grouped queries). Each prunes the
 run's dense model in float32; the ratio that it is given is the least, of ten bisections, that leaves it no more
-parameters than the run's model has. Text that it can use is the run's calibration text. Nothing is trained after
-pruning; of ours, the stitched genome is listed without its refit too.
+parameters than the run's model has. Those that use text get all that the run was calibrated on. Nothing is trained
+after pruning; of ours, the stitched genome is listed without its refit too. Seconds are those of one pruning.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from search import LENGTH, open_bench
+from search import open_bench
 from time_to_kl import texts
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -39,13 +39,11 @@ from darwinlm.evaluate import parameter_count, perplexity_and_kl
 from darwinlm.run import Run
 
 PACKAGES = ("torch_pruning==1.6.1", "optipfair==0.4.2", "click")
-CALIBRATION = 16_384  # tokens
 BISECTIONS = 10
 Prune = Callable[[Any, float, Tensor], PreTrainedModel]
 # What each cannot do, found by trying it on this model (9 heads, 3 KV heads, tied embeddings).
-BY_HAND = "every block alike; sizes in config and attentions are left to its user"
-NO_SDPA = f"{BY_HAND}; cannot trace sdpa (run with eager)"
-MLP_ALONE = "every MLP alike; no attention, no hidden size"
+BY_HAND = "trace sdpa; set sizes in config and attentions; keep tied ends one matrix (all mended here)"
+WIDTH = "prune attentions or the hidden size"
 
 
 def torch_pruning(model: Any, ratio: float, text: Tensor, *, heads: bool, hidden: bool) -> PreTrainedModel:
@@ -93,52 +91,69 @@ def with_sizes(model: Any) -> PreTrainedModel:
 
 def optipfair_mlp(model: Any, ratio: float, text: Tensor, *, calibrated: bool) -> PreTrainedModel:
     """The same share of every MLP, by the range of weights, alone or with the norms of activations."""
-    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in text.split(4)]
-    given = {"dataloader": batches} if calibrated else {}
+    given = {"dataloader": batches(text)} if calibrated else {}
     package: Any = import_module("optipfair")
     return package.prune_model(model, "MLP_GLU", "MAW", 100 * ratio, show_progress=False, **given)
 
 
 def optipfair_depth(model: Any, ratio: float, text: Tensor) -> PreTrainedModel:
-    """The last blocks."""
+    """The blocks that turn the stream least on the text, as its documentation does it."""
     package: Any = import_module("optipfair")
-    count = round(ratio * model.config.num_hidden_layers)
-    return package.prune_model(model, "DEPTH", num_layers_to_remove=max(count, 1), show_progress=False)
+    count = max(round(ratio * model.config.num_hidden_layers), 1)
+    importance = package.analyze_layer_importance(model, batches(text), show_progress=False)
+    least = sorted(importance, key=importance.__getitem__)[:count]
+    return package.prune_model(model, "DEPTH", layer_indices=least, show_progress=False)
+
+
+def optipfair_both(model: Any, ratio: float, text: Tensor) -> PreTrainedModel:
+    """The same share of the blocks, then of every MLP that is left, in its documentation's order."""
+    return optipfair_mlp(optipfair_depth(model, ratio, text), ratio, text, calibrated=True)
+
+
+def batches(text: Tensor) -> list[dict[str, Tensor]]:
+    """As optipfair takes text."""
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in text.split(4)]
 
 
 RIVALS: dict[str, tuple[Prune, str]] = {
     "Torch-Pruning, its LLM example": (
         lambda *given: torch_pruning(*given, heads=True, hidden=True),
-        f"{NO_SDPA}; query heads by threes",
+        f"{BY_HAND}; prune query heads but by threes",
     ),
-    "Torch-Pruning, MLP and hidden size": (lambda *given: torch_pruning(*given, heads=False, hidden=True), NO_SDPA),
-    "Torch-Pruning, MLP": (lambda *given: torch_pruning(*given, heads=False, hidden=False), NO_SDPA),
-    "optipfair, MLP by weights": (lambda *given: optipfair_mlp(*given, calibrated=False), MLP_ALONE),
-    "optipfair, MLP by weights and activations": (lambda *given: optipfair_mlp(*given, calibrated=True), MLP_ALONE),
-    "optipfair, last blocks": (optipfair_depth, "whole blocks alone, so not every size"),
+    "Torch-Pruning, MLP and hidden size": (lambda *given: torch_pruning(*given, heads=False, hidden=True), BY_HAND),
+    "Torch-Pruning, MLP": (lambda *given: torch_pruning(*given, heads=False, hidden=False), BY_HAND),
+    "optipfair, MLP by weights": (lambda *given: optipfair_mlp(*given, calibrated=False), WIDTH),
+    "optipfair, MLP by weights and activations": (lambda *given: optipfair_mlp(*given, calibrated=True), WIDTH),
+    "optipfair, least important blocks": (optipfair_depth, f"{WIDTH}; reach every size by blocks alone"),
+    "optipfair, blocks and MLP": (optipfair_both, f"{WIDTH}; choose how much of which (the same share here)"),
 }
 
 
 def prune(name: str, dense: PreTrainedModel, parameters: int, text: Tensor) -> tuple[PreTrainedModel, float]:
-    """The largest model of a rival that has no more parameters, and the seconds that one pruning took."""
-    low, high, best, seconds = 0.0, 1.0, None, 0.0
+    """The largest model of a rival that has no more parameters, and the seconds that pruning it took.
+
+    How many parameters are left does not depend on text, so a sequence does to find the ratio.
+    """
+    low, high, fits = 0.0, 1.0, None
     refusal = f"no ratio leaves {parameters:,} parameters"
     for _ in range(BISECTIONS):
         ratio = (low + high) / 2
-        began = time.perf_counter()
         try:
-            found = RIVALS[name][0](copy.deepcopy(dense), ratio, text)
+            count = parameter_count(RIVALS[name][0](copy.deepcopy(dense), ratio, text[:1]))
         except Exception as error:  # a rival may refuse to leave so little
             high, refusal = ratio, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             continue
-        seconds = time.perf_counter() - began
-        if parameter_count(found) <= parameters:
-            best, high = found, ratio
+        if count <= parameters:
+            fits = high = ratio
         else:
             low = ratio
-    if best is None:
+    if fits is None:
         raise ValueError(refusal)
-    return best, seconds
+    began = time.perf_counter()
+    model = RIVALS[name][0](dense, fits, text)
+    seconds = time.perf_counter() - began
+    assert parameter_count(model) <= parameters
+    return model, seconds
 
 
 def stock(model: PreTrainedModel, ids: Tensor) -> str:
@@ -167,7 +182,7 @@ def rival(name: str, inputs: Path, out: Path) -> None:
     dense.set_attn_implementation("eager")
     line: dict[str, Any] = {"name": name}
     try:
-        model, line["seconds"] = prune(name, dense, given["parameters"], given["calibration"])
+        model, line["seconds"] = prune(name, copy.deepcopy(dense), given["parameters"], given["calibration"])
         line |= {"parameters": parameter_count(model), **measure({"dense": dense, name: model}, given["texts"])}
         line["stock"] = stock(model, given["calibration"][:1, :64])
     except Exception as error:
@@ -175,29 +190,40 @@ def rival(name: str, inputs: Path, out: Path) -> None:
     out.write_text(json.dumps(line))
 
 
-def ours(run: Run, inputs: Path) -> list[dict[str, Any]]:
-    """The run's export, and its genome as the database has it."""
+def ours(run: Run, inputs: Path, python: Path) -> list[dict[str, Any]]:
+    """The dense model, the run's export, and its genome as the database has it."""
     given = torch.load(inputs)
     bench, _ = open_bench(run.path, torch.float32)
-    lines = []
-    models: dict[str, Any] = {"darwinlm, without refit": bench.stitcher.stitch(run.genome)}
+    dense, stock = bench.stitcher.dense, loads(run.exported, python)
+    models: dict[str, Any] = {"dense": dense, "darwinlm, without refit": bench.stitcher.stitch(run.genome)}
     if run.config.refit.tokens:
         models["darwinlm"] = load(run.exported, "float32")
+    lines = []
     for name, model in models.items():
-        found = measure({"dense": bench.stitcher.dense, name: model}, given["texts"])
-        stock = "where all blocks are alike; else with its own class"
-        lines.append({"name": name, "parameters": parameter_count(model), "stock": stock, **found})
+        found = measure({"": dense, name: model}, given["texts"])
+        loaded = stock if name == "darwinlm" else "-"
+        lines.append({"name": name, "parameters": parameter_count(model), "stock": loaded, **found})
     return lines
+
+
+def loads(exported: Path, python: Path) -> str:
+    """Whether a process without darwinlm loads an export, and with what."""
+    for trust, answer in ((False, "yes"), (True, "with trust_remote_code")):
+        call = f"from_pretrained({str(exported)!r}, trust_remote_code={trust})"
+        code = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.{call}"
+        if subprocess.run([python, "-c", code], capture_output=True, check=False).returncode == 0:
+            return answer
+    return "no"
 
 
 def prepare(run: Run, path: Path) -> None:
     """What every model is given."""
     config, tokenizer = run.config, find_checkpoint(run.config.model, run.path).tokenizer
-    corpus = read_corpus(config.data, tokenizer, LENGTH, config.seed)
+    corpus = read_corpus(config.data, tokenizer, config.calibration.sequence_length, config.seed)
     given = {
         "dense": str(run.dense),
         "parameters": parameter_count(load(run.exported)),
-        "calibration": corpus.draw(calibration=CALIBRATION)["calibration"],
+        "calibration": corpus.draw(calibration=config.calibration.tokens)["calibration"],
         "texts": texts(config, run.path),
     }
     torch.save(given, path)
@@ -217,17 +243,18 @@ def environment(root: Path) -> Path:
 
 def show(lines: Sequence[dict[str, Any]]) -> None:
     """The table, in Markdown."""
-    titles = ["model", "parameters", "perplexity, articles", "KL", "perplexity, WikiText-2", "KL", "loads as stock"]
-    titles.append("cannot")
+    titles = ["model", "parameters", "perplexity, articles", "KL", "perplexity, WikiText-2", "KL", "seconds"]
+    titles += ["loads as stock", "cannot"]
     cells = []
     for line in lines:
         cannot = RIVALS[line["name"]][1] if line["name"] in RIVALS else "-"
         if "failed" in line:
-            cells.append([line["name"], *[""] * 5, line["failed"], cannot])
+            cells.append([line["name"], *[""] * 6, line["failed"], cannot])
         else:
             (one, kl_one), (two, kl_two) = line["articles"], line["wikitext"]
             figures = [f"{one:.2f}", f"{kl_one:.4f}", f"{two:.2f}", f"{kl_two:.4f}"]
-            cells.append([line["name"], f"{line['parameters']:,}", *figures, line["stock"], cannot])
+            seconds = f"{line['seconds']:.0f}" if "seconds" in line else "-"
+            cells.append([line["name"], f"{line['parameters']:,}", *figures, seconds, line["stock"], cannot])
     print(tables.markdown(titles, cells))
 
 
@@ -252,7 +279,7 @@ def main() -> None:
         if not (out / f"{name}.json").exists():
             command = [python, __file__, str(arguments.run), str(out), "--rival", name]
             subprocess.run(command, env=os.environ | {"PYTHONPATH": source}, check=True)
-    show([*(json.loads((out / f"{name}.json").read_text()) for name in RIVALS), *ours(run, inputs)])
+    show([*(json.loads((out / f"{name}.json").read_text()) for name in RIVALS), *ours(run, inputs, python)])
 
 
 if __name__ == "__main__":

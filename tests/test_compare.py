@@ -15,6 +15,7 @@ import pytest
 import runs
 import tiny
 from darwinlm.allocate.methods import ALLOCATORS
+from darwinlm.allocate.problem import Problem, scored_tokens
 from darwinlm.artifact import read_json_lines
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.compare import PICTURE, TABLE, compare
@@ -28,7 +29,7 @@ from darwinlm.genome import Grid, level_grid
 from darwinlm.harness import LOCAL, Request, run_tasks
 from darwinlm.modeling import load
 from darwinlm.surgery import Stitcher, repeat_shared
-from darwinlm.types import Genome, SelectionStage, UsageError
+from darwinlm.types import DarwinError, Genome, SelectionStage, UsageError
 
 TARGETS = (0.2, 0.9)
 
@@ -109,6 +110,9 @@ def test_table_and_picture_show_all_cells(config: CompareConfig, cells: dict[Any
     for method in METHODS:
         assert f"| 20% | {method} |" in table
     assert "- shortgpt at 90%: whole blocks cannot make the model this small" in table
+    scored = scored_tokens(level_grid(Checkpoint(Path(config.model)).units, 8, 4), config.search)
+    assert f"- ours: 2 generations of 3 offspring, {scored:,} scored tokens" in table
+    assert "masks learn on 256\n" in table
     assert (Path(config.out) / PICTURE).read_bytes().startswith(b"\x89PNG")
     panels = figure([Cell.of(cell) for cell in cells.values()]).axes
     assert [panel.get_title() for panel in panels] == ["held-out documents", "code.txt"]
@@ -142,8 +146,33 @@ def test_a_resumed_comparison_measures_only_what_is_missing(
     assert {key: line.get("levels") for key, line in again.items()} == {
         key: line.get("levels") for key, line in cells.items()
     }
-    with pytest.raises(UsageError, match="holds another run"):
-        compare(replace(config, database=DatabaseConfig(levels=4, granularity=4)))
+    other = DatabaseConfig(levels=4, granularity=4)
+    for changed in (
+        replace(config, database=other),
+        replace(config, search=replace(config.search, learning_rate=1e-4)),
+    ):
+        with pytest.raises(UsageError, match="holds another run"):
+            compare(changed)
+
+
+def test_a_method_that_fails_does_not_stop_the_others(
+    config: CompareConfig, cells: dict[Any, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(problem: Problem) -> Genome:
+        raise DarwinError("every start diverges")
+
+    changed = replace(config, out=str(tmp_path / "out"), methods=("shortgpt", "uniform"), targets=(0.2,))
+    with monkeypatch.context() as patch:
+        patch.setitem(ALLOCATORS, "shortgpt", fail)
+        with pytest.raises(DarwinError, match="^shortgpt at 0.2: every start diverges$"):
+            compare(changed)
+    table = tmp_path / "out" / TABLE
+    assert "| 20% | uniform |" in table.read_text()
+    assert "shortgpt" not in table.read_text()
+    assert [cell.levels for cell in compare(changed)[1:]] == [
+        tuple(cells[method, 0.2]["levels"]) for method in changed.methods
+    ]
+    assert "| 20% | shortgpt |" in table.read_text()
 
 
 def test_a_size_out_of_reach_is_a_refused_cell(config: CompareConfig, cells: dict[Any, dict[str, Any]]) -> None:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import tiny
-from darwinlm.allocate.problem import Problem
 from darwinlm.allocate import sheared_llama as sheared
-from darwinlm.allocate.sheared_llama import HardConcrete, _steps, learn_masks, nearest_genome, sheared_llama
+from darwinlm.allocate.problem import Problem, mask_tokens
+from darwinlm.allocate.sheared_llama import HardConcrete, learn_masks, nearest_genome, sheared_llama
 from darwinlm.budget import Budget, parameter_costs
 from darwinlm.config import SearchConfig
 from darwinlm.database import Database
@@ -149,6 +149,7 @@ def test_by_default_it_takes_as_long_as_the_search(problem: Problem) -> None:
     scored = (1 + 4 * 3) * 1024 + 2 * 8192 + 40 * (16 * 1024 + 8 * 1024 + 4 * 2048 + 2 * 4096)
     plain = replace(problem, config=SearchConfig())
     assert plain.scored_tokens == scored
-    assert _steps(plain, 512) == -(-scored // 3 // 512)
-    assert _steps(replace(plain, config=SearchConfig(mask_tokens=2000)), 512) == 4
+    grid = plain.budget.grid
+    assert mask_tokens(grid, plain.config) == scored // 3
+    assert mask_tokens(grid, SearchConfig(mask_tokens=2000)) == 2000
     assert replace(plain, config=SearchConfig(start="uniform", generations=0)).scored_tokens == 8192

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from darwinlm import pipeline
 from darwinlm.allocate.methods import ALLOCATORS, OURS
-from darwinlm.allocate.problem import Problem
+from darwinlm.allocate.problem import Problem, mask_tokens, scored_tokens
 from darwinlm.allocate.uniform import uniform
 from darwinlm.artifact import locked_directory, read_json, write_json, write_text
 from darwinlm.budget import Budget, Costs, parameter_costs
@@ -33,7 +33,7 @@ from darwinlm.harness import SUITE, Request, questions, requested, run_tasks
 from darwinlm.progress import say
 from darwinlm.stopwatch import Stopwatch
 from darwinlm.surgery import Stitcher
-from darwinlm.types import Genome, UsageError
+from darwinlm.types import DarwinError, Genome, UsageError
 
 QUESTIONS, TABLE, PICTURE = "questions.json", "comparison.md", "comparison.png"
 METRICS = {request.task: request.metric for request in SUITE}
@@ -63,11 +63,12 @@ class _Bench:
 def compare(config: CompareConfig) -> list[Cell]:
     """Measure every method at every size, print the table, and write `comparison.md` and `comparison.png`.
 
-    A cell that is in `cells.jsonl` is not measured again, nor asked again what it has answered.
+    A cell that is in `cells.jsonl` is not measured again, nor asked again what it has answered. A method that fails at
+    a size does not stop the others; table and picture then lack its cell.
 
     Raises:
         UsageError: if a setting, model or text cannot be used.
-        DarwinError: if a stage fails. The same call goes on from there.
+        DarwinError: if the database fails, or, at the end, if a method has. The same call goes on from there.
     """
     out = Path(config.out)
     run = RunConfig(
@@ -83,14 +84,17 @@ def compare(config: CompareConfig) -> list[Cell]:
         bench = _open(config, run)
         cells = {(cell.method, cell.target): cell for cell in read_cells(out)}
         wanted = [(DENSE, 0.0), *((method, target) for target in config.targets for method in config.methods)]
+        failures: dict[tuple[str, float], str] = {}
         for number, (method, target) in enumerate(wanted, 1):
             place = f"compare: {number}/{len(wanted)}, {method} at {target:g}"
             if (method, target) not in cells:
                 say(place)
-                if method == DENSE:
-                    found = _measure(bench, method, target, bench.grid.dense(), 0.0)
-                else:
+                try:
                     found = _find(bench, method, target, run)
+                except DarwinError as error:
+                    failures[method, target] = f"{method} at {target:g}: {error}"
+                    say(failures[method, target])
+                    continue
                 _write(out, cells, found)
             found = cells[method, target]
             answered = {score.task for score in found.scores}
@@ -102,11 +106,13 @@ def compare(config: CompareConfig) -> list[Cell]:
                     scores = run_tasks(model, bench.tokenizer, [request], config)
                     found = replace(found, scores=(*found.scores, *scores))
                     _write(out, cells, found)
-        chosen = [_with_scores(cells[key], requests) for key in wanted]
-        write_text(out / TABLE, markdown(chosen, PICTURE))
+        chosen = [_with_scores(cells[key], requests) for key in wanted if key not in failures]
+        write_text(out / TABLE, markdown(chosen, _protocol(bench), PICTURE))
         save_picture(out / PICTURE, chosen)
     print_table(chosen)
     print(out / TABLE, out / PICTURE, sep="\n")
+    if failures:
+        raise DarwinError("; ".join(failures.values()))
     return chosen
 
 
@@ -127,6 +133,17 @@ def _requests(config: CompareConfig) -> tuple[list[Request], dict[str, Any]]:
                 "another --out"
             )
     return requests, before | asked
+
+
+def _protocol(bench: _Bench) -> list[str]:
+    """What stands below the table: on how much text genomes are found and judged."""
+    config = bench.config
+    search, scored = config.search, scored_tokens(bench.grid, config.search)
+    return [
+        f"ours: {search.generations} generations of {search.offspring} offspring, {scored:,} scored tokens, the start "
+        f"included; as many for rivals that search; sheared-llama's masks learn on {mask_tokens(bench.grid, search):,}",
+        f"judged on {bench.tokens['evaluation'].numel():,} held-out tokens; seed {config.seed}",
+    ]
 
 
 def _write(out: Path, cells: dict[tuple[str, float], Cell], cell: Cell) -> None:
@@ -158,8 +175,10 @@ def _budget(bench: _Bench, target: float, run: RunConfig) -> tuple[Genome, Budge
 
 
 def _find(bench: _Bench, method: str, target: float, run: RunConfig) -> Cell:
-    """Let a method choose a genome, and measure what it chose."""
+    """Let a method choose a genome, and measure what it chose; or measure the dense model."""
     config = bench.config
+    if method == DENSE:
+        return _measure(bench, method, target, bench.grid.dense(), 0.0)
     # Each method pays for its own scores: nothing of another's is reused.
     text, calibration = bench.tokens["search"], bench.tokens["calibration"]
     scored = pipeline.scored_text(text, config.search) if method in OURS else text

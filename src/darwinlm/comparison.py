@@ -90,12 +90,12 @@ def print_table(cells: Sequence[Cell]) -> None:
         print(refusal)
 
 
-def markdown(cells: Sequence[Cell], picture: str) -> str:
-    """The table, the dense model first, with what methods refused below it, and the picture."""
+def markdown(cells: Sequence[Cell], protocol: Sequence[str], picture: str) -> str:
+    """The table, the dense model first, below it how it was measured and what methods refused, and the picture."""
     titles = _titles(cells[0])
     asked = [f"{s.task}: {s.questions:,} questions from {s.source}, {s.shots}-shot; per cent" for s in cells[0].scores]
     table = tables.markdown(titles, [_columns(cell, titles) for cell in cells])
-    notes = [f"- {note}" for note in [*asked, *_refusals(cells)]]
+    notes = [f"- {note}" for note in [*protocol, *asked, *_refusals(cells)]]
     return "\n".join([table, "", *notes, "", f"![Perplexity at every size]({picture})"]) + "\n"
 
 

@@ -78,7 +78,8 @@ def run(config: RunConfig, until: Stage = "report") -> Run:
     told = told_in_one_sentence(f"the run in {config.out}", "lower --calibration.batch-size")
     this = Run(config.out)
     # Until there is a first parent: what made every start diverge may be mended.
-    free = () if this.history_path.exists() else ("search.learning_rate",)
+    searching = until != "database" and not this.history_path.exists()
+    free = ("search.learning_rate",) if searching else ()
 
     def prepare() -> None:
         claim(this.path, SETTINGS, config, open_to=free)

@@ -13,6 +13,7 @@ from darwinlm.allocate.sensitivity import start_tokens
 from darwinlm.budget import Budget
 from darwinlm.config import SearchConfig
 from darwinlm.fitness import Scorer
+from darwinlm.genome import Grid
 from darwinlm.surgery import Stitcher
 from darwinlm.types import Genome
 
@@ -43,9 +44,18 @@ class Problem:
 
     @property
     def scored_tokens(self) -> int:
-        """Tokens that our search scores on, untrained, its start included: what rivals that search may spend."""
-        config = self.config
-        return start_tokens(self.budget.grid, config) + config.generations * config.generation_tokens
+        """What rivals that search may spend."""
+        return scored_tokens(self.budget.grid, self.config)
+
+
+def scored_tokens(grid: Grid, config: SearchConfig) -> int:
+    """Tokens that our search scores on, untrained, its start included."""
+    return start_tokens(grid, config) + config.generations * config.generation_tokens
+
+
+def mask_tokens(grid: Grid, config: SearchConfig) -> int:
+    """Tokens that masks are learned on; a token forwards and backwards takes as long as about three scored ones."""
+    return scored_tokens(grid, config) // 3 if config.mask_tokens is None else config.mask_tokens
 
 
 Allocator = Callable[[Problem], Genome]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from darwinlm.allocate.mutation import restore
-from darwinlm.allocate.problem import Problem
+from darwinlm.allocate.problem import Problem, mask_tokens
 from darwinlm.allocate.sensitivity import least_sensitive
 from darwinlm.budget import Budget
 from darwinlm.families import Head, linear_at
@@ -58,7 +58,7 @@ def learn_masks(problem: Problem) -> tuple[Float[Tensor, " _"], ...]:
     minimised = {"params": [masks.log_alpha], "lr": MASK_RATE}
     maximised = {"params": [lagrangian.multipliers], "lr": MULTIPLIER_RATE, "maximize": True}
     optimizer = torch.optim.Adam([minimised, maximised])
-    steps, skipped = _steps(problem, text.shape[1]), 0
+    steps, skipped = max(1, -(-mask_tokens(problem.budget.grid, problem.config) // text.shape[1])), 0
     with _frozen(dense):
         for step in track(range(steps), "masks", steps, status=lambda: str(lagrangian)):
             optimizer.zero_grad()
@@ -80,12 +80,6 @@ def learn_masks(problem: Problem) -> tuple[Float[Tensor, " _"], ...]:
     with torch.no_grad():
         _shift(masks, problem.budget)
         return masks.kept()
-
-
-def _steps(problem: Problem, length: int) -> int:
-    given = problem.config.mask_tokens
-    tokens = problem.scored_tokens // 3 if given is None else given
-    return max(1, -(-tokens // length))
 
 
 def nearest_genome(budget: Budget, kept: Sequence[Float[Tensor, " _"]]) -> Genome:
