@@ -164,7 +164,7 @@ def test_a_method_that_fails_does_not_stop_the_others(
     changed = replace(config, out=str(tmp_path / "out"), methods=("shortgpt", "uniform"), targets=(0.2,))
     with monkeypatch.context() as patch:
         patch.setitem(ALLOCATORS, "shortgpt", fail)
-        with pytest.raises(DarwinError, match="^shortgpt at 0.2: every start diverges$"):
+        with pytest.raises(DarwinError, match=r"^shortgpt at 0\.2: every start diverges$"):
             compare(changed)
     table = tmp_path / "out" / TABLE
     assert "| 20% | uniform |" in table.read_text()

@@ -96,7 +96,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     bench, config = open_bench(arguments.run)
-    corpus = read_corpus(config.data, find_checkpoint(config.model, arguments.run).tokenizer, bench.text.shape[1], 0)
+    tokenizer = find_checkpoint(config.model, arguments.run).tokenizer
+    corpus = read_corpus(config.data, tokenizer, bench.text.shape[1], config.seed)
     wanted = {"calibration": config.calibration.tokens, "search": bench.text.numel(), "training": MUCH}
     training_text = corpus.draw(**wanted)["training"]
     even, budget = even_at(bench, config, 3.0)

@@ -2,8 +2,9 @@
 
 python benchmarks/paper/table_6.py COMPARISON OUT      # COMPARISON: the directory of `darwinlm compare`
 
-Seconds are those from the database to the genome, on the machine of the comparison; every method pays for its own
-scores. The database, which all share, is measured by benchmarks/database.py.
+Seconds are those to the genome on the machine of the comparison; every method pays for its own scores. Methods that
+remove whole blocks or modules need nothing else. The others need the database too, for all sizes once, which
+benchmarks/database.py measures and which these seconds leave out.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from darwinlm import tables
 from darwinlm.comparison import COLOURS, DENSE, MARKERS, Cell
 from darwinlm.report import save_figure
 
+WHOLE = ("shortgpt", "cosine", "shortened-llama", "shortened-llama-taylor", "evopress")
 LEAST = 0.1  # seconds: what costs nothing, on a logarithmic axis
 
 
 def table(cells: list[Cell], targets: list[float]) -> str:
     """Seconds and KL, a row a method."""
     found = {(cell.method, cell.target): cell for cell in cells}
-    titles = ["method", *(f"{what} at {target:.0%}" for target in targets for what in ("seconds", "KL"))]
+    titles = ["method", "needs the database", *(f"{what} at {target:.0%}" for target in targets for what in ("seconds", "KL"))]
     rows = []
     for method in dict.fromkeys(cell.method for cell in cells):
-        row = [method]
+        row = [method, "no" if method in WHOLE else "yes"]
         for target in targets:
             cell = found.get((method, target))
             row += ["-", "-"] if cell is None or cell.refused else [f"{cell.seconds:.0f}", f"{cell.kl:.4f}"]
