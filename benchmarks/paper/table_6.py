@@ -25,7 +25,7 @@ LEAST = 0.1  # seconds: what costs nothing, on a logarithmic axis
 def table(cells: list[Cell], targets: list[float]) -> str:
     """Seconds and KL, a row a method."""
     found = {(cell.method, cell.target): cell for cell in cells}
-    titles = ["method", "needs the database", *(f"{what} at {target:.0%}" for target in targets for what in ("seconds", "KL"))]
+    titles = ["method", "database", *(f"{what} at {target:.0%}" for target in targets for what in ("seconds", "KL"))]
     rows = []
     for method in dict.fromkeys(cell.method for cell in cells):
         row = [method, "no" if method in WHOLE else "yes"]
