@@ -46,8 +46,9 @@ from darwinlm.config import RefitConfig, RunConfig, SearchConfig
 from darwinlm.data import read_corpus
 from darwinlm.database import Database
 from darwinlm.evaluate import parameter_count
-from darwinlm.families import Head, find_grid, linear_at
+from darwinlm.families import find_grid, linear_at
 from darwinlm.fitness import Fitness
+from darwinlm.head import Head
 from darwinlm.metric import Divergence
 from darwinlm.obs import columns_of
 from darwinlm.plan_search import plan_search

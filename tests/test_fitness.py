@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import tiny
 from darwinlm import parallel, tuning
 from darwinlm.config import SearchConfig
-from darwinlm.families import Head
 from darwinlm.fitness import Fitness
+from darwinlm.head import Head
 from darwinlm.metric import Divergence
 from darwinlm.metric import metric as make_metric
 from darwinlm.surgery import Stitcher

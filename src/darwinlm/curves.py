@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from darwinlm.artifact import read_json, write_json
-from darwinlm.families import Head
 from darwinlm.fitness import BATCH_TOKENS
+from darwinlm.head import Head
 from darwinlm.metric import Divergence
 from darwinlm.progress import track
 from darwinlm.surgery import Stitcher

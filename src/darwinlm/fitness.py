@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from darwinlm import parallel
 from darwinlm.config import SearchConfig
-from darwinlm.families import Head
+from darwinlm.head import Head
 from darwinlm.metric import Metric, metric
 from darwinlm.surgery import Stitcher
 from darwinlm.tuning import Tuner, rounded

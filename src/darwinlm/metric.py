@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from darwinlm.families import Head
+from darwinlm.head import Head
 from darwinlm.types import MetricName
 
 SCALE = 2.0**15  # float16 reaches 65,504

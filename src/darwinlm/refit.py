@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 from darwinlm.adamw import set_state, state_of
 from darwinlm.artifact import open_tensors
 from darwinlm.config import RefitConfig
-from darwinlm.families import Head, linear_at
+from darwinlm.families import linear_at
+from darwinlm.head import Head
 from darwinlm.progress import say, track
 from darwinlm.slopes import Distance
 from darwinlm.surgery import Stitcher

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from darwinlm.families import Head
+from darwinlm.head import Head
 
 
 class Surprise:

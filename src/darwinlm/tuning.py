@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from darwinlm import parallel
 from darwinlm.adamw import set_state, state_of
-from darwinlm.families import Head
+from darwinlm.head import Head
 from darwinlm.slopes import Distance, Surprise
 from darwinlm.types import Genome
 

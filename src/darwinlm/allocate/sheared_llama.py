@@ -24,7 +24,8 @@ from darwinlm.allocate.mutation import restore
 from darwinlm.allocate.problem import Problem, mask_tokens
 from darwinlm.allocate.sensitivity import least_sensitive
 from darwinlm.budget import Budget
-from darwinlm.families import Head, linear_at
+from darwinlm.families import linear_at
+from darwinlm.head import Head
 from darwinlm.progress import say, track
 from darwinlm.slopes import Surprise
 from darwinlm.types import DarwinError, Genome, Unit
