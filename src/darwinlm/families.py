@@ -1,4 +1,4 @@
-"""Where each model family keeps its units: a row a family. Nothing else in the package knows a family's module names."""
+"""Where each model family keeps its units: a row each. Nothing else in the package knows a family's module names."""
 
 from __future__ import annotations
 
