@@ -46,9 +46,20 @@ BY_HAND = "trace sdpa; set sizes in config and attentions; keep tied ends one ma
 WIDTH = "prune attentions or the hidden size"
 
 
-def torch_pruning(model: Any, ratio: float, text: Tensor, *, heads: bool, hidden: bool) -> PreTrainedModel:
-    """As its LLM example does, which prunes all of it by norms of groups: MLPs, and heads and the hidden size."""
+def torch_pruning(
+    model: Any, ratio: float, text: Tensor, *, heads: bool, hidden: bool, taylor: bool = False
+) -> PreTrainedModel:
+    """As its LLM example does, which prunes all of it by norms of groups: MLPs, and heads and the hidden size.
+
+    Args:
+        taylor: by the first-order importance that the package has too.
+    """
     tp: Any = import_module("torch_pruning")
+    importance = tp.importance.GroupMagnitudeImportance(p=2, group_reduction="mean")
+    if taylor:
+        importance = tp.importance.GroupTaylorImportance()
+        for ids in text.split(1):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     attentions = [layer.self_attn for layer in model.model.layers]
     counts: dict[Any, int] = {}
     for attention in attentions if heads else ():
@@ -60,7 +71,7 @@ def torch_pruning(model: Any, ratio: float, text: Tensor, *, heads: bool, hidden
         model,
         example_inputs=text[:1, :8],
         forward_fn=lambda model, ids: model(ids, use_cache=False).logits,  # it cannot follow a cache
-        importance=tp.importance.GroupMagnitudeImportance(p=2, group_reduction="mean"),
+        importance=importance,
         pruning_ratio=ratio if hidden else 0.0,
         pruning_ratio_dict=widths,
         ignored_layers=[model.lm_head, *whole],
@@ -122,6 +133,10 @@ RIVALS: dict[str, tuple[Prune, str]] = {
     ),
     "Torch-Pruning, MLP and hidden size": (lambda *given: torch_pruning(*given, heads=False, hidden=True), BY_HAND),
     "Torch-Pruning, MLP": (lambda *given: torch_pruning(*given, heads=False, hidden=False), BY_HAND),
+    "Torch-Pruning, MLP by Taylor": (
+        lambda *given: torch_pruning(*given, heads=False, hidden=False, taylor=True),
+        BY_HAND,
+    ),
     "optipfair, MLP by weights": (lambda *given: optipfair_mlp(*given, calibrated=False), WIDTH),
     "optipfair, MLP by weights and activations": (lambda *given: optipfair_mlp(*given, calibrated=True), WIDTH),
     "optipfair, least important blocks": (optipfair_depth, f"{WIDTH}; reach every size by blocks alone"),
@@ -164,7 +179,7 @@ def stock(model: PreTrainedModel, ids: Tensor) -> str:
             again: Any = AutoModelForCausalLM.from_pretrained(directory)
             difference = (again(ids).logits - model(ids).logits).abs().max().item()  # pyright: ignore[reportCallIssue]
         except Exception as error:  # whatever transformers stumbles over
-            return f"no: {str(error).strip().splitlines()[0][:90]}"
+            return f"no: {str(error).strip().splitlines()[-1].strip()[:90]}"
     return "yes" if difference < 1e-3 else f"no: logits differ by {difference:.2g}"
 
 
