@@ -21,7 +21,7 @@ test: $(READY)
 	$(BIN)/pytest -n 2 --dist loadfile
 
 slow: $(READY)
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -n 2 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .
