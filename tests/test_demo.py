@@ -13,7 +13,7 @@ import pytest
 from darwinlm.config import DEMO, CalibrationConfig, EvaluationConfig, SelectionStage
 from darwinlm.pipeline import run
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 APART = """
 import sys
