@@ -68,7 +68,8 @@ def compare(config: CompareConfig) -> list[Cell]:
 
     Raises:
         UsageError: if a setting, model or text cannot be used.
-        DarwinError: if the database fails, or, at the end, if a method has. The same call goes on from there.
+        DarwinError: if the database, the dense model or a task fails, or, at the end, if a method has. The same call
+            goes on from there.
     """
     out = Path(config.out)
     run = RunConfig(
@@ -92,6 +93,8 @@ def compare(config: CompareConfig) -> list[Cell]:
                 try:
                     found = _find(bench, method, target, run)
                 except DarwinError as error:
+                    if method == DENSE:  # of which every other cell is a ratio
+                        raise
                     failures[method, target] = f"{method} at {target:g}: {error}"
                     say(failures[method, target])
                     continue

@@ -161,7 +161,7 @@ def _expected_costs(budget: Budget, kept: Sequence[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """No gradients of weights: they would cost a third of a step, and a copy of the model."""
+    """No gradients of weights: they would cost a sixth of a step, and a copy of the model."""
     trainable = {weight: weight.requires_grad for weight in model.parameters()}
     model.requires_grad_(False)
     try:
