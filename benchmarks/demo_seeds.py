@@ -13,8 +13,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from darwinlm.commands.compress import run
 from darwinlm.config import DEMO
-from darwinlm.pipeline import run
 
 
 def main(out: Path) -> None:

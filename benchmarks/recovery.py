@@ -18,21 +18,21 @@ from pathlib import Path
 
 import torch
 
-from darwinlm import pipeline
 from darwinlm.allocate.uniform import uniform
 from darwinlm.artifact import read_json, write_json
 from darwinlm.budget import parameter_costs
 from darwinlm.checkpoint import Checkpoint
+from darwinlm.commands import compress
+from darwinlm.commands.gradual import gradual
+from darwinlm.commands.run_directory import Run
+from darwinlm.commands.train import Training, train
 from darwinlm.config import DEMO, RefitConfig, RunConfig
 from darwinlm.database import MANIFEST, Database
 from darwinlm.evaluate import parameter_count
 from darwinlm.export.hf import export_hf
 from darwinlm.families import block_sizes, find_units
 from darwinlm.genome import level_grid
-from darwinlm.gradual import gradual
-from darwinlm.run import Run
 from darwinlm.surgery import Stitcher, repeat_shared
-from darwinlm.train import Training, train
 from darwinlm.train_config import (
     DistillationConfig,
     GradualConfig,
@@ -103,7 +103,7 @@ def compare_losses(arguments: argparse.Namespace) -> None:
     if not (arguments.run / "search" / "result.json").exists():
         config = replace(DEMO, out=str(arguments.run), data=arguments.data)
         search = replace(DEMO.search, generations=arguments.generations)
-        pipeline.run(replace(config, search=search), until="search")
+        compress.run(replace(config, search=search), until="search")
     exports = models(Run(arguments.run), arguments.out)
     sweep: dict[str, dict[str, float]] = {}
     best: dict[str, float] = {}

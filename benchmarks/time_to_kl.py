@@ -29,11 +29,11 @@ from darwinlm.allocate.evolution import evolve
 from darwinlm.allocate.sensitivity import find_starts
 from darwinlm.budget import Budget
 from darwinlm.checkpoint import find_checkpoint
+from darwinlm.commands.compress import scored_text
 from darwinlm.config import RunConfig, SearchConfig
 from darwinlm.curves import HeldOut
 from darwinlm.data import read_corpus
 from darwinlm.fitness import Fitness
-from darwinlm.pipeline import scored_text
 from darwinlm.types import Genome
 
 PLAIN = SearchConfig(start="uniform", moves="within_kinds", scrambled=0, generations=40, stages=stages(training=False))

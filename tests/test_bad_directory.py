@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import runs
-from darwinlm import pipeline
 from darwinlm.artifact import locked_directory
+from darwinlm.commands import compress
 from darwinlm.config import RunConfig
 from refusals import as_if_nothing_had_happened, copied_model, only_sentence, refused
 
@@ -43,7 +43,7 @@ def test_directory_without_permission(config: RunConfig, tmp_path: Path, capsys:
 
 
 def test_directory_that_holds_another_run(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    pipeline.run(config, until="database")
+    compress.run(config, until="database")
     before = runs.files(tmp_path / "run")
     words = "holds another run", "its seed is 0, not 7", "choose another --out"
     refused(replace(config, seed=7), capsys, 2, *words)
@@ -80,7 +80,7 @@ def test_a_wrong_command_leaves_an_unfinished_run_alone(
 ):
     shutil.copy(config.data, tmp_path / "text.jsonl")
     config = replace(config, data=str(tmp_path / "text.jsonl"))
-    pipeline.run(config, until="database")
+    compress.run(config, until="database")
     before = runs.files(tmp_path / "run")
     (tmp_path / "text.jsonl").unlink()
     refused(config, capsys, 2, "no text at")
@@ -103,7 +103,7 @@ def _truncate(path: Path) -> None:
 @pytest.fixture
 def measured(config: RunConfig, tmp_path: Path) -> Path:
     """The database of a run that has not searched yet."""
-    pipeline.run(config, until="database")
+    compress.run(config, until="database")
     return tmp_path / "run" / "database"
 
 
@@ -143,7 +143,7 @@ def test_damaged_record_of_a_unit(measured: Path, config: RunConfig, capsys: pyt
 
 
 def test_damaged_search(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    pipeline.run(config, until="search")
+    compress.run(config, until="search")
     history = tmp_path / "run" / "search" / "history.jsonl"
     for damaged in (history.read_text()[:-9], "{}"):
         history.write_text(damaged)

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import runs
-from darwinlm import pipeline
+from darwinlm.commands import compress
 from darwinlm.config import CalibrationConfig, DatabaseConfig, EvaluationConfig, RunConfig, SearchConfig
 from darwinlm.families import FAMILIES
 from darwinlm.modeling import EXPORTABLE
@@ -243,7 +243,7 @@ def test_genome_of_another_run(
     config: RunConfig, checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     found = replace(config, out=str(tmp_path / "found"))
-    pipeline.run(found, until="search")
+    compress.run(found, until="search")
     genome = str(tmp_path / "found" / "search" / "result.json")
     other = replace(config, model=str(checkpoints["mistral"]), genome=genome)
     refused(other, capsys, 2, "for another model", "search one on this model")

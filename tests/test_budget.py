@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 import runs
-from darwinlm import pipeline
 from darwinlm.allocate.mutation import priced, restore
 from darwinlm.allocate.uniform import fullest, uniform
 from darwinlm.budget import Budget, Costs, Target, amount_of, cache_costs, flop_costs, parameter_costs
 from darwinlm.checkpoint import Checkpoint
+from darwinlm.commands import compress
 from darwinlm.config import DatabaseConfig, RunConfig
 from darwinlm.evaluate import parameter_count
 from darwinlm.genome import Grid, level_grid, uniform_genome
@@ -188,7 +188,7 @@ def test_a_run_ends_within_a_per_cent_below_its_target(
 ) -> None:
     """Through the whole search; and no block has lost all of its attention."""
     config = runs.short(checkpoints["llama-gqa"], text, tmp_path / "run", target=f"{measure}=0.7", keep_attention=True)
-    run = pipeline.run(replace(config, database=DatabaseConfig(levels=32, granularity=2)), until="search")
+    run = compress.run(replace(config, database=DatabaseConfig(levels=32, granularity=2)), until="search")
     checkpoint = Checkpoint(checkpoints["llama-gqa"])
     grid = level_grid(checkpoint.units, 32, 2)
     costs = {
@@ -209,7 +209,7 @@ def test_a_search_starts_from_an_earlier_genome(checkpoints: dict[str, Path], te
     (tmp_path / "earlier.json").write_text(json.dumps(earlier.levels))
     search = replace(runs.SHORT.search, start=str(tmp_path / "earlier.json"), generations=0)
     config = runs.short(checkpoints["llama-gqa"], text, tmp_path / "run", search=search)
-    pipeline.run(config, until="search")
+    compress.run(config, until="search")
     (line,) = runs.history(tmp_path / "run")
     assert line["origin"] == "earlier"
     assert sum(line["genome"]) > sum(earlier.levels)

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 import runs
-from darwinlm import __version__, cli, pipeline
+from darwinlm import __version__, cli
+from darwinlm.commands import compress
 from darwinlm.config import DEMO, RunConfig, SearchConfig, read_config
 from darwinlm.progress import console, say, track
 from darwinlm.types import DarwinError, SelectionStage, UsageError
@@ -19,7 +20,7 @@ from darwinlm.types import DarwinError, SelectionStage, UsageError
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunConfig, str]]:
     """The runs that a command starts, none of which is run."""
     started: list[tuple[RunConfig, str]] = []
-    monkeypatch.setattr(pipeline, "run", lambda config, until: started.append((config, until)))
+    monkeypatch.setattr(compress, "run", lambda config, until: started.append((config, until)))
     return started
 
 
@@ -183,7 +184,7 @@ def test_exit_codes(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(pipeline, "run", fail)
+    monkeypatch.setattr(compress, "run", fail)
     assert cli.main(["compress", "M", "--data", "D", "--out", "O"]) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
@@ -193,7 +194,7 @@ def test_a_fault_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("an invariant")
 
-    monkeypatch.setattr(pipeline, "run", fail)
+    monkeypatch.setattr(compress, "run", fail)
     with pytest.raises(AssertionError, match="an invariant"):
         cli.main(["compress", "M", "--data", "D", "--out", "O"])
 

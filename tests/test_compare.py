@@ -18,7 +18,7 @@ from darwinlm.allocate.methods import ALLOCATORS
 from darwinlm.allocate.problem import Problem, scored_tokens
 from darwinlm.artifact import read_json_lines
 from darwinlm.checkpoint import Checkpoint
-from darwinlm.compare import PICTURE, TABLE, compare
+from darwinlm.commands.compare import PICTURE, TABLE, compare
 from darwinlm.comparison import CELLS, DENSE, Cell, figure
 from darwinlm.config import DatabaseConfig, SearchConfig
 from darwinlm.data import read_corpus

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from darwinlm.commands.compress import run
 from darwinlm.config import DEMO, CalibrationConfig, EvaluationConfig, SelectionStage
-from darwinlm.pipeline import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 

@@ -10,8 +10,8 @@ import pytest
 
 import runs
 import tiny
-from darwinlm import pipeline
 from darwinlm.checkpoint import Checkpoint
+from darwinlm.commands import compress
 from darwinlm.config import EvaluationConfig, RunConfig
 from darwinlm.data import is_held_out, read_corpus
 from darwinlm.evaluate import perplexity_and_kl
@@ -57,7 +57,7 @@ def test_blocks_begin_where_the_text_does_and_leave_out_what_the_corpus_uses(tex
 def test_table_report_card_and_screen_have_them(
     config: RunConfig, other: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = pipeline.run(config)
+    run = compress.run(config)
     checkpoint = Checkpoint(Path(config.model))
     corpus = read_corpus(config.data, checkpoint.tokenizer, config.calibration.sequence_length, config.seed)
     models = {"dense": load(config.model), "searched": run.model}
@@ -78,7 +78,7 @@ def test_table_report_card_and_screen_have_them(
     other.write_text(f"Another beginning.\n\n{other.read_text()}")
     run.report_path.unlink()
     with pytest.raises(UsageError, match="a database made from another evaluation text"):
-        pipeline.run(config)
+        compress.run(config)
 
 
 COLUMNS = (("perplexity", ".2f"), ("kl", ".4f"))

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import runs
-from darwinlm import pipeline
 from darwinlm.artifact import read_json
 from darwinlm.checkpoint import Checkpoint
+from darwinlm.commands import compress
+from darwinlm.commands.run_directory import Run, load
 from darwinlm.config import RunConfig
 from darwinlm.database import Database
 from darwinlm.genome import level_grid
-from darwinlm.run import Run, load
 from darwinlm.surgery import Stitcher
 from refusals import only_sentence
 
@@ -27,7 +27,7 @@ TOKEN_IDS = torch.arange(20, 52)[None]
 def searched(checkpoints: dict[str, Path], text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     out, refit = tmp_path_factory.mktemp("searched") / "run", replace(runs.SHORT.refit, tokens=0)
     config = runs.short(checkpoints["llama-gqa"], text, out, refit=refit)
-    pipeline.run(config, until="search")
+    compress.run(config, until="search")
     return config
 
 

@@ -13,12 +13,12 @@ import yaml
 
 import runs
 import trainings
-from darwinlm import gradual as recipes
 from darwinlm.artifact import read_json
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.cli import PRESETS
+from darwinlm.commands import gradual as recipes
+from darwinlm.commands.gradual import _size_at, gradual
 from darwinlm.config import RunConfig, read_config
-from darwinlm.gradual import _size_at, gradual
 from darwinlm.modeling import block_sizes_of, load
 from darwinlm.train_config import GradualConfig, GradualStage, TrainConfig
 from darwinlm.types import UsageError

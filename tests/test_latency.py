@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 import runs
-from darwinlm import latency, pipeline
+from darwinlm import latency
 from darwinlm.artifact import read_json
 from darwinlm.checkpoint import Checkpoint
+from darwinlm.commands import compress
 from darwinlm.config import DatabaseConfig, LatencyConfig
 from darwinlm.families import find_units
 from darwinlm.genome import Grid, level_grid
@@ -97,12 +98,12 @@ def test_a_search_stays_within_its_latency(checkpoints: dict[str, Path], text: P
         checkpoints["llama-gqa"], text, tmp_path / "run", target="latency=17.1ms",
         latency=replace(QUICK, table=str(tmp_path / "latency.json")), database=DatabaseConfig(levels=4, granularity=8),
     )  # fmt: skip
-    run = pipeline.run(config, until="search")
+    run = compress.run(config, until="search")
     assert sum(4 - level for level in run.genome.levels) == 12
     out = replace(config, out=str(tmp_path / "other"), target="latency=5.9ms")  # the first attention stays
     with pytest.raises(
         UsageError, match=r"--target: expected ns a forward pass from .* found 5\.9M; give another value"
     ):
-        pipeline.run(out)
+        compress.run(out)
     assert not (tmp_path / "other").exists()
-    pipeline.run(replace(out, target="latency=6ms"), until="database")
+    compress.run(replace(out, target="latency=6ms"), until="database")

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 import darwinlm
 import runs
 import tiny
-from darwinlm import pipeline
 from darwinlm.artifact import read_json
 from darwinlm.checkpoint import Checkpoint
+from darwinlm.commands import compress
+from darwinlm.commands.run_directory import Run
 from darwinlm.config import RunConfig, SearchConfig, read_config
 from darwinlm.data import read_corpus, scramble
 from darwinlm.database import Database
@@ -26,7 +27,6 @@ from darwinlm.families import block_sizes
 from darwinlm.fitness import Fitness
 from darwinlm.genome import Grid, level_grid, prunable_parameters
 from darwinlm.refit import set_consumers
-from darwinlm.run import Run
 from darwinlm.surgery import Stitcher
 from darwinlm.types import DarwinError, MetricName, SelectionStage
 
@@ -106,9 +106,9 @@ def test_candidates_are_scored_on_text_whose_ends_are_scrambled(
     stage = SelectionStage(1, 128, training_tokens=128)
     settings = SearchConfig(metric=metric, generations=0, scrambled=0.5, stages=(stage,), learning_rate=1e-3)
     config = runs.short(checkpoints["llama-gqa"], text, tmp_path / "run", search=settings, dtype="float32")
-    run = pipeline.run(config, until="search")
+    run = compress.run(config, until="search")
     checkpoint, grid = Checkpoint(Path(config.model)), _grid(run)
-    drawn = pipeline.draw_tokens(read_corpus(config.data, checkpoint.tokenizer, 32, config.seed), config)
+    drawn = compress.draw_tokens(read_corpus(config.data, checkpoint.tokenizer, 32, config.seed), config)
     database = Database(run.database, grid, read_json(run.database / "database.json")["made_from"])
     stitcher = Stitcher(checkpoint.load(torch.float32, torch.device("cpu")), checkpoint.family, database)
     scores = {
@@ -130,14 +130,14 @@ def test_a_command_needs_no_text_for_later_stages(checkpoints: dict[str, Path], 
         half.write_text("\n".join(lines))
     config = runs.short(checkpoints["llama-gqa"], text, tmp_path / "run")
     corpus = read_corpus(f"{halves[0]}=2,{halves[1]}", tiny.tokenizer(), 32, seed=0)
-    whole = pipeline.draw_tokens(corpus, config)
+    whole = compress.draw_tokens(corpus, config)
     assert whole.keys() == {"calibration", "search", "training", "refit", "evaluation"}
-    expected: dict[pipeline.Stage, list[str]] = {
+    expected: dict[compress.Stage, list[str]] = {
         "database": ["calibration"],
         "search": ["calibration", "search", "training"],
     }
     for until, purposes in expected.items():
-        drawn = pipeline.draw_tokens(corpus, config, until)
+        drawn = compress.draw_tokens(corpus, config, until)
         assert list(drawn) == purposes
         assert all(torch.equal(drawn[purpose], whole[purpose]) for purpose in purposes)
 
@@ -189,9 +189,9 @@ def test_settings_survive_yaml(compressed: Run):
 
 def test_a_second_call_does_nothing_again(compressed: Run, monkeypatch: pytest.MonkeyPatch):
     before = {path: path.stat().st_mtime_ns for path in compressed.path.rglob("*") if path.name != ".lock"}
-    monkeypatch.setattr(pipeline, "find_checkpoint", None)  # not even the model is looked at
+    monkeypatch.setattr(compress, "find_checkpoint", None)  # not even the model is looked at
     began = time.monotonic()
-    again = pipeline.run(compressed.config)
+    again = compress.run(compressed.config)
     assert time.monotonic() - began < 5
     assert again.genome == compressed.genome
     after = {path: path.stat().st_mtime_ns for path in compressed.path.rglob("*") if path.name != ".lock"}
@@ -244,7 +244,7 @@ def test_command_and_python_do_the_same(
     by_command: tuple[Run, subprocess.CompletedProcess[str]], checkpoints: dict[str, Path], text: Path, tmp_path: Path
 ):
     run, _ = by_command
-    other = pipeline.run(runs.short(checkpoints["llama-gqa"], text, tmp_path / "run"))
+    other = compress.run(runs.short(checkpoints["llama-gqa"], text, tmp_path / "run"))
     assert runs.history(run.path) == runs.history(other.path)
     assert (run.exported / "model.safetensors").read_bytes() == (other.exported / "model.safetensors").read_bytes()
 
@@ -269,7 +269,7 @@ def test_a_given_genome_is_used_without_search_or_budget(
     genome = tmp_path / "genome.json"
     genome.write_text("[0, 1, 0, 2, 4, 0]")  # larger than the uniform model
     config = runs.short(checkpoints["llama-gqa"], text, tmp_path / "run", genome=str(genome))
-    run = pipeline.run(config)
+    run = compress.run(config)
     assert run.genome.levels == (0, 1, 0, 2, 4, 0)
     rows = {row["model"]: row["parameters"] for row in run.table}
     assert rows["uniform"] < rows["searched"] < rows["dense"]
@@ -278,7 +278,7 @@ def test_a_given_genome_is_used_without_search_or_budget(
 
     found = by_command[0]  # another run's result, whose model is then the same
     config = runs.short(checkpoints["llama-gqa"], text, tmp_path / "again", genome=str(found.search / "result.json"))
-    again = pipeline.run(config)
+    again = compress.run(config)
     assert again.genome == found.genome
     assert (again.exported / "model.safetensors").read_bytes() == (found.exported / "model.safetensors").read_bytes()
 
@@ -290,7 +290,7 @@ def test_a_given_genome_that_diverges_is_refused(checkpoints: dict[str, Path], t
     search = SearchConfig(stages=(SelectionStage(1, 64, training_tokens=64),), learning_rate=3e38)
     config = runs.short(checkpoints["llama-gqa"], text, tmp_path / "run", genome=str(genome), search=search)
     with pytest.raises(DarwinError, match="the model of --genome diverges: expected a finite fitness"):
-        pipeline.run(config, until="search")
+        compress.run(config, until="search")
     assert not Run(tmp_path / "run").searched
 
 

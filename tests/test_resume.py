@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import runs
-from darwinlm import pipeline
+from darwinlm.commands import compress
 from darwinlm.config import CalibrationConfig, RunConfig, SearchConfig
 from darwinlm.types import SelectionStage
 
@@ -143,7 +143,7 @@ def _files_that_appear_in(run: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(checkpoints: dict[str, Path], text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     config = runs.short(checkpoints["qwen2"], text, tmp_path_factory.mktemp("finished") / "run")
-    pipeline.run(config)
+    compress.run(config)
     return config
 
 
@@ -170,7 +170,7 @@ def test_what_is_deleted_from_a_run_is_made_again_alike(lost: str, finished: Run
     else:
         (run / lost).unlink(missing_ok=True)
     (run / f"{lost}.partial").write_bytes(b"half a file")
-    pipeline.run(replace(finished, out=str(run)))
+    compress.run(replace(finished, out=str(run)))
     assert _end(run) == _end(Path(finished.out))
     assert set(runs.files(run)) == set(runs.files(Path(finished.out)))
     _assert_nothing_is_left_over(run)
@@ -189,7 +189,7 @@ def test_a_kill_before_the_settings_are_written_leaves_a_directory_that_can_be_u
     run.mkdir()
     (run / "run.yaml.partial").write_text("model: ")
     (run / ".lock").touch()
-    assert pipeline.run(replace(finished, out=str(run)), until="database").path == run
+    assert compress.run(replace(finished, out=str(run)), until="database").path == run
     _assert_nothing_is_left_over(run)
 
 
@@ -200,6 +200,6 @@ def test_a_resumed_run_verifies_an_export_that_was_not_verified(
     shutil.copytree(finished.out, run)
     (run / "report.md").unlink()
     seen: list[Path] = []
-    monkeypatch.setattr(pipeline, "verify_export", lambda directory, *_: seen.append(directory) or 0.0)
-    pipeline.run(replace(finished, out=str(run), verify=True))
+    monkeypatch.setattr(compress, "verify_export", lambda directory, *_: seen.append(directory) or 0.0)
+    compress.run(replace(finished, out=str(run), verify=True))
     assert seen == [run / "model"]

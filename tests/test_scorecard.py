@@ -18,14 +18,14 @@ from transformers import OlmoConfig, OlmoForCausalLM
 
 import runs
 import tiny
-from darwinlm import pipeline, scorecard
+from darwinlm.commands import compress, evaluate
+from darwinlm.commands.evaluate import evaluate_models, read_text
 from darwinlm.data import is_held_out
 from darwinlm.evaluate import quality_over, windows_over
 from darwinlm.evaluation_config import EvaluateConfig
 from darwinlm.generation import repetition, write
 from darwinlm.harness import LOCAL, SUITE, Request, Score
 from darwinlm.modeling import load
-from darwinlm.scorecard import evaluate_models, read_text
 from darwinlm.types import UsageError
 
 PROMPTS = ("The list of", "A function is", "When the")
@@ -116,7 +116,7 @@ def test_command_measures_dense_models_runs_and_exports(
     pytest.importorskip("lm_eval")
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # a second a call, for notes
     dense = checkpoints["llama-gqa"]
-    run = pipeline.run(runs.short(dense, text, tmp_path / "run"))
+    run = compress.run(runs.short(dense, text, tmp_path / "run"))
     record = {"query": "Question: Which is hot?", "choices": ["ice", "fire", "snow", "rain"], "gold": 1}
     (tmp_path / LOCAL["arc_easy"].file).write_text(f"{json.dumps(record)}\n" * 3)
     flags = f"--data {text} --tokens 300 --window 64 --stride 32 --generation --continuation-tokens 6 --tasks arc_easy"
@@ -211,8 +211,8 @@ def test_the_suite_is_asked_whole_and_averaged(
         share = len(asked) / 10
         return [Score(each.task, str(each.metric), each.shots or 0, share, None, 1, "") for each in requests]
 
-    monkeypatch.setattr(scorecard, "find_tasks", lambda *_: None)
-    monkeypatch.setattr(scorecard, "run_tasks", answer)
+    monkeypatch.setattr(evaluate, "find_tasks", lambda *_: None)
+    monkeypatch.setattr(evaluate, "run_tasks", answer)
     evaluate_models(EvaluateConfig(str(checkpoints["llama-mha"]), suite="darwinlm"))
     assert asked == list(SUITE)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("average of the suite"))

@@ -22,10 +22,10 @@ import runs
 import tiny
 import trainings
 from darwinlm.checkpoint import Checkpoint
+from darwinlm.commands.train import train
 from darwinlm.data_stream import draw_held_out, draw_sequences
 from darwinlm.evaluate import perplexity_and_kl
 from darwinlm.modeling import load
-from darwinlm.train import train
 from darwinlm.train_config import DistillationConfig, TrainConfig
 from darwinlm.types import DarwinError, UsageError
 

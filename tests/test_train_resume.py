@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import trainings
-from darwinlm.train import Training, train
+from darwinlm.commands.train import Training, train
 from darwinlm.train_config import DistillationConfig, StreamConfig, TrainConfig
 from darwinlm.types import DarwinError, UsageError
 

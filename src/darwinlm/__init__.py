@@ -15,15 +15,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from darwinlm.config import (
-        CalibrationConfig,
-        DatabaseConfig,
-        EvaluationConfig,
-        RunConfig,
-        SearchConfig,
-    )
-    from darwinlm.pipeline import compress
-    from darwinlm.run import Run, load
+    from darwinlm.commands.compress import compress
+    from darwinlm.commands.run_directory import Run, load
+    from darwinlm.config import CalibrationConfig, DatabaseConfig, EvaluationConfig, RunConfig, SearchConfig
     from darwinlm.types import DarwinError, Genome, SelectionStage, UsageError
 
 __version__ = version("darwinlm")
@@ -44,8 +38,8 @@ __all__ = [
 ]
 _MODULES = {
     "config": ("CalibrationConfig", "DatabaseConfig", "EvaluationConfig", "RunConfig", "SearchConfig"),
-    "pipeline": ("compress",),
-    "run": ("Run", "load"),
+    "commands.compress": ("compress",),
+    "commands.run_directory": ("Run", "load"),
     "types": ("DarwinError", "Genome", "SelectionStage", "UsageError"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -175,10 +175,11 @@ def _add_switch(parser: ArgumentParser, name: str, default: bool, help_text: str
 
 def _run(command: str, fields: Namespace) -> None:
     # torch and transformers, which no one should wait for to read --help
-    from darwinlm import pipeline, plan
-    from darwinlm.export.convert import convert
+    from darwinlm import plan
+    from darwinlm.commands import compress
+    from darwinlm.commands.export import convert, export
+    from darwinlm.commands.run_directory import told_in_one_sentence
     from darwinlm.export.place import check_new
-    from darwinlm.run import told_in_one_sentence
 
     if command == "plan":
         recipe = _settings(GradualConfig, fields)
@@ -191,28 +192,28 @@ def _run(command: str, fields: Namespace) -> None:
         config = _settings(ExportConfig, fields)
         check_new(Path(fields.out), directory=config.format == "hf")  # before a model is stitched
         with told_in_one_sentence(f"the export to {fields.out}", "--no-verify needs half as much"):
-            print(convert(pipeline.export(Path(fields.source), fields.verify), Path(fields.out), config))
+            print(convert(export(Path(fields.source), fields.verify), Path(fields.out), config))
         return
     if command == "evaluate":
         _evaluate(fields)
         return
     if command == "compare":
-        from darwinlm.compare import compare
+        from darwinlm.commands.compare import compare
 
         compare(_settings(CompareConfig, fields, methods=tuple(fields.methods), targets=tuple(fields.targets)))
         return
     if command == "train":
-        from darwinlm.train import train
+        from darwinlm.commands.train import train
 
         train(_settings(TrainConfig, fields))
         return
     if command == "gradual":
-        from darwinlm.gradual import gradual
+        from darwinlm.commands.gradual import gradual
 
         gradual(_settings(GradualConfig, fields))
         return
     default = {"model": DEMO.model, "data": DEMO.data} if command == "demo" else {}
-    pipeline.run(_settings(RunConfig, fields, **default), until=UNTIL.get(command, "report"))
+    compress.run(_settings(RunConfig, fields, **default), until=UNTIL.get(command, "report"))
 
 
 def _settings(kind: Any, fields: Namespace, **others: Any) -> Any:
@@ -222,8 +223,8 @@ def _settings(kind: Any, fields: Namespace, **others: Any) -> Any:
 
 
 def _evaluate(fields: Namespace) -> None:
-    from darwinlm import scorecard, speed
-    from darwinlm.run import open_model
+    from darwinlm.commands import evaluate
+    from darwinlm.commands.run_directory import open_model
 
     config = _settings(EvaluateConfig, fields)
     timing = _settings(SpeedConfig, fields)
@@ -231,10 +232,10 @@ def _evaluate(fields: Namespace) -> None:
         raise UsageError("--speed is beside the dense model: expected --against, found none; name it")
     with tempfile.TemporaryDirectory(prefix="darwinlm-evaluate-") as workspace:
         timed = open_model(fields.model, Path(workspace)).path if fields.speed else None
-        cards = scorecard.evaluate_models(config) if config.asks_for_something or not fields.speed else []
+        cards = evaluate.evaluate_models(config) if config.asks_for_something or not fields.speed else []
         if timed is not None:
-            found = speed.compare(timed, str(config.against), timing, config.device, config.dtype)
-            scorecard.save(cards, config, found)
+            found = evaluate.compare_speed(timed, str(config.against), timing, config.device, config.dtype)
+            evaluate.save(cards, config, found)
 
 
 def _fail(message: str, code: int) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -15,15 +14,15 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from darwinlm.checkpoint import find_checkpoint
 from darwinlm.config import SpeedConfig
-from darwinlm.device import resolve_device
-from darwinlm.evaluate import parameter_bytes, parameter_count
+from darwinlm.evaluate import parameter_bytes
 from darwinlm.families import head_dim
-from darwinlm.modeling import block_sizes_of, load
+from darwinlm.modeling import block_sizes_of
 from darwinlm.progress import track
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
 RESET_PEAK = "5"  # written to CLEAR: Linux forgets the highest memory so far
 
 
@@ -160,55 +159,3 @@ def count(model: PreTrainedModel, config: SpeedConfig) -> Counted:
     cached = length + config.new_tokens / 2
     cache = sum(2 * block.key_value_heads * width * cached for block in sizes) * head.element_size()
     return Counted(config.batch * each, read + config.batch * cache)
-
-
-def compare(
-    directory: Path, dense: str, config: SpeedConfig, device: str = "auto", dtype: str = "auto"
-) -> dict[str, Any]:
-    """Print how fast the model in `directory` is beside the dense one, and the speed-ups that counting predicts.
-
-    Returns:
-        The same for a file: what was measured of both, and the speed-ups, those that were found and those predicted.
-
-    Args:
-        dense: a directory, a hub id, a .gguf file, or smollm2-135m.
-        dtype: precision of both; auto is that in which each is stored.
-
-    Raises:
-        UsageError: if there is no such model or device.
-    """
-    where = resolve_device(device)
-    with tempfile.TemporaryDirectory(prefix="darwinlm-speed-") as workspace:
-        paths = {"dense": find_checkpoint(dense, Path(workspace)).path, "model": directory}
-        loaded: dict[str, Any] = {name: load(path, dtype) for name, path in paths.items()}
-    models: dict[str, PreTrainedModel] = {name: model.to(where) for name, model in loaded.items()}
-    before, after = measure(models, config).values()
-    counted_before, counted_after = (count(model, config) for model in models.values())
-    predicted = {
-        "prefill": counted_before.prefill_flops / counted_after.prefill_flops,
-        "decode": counted_before.decode_bytes / counted_after.decode_bytes,
-    }
-    found = {
-        "prefill": after.prefill_tokens_per_s / before.prefill_tokens_per_s,
-        "decode": after.decode_tokens_per_s / before.decode_tokens_per_s,
-    }
-    rows = [("", "dense", "model", "")]
-    rows += [("parameters", *(f"{parameter_count(model):,}" for model in models.values()), "")]
-    rows += [
-        (f"{stage}, tokens/s", f"{a:.1f}", f"{b:.1f}", f"{found[stage]:.2f} times, {predicted[stage]:.2f} predicted")
-        for stage, a, b in (
-            ("prefill", before.prefill_tokens_per_s, after.prefill_tokens_per_s),
-            ("decode", before.decode_tokens_per_s, after.decode_tokens_per_s),
-        )
-    ]
-    rows += [("time to first token, s", f"{before.first_token_s:.3f}", f"{after.first_token_s:.3f}", "")]
-    rows += [("KV cache, MB", f"{before.cache_bytes / 1e6:.1f}", f"{after.cache_bytes / 1e6:.1f}", "")]
-    rows += [("peak memory, MB", _megabytes(before.peak_bytes), _megabytes(after.peak_bytes), "")]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    for name, left, right, note in rows:
-        print(f"{name:{widths[0]}}  {left:>{widths[1]}}  {right:>{widths[2]}}  {note}".rstrip())
-    return {"dense": asdict(before), "model": asdict(after), "speedup": found, "predicted": predicted}
-
-
-def _megabytes(number: int | None) -> str:
-    return "unknown" if number is None else f"{number / 1e6:.0f}"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from darwinlm.checkpoint import Checkpoint
+from darwinlm.commands.compress import run
+from darwinlm.commands.run_directory import Run, find_export
 from darwinlm.config import ExportConfig
 from darwinlm.evaluate import parameter_count
 from darwinlm.export.card import stubbed_card
@@ -15,6 +18,20 @@ from darwinlm.export.verify import Expected
 from darwinlm.export.vllm import check_vllm, tensor_parallel_sizes, zero_stubs
 from darwinlm.modeling import block_sizes_of, load
 from darwinlm.progress import say
+
+
+def export(path: Path, verify: bool = True) -> Path:
+    """The model directory that a user means by a run, or by itself. A run that has found its genome is stitched now.
+
+    Raises:
+        UsageError: if there is no model there, and no run with a genome.
+        DarwinError: if the run's database lacks a unit, which only `darwinlm compress` measures again.
+    """
+    this = Run(path)
+    if this.searched and not this.exported.exists():
+        this.check_database()
+        run(replace(this.config, out=str(path), verify=verify), until="export")
+    return find_export(path)
 
 
 def convert(directory: Path, out: Path, config: ExportConfig) -> Path:

@@ -25,6 +25,8 @@ from darwinlm.genome import Grid
 from darwinlm.types import DarwinError, Genome, SearchResult, UsageError
 
 SETTINGS, TRAIN_SETTINGS, GRADUAL_SETTINGS = "run.yaml", "train.yaml", "recipe.yaml"
+
+
 # Settings that may change when something is resumed: it may be moved, and may need less memory or another disk.
 FREE = ("out", "verify", "cache", "training.micro_batch_size", "training.gradient_checkpointing", "training.report_to")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,15 @@ from darwinlm.artifact import write_text
 from darwinlm.budget import Budget, Costs, Target, amount_of, cache_costs, flop_costs, parameter_costs
 from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
+from darwinlm.commands.run_directory import (
+    SETTINGS,
+    Run,
+    claim,
+    read_genome,
+    told_in_one_sentence,
+    versions,
+    versions_told,
+)
 from darwinlm.config import RunConfig, SearchConfig
 from darwinlm.curves import curves
 from darwinlm.data import Corpus, fingerprint, read_corpus, scramble
@@ -39,11 +48,12 @@ from darwinlm.metric import label
 from darwinlm.modeling import family_of, load, pruned_config
 from darwinlm.progress import say, track
 from darwinlm.refit import refit, set_consumers
-from darwinlm.run import SETTINGS, Run, claim, find_export, read_genome, told_in_one_sentence, versions, versions_told
 from darwinlm.surgery import Stitcher, repeat_shared
 from darwinlm.types import Curve, DarwinError, Genome, SearchResult
 
 Stage = Literal["database", "search", "export", "report"]
+
+
 STARTS = ("sensitivity", "uniform")  # anything else is the file of an earlier genome
 
 
@@ -102,20 +112,6 @@ def run(config: RunConfig, until: Stage = "report") -> Run:
         rows = _evaluate(work, stitcher.dense, _finish(work, stitcher, "uniform", work.even))
         _report(work, result, rows, _curves(work, stitcher, result))
     return this
-
-
-def export(path: Path, verify: bool = True) -> Path:
-    """The model directory that a user means by a run, or by itself. A run that has found its genome is stitched now.
-
-    Raises:
-        UsageError: if there is no model there, and no run with a genome.
-        DarwinError: if the run's database lacks a unit, which only `darwinlm compress` measures again.
-    """
-    this = Run(path)
-    if this.searched and not this.exported.exists():
-        this.check_database()
-        run(replace(this.config, out=str(path), verify=verify), until="export")
-    return find_export(path)
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from darwinlm import pipeline
 from darwinlm.allocate.methods import ALLOCATORS, OURS
 from darwinlm.allocate.problem import Problem, mask_tokens, scored_tokens
 from darwinlm.allocate.uniform import uniform
 from darwinlm.artifact import locked_directory, read_json, write_json, write_text
 from darwinlm.budget import Budget, Costs, parameter_costs
 from darwinlm.checkpoint import find_checkpoint
+from darwinlm.commands import compress
 from darwinlm.comparison import CELLS, DENSE, HELD_OUT, Cell, markdown, print_table, read_cells, save_picture
 from darwinlm.config import RefitConfig, RunConfig
 from darwinlm.data import read_corpus
@@ -36,6 +36,8 @@ from darwinlm.surgery import Stitcher
 from darwinlm.types import DarwinError, Genome, UsageError
 
 QUESTIONS, TABLE, PICTURE = "questions.json", "comparison.md", "comparison.png"
+
+
 METRICS = {request.task: request.metric for request in SUITE}
 
 
@@ -79,7 +81,7 @@ def compare(config: CompareConfig) -> list[Cell]:
     )  # fmt: skip
     with locked_directory(out):
         requests, asked = _requests(config)
-        pipeline.run(run, until="database")
+        compress.run(run, until="database")
         if asked:
             write_json(out / QUESTIONS, asked)
         bench = _open(config, run)
@@ -159,7 +161,7 @@ def _open(config: CompareConfig, run: RunConfig) -> _Bench:
     checkpoint = find_checkpoint(config.model, path)
     grid = find_grid(checkpoint.skeleton(), checkpoint.config, config.database)
     corpus = read_corpus(config.data, checkpoint.tokenizer, config.calibration.sequence_length, config.seed)
-    tokens, texts = pipeline.draw_tokens(corpus, run), pipeline.draw_texts(corpus, run)
+    tokens, texts = compress.draw_tokens(corpus, run), compress.draw_texts(corpus, run)
     manifest = read_json(path / "database" / MANIFEST, "made_from")
     database = Database(path / "database", grid, manifest["made_from"])
     precisions = (resolve_dtype(config.dtype, device), checkpoint.dtype)
@@ -184,7 +186,7 @@ def _find(bench: _Bench, method: str, target: float, run: RunConfig) -> Cell:
         return _measure(bench, method, target, bench.grid.dense(), 0.0)
     # Each method pays for its own scores: nothing of another's is reused.
     text, calibration = bench.tokens["search"], bench.tokens["calibration"]
-    scored = pipeline.scored_text(text, config.search) if method in OURS else text
+    scored = compress.scored_text(text, config.search) if method in OURS else text
     fitness = Fitness(bench.stitcher, scored, bench.tokens["training"], config.search)
     state = Path(config.out) / "state" / f"{method}-{target:g}"
     try:

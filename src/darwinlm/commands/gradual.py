@@ -14,15 +14,15 @@ from darwinlm import parallel, tables
 from darwinlm.artifact import write_json, write_text
 from darwinlm.budget import parameter_costs
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
+from darwinlm.commands.compress import run
+from darwinlm.commands.run_directory import GRADUAL_SETTINGS, claim, find_export
+from darwinlm.commands.train import check, train
 from darwinlm.config import RunConfig
 from darwinlm.data_stream import draw_sequences
 from darwinlm.evaluate import parameter_count
 from darwinlm.families import find_grid, find_units
 from darwinlm.genome import uniform_genome
-from darwinlm.pipeline import run
 from darwinlm.progress import say
-from darwinlm.run import GRADUAL_SETTINGS, claim, find_export
-from darwinlm.train import check, train
 from darwinlm.train_config import GradualConfig, GradualStage, TrainConfig, steps_of
 from darwinlm.trainer import FINISHED
 

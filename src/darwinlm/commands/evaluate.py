@@ -15,14 +15,18 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.artifact import write_json
+from darwinlm.checkpoint import find_checkpoint
+from darwinlm.commands.run_directory import open_model, versions
+from darwinlm.config import SpeedConfig
 from darwinlm.data import TESTS, is_held_out, token_stream
 from darwinlm.device import DTYPES, resolve_device
 from darwinlm.evaluate import Quality, parameter_count, quality_over, windows_over
 from darwinlm.evaluation_config import EvaluateConfig
 from darwinlm.generation import Writing, write
 from darwinlm.harness import SUITE, Request, Score, find_tasks, requested, run_tasks
+from darwinlm.modeling import load
 from darwinlm.progress import say
-from darwinlm.run import open_model, versions
+from darwinlm.speed import count, measure
 from darwinlm.types import DarwinError, UsageError
 
 DENSE = "dense"
@@ -250,3 +254,55 @@ def save(cards: Sequence[Card], config: EvaluateConfig, speed: Mapping[str, Any]
     ]
     how = {"protocol": protocol(cards, config) if cards else {}, "settings": asdict(config), "versions": versions()}
     write_json(Path(config.out), {"models": models, **({} if speed is None else {"speed": dict(speed)}), **how})
+
+
+def compare_speed(
+    directory: Path, dense: str, config: SpeedConfig, device: str = "auto", dtype: str = "auto"
+) -> dict[str, Any]:
+    """Print how fast the model in `directory` is beside the dense one, and the speed-ups that counting predicts.
+
+    Returns:
+        The same for a file: what was measured of both, and the speed-ups, those that were found and those predicted.
+
+    Args:
+        dense: a directory, a hub id, a .gguf file, or smollm2-135m.
+        dtype: precision of both; auto is that in which each is stored.
+
+    Raises:
+        UsageError: if there is no such model or device.
+    """
+    where = resolve_device(device)
+    with tempfile.TemporaryDirectory(prefix="darwinlm-speed-") as workspace:
+        paths = {"dense": find_checkpoint(dense, Path(workspace)).path, "model": directory}
+        loaded: dict[str, Any] = {name: load(path, dtype) for name, path in paths.items()}
+    models: dict[str, PreTrainedModel] = {name: model.to(where) for name, model in loaded.items()}
+    before, after = measure(models, config).values()
+    counted_before, counted_after = (count(model, config) for model in models.values())
+    predicted = {
+        "prefill": counted_before.prefill_flops / counted_after.prefill_flops,
+        "decode": counted_before.decode_bytes / counted_after.decode_bytes,
+    }
+    found = {
+        "prefill": after.prefill_tokens_per_s / before.prefill_tokens_per_s,
+        "decode": after.decode_tokens_per_s / before.decode_tokens_per_s,
+    }
+    rows = [("", "dense", "model", "")]
+    rows += [("parameters", *(f"{parameter_count(model):,}" for model in models.values()), "")]
+    rows += [
+        (f"{stage}, tokens/s", f"{a:.1f}", f"{b:.1f}", f"{found[stage]:.2f} times, {predicted[stage]:.2f} predicted")
+        for stage, a, b in (
+            ("prefill", before.prefill_tokens_per_s, after.prefill_tokens_per_s),
+            ("decode", before.decode_tokens_per_s, after.decode_tokens_per_s),
+        )
+    ]
+    rows += [("time to first token, s", f"{before.first_token_s:.3f}", f"{after.first_token_s:.3f}", "")]
+    rows += [("KV cache, MB", f"{before.cache_bytes / 1e6:.1f}", f"{after.cache_bytes / 1e6:.1f}", "")]
+    rows += [("peak memory, MB", _megabytes(before.peak_bytes), _megabytes(after.peak_bytes), "")]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for name, left, right, note in rows:
+        print(f"{name:{widths[0]}}  {left:>{widths[1]}}  {right:>{widths[2]}}  {note}".rstrip())
+    return {"dense": asdict(before), "model": asdict(after), "speedup": found, "predicted": predicted}
+
+
+def _megabytes(number: int | None) -> str:
+    return "unknown" if number is None else f"{number / 1e6:.0f}"
