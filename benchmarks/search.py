@@ -42,6 +42,7 @@ from darwinlm.allocate.uniform import uniform
 from darwinlm.artifact import read_json, write_json
 from darwinlm.budget import Budget, parameter_costs
 from darwinlm.checkpoint import find_checkpoint
+from darwinlm.commands.plan.work import plan_search
 from darwinlm.commands.run_directory import Run
 from darwinlm.config import RefitConfig, RunConfig, SearchConfig
 from darwinlm.data import read_corpus
@@ -52,7 +53,6 @@ from darwinlm.fitness import Fitness
 from darwinlm.head import Head
 from darwinlm.metric import Divergence
 from darwinlm.obs import columns_of
-from darwinlm.plan_search import plan_search
 from darwinlm.surgery import Stitcher
 from darwinlm.tuning import Tuner, rounded
 from darwinlm.types import Genome, SelectionStage

@@ -23,12 +23,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 
 from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import Checkpoint
+from darwinlm.commands.plan.rates import measure_rates
+from darwinlm.commands.plan.work import plan
 from darwinlm.config import CalibrationConfig, DatabaseConfig
 from darwinlm.database import Database, add_unit
 from darwinlm.device import DTYPES
 from darwinlm.families import find_units
 from darwinlm.genome import level_grid
-from darwinlm.plan import measure_rates, plan
 from darwinlm.progress import quiet_transformers
 from darwinlm.types import Structure
 

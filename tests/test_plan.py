@@ -16,10 +16,11 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 import pruned
 import tiny
 from darwinlm.cli import main
+from darwinlm.commands.plan.rates import BlockRates, Rates, block_rates, measure_rates
+from darwinlm.commands.plan.show import find_config
+from darwinlm.commands.plan.work import Plan, Work, plan, plan_training
 from darwinlm.config import CalibrationConfig, DatabaseConfig
 from darwinlm.genome import uniform_genome
-from darwinlm.plan import Plan, Rates, block_rates, find_config, measure_rates, plan, plan_training
-from darwinlm.plan_search import BlockRates, Work
 from darwinlm.surgery import Stitcher
 from darwinlm.train_config import DistillationConfig, GradualConfig
 from darwinlm.types import UsageError
@@ -151,8 +152,8 @@ def test_no_config_is_one_sentence(tmp_path: Path) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates that take no seconds to measure."""
-    monkeypatch.setattr("darwinlm.plan.measure_rates", lambda _: RATES)
-    monkeypatch.setattr("darwinlm.plan.block_rates", lambda *_: BlockRates(1e12, 5e11))
+    monkeypatch.setattr("darwinlm.commands.plan.show.measure_rates", lambda _: RATES)
+    monkeypatch.setattr("darwinlm.commands.plan.show.block_rates", lambda *_: BlockRates(1e12, 5e11))
 
 
 @pytest.mark.usefixtures("quick")

@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from darwinlm.allocate.evolution import evolve
 from darwinlm.allocate.sensitivity import find_starts
 from darwinlm.budget import Budget, parameter_costs
+from darwinlm.commands.plan.work import SearchPlan, plan_search
 from darwinlm.config import RefitConfig, SearchConfig
 from darwinlm.evaluate import parameter_count
 from darwinlm.fitness import Fitness
 from darwinlm.genome import ceilings, uniform_genome
-from darwinlm.plan_search import SearchPlan, plan_search
 from darwinlm.types import Genome, SelectionStage
 from pruned import CONFIG, Pruned, prune, token_ids
 

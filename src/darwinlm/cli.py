@@ -175,9 +175,9 @@ def _add_switch(parser: ArgumentParser, name: str, default: bool, help_text: str
 
 def _run(command: str, fields: Namespace) -> None:
     # torch and transformers, which no one should wait for to read --help
-    from darwinlm import plan
     from darwinlm.commands import compress
     from darwinlm.commands.export import convert, export
+    from darwinlm.commands.plan.show import show
     from darwinlm.commands.run_directory import told_in_one_sentence
     from darwinlm.export.place import check_new
 
@@ -186,7 +186,7 @@ def _run(command: str, fields: Namespace) -> None:
         if fields.target_level is not None:
             expect_level(fields.target_level, recipe.database.levels)
             recipe = dataclasses.replace(recipe, stages=(GradualStage(fields.target_level, 0),))
-        plan.show(recipe)
+        show(recipe)
         return
     if command == "export":
         config = _settings(ExportConfig, fields)

@@ -1,0 +1,173 @@
+"""How fast this machine is, measured on a few seconds of the work that a plan prices."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PretrainedConfig
+
+from darwinlm import obs
+from darwinlm.checkpoint import WEIGHTS, is_finite, skeleton
+from darwinlm.families import find_family
+from darwinlm.genome import Grid, level_grid
+from darwinlm.types import Unit
+
+
+@dataclass(frozen=True)
+class BlockRates:
+    """Operations a second of a decoder block: forwards alone, and in training, forwards and backwards."""
+
+    forward: float
+    training: float
+
+
+FLOAT = 4  # bytes of float32, in which statistics and elimination are
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine does in a second.
+
+    Attributes:
+        products: floating-point operations of large float32 matrix products.
+        forward: the same in the precision of the forward pass.
+        solves: floating-point operations of the level solves.
+        sweeps: matrix entries passed over between two products of an elimination of channels.
+        fills: bytes of fresh memory that are written, as by every operation between two products.
+        loads: bytes of stored weights that are read, checked and converted.
+        disk: bytes written.
+    """
+
+    products: float
+    forward: float
+    solves: float
+    sweeps: float
+    fills: float
+    loads: float
+    disk: float
+
+
+def columns(unit: Unit) -> int:
+    return unit.structures * unit.structure_width
+
+
+def elimination_operations(unit: Unit, d_out: int) -> int:
+    """The inverse, `W^T W`, and three symmetric updates a column."""
+    d = columns(unit)
+    return 2 * d**3 + d_out * d**2
+
+
+def solve_operations(grid: Grid, index: int, d_out: int) -> int:
+    """One Cholesky factor, and for every level that keeps `k` columns a product and a triangular solve."""
+    unit, d = grid.units[index], columns(grid.units[index])
+    kept = [(unit.structures - removed) * unit.structure_width for removed in grid.removed[index][1:-1]]
+    return d**3 // 3 + sum(d_out * (2 * k * (d - k) + k * k) for k in kept)
+
+
+def measure_rates(dtype: torch.dtype = torch.float32, size: int = 3072) -> Rates:
+    """A few seconds of the real work on a small matrix tell the rates."""
+    products = _product_rate(torch.float32, size)
+    forward = products if dtype == torch.float32 else _product_rate(dtype, size)
+    d_out = size // 3
+    unit = Unit("plan", 0, "mlp", "", (), 1, size, 0, 0)
+    grid = level_grid((unit,), 10, 1)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(d_out, size, generator=generator)
+    inputs = torch.randn(2 * size, size, generator=generator)
+    hessian = obs.dampen(inputs.T @ inputs / size)
+    start = time.perf_counter()
+    elimination = obs.eliminate(unit, weight, hessian)
+    swept = time.perf_counter() - start - elimination_operations(unit, d_out) / products
+    solving = _seconds(lambda: obs.solve_levels(unit, weight, hessian, elimination, grid.removed[0]))
+    return Rates(
+        products=products,
+        forward=forward,
+        solves=solve_operations(grid, 0, d_out) / solving,
+        sweeps=size**2 / max(swept, 1e-3),
+        fills=_fill_rate(),
+        loads=_load_rate(dtype),
+        disk=_disk_rate(),
+    )
+
+
+def block_rates(config: PretrainedConfig, dtype: torch.dtype, length: int = 512, sequences: int = 4) -> BlockRates:
+    """Measured on a model's first block: search and training are made of it. Weights that train are float32."""
+    decoder, weights = _first_block(config, dtype)
+    stream = torch.ones(sequences, length, config.hidden_size, dtype=dtype)
+    operations = 2 * sum(weight.numel() for weight in weights) * length
+    with torch.inference_mode():
+        forward = sequences * operations / _seconds(lambda: decoder(inputs_embeds=stream, use_cache=False))
+    decoder, weights = _first_block(config, torch.float32)
+    sequence = torch.ones(1, length, config.hidden_size, requires_grad=True)
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            states = decoder(inputs_embeds=sequence, use_cache=False).last_hidden_state
+        states.backward(torch.ones_like(states))
+        for weight in weights:
+            weight.grad = None
+
+    return BlockRates(forward, 3 * operations / _seconds(step))
+
+
+def _first_block(config: PretrainedConfig, dtype: torch.dtype) -> tuple[nn.Module, list[nn.Parameter]]:
+    """A decoder of one block and the last norm, and the block's weights."""
+    model, family = skeleton(config, dtype), find_family(config)
+    blocks: Any = model.get_submodule(family.blocks)
+    del blocks[1:]
+    for module in (blocks, model.get_submodule(family.final_norm)):
+        module.to_empty(device="cpu")
+        for weight in module.parameters():
+            nn.init.constant_(weight, 1 / config.hidden_size)  # what memory holds may be no numbers, which are slow
+    return model.get_decoder(), list(blocks.parameters())
+
+
+def _product_rate(dtype: torch.dtype, size: int) -> float:
+    matrix = torch.randn(size, size).to(dtype)
+    return 2 * size**3 / _seconds(lambda: matrix @ matrix)
+
+
+def _fill_rate(count: int = 1 << 25) -> float:
+    numbers = torch.ones(count)
+    return numbers.nbytes / _seconds(lambda: numbers * 2)
+
+
+def _load_rate(dtype: torch.dtype, count: int = 1 << 26) -> float:
+    weight = torch.ones(count, dtype=torch.bfloat16)
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / WEIGHTS
+        save_file({"weight": weight}, file)
+
+        def load() -> torch.Tensor:
+            with safe_open(file, framework="pt") as opened:
+                tensor = opened.get_tensor("weight")
+            assert is_finite(tensor)
+            return tensor.to(dtype)
+
+        return weight.nbytes / _seconds(load)
+
+
+def _disk_rate(count: int = 1 << 28) -> float:
+    with tempfile.NamedTemporaryFile() as file:
+        content = os.urandom(1 << 20) * (count >> 20)
+        return count / _seconds(lambda: (file.write(content), file.flush()))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The shorter of two goes: the first one warms up."""
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
