@@ -23,7 +23,7 @@ from time_to_kl import plainly, texts
 
 from darwinlm import load
 from darwinlm.artifact import read_json_lines
-from darwinlm.config import DatabaseConfig, RunConfig
+from darwinlm.config.run import DatabaseConfig, RunConfig
 from darwinlm.curves import HeldOut
 from darwinlm.types import Genome
 

@@ -26,7 +26,7 @@ from darwinlm import calibrate as calibration
 from darwinlm import database as store
 from darwinlm import obs
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
-from darwinlm.config import DatabaseConfig
+from darwinlm.config.run import DatabaseConfig
 from darwinlm.curves import HeldOut
 from darwinlm.data import read_corpus
 from darwinlm.database import Database, add_unit

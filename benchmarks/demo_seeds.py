@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from darwinlm.commands.compress import run
-from darwinlm.config import DEMO
+from darwinlm.config.run import DEMO
 
 
 def main(out: Path) -> None:

@@ -26,14 +26,8 @@ from darwinlm.commands import compress
 from darwinlm.commands.gradual import gradual
 from darwinlm.commands.run_directory import Run
 from darwinlm.commands.train import Training, train
-from darwinlm.config import DEMO, RefitConfig, RunConfig
-from darwinlm.database import MANIFEST, Database
-from darwinlm.evaluate import parameter_count
-from darwinlm.export.hf import export_hf
-from darwinlm.families import block_sizes, find_units
-from darwinlm.genome import level_grid
-from darwinlm.surgery import Stitcher, repeat_shared
-from darwinlm.train_config import (
+from darwinlm.config.run import DEMO, RefitConfig, RunConfig
+from darwinlm.config.training import (
     DistillationConfig,
     GradualConfig,
     GradualStage,
@@ -41,6 +35,12 @@ from darwinlm.train_config import (
     TrainConfig,
     TrainingConfig,
 )
+from darwinlm.database import MANIFEST, Database
+from darwinlm.evaluate import parameter_count
+from darwinlm.export.hf import export_hf
+from darwinlm.families import block_sizes, find_units
+from darwinlm.genome import level_grid
+from darwinlm.surgery import Stitcher, repeat_shared
 
 LOSSES = {"cross-entropy": 0.0, "distillation": 1.0, "mixed": 0.5}
 

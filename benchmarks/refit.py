@@ -20,7 +20,7 @@ from torch import Tensor
 
 from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
-from darwinlm.config import DatabaseConfig, RefitConfig
+from darwinlm.config.run import DatabaseConfig, RefitConfig
 from darwinlm.curves import HeldOut
 from darwinlm.data import read_corpus
 from darwinlm.database import Database, add_unit

@@ -44,7 +44,7 @@ from darwinlm.budget import Budget, parameter_costs
 from darwinlm.checkpoint import find_checkpoint
 from darwinlm.commands.plan.work import plan_search
 from darwinlm.commands.run_directory import Run
-from darwinlm.config import RefitConfig, RunConfig, SearchConfig
+from darwinlm.config.run import RefitConfig, RunConfig, SearchConfig
 from darwinlm.data import read_corpus
 from darwinlm.database import Database
 from darwinlm.evaluate import parameter_count

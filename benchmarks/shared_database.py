@@ -6,9 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
-from darwinlm.commands.compress import Stage, run
+from darwinlm.commands.compress import run
 from darwinlm.commands.run_directory import SETTINGS, Run, claim
-from darwinlm.config import RunConfig
+from darwinlm.config.run import RunConfig, Stage
 
 
 def run_over(base: Path, config: RunConfig, until: Stage) -> Run:

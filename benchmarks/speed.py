@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from smollm2 import Kept, dense_smollm2, export
 
-from darwinlm.config import SpeedConfig
+from darwinlm.config.evaluation import SpeedConfig
 from darwinlm.evaluate import parameter_count
 from darwinlm.export.gguf import export_gguf
 from darwinlm.modeling import load

@@ -25,7 +25,7 @@ from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands.plan.rates import measure_rates
 from darwinlm.commands.plan.work import plan
-from darwinlm.config import CalibrationConfig, DatabaseConfig
+from darwinlm.config.run import CalibrationConfig, DatabaseConfig
 from darwinlm.database import Database, add_unit
 from darwinlm.device import DTYPES
 from darwinlm.families import find_units

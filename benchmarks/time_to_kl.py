@@ -30,7 +30,7 @@ from darwinlm.allocate.sensitivity import find_starts
 from darwinlm.budget import Budget
 from darwinlm.checkpoint import find_checkpoint
 from darwinlm.commands.compress import scored_text
-from darwinlm.config import RunConfig, SearchConfig
+from darwinlm.config.run import RunConfig, SearchConfig
 from darwinlm.curves import HeldOut
 from darwinlm.data import read_corpus
 from darwinlm.fitness import Fitness

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 import tiny
 from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import Checkpoint
-from darwinlm.config import DatabaseConfig
+from darwinlm.config.run import DatabaseConfig
 from darwinlm.database import Database, add_unit
 from darwinlm.export.hf import export_hf
 from darwinlm.families import block_sizes, find_units, linear_at

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import runs
-from darwinlm.config import RunConfig
+from darwinlm.config.run import RunConfig
 
 PROGRESS = ("reading ", "database: ", "search: ", "generation ")
 

@@ -13,7 +13,14 @@ import yaml
 
 from darwinlm.artifact import read_json_lines
 from darwinlm.cli import main
-from darwinlm.config import CalibrationConfig, DatabaseConfig, EvaluationConfig, RefitConfig, RunConfig, SearchConfig
+from darwinlm.config.run import (
+    CalibrationConfig,
+    DatabaseConfig,
+    EvaluationConfig,
+    RefitConfig,
+    RunConfig,
+    SearchConfig,
+)
 from darwinlm.types import SelectionStage
 
 SHORT = RunConfig(

@@ -24,7 +24,7 @@ from darwinlm.allocate.shortened_llama import taylor_importance
 from darwinlm.allocate.shortgpt import block_influence
 from darwinlm.artifact import read_json_lines
 from darwinlm.budget import Budget, parameter_costs
-from darwinlm.config import SearchConfig
+from darwinlm.config.run import SearchConfig
 from darwinlm.database import Database
 from darwinlm.evaluate import parameter_count
 from darwinlm.families import FAMILIES, find_units

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import runs
 from darwinlm.commands import compress
-from darwinlm.config import CalibrationConfig, DatabaseConfig, EvaluationConfig, RunConfig, SearchConfig
+from darwinlm.config.run import CalibrationConfig, DatabaseConfig, EvaluationConfig, RunConfig, SearchConfig
 from darwinlm.families import FAMILIES
 from darwinlm.modeling import EXPORTABLE
 from darwinlm.types import SelectionStage

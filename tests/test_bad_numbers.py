@@ -14,7 +14,7 @@ import pruned
 import tiny
 from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import Checkpoint
-from darwinlm.config import DatabaseConfig
+from darwinlm.config.run import DatabaseConfig
 from darwinlm.database import Database, add_unit
 from darwinlm.genome import level_grid
 from darwinlm.types import DarwinError

@@ -23,7 +23,7 @@ from darwinlm.allocate.uniform import fullest, uniform
 from darwinlm.budget import Budget, Costs, Target, amount_of, cache_costs, flop_costs, parameter_costs
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands import compress
-from darwinlm.config import DatabaseConfig, RunConfig
+from darwinlm.config.run import DatabaseConfig, RunConfig
 from darwinlm.evaluate import parameter_count
 from darwinlm.genome import Grid, level_grid, uniform_genome
 from darwinlm.progress import console

@@ -11,7 +11,7 @@ import yaml
 import runs
 from darwinlm import __version__, cli
 from darwinlm.commands import compress
-from darwinlm.config import DEMO, RunConfig, SearchConfig, read_config
+from darwinlm.config.run import DEMO, RunConfig, SearchConfig, read_config
 from darwinlm.progress import console, say, track
 from darwinlm.types import DarwinError, SelectionStage, UsageError
 

@@ -20,11 +20,11 @@ from darwinlm.artifact import read_json_lines
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands.compare import PICTURE, TABLE, compare
 from darwinlm.comparison import CELLS, DENSE, Cell, figure
-from darwinlm.config import DatabaseConfig, SearchConfig
+from darwinlm.config.evaluation import METHODS, CompareConfig
+from darwinlm.config.run import DatabaseConfig, SearchConfig
 from darwinlm.data import read_corpus
 from darwinlm.database import MANIFEST, Database
 from darwinlm.evaluate import parameter_count, perplexity_and_kl
-from darwinlm.evaluation_config import METHODS, CompareConfig
 from darwinlm.genome import Grid, level_grid
 from darwinlm.harness import LOCAL, Request, run_tasks
 from darwinlm.modeling import load

@@ -14,9 +14,9 @@ import torch
 
 import tiny
 from darwinlm import data_stream, parallel
+from darwinlm.config.training import StreamConfig
 from darwinlm.data import is_held_out
 from darwinlm.data_stream import Sequences, TokenStore, draw_held_out, draw_sequences
-from darwinlm.train_config import StreamConfig
 from darwinlm.types import DarwinError, UsageError
 
 SCORED = StreamConfig(sequence_length=32, score_column="language_score", min_score=0.9)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from darwinlm import obs
-from darwinlm.config import DatabaseConfig
+from darwinlm.config.run import DatabaseConfig
 from darwinlm.database import Database, add_unit
 from darwinlm.genome import level_grid
 from darwinlm.types import DarwinError, Unit, UnitStatistics, UsageError

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from darwinlm.commands.compress import run
-from darwinlm.config import DEMO, CalibrationConfig, EvaluationConfig, SelectionStage
+from darwinlm.config.run import DEMO, CalibrationConfig, EvaluationConfig, SelectionStage
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from darwinlm import evaluate as module
-from darwinlm.config import EvaluationConfig
+from darwinlm.config.run import EvaluationConfig
 from darwinlm.evaluate import (
     continuations,
     evaluate,

@@ -12,7 +12,7 @@ import runs
 import tiny
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands import compress
-from darwinlm.config import EvaluationConfig, RunConfig
+from darwinlm.config.run import EvaluationConfig, RunConfig
 from darwinlm.data import is_held_out, read_corpus
 from darwinlm.evaluate import perplexity_and_kl
 from darwinlm.modeling import load

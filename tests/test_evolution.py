@@ -15,7 +15,7 @@ from darwinlm.allocate.evolution import evolve
 from darwinlm.allocate.mutation import priced
 from darwinlm.allocate.uniform import uniform
 from darwinlm.budget import parameter_costs
-from darwinlm.config import DatabaseConfig, RunConfig, SearchConfig
+from darwinlm.config.run import DatabaseConfig, RunConfig, SearchConfig
 from darwinlm.genome import Grid, level_grid
 from darwinlm.progress import console
 from darwinlm.types import DarwinError, Generation, Genome, SelectionStage

@@ -14,7 +14,7 @@ from darwinlm.artifact import read_json
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands import compress
 from darwinlm.commands.run_directory import Run, load
-from darwinlm.config import RunConfig
+from darwinlm.config.run import RunConfig
 from darwinlm.database import Database
 from darwinlm.genome import level_grid
 from darwinlm.surgery import Stitcher

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import tiny
 from darwinlm import parallel, tuning
-from darwinlm.config import SearchConfig
+from darwinlm.config.run import SearchConfig
 from darwinlm.fitness import Fitness
 from darwinlm.head import Head
 from darwinlm.metric import Divergence

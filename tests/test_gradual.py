@@ -18,9 +18,9 @@ from darwinlm.checkpoint import Checkpoint
 from darwinlm.cli import PRESETS
 from darwinlm.commands import gradual as recipes
 from darwinlm.commands.gradual import _size_at, gradual
-from darwinlm.config import RunConfig, read_config
+from darwinlm.config.run import RunConfig, read_config
+from darwinlm.config.training import GradualConfig, GradualStage, TrainConfig
 from darwinlm.modeling import block_sizes_of, load
-from darwinlm.train_config import GradualConfig, GradualStage, TrainConfig
 from darwinlm.types import UsageError
 from test_parallel import torchrun
 

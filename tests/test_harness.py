@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 import tiny
-from darwinlm.evaluation_config import TasksConfig
+from darwinlm.config.evaluation import TasksConfig
 from darwinlm.harness import LOCAL, SUITE, Request, Score, local_tasks, questions, run_tasks
 from darwinlm.types import DarwinError, UsageError
 

@@ -13,7 +13,7 @@ from darwinlm import latency
 from darwinlm.artifact import read_json
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands import compress
-from darwinlm.config import DatabaseConfig, LatencyConfig
+from darwinlm.config.run import DatabaseConfig, LatencyConfig
 from darwinlm.families import find_units
 from darwinlm.genome import Grid, level_grid
 from darwinlm.latency import latency_costs

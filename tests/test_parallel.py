@@ -18,7 +18,7 @@ import yaml
 import runs
 from darwinlm.artifact import read_json
 from darwinlm.checkpoint import Checkpoint
-from darwinlm.config import SearchConfig
+from darwinlm.config.run import SearchConfig
 from darwinlm.database import Database
 from darwinlm.genome import level_grid
 from darwinlm.types import SelectionStage

@@ -20,7 +20,7 @@ from darwinlm.artifact import read_json
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands import compress
 from darwinlm.commands.run_directory import Run
-from darwinlm.config import RunConfig, SearchConfig, read_config
+from darwinlm.config.run import RunConfig, SearchConfig, Stage, read_config
 from darwinlm.data import read_corpus, scramble
 from darwinlm.database import Database
 from darwinlm.families import block_sizes
@@ -132,7 +132,7 @@ def test_a_command_needs_no_text_for_later_stages(checkpoints: dict[str, Path], 
     corpus = read_corpus(f"{halves[0]}=2,{halves[1]}", tiny.tokenizer(), 32, seed=0)
     whole = compress.draw_tokens(corpus, config)
     assert whole.keys() == {"calibration", "search", "training", "refit", "evaluation"}
-    expected: dict[compress.Stage, list[str]] = {
+    expected: dict[Stage, list[str]] = {
         "database": ["calibration"],
         "search": ["calibration", "search", "training"],
     }

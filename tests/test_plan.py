@@ -19,10 +19,10 @@ from darwinlm.cli import main
 from darwinlm.commands.plan.rates import BlockRates, Rates, block_rates, measure_rates
 from darwinlm.commands.plan.show import find_config
 from darwinlm.commands.plan.work import Plan, Work, plan, plan_training
-from darwinlm.config import CalibrationConfig, DatabaseConfig
+from darwinlm.config.run import CalibrationConfig, DatabaseConfig
+from darwinlm.config.training import DistillationConfig, GradualConfig
 from darwinlm.genome import uniform_genome
 from darwinlm.surgery import Stitcher
-from darwinlm.train_config import DistillationConfig, GradualConfig
 from darwinlm.types import UsageError
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -15,7 +15,7 @@ from darwinlm.allocate.evolution import evolve
 from darwinlm.allocate.sensitivity import find_starts
 from darwinlm.budget import Budget, parameter_costs
 from darwinlm.commands.plan.work import SearchPlan, plan_search
-from darwinlm.config import RefitConfig, SearchConfig
+from darwinlm.config.run import RefitConfig, SearchConfig
 from darwinlm.evaluate import parameter_count
 from darwinlm.fitness import Fitness
 from darwinlm.genome import ceilings, uniform_genome

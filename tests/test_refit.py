@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from darwinlm import refit as module
-from darwinlm.config import RefitConfig
+from darwinlm.config.run import RefitConfig
 from darwinlm.families import linear_at
 from darwinlm.refit import refit, set_consumers
 from darwinlm.surgery import Stitcher

@@ -15,7 +15,7 @@ import pytest
 
 import runs
 from darwinlm.commands import compress
-from darwinlm.config import CalibrationConfig, RunConfig, SearchConfig
+from darwinlm.config.run import CalibrationConfig, RunConfig, SearchConfig
 from darwinlm.types import SelectionStage
 
 BLOCKS = 9  # enough that every stage lasts long enough to be hit

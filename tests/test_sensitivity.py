@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from darwinlm.allocate.sensitivity import find_starts, least_sensitive, sensitivities
 from darwinlm.budget import Budget, parameter_costs
-from darwinlm.config import SearchConfig
+from darwinlm.config.run import SearchConfig
 from darwinlm.genome import Grid, ceilings, level_grid
 from darwinlm.progress import console
 from darwinlm.types import Genome, SelectionStage

@@ -18,7 +18,7 @@ from darwinlm.allocate import sheared_llama as sheared
 from darwinlm.allocate.problem import Problem, mask_tokens
 from darwinlm.allocate.sheared_llama import HardConcrete, learn_masks, nearest_genome, sheared_llama
 from darwinlm.budget import Budget, parameter_costs
-from darwinlm.config import SearchConfig
+from darwinlm.config.run import SearchConfig
 from darwinlm.database import Database
 from darwinlm.evaluate import parameter_count
 from darwinlm.families import FAMILIES, find_units, linear_at

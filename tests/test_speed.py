@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import runs
 import tiny
-from darwinlm.config import SpeedConfig
+from darwinlm.config.evaluation import SpeedConfig
 from darwinlm.evaluate import parameter_bytes
 from darwinlm.speed import count, measure
 from darwinlm.types import UsageError

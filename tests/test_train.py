@@ -23,10 +23,10 @@ import tiny
 import trainings
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands.train import train
+from darwinlm.config.training import DistillationConfig, TrainConfig
 from darwinlm.data_stream import draw_held_out, draw_sequences
 from darwinlm.evaluate import perplexity_and_kl
 from darwinlm.modeling import load
-from darwinlm.train_config import DistillationConfig, TrainConfig
 from darwinlm.types import DarwinError, UsageError
 
 PATIENCE = 60.0  # seconds

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import runs
 import trainings
 from darwinlm.commands.train import Training, train
-from darwinlm.train_config import TrainConfig
+from darwinlm.config.training import TrainConfig
 from test_parallel import torchrun
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import trainings
 from darwinlm.commands.train import Training, train
-from darwinlm.train_config import DistillationConfig, StreamConfig, TrainConfig
+from darwinlm.config.training import DistillationConfig, StreamConfig, TrainConfig
 from darwinlm.types import DarwinError, UsageError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pruned
-from darwinlm.train_config import DistillationConfig, StreamConfig, TrainConfig, TrainingConfig
+from darwinlm.config.training import DistillationConfig, StreamConfig, TrainConfig, TrainingConfig
 from darwinlm.types import Genome
 
 STEPS, BATCH, LENGTH = 12, 4, 32

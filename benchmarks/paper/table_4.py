@@ -31,10 +31,10 @@ from time_to_kl import texts
 from darwinlm import load
 from darwinlm.commands.train import train
 from darwinlm.comparison import COLOURS
-from darwinlm.config import DatabaseConfig, RefitConfig, RunConfig, SearchConfig
+from darwinlm.config.run import DatabaseConfig, RefitConfig, RunConfig, SearchConfig
+from darwinlm.config.training import DistillationConfig, StreamConfig, TrainConfig, TrainingConfig
 from darwinlm.curves import HeldOut
 from darwinlm.report import save_figure
-from darwinlm.train_config import DistillationConfig, StreamConfig, TrainConfig, TrainingConfig
 
 GENERATIONS, TOKENS = 8, 102_400
 SEARCHES = {

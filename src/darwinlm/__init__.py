@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from darwinlm.commands.compress import compress
     from darwinlm.commands.run_directory import Run, load
-    from darwinlm.config import CalibrationConfig, DatabaseConfig, EvaluationConfig, RunConfig, SearchConfig
+    from darwinlm.config.run import CalibrationConfig, DatabaseConfig, EvaluationConfig, RunConfig, SearchConfig
     from darwinlm.types import DarwinError, Genome, SelectionStage, UsageError
 
 __version__ = version("darwinlm")
@@ -37,7 +37,7 @@ __all__ = [
     "load",
 ]
 _MODULES = {
-    "config": ("CalibrationConfig", "DatabaseConfig", "EvaluationConfig", "RunConfig", "SearchConfig"),
+    "config.run": ("CalibrationConfig", "DatabaseConfig", "EvaluationConfig", "RunConfig", "SearchConfig"),
     "commands.compress": ("compress",),
     "commands.run_directory": ("Run", "load"),
     "types": ("DarwinError", "Genome", "SelectionStage", "UsageError"),

@@ -13,9 +13,10 @@ from typing import Any, Literal, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
 
-from darwinlm.config import DEMO, ExportConfig, RunConfig, SpeedConfig, expect_level
-from darwinlm.evaluation_config import METHODS, UNTRAINED, CompareConfig, EvaluateConfig
-from darwinlm.train_config import GradualConfig, GradualStage, TrainConfig
+from darwinlm.config.checks import expect_level
+from darwinlm.config.evaluation import METHODS, UNTRAINED, CompareConfig, EvaluateConfig, SpeedConfig
+from darwinlm.config.run import DEMO, ExportConfig, RunConfig
+from darwinlm.config.training import GradualConfig, GradualStage, TrainConfig
 from darwinlm.types import DarwinError, UsageError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from darwinlm import obs, parallel
 from darwinlm.artifact import read_json, write_json
-from darwinlm.config import DatabaseConfig
+from darwinlm.config.run import DatabaseConfig
 from darwinlm.genome import Grid
 from darwinlm.types import DarwinError, Elimination, Level, UnitStatistics, UsageError
 

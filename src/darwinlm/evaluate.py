@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from darwinlm.config import EvaluationConfig
+from darwinlm.config.run import EvaluationConfig
 from darwinlm.progress import track
 from darwinlm.types import UsageError
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PretrainedConfig
 
-from darwinlm.config import DatabaseConfig
+from darwinlm.config.run import DatabaseConfig
 from darwinlm.genome import Grid, level_grid
 from darwinlm.types import BlockSizes, DarwinError, Genome, Kind, Producer, Structure, Unit, UsageError
 

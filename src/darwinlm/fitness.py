@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from darwinlm import parallel
-from darwinlm.config import SearchConfig
+from darwinlm.config.run import SearchConfig
 from darwinlm.head import Head
 from darwinlm.metric import Metric, metric
 from darwinlm.surgery import Stitcher

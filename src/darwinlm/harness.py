@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from darwinlm.evaluation_config import TasksConfig
+from darwinlm.config.evaluation import TasksConfig
 from darwinlm.types import DarwinError, UsageError
 
 

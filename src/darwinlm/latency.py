@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedModel
 from darwinlm.artifact import read_json, write_json
 from darwinlm.budget import Costs
 from darwinlm.checkpoint import Checkpoint
-from darwinlm.config import LatencyConfig
+from darwinlm.config.run import LatencyConfig
 from darwinlm.database import Database
 from darwinlm.families import linear_at
 from darwinlm.genome import Grid

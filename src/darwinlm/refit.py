@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from darwinlm.adamw import set_state, state_of
 from darwinlm.artifact import open_tensors
-from darwinlm.config import RefitConfig
+from darwinlm.config.run import RefitConfig
 from darwinlm.families import linear_at
 from darwinlm.head import Head
 from darwinlm.progress import say, track

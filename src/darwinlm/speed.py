@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from darwinlm.config import SpeedConfig
+from darwinlm.config.evaluation import SpeedConfig
 from darwinlm.evaluate import parameter_bytes
 from darwinlm.families import head_dim
 from darwinlm.modeling import block_sizes_of

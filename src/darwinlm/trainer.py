@@ -25,10 +25,10 @@ from transformers import (
 )
 
 from darwinlm.artifact import write_json, write_text
+from darwinlm.config.training import DistillationConfig
 from darwinlm.distill import Losses, Target, chunked_loss, hidden_for_logits
 from darwinlm.evaluate import perplexity_of
 from darwinlm.progress import say
-from darwinlm.train_config import DistillationConfig
 from darwinlm.types import DarwinError
 
 FINISHED = "darwinlm.json"  # written into a checkpoint once it is whole

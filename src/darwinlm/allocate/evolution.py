@@ -15,7 +15,7 @@ from darwinlm import parallel
 from darwinlm.allocate.mutation import Move, priced, within_kinds
 from darwinlm.artifact import read_json_lines, write_text
 from darwinlm.budget import Budget, amount_of
-from darwinlm.config import SearchConfig
+from darwinlm.config.run import SearchConfig
 from darwinlm.fitness import Scorer
 from darwinlm.metric import label
 from darwinlm.progress import say, track

@@ -13,7 +13,7 @@ from darwinlm.allocate.sheared_llama import sheared_llama
 from darwinlm.allocate.shortened_llama import shortened_llama, shortened_llama_taylor
 from darwinlm.allocate.shortgpt import shortgpt
 from darwinlm.allocate.ziplm import ziplm
-from darwinlm.config import SearchConfig
+from darwinlm.config.run import SearchConfig
 from darwinlm.types import Genome
 
 

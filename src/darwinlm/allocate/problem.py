@@ -11,7 +11,7 @@ from torch import Tensor
 
 from darwinlm.allocate.sensitivity import start_tokens
 from darwinlm.budget import Budget
-from darwinlm.config import SearchConfig
+from darwinlm.config.run import SearchConfig
 from darwinlm.fitness import Scorer
 from darwinlm.genome import Grid
 from darwinlm.surgery import Stitcher

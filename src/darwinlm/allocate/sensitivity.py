@@ -16,7 +16,7 @@ from darwinlm import parallel
 from darwinlm.allocate.mutation import restore
 from darwinlm.artifact import read_json, write_json
 from darwinlm.budget import Budget
-from darwinlm.config import SearchConfig
+from darwinlm.config.run import SearchConfig
 from darwinlm.fitness import Scorer
 from darwinlm.genome import Grid
 from darwinlm.progress import say, track

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from darwinlm.allocate.depth import removable_blocks, remove_until_it_fits, without_blocks
 from darwinlm.allocate.problem import Problem
-from darwinlm.config import SearchConfig
+from darwinlm.config.run import SearchConfig
 from darwinlm.families import Family
 from darwinlm.fitness import Fitness
 from darwinlm.progress import track

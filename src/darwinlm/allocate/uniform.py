@@ -7,7 +7,7 @@ from random import Random
 
 from darwinlm.allocate.mutation import restore
 from darwinlm.budget import BELOW, Budget, Costs, Target, amount_of, limit_of
-from darwinlm.config import RunConfig
+from darwinlm.config.run import RunConfig
 from darwinlm.genome import Grid, ceilings, uniform_genome
 from darwinlm.progress import say
 from darwinlm.types import Genome

@@ -20,12 +20,12 @@ from darwinlm.budget import Budget, Costs, parameter_costs
 from darwinlm.checkpoint import find_checkpoint
 from darwinlm.commands import compress
 from darwinlm.comparison import CELLS, DENSE, HELD_OUT, Cell, markdown, print_table, read_cells, save_picture
-from darwinlm.config import RefitConfig, RunConfig
+from darwinlm.config.evaluation import CompareConfig
+from darwinlm.config.run import RefitConfig, RunConfig
 from darwinlm.data import read_corpus
 from darwinlm.database import MANIFEST, Database
 from darwinlm.device import resolve_device, resolve_dtype
 from darwinlm.evaluate import parameter_count, perplexity_and_kl, speed
-from darwinlm.evaluation_config import CompareConfig
 from darwinlm.families import find_grid
 from darwinlm.fitness import Fitness
 from darwinlm.genome import Grid

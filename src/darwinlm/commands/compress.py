@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -30,7 +30,7 @@ from darwinlm.commands.run_directory import (
     versions,
     versions_told,
 )
-from darwinlm.config import RunConfig, SearchConfig
+from darwinlm.config.run import STARTS, RunConfig, SearchConfig, Stage
 from darwinlm.curves import curves
 from darwinlm.data import Corpus, fingerprint, read_corpus, scramble
 from darwinlm.database import Database, add_unit
@@ -50,11 +50,6 @@ from darwinlm.progress import say, track
 from darwinlm.refit import refit, set_consumers
 from darwinlm.surgery import Stitcher, repeat_shared
 from darwinlm.types import Curve, DarwinError, Genome, SearchResult
-
-Stage = Literal["database", "search", "export", "report"]
-
-
-STARTS = ("sensitivity", "uniform")  # anything else is the file of an earlier genome
 
 
 def compress(

@@ -17,11 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from darwinlm.artifact import write_json
 from darwinlm.checkpoint import find_checkpoint
 from darwinlm.commands.run_directory import open_model, versions
-from darwinlm.config import SpeedConfig
+from darwinlm.config.evaluation import EvaluateConfig, SpeedConfig
 from darwinlm.data import TESTS, is_held_out, token_stream
 from darwinlm.device import DTYPES, resolve_device
 from darwinlm.evaluate import Quality, parameter_count, quality_over, windows_over
-from darwinlm.evaluation_config import EvaluateConfig
 from darwinlm.generation import Writing, write
 from darwinlm.harness import SUITE, Request, Score, find_tasks, requested, run_tasks
 from darwinlm.modeling import load

@@ -8,7 +8,7 @@ from pathlib import Path
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands.compress import run
 from darwinlm.commands.run_directory import Run, find_export
-from darwinlm.config import ExportConfig
+from darwinlm.config.run import ExportConfig
 from darwinlm.evaluate import parameter_count
 from darwinlm.export.card import stubbed_card
 from darwinlm.export.gguf import export_gguf

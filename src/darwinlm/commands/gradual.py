@@ -17,13 +17,13 @@ from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.commands.compress import run
 from darwinlm.commands.run_directory import GRADUAL_SETTINGS, claim, find_export
 from darwinlm.commands.train import check, train
-from darwinlm.config import RunConfig
+from darwinlm.config.run import RunConfig
+from darwinlm.config.training import GradualConfig, GradualStage, TrainConfig, steps_of
 from darwinlm.data_stream import draw_sequences
 from darwinlm.evaluate import parameter_count
 from darwinlm.families import find_grid, find_units
 from darwinlm.genome import uniform_genome
 from darwinlm.progress import say
-from darwinlm.train_config import GradualConfig, GradualStage, TrainConfig, steps_of
 from darwinlm.trainer import FINISHED
 
 LEFT = ("cache", "dense")  # by a command that was refused: the next one takes it

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from darwinlm import modeling
 from darwinlm.artifact import read_json, sweep, write_json, write_text
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
-from darwinlm.config import RunConfig, read_config
+from darwinlm.config.run import RunConfig, read_config
 from darwinlm.genome import Grid
 from darwinlm.types import DarwinError, Genome, SearchResult, UsageError
 

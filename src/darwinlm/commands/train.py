@@ -22,7 +22,8 @@ from darwinlm import parallel
 from darwinlm.artifact import read_json, write_json
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands.run_directory import FREE, TRAIN_SETTINGS, claim, open_model, told_in_one_sentence, versions_told
-from darwinlm.config import expect
+from darwinlm.config.checks import expect
+from darwinlm.config.training import TrainConfig
 from darwinlm.data_stream import Sequences, draw_held_out, draw_sequences, tokenizer_fingerprint
 from darwinlm.device import resolve_device, resolve_dtype
 from darwinlm.distill import Target, teacher_target
@@ -33,7 +34,6 @@ from darwinlm.export.verify import Expected
 from darwinlm.modeling import block_sizes_of, family_of
 from darwinlm.progress import quiet_transformers, say
 from darwinlm.teacher_logits import CachedTeacher, TaughtSequences, TeacherLogits
-from darwinlm.train_config import TrainConfig
 from darwinlm.trainer import FINISHED, Batch, DivergedError, RecoveryTrainer, Teacher
 from darwinlm.types import DarwinError, UsageError
 

@@ -13,12 +13,12 @@ from darwinlm.budget import parameter_costs
 from darwinlm.calibrate import PANEL, SPILL_BYTES
 from darwinlm.checkpoint import skeleton
 from darwinlm.commands.plan.rates import FLOAT, BlockRates, Rates, columns, elimination_operations, solve_operations
-from darwinlm.config import CalibrationConfig, DatabaseConfig, RefitConfig, SearchConfig
+from darwinlm.config.run import CalibrationConfig, DatabaseConfig, RefitConfig, SearchConfig
+from darwinlm.config.training import GradualConfig, steps_of
 from darwinlm.device import DTYPES
 from darwinlm.families import find_grid, head_dim
 from darwinlm.genome import Grid, prunable_parameters, uniform_genome
 from darwinlm.teacher_logits import LOGIT_BYTES
-from darwinlm.train_config import GradualConfig, steps_of
 from darwinlm.types import Genome, SelectionStage, Unit
 
 

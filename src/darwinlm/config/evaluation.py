@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from darwinlm.config import CalibrationConfig, DatabaseConfig, EvaluationConfig, SearchConfig, expect, expect_at_least
+from darwinlm.config.checks import expect, expect_at_least
+from darwinlm.config.run import CalibrationConfig, DatabaseConfig, EvaluationConfig, SearchConfig
 from darwinlm.types import UsageError
 
 
@@ -104,6 +105,8 @@ METHODS = (
     "sheared-llama",
     "training-aware",
 )
+
+
 UNTRAINED = METHODS[:-2]
 
 
@@ -147,3 +150,20 @@ class CompareConfig(TasksConfig):
             )
         if not self.methods or not self.targets:
             raise UsageError("--methods and --targets: expected at least one of each, found none; give some")
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """Speed: what is timed."""
+
+    batch: int = 1
+    """Sequences at a time."""
+    prompt_tokens: int = 512
+    """Tokens in each prompt."""
+    new_tokens: int = 32
+    """Tokens written after each prompt."""
+    repeats: int = 5
+    """Turns a model; the median counts."""
+
+    def __post_init__(self) -> None:
+        expect_at_least(self, "", batch=1, prompt_tokens=1, new_tokens=1, repeats=1)

@@ -6,48 +6,17 @@ class raises `UsageError`, naming the flag.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from darwinlm.config.checks import expect, expect_at_least, expect_level, expect_named, expect_positive, expect_seed
 from darwinlm.types import MetricName, SelectionStage, Structure, UsageError
 
-
-def expect(holds: bool, flag: str, expected: str, found: object) -> None:
-    if not holds:
-        raise UsageError(f"--{flag.replace('_', '-')}: expected {expected}, found {found}; give another value")
-
-
-def expect_at_least(config: object, section: str, **lowest: int) -> None:
-    """Of the fields that are given; without a section flags are named by the field alone."""
-    for name, least in lowest.items():
-        found = getattr(config, name)
-        expect(found is None or found >= least, f"{section}.{name}".lstrip("."), f"at least {least}", found)
-
-
-def expect_positive(config: object, section: str, *names: str) -> None:
-    for name in names:
-        found = getattr(config, name)
-        expect(0 < found < math.inf, f"{section}.{name}", "more than 0", found)
-
-
-def expect_seed(seed: int) -> None:
-    """Raise `UsageError` unless every generator takes the seed."""
-    expect(0 <= seed < 2**32, "seed", "0 to 4294967295", seed)
-
-
-def expect_named(config: object, *names: str) -> None:
-    for name in names:
-        expect(bool(getattr(config, name)), name, "a name", "nothing")
-
-
-def expect_level(level: float, levels: int) -> None:
-    """A uniform level at which every unit has lost something, and not all."""
-    expected = f"a level between 0 and {levels} (--database.levels), both excluded"
-    expect(0 < level < levels, "target_level", expected, f"{level:g}")
+Stage = Literal["database", "search", "export", "report"]
+STARTS = ("sensitivity", "uniform")  # anything else is the file of an earlier genome
 
 
 @dataclass(frozen=True)
@@ -219,23 +188,6 @@ class EvaluationConfig:
         expect(all(self.prompts), "evaluation.prompts", "prompts of at least one word", list(self.prompts))
         once = all(self.texts) and len(set(self.texts)) == len(self.texts)
         expect(once, "evaluation.texts", "texts by name, each once", list(self.texts))
-
-
-@dataclass(frozen=True)
-class SpeedConfig:
-    """Speed: what is timed."""
-
-    batch: int = 1
-    """Sequences at a time."""
-    prompt_tokens: int = 512
-    """Tokens in each prompt."""
-    new_tokens: int = 32
-    """Tokens written after each prompt."""
-    repeats: int = 5
-    """Turns a model; the median counts."""
-
-    def __post_init__(self) -> None:
-        expect_at_least(self, "", batch=1, prompt_tokens=1, new_tokens=1, repeats=1)
 
 
 @dataclass(frozen=True)

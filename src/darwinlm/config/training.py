@@ -5,18 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from darwinlm.config import (
-    CalibrationConfig,
-    DatabaseConfig,
-    EvaluationConfig,
-    RefitConfig,
-    SearchConfig,
-    expect,
-    expect_at_least,
-    expect_named,
-    expect_positive,
-    expect_seed,
-)
+from darwinlm.config.checks import expect, expect_at_least, expect_named, expect_positive, expect_seed
+from darwinlm.config.run import CalibrationConfig, DatabaseConfig, EvaluationConfig, RefitConfig, SearchConfig
 
 
 @dataclass(frozen=True)
