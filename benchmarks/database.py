@@ -28,7 +28,7 @@ from darwinlm import obs
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.config.run import DatabaseConfig
 from darwinlm.curves import HeldOut
-from darwinlm.data import read_corpus
+from darwinlm.data.corpus import read_corpus
 from darwinlm.database import Database, add_unit
 from darwinlm.families import find_units
 from darwinlm.genome import level_grid, uniform_genome

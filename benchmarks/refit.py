@@ -22,7 +22,7 @@ from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.config.run import DatabaseConfig, RefitConfig
 from darwinlm.curves import HeldOut
-from darwinlm.data import read_corpus
+from darwinlm.data.corpus import read_corpus
 from darwinlm.database import Database, add_unit
 from darwinlm.genome import level_grid, uniform_genome
 from darwinlm.refit import refit, set_consumers

@@ -45,7 +45,7 @@ from darwinlm.checkpoint import find_checkpoint
 from darwinlm.commands.plan.work import plan_search
 from darwinlm.commands.run_directory import Run
 from darwinlm.config.run import RefitConfig, RunConfig, SearchConfig
-from darwinlm.data import read_corpus
+from darwinlm.data.corpus import read_corpus
 from darwinlm.database import Database
 from darwinlm.evaluate import parameter_count
 from darwinlm.families import find_grid, linear_at

@@ -29,10 +29,10 @@ from darwinlm.allocate.evolution import evolve
 from darwinlm.allocate.sensitivity import find_starts
 from darwinlm.budget import Budget
 from darwinlm.checkpoint import find_checkpoint
-from darwinlm.commands.compress import scored_text
 from darwinlm.config.run import RunConfig, SearchConfig
 from darwinlm.curves import HeldOut
-from darwinlm.data import read_corpus
+from darwinlm.data.corpus import read_corpus
+from darwinlm.data.draw import scored_text
 from darwinlm.fitness import Fitness
 from darwinlm.types import Genome
 

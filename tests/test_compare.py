@@ -22,7 +22,7 @@ from darwinlm.commands.compare import PICTURE, TABLE, compare
 from darwinlm.comparison import CELLS, DENSE, Cell, figure
 from darwinlm.config.evaluation import METHODS, CompareConfig
 from darwinlm.config.run import DatabaseConfig, SearchConfig
-from darwinlm.data import read_corpus
+from darwinlm.data.corpus import read_corpus
 from darwinlm.database import MANIFEST, Database
 from darwinlm.evaluate import parameter_count, perplexity_and_kl
 from darwinlm.genome import Grid, level_grid

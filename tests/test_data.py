@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 import tiny
-from darwinlm import data
-from darwinlm.data import HELD_OUT_SHARE, Corpus, is_held_out, read_corpus, scramble, token_stream
+from darwinlm.data import corpus
+from darwinlm.data.corpus import HELD_OUT_SHARE, Corpus, is_held_out, read_corpus, scramble, token_stream
 from darwinlm.types import UsageError
 
 
@@ -210,7 +210,7 @@ def test_texts_of_the_literature_are_their_own_test_text_joined_by_blank_lines(
         assert (asked, flag) == (part, "--data")
         return iter(["alpha", "", "beta"])
 
-    monkeypatch.setattr(data, "_read_hub", read)
+    monkeypatch.setattr(corpus, "_read_hub", read)
     tokenizer = tiny.tokenizer()
     found = token_stream(name, tokenizer, 100, lambda _: pytest.fail("all of it counts"))
     assert found.tolist() == tokenizer("alpha\n\n\n\nbeta")["input_ids"]

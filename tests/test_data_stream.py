@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import tiny
-from darwinlm import data_stream, parallel
+from darwinlm import parallel
 from darwinlm.config.training import StreamConfig
-from darwinlm.data import is_held_out
-from darwinlm.data_stream import Sequences, TokenStore, draw_held_out, draw_sequences
+from darwinlm.data import stream
+from darwinlm.data.corpus import is_held_out
+from darwinlm.data.stream import Sequences, TokenStore, draw_held_out, draw_sequences
 from darwinlm.types import DarwinError, UsageError
 
 SCORED = StreamConfig(sequence_length=32, score_column="language_score", min_score=0.9)
@@ -113,7 +114,7 @@ def test_the_seed_decides_the_order_alone(shards: Path, tmp_path: Path):
 
 def test_what_is_there_is_not_tokenised_again(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     expected = rows(draw(shards, 100, tmp_path))
-    monkeypatch.setattr(data_stream, "_pack", None)
+    monkeypatch.setattr(stream, "_pack", None)
     assert rows(draw(shards, 100, tmp_path)) == expected
     with pytest.raises(TypeError):
         draw(shards, 300, tmp_path)
@@ -123,8 +124,8 @@ def test_an_interrupted_filling_goes_on_from_its_last_part(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """What a kill leaves: whole parts, a half one, one without its record. Small parts, so that a lane has several."""
-    monkeypatch.setattr(data_stream, "FIRST_PART", 4)
-    monkeypatch.setattr(data_stream, "LARGEST_PART", 8)
+    monkeypatch.setattr(stream, "FIRST_PART", 4)
+    monkeypatch.setattr(stream, "LARGEST_PART", 8)
     expected = draw(shards, 1000, tmp_path / "whole")
     store = tmp_path / "killed" / expected.stores[0].path.name
     shutil.copytree(expected.stores[0].path, store)

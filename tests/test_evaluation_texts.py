@@ -13,7 +13,7 @@ import tiny
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands import compress
 from darwinlm.config.run import EvaluationConfig, RunConfig
-from darwinlm.data import is_held_out, read_corpus
+from darwinlm.data.corpus import is_held_out, read_corpus
 from darwinlm.evaluate import perplexity_and_kl
 from darwinlm.modeling import load
 from darwinlm.types import UsageError

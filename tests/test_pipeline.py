@@ -21,7 +21,7 @@ from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands import compress
 from darwinlm.commands.run_directory import Run
 from darwinlm.config.run import RunConfig, SearchConfig, Stage, read_config
-from darwinlm.data import read_corpus, scramble
+from darwinlm.data.corpus import read_corpus, scramble
 from darwinlm.database import Database
 from darwinlm.families import block_sizes
 from darwinlm.fitness import Fitness

@@ -21,7 +21,7 @@ import tiny
 from darwinlm.commands import compress, evaluate
 from darwinlm.commands.evaluate import evaluate_models, read_text
 from darwinlm.config.evaluation import EvaluateConfig
-from darwinlm.data import is_held_out
+from darwinlm.data.corpus import is_held_out
 from darwinlm.evaluate import quality_over, windows_over
 from darwinlm.generation import repetition, write
 from darwinlm.harness import LOCAL, SUITE, Request, Score

@@ -24,7 +24,7 @@ import trainings
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands.train import train
 from darwinlm.config.training import DistillationConfig, TrainConfig
-from darwinlm.data_stream import draw_held_out, draw_sequences
+from darwinlm.data.stream import draw_held_out, draw_sequences
 from darwinlm.evaluate import perplexity_and_kl
 from darwinlm.modeling import load
 from darwinlm.types import DarwinError, UsageError

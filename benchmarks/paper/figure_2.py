@@ -29,7 +29,7 @@ from search import Bench, even_at, mutants, open_bench
 from darwinlm.artifact import read_json_lines
 from darwinlm.checkpoint import find_checkpoint
 from darwinlm.config.run import SearchConfig
-from darwinlm.data import read_corpus
+from darwinlm.data.corpus import read_corpus
 from darwinlm.fitness import Fitness
 from darwinlm.types import Genome, SelectionStage
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from darwinlm import parallel
 from darwinlm.artifact import sweep, write_json
-from darwinlm.data_stream import Sequences, mapped
+from darwinlm.data.stream import Sequences, mapped
 from darwinlm.distill import Target, TopKTarget, teacher_target
 from darwinlm.progress import track
 

@@ -22,7 +22,7 @@ from darwinlm.commands import compress
 from darwinlm.comparison import CELLS, DENSE, HELD_OUT, Cell, markdown, print_table, read_cells, save_picture
 from darwinlm.config.evaluation import CompareConfig
 from darwinlm.config.run import RefitConfig, RunConfig
-from darwinlm.data import read_corpus
+from darwinlm.data.corpus import read_corpus
 from darwinlm.database import MANIFEST, Database
 from darwinlm.device import resolve_device, resolve_dtype
 from darwinlm.evaluate import parameter_count, perplexity_and_kl, speed

@@ -30,9 +30,10 @@ from darwinlm.commands.run_directory import (
     versions,
     versions_told,
 )
-from darwinlm.config.run import STARTS, RunConfig, SearchConfig, Stage
+from darwinlm.config.run import STARTS, RunConfig, Stage
 from darwinlm.curves import curves
-from darwinlm.data import Corpus, fingerprint, read_corpus, scramble
+from darwinlm.data.corpus import fingerprint, read_corpus
+from darwinlm.data.draw import draw_texts, draw_tokens, scored_text
 from darwinlm.database import Database, add_unit
 from darwinlm.device import DTYPES, resolve_device, resolve_dtype
 from darwinlm.evaluate import Row, evaluate, parameter_bytes, parameter_count
@@ -172,30 +173,6 @@ def _open(this: Run, config: RunConfig, until: Stage) -> _Work:
             this.abandon()
         raise
     return _Work(this, config, checkpoint, grid, even, budget, genome, earlier, tokens, texts, device, dtype, made_from)
-
-
-def draw_tokens(
-    corpus: Corpus, config: RunConfig, until: Stage = "report"
-) -> dict[str, Int[Tensor, "sequences length"]]:
-    """Disjoint tokens for each stage up to `until`. Raises `UsageError` if there is too little text."""
-    stages, wanted = config.search.stages, {"calibration": config.calibration.tokens}
-    if until != "database":
-        wanted["search"] = max(stage.fitness_tokens for stage in stages)
-        wanted["training"] = max(stage.training_tokens for stage in stages)
-    if until in ("database", "search"):
-        return corpus.draw(**wanted)
-    drawn = corpus.draw(**wanted, refit=config.refit.tokens)
-    return drawn | {"evaluation": corpus.draw_held_out(config.evaluation.tokens)}
-
-
-def scored_text(text: Int[Tensor, "sequences length"], config: SearchConfig) -> Int[Tensor, "sequences length"]:
-    """What candidates are scored on, of the text that was drawn for the search."""
-    return text if config.metric == "perplexity" else scramble(text, config.scrambled)
-
-
-def draw_texts(corpus: Corpus, config: RunConfig) -> dict[str, Int[Tensor, "_ length"]]:
-    """The further texts that models are judged on. Raises `UsageError` if one cannot be read or is too short."""
-    return {text: corpus.draw_beside(text, config.evaluation.tokens) for text in config.evaluation.texts}
 
 
 def _costs(this: Run, config: RunConfig, checkpoint: Checkpoint, grid: Grid, device: torch.device) -> Costs:

@@ -18,7 +18,7 @@ from darwinlm.artifact import write_json
 from darwinlm.checkpoint import find_checkpoint
 from darwinlm.commands.run_directory import open_model, versions
 from darwinlm.config.evaluation import EvaluateConfig, SpeedConfig
-from darwinlm.data import TESTS, is_held_out, token_stream
+from darwinlm.data.corpus import TESTS, is_held_out, token_stream
 from darwinlm.device import DTYPES, resolve_device
 from darwinlm.evaluate import Quality, parameter_count, quality_over, windows_over
 from darwinlm.generation import Writing, write

@@ -19,7 +19,7 @@ from darwinlm.commands.run_directory import GRADUAL_SETTINGS, claim, find_export
 from darwinlm.commands.train import check, train
 from darwinlm.config.run import RunConfig
 from darwinlm.config.training import GradualConfig, GradualStage, TrainConfig, steps_of
-from darwinlm.data_stream import draw_sequences
+from darwinlm.data.stream import draw_sequences
 from darwinlm.evaluate import parameter_count
 from darwinlm.families import find_grid, find_units
 from darwinlm.genome import uniform_genome

@@ -24,7 +24,7 @@ from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands.run_directory import FREE, TRAIN_SETTINGS, claim, open_model, told_in_one_sentence, versions_told
 from darwinlm.config.checks import expect
 from darwinlm.config.training import TrainConfig
-from darwinlm.data_stream import Sequences, draw_held_out, draw_sequences, tokenizer_fingerprint
+from darwinlm.data.stream import Sequences, draw_held_out, draw_sequences, tokenizer_fingerprint
 from darwinlm.device import resolve_device, resolve_dtype
 from darwinlm.distill import Target, teacher_target
 from darwinlm.evaluate import parameter_count

@@ -28,15 +28,25 @@ from transformers import PreTrainedTokenizerBase
 from darwinlm import parallel
 from darwinlm.artifact import open_tensors, read_json, sweep, write_json
 from darwinlm.config.training import StreamConfig
-from darwinlm.data import HUB, PACKAGED, is_held_out, name_and_weight, one_stream, read_documents, text_of
+from darwinlm.data.corpus import HUB, PACKAGED, is_held_out, name_and_weight, one_stream, read_documents, text_of
 from darwinlm.progress import say
 from darwinlm.types import DarwinError, UsageError
 
 LANES = 64  # of a source at most, whatever the number of processes
+
+
 FIRST_PART, LARGEST_PART = 64, 8192  # documents; each part of a lane is twice as large as the one before
+
+
 OPEN_FILES = 512  # mapped into memory at a time: Linux allows a process 65,530 maps
+
+
 LOADERS = {".jsonl": "json", ".parquet": "parquet"}
+
+
 MANIFEST = "tokens.json"
+
+
 Place = tuple[int, int, int]  # lane, part of the lane, row of the part
 
 

