@@ -22,17 +22,17 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from darwinlm import calibrate as calibration
-from darwinlm import database as store
-from darwinlm import obs
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.config.run import DatabaseConfig
 from darwinlm.curves import HeldOut
 from darwinlm.data.corpus import read_corpus
-from darwinlm.database import Database, add_unit
+from darwinlm.database import calibrate as calibration
+from darwinlm.database import eliminate
+from darwinlm.database import store as store
+from darwinlm.database.stitch import Stitcher
+from darwinlm.database.store import Database, add_unit
 from darwinlm.families import find_units
 from darwinlm.genome import level_grid, uniform_genome
-from darwinlm.surgery import Stitcher
 
 TOKENS = Path(__file__).resolve().parents[2] / "shared" / "reference" / "smollm2_calibration_tokens.npz"
 
@@ -115,8 +115,8 @@ def timed(parts: dict[str, float]) -> Iterator[None]:
     with contextlib.ExitStack() as patches:
         for owner, name, part in (
             (calibration._Gram, "__call__", "Hessians"),
-            (obs, "eliminate", "elimination"),
-            (obs, "solve_levels", "level solves"),
+            (eliminate, "eliminate", "elimination"),
+            (eliminate, "solve_levels", "level solves"),
             (store.Database, "add", "writing"),
         ):
             patches.enter_context(patch.object(owner, name, clocked(getattr(owner, name), part, parts)))

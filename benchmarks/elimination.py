@@ -30,7 +30,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from darwinlm.obs import dampen, eliminate, solve_levels
+from darwinlm.database.eliminate import dampen, eliminate, solve_levels
 from darwinlm.types import Unit
 
 CASES = ("576x1536", "1024x4096", "4096x11008", "4096x4096x128")

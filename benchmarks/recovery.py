@@ -35,12 +35,12 @@ from darwinlm.config.training import (
     TrainConfig,
     TrainingConfig,
 )
-from darwinlm.database import MANIFEST, Database
+from darwinlm.database.stitch import Stitcher, repeat_shared
+from darwinlm.database.store import MANIFEST, Database
 from darwinlm.evaluate import parameter_count
 from darwinlm.export.hf import export_hf
 from darwinlm.families import block_sizes, find_units
 from darwinlm.genome import level_grid
-from darwinlm.surgery import Stitcher, repeat_shared
 
 LOSSES = {"cross-entropy": 0.0, "distillation": 1.0, "mixed": 0.5}
 

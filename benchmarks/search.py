@@ -46,14 +46,14 @@ from darwinlm.commands.plan.work import plan_search
 from darwinlm.commands.run_directory import Run
 from darwinlm.config.run import RefitConfig, RunConfig, SearchConfig
 from darwinlm.data.corpus import read_corpus
-from darwinlm.database import Database
+from darwinlm.database.eliminate import columns_of
+from darwinlm.database.stitch import Stitcher
+from darwinlm.database.store import Database
 from darwinlm.evaluate import parameter_count
 from darwinlm.families import find_grid, linear_at
 from darwinlm.fitness import Fitness
 from darwinlm.head import Head
 from darwinlm.metric import Divergence
-from darwinlm.obs import columns_of
-from darwinlm.surgery import Stitcher
 from darwinlm.tuning import Tuner, rounded
 from darwinlm.types import Genome, SelectionStage
 

@@ -25,12 +25,12 @@ from darwinlm.allocate.shortgpt import block_influence
 from darwinlm.artifact import read_json_lines
 from darwinlm.budget import Budget, parameter_costs
 from darwinlm.config.run import SearchConfig
-from darwinlm.database import Database
+from darwinlm.database.stitch import Stitcher
+from darwinlm.database.store import Database
 from darwinlm.evaluate import parameter_count
 from darwinlm.families import FAMILIES, find_units
 from darwinlm.fitness import Fitness
 from darwinlm.genome import ceilings, level_grid, uniform_genome
-from darwinlm.surgery import Stitcher
 from darwinlm.types import Genome, SelectionStage, UsageError
 from pruned import prune, token_ids
 

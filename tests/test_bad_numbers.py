@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 import pruned
 import tiny
-from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.config.run import DatabaseConfig
-from darwinlm.database import Database, add_unit
+from darwinlm.database.calibrate import calibrate
+from darwinlm.database.store import Database, add_unit
 from darwinlm.genome import level_grid
 from darwinlm.types import DarwinError
 

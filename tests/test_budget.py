@@ -24,10 +24,10 @@ from darwinlm.budget import Budget, Costs, Target, amount_of, cache_costs, flop_
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands import compress
 from darwinlm.config.run import DatabaseConfig, RunConfig
+from darwinlm.database.stitch import repeat_shared
 from darwinlm.evaluate import parameter_count
 from darwinlm.genome import Grid, level_grid, uniform_genome
 from darwinlm.progress import console
-from darwinlm.surgery import repeat_shared
 from darwinlm.types import Genome, Structure, Unit, UsageError
 from pruned import Pruned, prune, token_ids
 from test_genome import units

@@ -23,12 +23,12 @@ from darwinlm.comparison import CELLS, DENSE, Cell, figure
 from darwinlm.config.evaluation import METHODS, CompareConfig
 from darwinlm.config.run import DatabaseConfig, SearchConfig
 from darwinlm.data.corpus import read_corpus
-from darwinlm.database import MANIFEST, Database
+from darwinlm.database.stitch import Stitcher, repeat_shared
+from darwinlm.database.store import MANIFEST, Database
 from darwinlm.evaluate import parameter_count, perplexity_and_kl
 from darwinlm.genome import Grid, level_grid
 from darwinlm.harness import LOCAL, Request, run_tasks
 from darwinlm.modeling import load
-from darwinlm.surgery import Stitcher, repeat_shared
 from darwinlm.types import DarwinError, Genome, SelectionStage, UsageError
 
 TARGETS = (0.2, 0.9)

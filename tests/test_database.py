@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from darwinlm import obs
 from darwinlm.config.run import DatabaseConfig
-from darwinlm.database import Database, add_unit
+from darwinlm.database import eliminate
+from darwinlm.database.store import Database, add_unit
 from darwinlm.genome import level_grid
 from darwinlm.types import DarwinError, Unit, UnitStatistics, UsageError
 
@@ -36,9 +36,9 @@ def test_levels_read_back_equal_those_that_were_solved(tmp_path: Path) -> None:
     database = Database(tmp_path, GRID, MADE_FROM)
     for index, unit in enumerate(UNITS):
         given = statistics(unit)
-        hessian = obs.dampen(given.hessian)
-        elimination = obs.eliminate(unit, given.weight, hessian)
-        solved = obs.solve_levels(unit, given.weight, hessian, elimination, GRID.removed[index])
+        hessian = eliminate.dampen(given.hessian)
+        elimination = eliminate.eliminate(unit, given.weight, hessian)
+        solved = eliminate.solve_levels(unit, given.weight, hessian, elimination, GRID.removed[index])
         assert [level.level for level in solved] == [1, 2, 3]
         for expected in solved:
             found = database.level(index, expected.level)

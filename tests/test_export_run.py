@@ -15,9 +15,9 @@ from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands import compress
 from darwinlm.commands.run_directory import Run, load
 from darwinlm.config.run import RunConfig
-from darwinlm.database import Database
+from darwinlm.database.stitch import Stitcher
+from darwinlm.database.store import Database
 from darwinlm.genome import level_grid
-from darwinlm.surgery import Stitcher
 from refusals import only_sentence
 
 TOKEN_IDS = torch.arange(20, 52)[None]

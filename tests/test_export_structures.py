@@ -9,10 +9,10 @@ import torch
 
 import pruned
 import tiny
+from darwinlm.database.stitch import repeat_shared
 from darwinlm.export.hf import export_hf
 from darwinlm.families import block_sizes
 from darwinlm.modeling import block_sizes_of, load
-from darwinlm.surgery import repeat_shared
 from darwinlm.types import Structure
 
 

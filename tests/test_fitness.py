@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import tiny
 from darwinlm import parallel, tuning
 from darwinlm.config.run import SearchConfig
+from darwinlm.database.stitch import Stitcher
 from darwinlm.fitness import Fitness
 from darwinlm.head import Head
 from darwinlm.metric import Divergence
 from darwinlm.metric import metric as make_metric
-from darwinlm.surgery import Stitcher
 from darwinlm.tuning import Tuner, _training, rounded
 from darwinlm.types import Genome, MetricName, SelectionStage
 from pruned import CPU, prune, token_ids, zero_masked

@@ -19,7 +19,7 @@ import runs
 from darwinlm.artifact import read_json
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.config.run import SearchConfig
-from darwinlm.database import Database
+from darwinlm.database.store import Database
 from darwinlm.genome import level_grid
 from darwinlm.types import SelectionStage
 

@@ -22,12 +22,12 @@ from darwinlm.commands import compress
 from darwinlm.commands.run_directory import Run
 from darwinlm.config.run import RunConfig, SearchConfig, Stage, read_config
 from darwinlm.data.corpus import read_corpus, scramble
-from darwinlm.database import Database
+from darwinlm.database.stitch import Stitcher
+from darwinlm.database.store import Database
 from darwinlm.families import block_sizes
 from darwinlm.fitness import Fitness
 from darwinlm.genome import Grid, level_grid, prunable_parameters
 from darwinlm.refit import set_consumers
-from darwinlm.surgery import Stitcher
 from darwinlm.types import DarwinError, MetricName, SelectionStage
 
 VERIFIED = "llama-gqa"  # its export is proved in a fresh process, which takes seconds

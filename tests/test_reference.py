@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from darwinlm import obs
-from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import find_checkpoint
+from darwinlm.database import eliminate
+from darwinlm.database.calibrate import calibrate
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
 pytestmark = [
@@ -34,8 +34,8 @@ def test_same_structures_are_removed_as_by_the_published_implementation(smollm2:
         if unit.kind == "attention":  # the published structures are single query heads
             unit = replace(unit, structures=9, structure_width=64)
         # Published Hessians are sums over 64 sequences, ours means over tokens; published errors are halved.
-        hessian = obs.dampen(statistics.hessian * statistics.tokens / len(tokens), 0.01)
-        found = obs.eliminate(unit, statistics.weight, hessian)
+        hessian = eliminate.dampen(statistics.hessian * statistics.tokens / len(tokens), 0.01)
+        found = eliminate.eliminate(unit, statistics.weight, hessian)
         for removed in published["removed"][unit.consumer]:
             assert sorted(found.order[: len(removed)].tolist()) == removed, f"{unit.name} at {len(removed)} removed"
         for count, error in published["errors"][unit.consumer][1:]:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from darwinlm import refit as module
 from darwinlm.config.run import RefitConfig
+from darwinlm.database.stitch import Stitcher
 from darwinlm.families import linear_at
 from darwinlm.refit import refit, set_consumers
-from darwinlm.surgery import Stitcher
 from darwinlm.types import DarwinError, Genome
 from pruned import prune, token_ids
 

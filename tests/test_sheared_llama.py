@@ -19,12 +19,12 @@ from darwinlm.allocate.problem import Problem, mask_tokens
 from darwinlm.allocate.sheared_llama import HardConcrete, learn_masks, nearest_genome, sheared_llama
 from darwinlm.budget import Budget, parameter_costs
 from darwinlm.config.run import SearchConfig
-from darwinlm.database import Database
+from darwinlm.database.stitch import Stitcher
+from darwinlm.database.store import Database
 from darwinlm.evaluate import parameter_count
 from darwinlm.families import FAMILIES, find_units, linear_at
 from darwinlm.fitness import Fitness
 from darwinlm.genome import ceilings, level_grid
-from darwinlm.surgery import Stitcher
 from darwinlm.types import DarwinError
 from test_allocators import written_by
 

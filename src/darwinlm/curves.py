@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from darwinlm.artifact import read_json, write_json
+from darwinlm.database.stitch import Stitcher
 from darwinlm.fitness import BATCH_TOKENS
 from darwinlm.head import Head
 from darwinlm.metric import Divergence
 from darwinlm.progress import track
-from darwinlm.surgery import Stitcher
 from darwinlm.types import Curve, Generation
 
 POINTS = 8  # of a curve, at most

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from darwinlm import parallel
 from darwinlm.config.run import SearchConfig
+from darwinlm.database.stitch import Stitcher
 from darwinlm.head import Head
 from darwinlm.metric import Metric, metric
-from darwinlm.surgery import Stitcher
 from darwinlm.tuning import Tuner, rounded
 from darwinlm.types import Genome, SelectionStage
 

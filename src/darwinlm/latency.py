@@ -18,12 +18,12 @@ from darwinlm.artifact import read_json, write_json
 from darwinlm.budget import Costs
 from darwinlm.checkpoint import Checkpoint
 from darwinlm.config.run import LatencyConfig
-from darwinlm.database import Database
+from darwinlm.database.eliminate import columns_of
+from darwinlm.database.stitch import Stitcher, repeat_shared
+from darwinlm.database.store import Database
 from darwinlm.families import linear_at
 from darwinlm.genome import Grid
-from darwinlm.obs import columns_of
 from darwinlm.progress import track
-from darwinlm.surgery import Stitcher, repeat_shared
 from darwinlm.types import Genome, Level, Unit, UsageError
 
 NANO = 1e9

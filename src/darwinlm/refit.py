@@ -24,11 +24,11 @@ from transformers import PreTrainedModel
 from darwinlm.adamw import set_state, state_of
 from darwinlm.artifact import open_tensors
 from darwinlm.config.run import RefitConfig
+from darwinlm.database.stitch import Stitcher
 from darwinlm.families import linear_at
 from darwinlm.head import Head
 from darwinlm.progress import say, track
 from darwinlm.slopes import Distance
-from darwinlm.surgery import Stitcher
 from darwinlm.types import DarwinError, Genome
 
 SAVE_SECONDS = 60.0  # the most work that a kill costs, as a rule

@@ -11,7 +11,7 @@ from random import Random
 
 from darwinlm.allocate.problem import Problem
 from darwinlm.allocate.sensitivity import least_sensitive
-from darwinlm.database import Database
+from darwinlm.database.store import Database
 from darwinlm.progress import track
 from darwinlm.types import Genome, SelectionStage
 

@@ -23,7 +23,8 @@ from darwinlm.comparison import CELLS, DENSE, HELD_OUT, Cell, markdown, print_ta
 from darwinlm.config.evaluation import CompareConfig
 from darwinlm.config.run import RefitConfig, RunConfig
 from darwinlm.data.corpus import read_corpus
-from darwinlm.database import MANIFEST, Database
+from darwinlm.database.stitch import Stitcher
+from darwinlm.database.store import MANIFEST, Database
 from darwinlm.device import resolve_device, resolve_dtype
 from darwinlm.evaluate import parameter_count, perplexity_and_kl, speed
 from darwinlm.families import find_grid
@@ -32,7 +33,6 @@ from darwinlm.genome import Grid
 from darwinlm.harness import SUITE, Request, questions, requested, run_tasks
 from darwinlm.progress import say
 from darwinlm.stopwatch import Stopwatch
-from darwinlm.surgery import Stitcher
 from darwinlm.types import DarwinError, Genome, UsageError
 
 QUESTIONS, TABLE, PICTURE = "questions.json", "comparison.md", "comparison.png"

@@ -19,7 +19,6 @@ from darwinlm.allocate.sensitivity import find_starts
 from darwinlm.allocate.uniform import fullest, uniform
 from darwinlm.artifact import write_text
 from darwinlm.budget import Budget, Costs, Target, amount_of, cache_costs, flop_costs, parameter_costs
-from darwinlm.calibrate import calibrate
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.commands.run_directory import (
     SETTINGS,
@@ -34,7 +33,9 @@ from darwinlm.config.run import STARTS, RunConfig, Stage
 from darwinlm.curves import curves
 from darwinlm.data.corpus import fingerprint, read_corpus
 from darwinlm.data.draw import draw_texts, draw_tokens, scored_text
-from darwinlm.database import Database, add_unit
+from darwinlm.database.calibrate import calibrate
+from darwinlm.database.stitch import Stitcher, repeat_shared
+from darwinlm.database.store import Database, add_unit
 from darwinlm.device import DTYPES, resolve_device, resolve_dtype
 from darwinlm.evaluate import Row, evaluate, parameter_bytes, parameter_count
 from darwinlm.export.card import model_card
@@ -49,7 +50,6 @@ from darwinlm.metric import label
 from darwinlm.modeling import family_of, load, pruned_config
 from darwinlm.progress import say, track
 from darwinlm.refit import refit, set_consumers
-from darwinlm.surgery import Stitcher, repeat_shared
 from darwinlm.types import Curve, DarwinError, Genome, SearchResult
 
 

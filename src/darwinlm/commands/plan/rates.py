@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PretrainedConfig
 
-from darwinlm import obs
 from darwinlm.checkpoint import WEIGHTS, is_finite, skeleton
+from darwinlm.database import eliminate
 from darwinlm.families import find_family
 from darwinlm.genome import Grid, level_grid
 from darwinlm.types import Unit
@@ -84,11 +84,11 @@ def measure_rates(dtype: torch.dtype = torch.float32, size: int = 3072) -> Rates
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(d_out, size, generator=generator)
     inputs = torch.randn(2 * size, size, generator=generator)
-    hessian = obs.dampen(inputs.T @ inputs / size)
+    hessian = eliminate.dampen(inputs.T @ inputs / size)
     start = time.perf_counter()
-    elimination = obs.eliminate(unit, weight, hessian)
+    elimination = eliminate.eliminate(unit, weight, hessian)
     swept = time.perf_counter() - start - elimination_operations(unit, d_out) / products
-    solving = _seconds(lambda: obs.solve_levels(unit, weight, hessian, elimination, grid.removed[0]))
+    solving = _seconds(lambda: eliminate.solve_levels(unit, weight, hessian, elimination, grid.removed[0]))
     return Rates(
         products=products,
         forward=forward,

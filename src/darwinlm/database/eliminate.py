@@ -16,7 +16,11 @@ from torch import Tensor
 from darwinlm.types import DarwinError, Elimination, Level, Unit
 
 QUEUE = 128  # channels removed between two matrix products
+
+
 PANEL = 512  # rows of a symmetric matrix that are updated together
+
+
 EXTRA_DAMPING = (0.1, 1.0, 10.0)  # tried in turn on a Hessian that is not positive definite
 
 

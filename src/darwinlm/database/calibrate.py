@@ -23,6 +23,8 @@ from darwinlm.families import linear_at
 from darwinlm.types import DarwinError, Unit, UnitStatistics
 
 PANEL = 512  # rows of a Hessian that are summed together
+
+
 SPILL_BYTES = 4 << 30  # activations beyond this size wait in a file
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from darwinlm.database import Database
+from darwinlm.database.store import Database
 from darwinlm.families import Family, head_dim, key_value_heads, linear_at
 from darwinlm.types import Genome, Level, Producer, Unit
 

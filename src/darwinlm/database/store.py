@@ -16,9 +16,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from darwinlm import obs, parallel
+from darwinlm import parallel
 from darwinlm.artifact import read_json, write_json
 from darwinlm.config.run import DatabaseConfig
+from darwinlm.database import eliminate
 from darwinlm.genome import Grid
 from darwinlm.types import DarwinError, Elimination, Level, UnitStatistics, UsageError
 
@@ -120,7 +121,7 @@ def add_unit(database: Database, statistics: UnitStatistics, config: DatabaseCon
     """Eliminate one unit's structures and write its levels: the step from calibration to database (section 3.1)."""
     unit = statistics.unit
     index = database.grid.units.index(unit)
-    hessian = obs.dampen(statistics.hessian, config.damping)
-    elimination = obs.eliminate(unit, statistics.weight, hessian)
-    levels = obs.solve_levels(unit, statistics.weight, hessian, elimination, database.grid.removed[index])
+    hessian = eliminate.dampen(statistics.hessian, config.damping)
+    elimination = eliminate.eliminate(unit, statistics.weight, hessian)
+    levels = eliminate.solve_levels(unit, statistics.weight, hessian, elimination, database.grid.removed[index])
     database.add(elimination, levels, dtype)
