@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from darwinlm.database import eliminate
+from darwinlm.database import eliminate as module
 from darwinlm.database.eliminate import dampen, eliminate, solve_levels
 from darwinlm.types import DarwinError, Unit
 
@@ -76,7 +76,7 @@ def test_elimination_is_that_of_the_naive_loop(structures, width, d_out, queue, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_elimination_at_size(structures, width, dtype, panel, monkeypatch):
     """Whatever the panels in which only half of the symmetric matrices is kept, and in both precisions."""
-    monkeypatch.setattr(eliminate, "PANEL", panel)
+    monkeypatch.setattr(module, "PANEL", panel)
     W, _, H = make_problem(48, structures * width, 2 * structures * width, dtype=dtype)
     H = dampen(H)
     order, errors, _ = naive_order(W, H, width)

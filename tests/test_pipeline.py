@@ -108,7 +108,7 @@ def test_candidates_are_scored_on_text_whose_ends_are_scrambled(
     config = runs.short(checkpoints["llama-gqa"], text, tmp_path / "run", search=settings, dtype="float32")
     run = compress.run(config, until="search")
     checkpoint, grid = Checkpoint(Path(config.model)), _grid(run)
-    drawn = compress.draw_tokens(read_corpus(config.data, checkpoint.tokenizer, 32, config.seed), config)
+    drawn = draw_tokens(read_corpus(config.data, checkpoint.tokenizer, 32, config.seed), config)
     database = Database(run.database, grid, read_json(run.database / "database.json")["made_from"])
     stitcher = Stitcher(checkpoint.load(torch.float32, torch.device("cpu")), checkpoint.family, database)
     scores = {
@@ -130,14 +130,14 @@ def test_a_command_needs_no_text_for_later_stages(checkpoints: dict[str, Path], 
         half.write_text("\n".join(lines))
     config = runs.short(checkpoints["llama-gqa"], text, tmp_path / "run")
     corpus = read_corpus(f"{halves[0]}=2,{halves[1]}", tiny.tokenizer(), 32, seed=0)
-    whole = compress.draw_tokens(corpus, config)
+    whole = draw_tokens(corpus, config)
     assert whole.keys() == {"calibration", "search", "training", "refit", "evaluation"}
     expected: dict[Stage, list[str]] = {
         "database": ["calibration"],
         "search": ["calibration", "search", "training"],
     }
     for until, purposes in expected.items():
-        drawn = compress.draw_tokens(corpus, config, until)
+        drawn = draw_tokens(corpus, config, until)
         assert list(drawn) == purposes
         assert all(torch.equal(drawn[purpose], whole[purpose]) for purpose in purposes)
 

@@ -18,11 +18,12 @@ from darwinlm.allocate.uniform import uniform
 from darwinlm.artifact import locked_directory, read_json, write_json, write_text
 from darwinlm.budget import Budget, Costs, parameter_costs
 from darwinlm.checkpoint import find_checkpoint
-from darwinlm.commands import compress
+from darwinlm.commands.compress import run as prune
 from darwinlm.comparison import CELLS, DENSE, HELD_OUT, Cell, markdown, print_table, read_cells, save_picture
 from darwinlm.config.evaluation import CompareConfig
 from darwinlm.config.run import RefitConfig, RunConfig
 from darwinlm.data.corpus import read_corpus
+from darwinlm.data.draw import draw_texts, draw_tokens, scored_text
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import MANIFEST, Database
 from darwinlm.device import resolve_device, resolve_dtype
@@ -81,7 +82,7 @@ def compare(config: CompareConfig) -> list[Cell]:
     )  # fmt: skip
     with locked_directory(out):
         requests, asked = _requests(config)
-        compress.run(run, until="database")
+        prune(run, until="database")
         if asked:
             write_json(out / QUESTIONS, asked)
         bench = _open(config, run)
@@ -161,7 +162,7 @@ def _open(config: CompareConfig, run: RunConfig) -> _Bench:
     checkpoint = find_checkpoint(config.model, path)
     grid = find_grid(checkpoint.skeleton(), checkpoint.config, config.database)
     corpus = read_corpus(config.data, checkpoint.tokenizer, config.calibration.sequence_length, config.seed)
-    tokens, texts = compress.draw_tokens(corpus, run), compress.draw_texts(corpus, run)
+    tokens, texts = draw_tokens(corpus, run), draw_texts(corpus, run)
     manifest = read_json(path / "database" / MANIFEST, "made_from")
     database = Database(path / "database", grid, manifest["made_from"])
     precisions = (resolve_dtype(config.dtype, device), checkpoint.dtype)
@@ -186,7 +187,7 @@ def _find(bench: _Bench, method: str, target: float, run: RunConfig) -> Cell:
         return _measure(bench, method, target, bench.grid.dense(), 0.0)
     # Each method pays for its own scores: nothing of another's is reused.
     text, calibration = bench.tokens["search"], bench.tokens["calibration"]
-    scored = compress.scored_text(text, config.search) if method in OURS else text
+    scored = scored_text(text, config.search) if method in OURS else text
     fitness = Fitness(bench.stitcher, scored, bench.tokens["training"], config.search)
     state = Path(config.out) / "state" / f"{method}-{target:g}"
     try:
