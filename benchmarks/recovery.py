@@ -37,7 +37,7 @@ from darwinlm.config.training import (
 )
 from darwinlm.database.stitch import Stitcher, repeat_shared
 from darwinlm.database.store import MANIFEST, Database
-from darwinlm.evaluate import parameter_count
+from darwinlm.evaluation.quality import parameter_count
 from darwinlm.export.hf import export_hf
 from darwinlm.families import block_sizes, find_units
 from darwinlm.genome import level_grid

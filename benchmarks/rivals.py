@@ -36,7 +36,7 @@ from darwinlm import load, tables
 from darwinlm.checkpoint import find_checkpoint
 from darwinlm.commands.run_directory import Run
 from darwinlm.data.corpus import read_corpus
-from darwinlm.evaluate import parameter_count, perplexity_and_kl
+from darwinlm.evaluation.quality import parameter_count, perplexity_and_kl
 
 PACKAGES = ("torch_pruning==1.6.1", "optipfair==0.4.2", "click")
 BISECTIONS = 10

@@ -49,7 +49,7 @@ from darwinlm.data.corpus import read_corpus
 from darwinlm.database.eliminate import columns_of
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import Database
-from darwinlm.evaluate import parameter_count
+from darwinlm.evaluation.quality import parameter_count
 from darwinlm.families import find_grid, linear_at
 from darwinlm.fitness import Fitness
 from darwinlm.head import Head

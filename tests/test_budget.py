@@ -25,7 +25,7 @@ from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands import compress
 from darwinlm.config.run import DatabaseConfig, RunConfig
 from darwinlm.database.stitch import repeat_shared
-from darwinlm.evaluate import parameter_count
+from darwinlm.evaluation.quality import parameter_count
 from darwinlm.genome import Grid, level_grid, uniform_genome
 from darwinlm.progress import console
 from darwinlm.types import Genome, Structure, Unit, UsageError

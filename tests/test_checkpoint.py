@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from darwinlm.checkpoint import Checkpoint, find_checkpoint
-from darwinlm.evaluate import parameter_count
+from darwinlm.evaluation.quality import parameter_count
 from darwinlm.types import DarwinError, UsageError
 
 CPU = torch.device("cpu")

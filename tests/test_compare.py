@@ -25,9 +25,10 @@ from darwinlm.config.run import DatabaseConfig, SearchConfig
 from darwinlm.data.corpus import read_corpus
 from darwinlm.database.stitch import Stitcher, repeat_shared
 from darwinlm.database.store import MANIFEST, Database
-from darwinlm.evaluate import parameter_count, perplexity_and_kl
+from darwinlm.evaluation.local_tasks import LOCAL
+from darwinlm.evaluation.quality import parameter_count, perplexity_and_kl
+from darwinlm.evaluation.tasks import Request, run_tasks
 from darwinlm.genome import Grid, level_grid
-from darwinlm.harness import LOCAL, Request, run_tasks
 from darwinlm.modeling import load
 from darwinlm.types import DarwinError, Genome, SelectionStage, UsageError
 

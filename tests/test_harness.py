@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 import tiny
 from darwinlm.config.evaluation import TasksConfig
-from darwinlm.harness import LOCAL, SUITE, Request, Score, local_tasks, questions, run_tasks
+from darwinlm.evaluation.local_tasks import LOCAL, local_tasks
+from darwinlm.evaluation.tasks import SUITE, Request, Score, questions, run_tasks
 from darwinlm.types import DarwinError, UsageError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "eval"

@@ -22,6 +22,7 @@ from darwinlm.commands import compress
 from darwinlm.commands.run_directory import Run
 from darwinlm.config.run import RunConfig, SearchConfig, Stage, read_config
 from darwinlm.data.corpus import read_corpus, scramble
+from darwinlm.data.draw import draw_tokens
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import Database
 from darwinlm.families import block_sizes

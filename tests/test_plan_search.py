@@ -16,7 +16,7 @@ from darwinlm.allocate.sensitivity import find_starts
 from darwinlm.budget import Budget, parameter_costs
 from darwinlm.commands.plan.work import SearchPlan, plan_search
 from darwinlm.config.run import RefitConfig, SearchConfig
-from darwinlm.evaluate import parameter_count
+from darwinlm.evaluation.quality import parameter_count
 from darwinlm.fitness import Fitness
 from darwinlm.genome import ceilings, uniform_genome
 from darwinlm.types import Genome, SelectionStage

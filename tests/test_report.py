@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.image import imread
 from matplotlib.patches import Rectangle, StepPatch
 
-from darwinlm.evaluate import Row
+from darwinlm.evaluation.rows import Row
 from darwinlm.genome import Grid, level_grid
 from darwinlm.report import _levels_figure, _search_figure, print_table, write_report
 from darwinlm.types import Generation, Genome, Unit

@@ -22,9 +22,10 @@ from darwinlm.commands import compress, evaluate
 from darwinlm.commands.evaluate import evaluate_models, read_text
 from darwinlm.config.evaluation import EvaluateConfig
 from darwinlm.data.corpus import is_held_out
-from darwinlm.evaluate import quality_over, windows_over
-from darwinlm.generation import repetition, write
-from darwinlm.harness import LOCAL, SUITE, Request, Score
+from darwinlm.evaluation.generation import repetition, write
+from darwinlm.evaluation.local_tasks import LOCAL
+from darwinlm.evaluation.quality import quality_over, windows_over
+from darwinlm.evaluation.tasks import SUITE, Request, Score
 from darwinlm.modeling import load
 from darwinlm.types import UsageError
 

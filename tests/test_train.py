@@ -25,7 +25,7 @@ from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands.train import train
 from darwinlm.config.training import DistillationConfig, TrainConfig
 from darwinlm.data.stream import draw_held_out, draw_sequences
-from darwinlm.evaluate import perplexity_and_kl
+from darwinlm.evaluation.quality import perplexity_and_kl
 from darwinlm.modeling import load
 from darwinlm.types import DarwinError, UsageError
 

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 
 from darwinlm import tables
 from darwinlm.artifact import read_json_lines
-from darwinlm.evaluate import Quality
-from darwinlm.harness import Score
+from darwinlm.evaluation.quality import Quality
+from darwinlm.evaluation.tasks import Score
 from darwinlm.report import save_figure
 
 DENSE = "dense"

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from darwinlm import tables
 from darwinlm.artifact import write_json, write_text
-from darwinlm.evaluate import Row
+from darwinlm.evaluation.rows import Row
 from darwinlm.genome import Grid, prunable_parameters
 from darwinlm.types import KINDS, Curve, Generation, Genome, Kind
 

@@ -27,7 +27,7 @@ from transformers import (
 from darwinlm.artifact import write_json, write_text
 from darwinlm.config.training import DistillationConfig
 from darwinlm.distill import Losses, Target, chunked_loss, hidden_for_logits
-from darwinlm.evaluate import perplexity_of
+from darwinlm.evaluation.quality import perplexity_of
 from darwinlm.progress import say
 from darwinlm.types import DarwinError
 

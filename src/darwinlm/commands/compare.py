@@ -27,11 +27,12 @@ from darwinlm.data.draw import draw_texts, draw_tokens, scored_text
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import MANIFEST, Database
 from darwinlm.device import resolve_device, resolve_dtype
-from darwinlm.evaluate import parameter_count, perplexity_and_kl, speed
+from darwinlm.evaluation.quality import parameter_count, perplexity_and_kl
+from darwinlm.evaluation.speed import speed
+from darwinlm.evaluation.tasks import SUITE, Request, questions, requested, run_tasks
 from darwinlm.families import find_grid
 from darwinlm.fitness import Fitness
 from darwinlm.genome import Grid
-from darwinlm.harness import SUITE, Request, questions, requested, run_tasks
 from darwinlm.progress import say
 from darwinlm.stopwatch import Stopwatch
 from darwinlm.types import DarwinError, Genome, UsageError

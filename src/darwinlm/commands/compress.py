@@ -37,7 +37,8 @@ from darwinlm.database.calibrate import calibrate
 from darwinlm.database.stitch import Stitcher, repeat_shared
 from darwinlm.database.store import Database, add_unit
 from darwinlm.device import DTYPES, resolve_device, resolve_dtype
-from darwinlm.evaluate import Row, evaluate, parameter_bytes, parameter_count
+from darwinlm.evaluation.quality import parameter_bytes, parameter_count
+from darwinlm.evaluation.rows import Row, evaluate
 from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected, verify_export

@@ -20,12 +20,12 @@ from darwinlm.commands.run_directory import open_model, versions
 from darwinlm.config.evaluation import EvaluateConfig, SpeedConfig
 from darwinlm.data.corpus import TESTS, is_held_out, token_stream
 from darwinlm.device import DTYPES, resolve_device
-from darwinlm.evaluate import Quality, parameter_count, quality_over, windows_over
-from darwinlm.generation import Writing, write
-from darwinlm.harness import SUITE, Request, Score, find_tasks, requested, run_tasks
+from darwinlm.evaluation.generation import Writing, write
+from darwinlm.evaluation.quality import Quality, parameter_count, quality_over, windows_over
+from darwinlm.evaluation.speed import count, measure
+from darwinlm.evaluation.tasks import SUITE, Request, Score, find_tasks, requested, run_tasks
 from darwinlm.modeling import load
 from darwinlm.progress import say
-from darwinlm.speed import count, measure
 from darwinlm.types import DarwinError, UsageError
 
 DENSE = "dense"

@@ -9,7 +9,7 @@ from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands.compress import run
 from darwinlm.commands.run_directory import Run, find_export
 from darwinlm.config.run import ExportConfig
-from darwinlm.evaluate import parameter_count
+from darwinlm.evaluation.quality import parameter_count
 from darwinlm.export.card import stubbed_card
 from darwinlm.export.gguf import export_gguf
 from darwinlm.export.hf import export_hf

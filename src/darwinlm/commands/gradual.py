@@ -20,7 +20,7 @@ from darwinlm.commands.train import check, train
 from darwinlm.config.run import RunConfig
 from darwinlm.config.training import GradualConfig, GradualStage, TrainConfig, steps_of
 from darwinlm.data.stream import draw_sequences
-from darwinlm.evaluate import parameter_count
+from darwinlm.evaluation.quality import parameter_count
 from darwinlm.families import find_grid, find_units
 from darwinlm.genome import uniform_genome
 from darwinlm.progress import say

@@ -27,7 +27,7 @@ from darwinlm.config.training import TrainConfig
 from darwinlm.data.stream import Sequences, draw_held_out, draw_sequences, tokenizer_fingerprint
 from darwinlm.device import resolve_device, resolve_dtype
 from darwinlm.distill import Target, teacher_target
-from darwinlm.evaluate import parameter_count
+from darwinlm.evaluation.quality import parameter_count
 from darwinlm.export.card import trained_card
 from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from jaxtyping import Int
+from torch import Tensor
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from darwinlm.evaluate import final_logits, greedy, hidden_states
+from darwinlm.evaluation.quality import evaluation_mode, final_logits, hidden_states
 from darwinlm.progress import track
 from darwinlm.types import UsageError
 
@@ -70,3 +72,54 @@ def repetition(tokens: Sequence[int]) -> float:
     """Share of the 4-grams that have been there before: `1 - distinct / all`."""
     ngrams = [tuple(tokens[start : start + NGRAM]) for start in range(len(tokens) - NGRAM + 1)]
     return 1 - len(set(ngrams)) / len(ngrams)
+
+
+@torch.inference_mode()
+def continuations(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int
+) -> tuple[str, ...]:
+    """Each prompt with at most `new_tokens` more tokens, the likeliest at every step.
+
+    Plain greedy decoding: what a checkpoint's generation config says of sampling or repetition penalties does not
+    count, but its end-of-text tokens do. Prompt and continuation are decoded together, because a tokenizer may drop the
+    space between two texts that it decodes apart.
+
+    Raises:
+        UsageError: if a prompt has no tokens.
+    """
+    result: list[str] = []
+    with evaluation_mode([model]):
+        for prompt in prompts:
+            ids: list[int] = tokenizer(prompt)["input_ids"]
+            if not ids:
+                raise UsageError("evaluation.prompts holds an empty prompt; give it a word, or leave it out")
+            result.append(str(tokenizer.decode(ids + greedy(model, ids, new_tokens), skip_special_tokens=True)))
+    return tuple(result)
+
+
+def greedy(model: PreTrainedModel, prompt: list[int], new_tokens: int) -> list[int]:
+    """At most `new_tokens` tokens after a prompt, the likeliest at every step, up to an end-of-text token."""
+    ends = _end_tokens(model)
+    result: list[int] = []
+    token, cache = torch.tensor([prompt], device=model.device), None
+    while len(result) < new_tokens:
+        token, cache = next_token(model, token, cache)
+        result.append(int(token.item()))
+        if result[-1] in ends:
+            break
+    return result
+
+
+def _end_tokens(model: PreTrainedModel) -> set[int]:
+    ends = (model.generation_config or model.config).eos_token_id
+    if ends is None:
+        return set()
+    return {ends} if isinstance(ends, int) else set(ends)
+
+
+def next_token(
+    model: PreTrainedModel, token_ids: Int[Tensor, "1 length"], cache: Cache | None = None
+) -> tuple[Int[Tensor, "1 1"], Cache]:
+    """The likeliest token after `token_ids`, and the cache that now holds them."""
+    output = model(input_ids=token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return output.logits[:, -1:].argmax(dim=-1), output.past_key_values

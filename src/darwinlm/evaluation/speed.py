@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from darwinlm.config.evaluation import SpeedConfig
-from darwinlm.evaluate import parameter_bytes
+from darwinlm.config.run import EvaluationConfig
+from darwinlm.evaluation.generation import next_token
+from darwinlm.evaluation.quality import evaluation_mode, parameter_bytes
 from darwinlm.families import head_dim
 from darwinlm.modeling import block_sizes_of
 from darwinlm.progress import track
@@ -100,6 +103,7 @@ def _next(model: PreTrainedModel, token_ids: Tensor, cache: Cache | None) -> tup
 
 
 def _now(model: PreTrainedModel) -> float:
+    """Seconds, once the model's device has done all it was given."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return perf_counter()
@@ -159,3 +163,59 @@ def count(model: PreTrainedModel, config: SpeedConfig) -> Counted:
     cached = length + config.new_tokens / 2
     cache = sum(2 * block.key_value_heads * width * cached for block in sizes) * head.element_size()
     return Counted(config.batch * each, read + config.batch * cache)
+
+
+DECODE_PROMPT = 16  # tokens in the cache before decoding is timed
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second, reading a prompt and writing one token at a time."""
+
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+
+
+@torch.inference_mode()
+def speed(
+    models: Mapping[str, PreTrainedModel], token_ids: Int[Tensor, "sequences length"], config: EvaluationConfig
+) -> dict[str, Speed]:
+    """Prefill and decode speed of every model, one sequence at a time.
+
+    The models take turns (A B C A B C ...), so that what slows the machine for a while slows them all; the first turn
+    warms up, and the median of `config.repeats` others counts. The prompt is the beginning of `token_ids`, again and
+    again where it is too short.
+    """
+    text = token_ids.flatten()
+    text = text.repeat(math.ceil(max(config.speed_tokens, DECODE_PROMPT) / len(text)))
+    prompts = {name: text[None, : config.speed_tokens].to(model.device) for name, model in models.items()}
+    prefill: dict[str, list[float]] = {name: [] for name in models}
+    decode: dict[str, list[float]] = {name: [] for name in models}
+    turns = [(turn, name) for turn in range(config.repeats + 1) for name in models]
+    with evaluation_mode(models.values()):
+        for turn, name in track(turns, "speed", len(turns)):
+            taken = (
+                _prefill_seconds(models[name], prompts[name]),
+                _decode_seconds(models[name], text[None, :DECODE_PROMPT], config.decode_tokens),
+            )
+            if turn > 0:
+                prefill[name].append(taken[0])
+                decode[name].append(taken[1])
+    return {
+        name: Speed(config.speed_tokens / median(prefill[name]), config.decode_tokens / median(decode[name]))
+        for name in models
+    }
+
+
+def _prefill_seconds(model: PreTrainedModel, prompt: Int[Tensor, "1 length"]) -> float:
+    start = _now(model)
+    next_token(model, prompt)
+    return _now(model) - start
+
+
+def _decode_seconds(model: PreTrainedModel, prompt: Int[Tensor, "1 length"], steps: int) -> float:
+    token, cache = next_token(model, prompt.to(model.device))
+    start = _now(model)
+    for _ in range(steps):
+        token, cache = next_token(model, token, cache)
+    return _now(model) - start
