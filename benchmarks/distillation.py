@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from darwinlm.distill import HiddenTarget, TopKTarget, chunked_loss
+from darwinlm.losses.distillation import HiddenTarget, TopKTarget, chunked_loss
 
 FORMS = ("plain", "chunked", "top-k")
 TOP_K = 64

@@ -52,8 +52,8 @@ from darwinlm.database.store import Database
 from darwinlm.evaluation.quality import parameter_count
 from darwinlm.families import find_grid, linear_at
 from darwinlm.fitness import Fitness
-from darwinlm.head import Head
-from darwinlm.metric import Divergence
+from darwinlm.losses.logits import Logits
+from darwinlm.losses.metrics import Divergence
 from darwinlm.tuning import Tuner, rounded
 from darwinlm.types import Genome, SelectionStage
 
@@ -139,7 +139,7 @@ def kl_in_chunks(bench: Bench, text: Tensor) -> Callable[[Any], float]:
     @torch.inference_mode()
     def score(model: Any) -> float:
         parts = [model.get_decoder()(ids, use_cache=False).last_hidden_state for ids in text.split(4)]
-        return REFERENCES[key].total(torch.cat(parts).flatten(0, 1), Head(model))
+        return REFERENCES[key].total(torch.cat(parts).flatten(0, 1), Logits(model))
 
     return score
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tiny
-from darwinlm.distill import HiddenTarget, TopKTarget, chunked_loss, hidden_for_logits, teacher_target
+from darwinlm.losses.distillation import HiddenTarget, TopKTarget, chunked_loss, hidden_for_logits, teacher_target
 
 TOKENS, HIDDEN, VOCAB = 37, 8, 29
 

@@ -18,9 +18,9 @@ from darwinlm import parallel, tuning
 from darwinlm.config.run import SearchConfig
 from darwinlm.database.stitch import Stitcher
 from darwinlm.fitness import Fitness
-from darwinlm.head import Head
-from darwinlm.metric import Divergence
-from darwinlm.metric import metric as make_metric
+from darwinlm.losses.logits import Logits
+from darwinlm.losses.metrics import Divergence
+from darwinlm.losses.metrics import metric as make_metric
 from darwinlm.tuning import Tuner, _training, rounded
 from darwinlm.types import Genome, MetricName, SelectionStage
 from pruned import CPU, prune, token_ids, zero_masked
@@ -117,7 +117,7 @@ def test_divergences_hold_for_peaked_and_flat_distributions(vocabulary: int, met
         else:
             expected = (log_p.exp() * (log_p - log_q)).sum().item()
         with torch.inference_mode():
-            found = reference.total(other, Head(model))
+            found = reference.total(other, Logits(model))
         assert found / reference.tokens == pytest.approx(expected / 600, abs=1e-4, rel=1e-3)
 
 
@@ -136,7 +136,7 @@ def test_the_many_small_probabilities_of_a_large_vocabulary_count(vocabulary: in
         hidden = model.model(ids).last_hidden_state[0]
         log_p, log_q = (model.lm_head(states).double().log_softmax(-1) for states in (hidden, 0.7 * hidden))
         expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
-        found = Divergence.of(model, ids).total(0.7 * hidden, Head(model)) / 8
+        found = Divergence.of(model, ids).total(0.7 * hidden, Logits(model)) / 8
     assert found == pytest.approx(expected, abs=5e-5)
 
 

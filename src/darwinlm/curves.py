@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from darwinlm.artifact import read_json, write_json
 from darwinlm.database.stitch import Stitcher
 from darwinlm.fitness import BATCH_TOKENS
-from darwinlm.head import Head
-from darwinlm.metric import Divergence
+from darwinlm.losses.logits import Logits
+from darwinlm.losses.metrics import Divergence
 from darwinlm.progress import track
 from darwinlm.types import Curve, Generation
 
@@ -36,7 +36,7 @@ class HeldOut:
 
     @torch.inference_mode()
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
-        head = Head(model)
+        head = Logits(model)
         return {
             name: sum(
                 dense.total(model.get_decoder()(ids, use_cache=False).last_hidden_state.flatten(0, 1), head)

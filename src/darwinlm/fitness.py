@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from darwinlm import parallel
 from darwinlm.config.run import SearchConfig
 from darwinlm.database.stitch import Stitcher
-from darwinlm.head import Head
-from darwinlm.metric import Metric, metric
+from darwinlm.losses.logits import Logits
+from darwinlm.losses.metrics import Metric, metric
 from darwinlm.tuning import Tuner, rounded
 from darwinlm.types import Genome, SelectionStage
 
@@ -163,7 +163,7 @@ class Fitness:
             for block, arguments in zip(blocks[fork:], trace.arguments[fork:], strict=True):
                 hidden = block(hidden, **arguments)
             hidden = model.get_submodule(self.stitcher.family.final_norm)(hidden)
-        return self._metrics[index].total(hidden.flatten(0, 1), Head(model))
+        return self._metrics[index].total(hidden.flatten(0, 1), Logits(model))
 
     def _fork(self, genome: Genome, parent: Genome) -> int:
         """The first block in which two genomes differ."""

@@ -26,9 +26,9 @@ from darwinlm.artifact import open_tensors
 from darwinlm.config.run import RefitConfig
 from darwinlm.database.stitch import Stitcher
 from darwinlm.families import linear_at
-from darwinlm.head import Head
+from darwinlm.losses.gradients import KLGradient
+from darwinlm.losses.logits import Logits
 from darwinlm.progress import say, track
-from darwinlm.slopes import Distance
 from darwinlm.types import DarwinError, Genome
 
 SAVE_SECONDS = 60.0  # the most work that a kill costs, as a rule
@@ -64,7 +64,7 @@ def refit(
     optimizer = torch.optim.AdamW(list(weights.values()), weight_decay=0.0)
     if tensors:
         set_state(weights, optimizer, tensors)
-    heads, device = (Head(dense), Head(model)), dense.device
+    heads, device = (Logits(dense), Logits(model)), dense.device
     low = dense.dtype == torch.bfloat16
     saved, divergences = time.monotonic(), []
     for step in track(range(done, steps), "refit", steps, done):
@@ -120,7 +120,7 @@ def _replace(model: PreTrainedModel, path: str, weight: Tensor) -> nn.Linear:
 def _accumulate(
     dense: PreTrainedModel,
     model: PreTrainedModel,
-    heads: tuple[Head, Head],
+    heads: tuple[Logits, Logits],
     ids: Int[Tensor, "one length"],
     tokens: int,
 ) -> float:
@@ -128,7 +128,7 @@ def _accumulate(
     with torch.no_grad():
         wanted = dense.get_decoder()(ids, use_cache=False).last_hidden_state.flatten(0, 1)
     hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state.flatten(0, 1)
-    distance = Distance(heads[0], wanted, tokens)
+    distance = KLGradient(heads[0], wanted, tokens)
     hidden.backward(heads[1].gradient(hidden, distance))
     return distance.total / tokens
 

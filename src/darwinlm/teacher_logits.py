@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from darwinlm import parallel
 from darwinlm.artifact import sweep, write_json
 from darwinlm.data.stream import Sequences, mapped
-from darwinlm.distill import Target, TopKTarget, teacher_target
+from darwinlm.losses.distillation import Target, TopKTarget, teacher_target
 from darwinlm.progress import track
 
 ROWS = 16  # sequences in a file

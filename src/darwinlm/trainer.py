@@ -26,8 +26,8 @@ from transformers import (
 
 from darwinlm.artifact import write_json, write_text
 from darwinlm.config.training import DistillationConfig
-from darwinlm.distill import Losses, Target, chunked_loss, hidden_for_logits
 from darwinlm.evaluation.quality import perplexity_of
+from darwinlm.losses.distillation import Losses, Target, chunked_loss, hidden_for_logits
 from darwinlm.progress import say
 from darwinlm.types import DarwinError
 

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from darwinlm import parallel
 from darwinlm.adamw import set_state, state_of
-from darwinlm.head import Head
-from darwinlm.slopes import Distance, Surprise
+from darwinlm.losses.gradients import CrossEntropyGradient, KLGradient
+from darwinlm.losses.logits import Logits
 from darwinlm.types import Genome
 
 KEPT_BYTES = 8 << 30  # of trained states in a GPU, or in all processes of a machine; the rest goes to temporary files
@@ -77,7 +77,7 @@ class Tuner:
         """The candidate after training on the first `sequences` sequences. Its own weights stay as they are."""
         trained = self._resume(genome, candidate, sequences)
         model: Any = trained.model.eval()  # no dropout: a score depends on the genome alone
-        head = Head(model)
+        head = Logits(model)
         for sequence in range(trained.sequences, min(sequences, len(self.token_ids))):
             self._step(model, head, trained.optimizer, sequence, candidate.dtype)
         trained.sequences = sequences
@@ -111,7 +111,7 @@ class Tuner:
         weights = [p for p in model.parameters() if p.requires_grad]
         return Trained(model, torch.optim.AdamW(weights, lr=self.learning_rate, weight_decay=0.0, fused=True), 0)
 
-    def _step(self, model: Any, head: Head, optimizer: torch.optim.AdamW, sequence: int, dtype: torch.dtype) -> None:
+    def _step(self, model: Any, head: Logits, optimizer: torch.optim.AdamW, sequence: int, dtype: torch.dtype) -> None:
         ids, low = self.token_ids[sequence : sequence + 1].to(self.device), dtype == torch.bfloat16
         slope = self._slope(ids, sequence)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low):
@@ -123,16 +123,16 @@ class Tuner:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def _slope(self, ids: Int[Tensor, "one length"], sequence: int) -> Surprise | Distance:
+    def _slope(self, ids: Int[Tensor, "one length"], sequence: int) -> CrossEntropyGradient | KLGradient:
         """Of the mean loss over the tokens that have a next one."""
         if self.teacher is None:
-            return Surprise(ids[:, 1:].flatten())
+            return CrossEntropyGradient(ids[:, 1:].flatten())
         if sequence not in self._wanted:
             with torch.no_grad():
                 hidden = self.teacher.get_decoder()(ids, use_cache=False).last_hidden_state
             self._wanted[sequence] = hidden[:, :-1].flatten(0, 1)
         wanted = self._wanted[sequence]
-        return Distance(Head(self.teacher), wanted, len(wanted))
+        return KLGradient(Logits(self.teacher), wanted, len(wanted))
 
     def _spill(self, genome: Genome, trained: Trained) -> None:
         file = tempfile.TemporaryFile()  # noqa: SIM115, it has no name and is gone with the process

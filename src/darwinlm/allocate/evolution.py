@@ -17,7 +17,7 @@ from darwinlm.artifact import read_json_lines, write_text
 from darwinlm.budget import Budget, amount_of
 from darwinlm.config.run import SearchConfig
 from darwinlm.fitness import Scorer
-from darwinlm.metric import label
+from darwinlm.losses.metrics import label
 from darwinlm.progress import say, track
 from darwinlm.types import DarwinError, Generation, Genome, SearchResult
 

@@ -25,9 +25,9 @@ from darwinlm.allocate.problem import Problem, mask_tokens
 from darwinlm.allocate.sensitivity import least_sensitive
 from darwinlm.budget import Budget
 from darwinlm.families import linear_at
-from darwinlm.head import Head
+from darwinlm.losses.gradients import CrossEntropyGradient
+from darwinlm.losses.logits import Logits
 from darwinlm.progress import say, track
-from darwinlm.slopes import Surprise
 from darwinlm.types import DarwinError, Genome, Unit
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # temperature, and the ends of the stretched interval (Louizos et al., section 4)
@@ -192,7 +192,7 @@ def _multiplied(model: PreTrainedModel, units: Sequence[Unit], masks: Sequence[T
 def _add_gradient(model: Any, ids: Int[Tensor, "1 length"]) -> bool:
     """Backpropagate the language-model loss on a sequence; False, and nothing is, where that is not finite."""
     hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state[0, :-1]
-    gradient = Head(model).gradient(hidden, Surprise(ids[0, 1:]))
+    gradient = Logits(model).gradient(hidden, CrossEntropyGradient(ids[0, 1:]))
     if not gradient.isfinite().all():
         return False
     hidden.backward(gradient)

@@ -47,7 +47,7 @@ from darwinlm.families import block_sizes, find_family, find_grid
 from darwinlm.fitness import Fitness
 from darwinlm.genome import Grid
 from darwinlm.latency import latency_costs
-from darwinlm.metric import label
+from darwinlm.losses.metrics import label
 from darwinlm.modeling import family_of, load, pruned_config
 from darwinlm.progress import say, track
 from darwinlm.refit import refit, set_consumers

@@ -26,11 +26,11 @@ from darwinlm.config.checks import expect
 from darwinlm.config.training import TrainConfig
 from darwinlm.data.stream import Sequences, draw_held_out, draw_sequences, tokenizer_fingerprint
 from darwinlm.device import resolve_device, resolve_dtype
-from darwinlm.distill import Target, teacher_target
 from darwinlm.evaluation.quality import parameter_count
 from darwinlm.export.card import trained_card
 from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected
+from darwinlm.losses.distillation import Target, teacher_target
 from darwinlm.modeling import block_sizes_of, family_of
 from darwinlm.progress import quiet_transformers, say
 from darwinlm.teacher_logits import CachedTeacher, TaughtSequences, TeacherLogits

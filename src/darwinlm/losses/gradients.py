@@ -1,4 +1,4 @@
-"""The gradients of two losses for the logits of a few tokens, as `Head.gradient` asks for them."""
+"""The gradients of two losses for the logits of a few tokens, as `Logits.gradient` asks for them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from darwinlm.head import Head
+from darwinlm.losses.logits import Logits
 
 
-class Surprise:
+class CrossEntropyGradient:
     """Mean cross-entropy with the next tokens: `dL/dz = (softmax(z) - onehot) / tokens`."""
 
     def __init__(self, labels: Int[Tensor, " tokens"]):
@@ -21,7 +21,7 @@ class Surprise:
         return difference.div_(len(self.labels))
 
 
-class Distance:
+class KLGradient:
     """KL(dense || model) over `tokens`: `dL/dz = (softmax(z) - p) / tokens`; it is asked for all rows, once, in order.
 
     Attributes:
@@ -29,7 +29,7 @@ class Distance:
         total: the divergence of the rows so far, summed and in nats.
     """
 
-    def __init__(self, head: Head, hidden: Float[Tensor, "tokens d_out"], tokens: int):
+    def __init__(self, head: Logits, hidden: Float[Tensor, "tokens d_out"], tokens: int):
         self.tokens = tokens
         self._dense = head.chunks(hidden)
         self._total = torch.zeros((), dtype=torch.float64, device=hidden.device)

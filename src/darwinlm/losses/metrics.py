@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from darwinlm.head import Head
+from darwinlm.losses.logits import Logits
 from darwinlm.types import MetricName
 
 SCALE = 2.0**15  # float16 reaches 65,504
@@ -30,7 +30,7 @@ class Metric(Protocol):
         """What a sum is divided by."""
         ...
 
-    def total(self, hidden: Float[Tensor, "tokens d_out"], head: Head) -> float:
+    def total(self, hidden: Float[Tensor, "tokens d_out"], head: Logits) -> float:
         """The sum over tokens, in nats, for a candidate with these last hidden states: lower is better."""
         ...
 
@@ -76,7 +76,7 @@ class Divergence:
         """All tokens of the batch."""
         return len(self.mass)
 
-    def total(self, hidden: Float[Tensor, "tokens d_out"], head: Head) -> float:
+    def total(self, hidden: Float[Tensor, "tokens d_out"], head: Logits) -> float:
         """The sum over tokens of KL(dense || candidate)."""
         expected = torch.zeros_like(self.mass)
         normaliser = torch.full_like(self.mass, -torch.inf)
@@ -109,7 +109,7 @@ class TopKDivergence:
         """All tokens of the batch."""
         return len(self.indices)
 
-    def total(self, hidden: Float[Tensor, "tokens d_out"], head: Head) -> float:
+    def total(self, hidden: Float[Tensor, "tokens d_out"], head: Logits) -> float:
         """The sum over tokens."""
         totals = []
         for rows, z in head.chunks(hidden):
@@ -137,7 +137,7 @@ class CrossEntropy:
         sequences, length = self.token_ids.shape
         return sequences * (length - 1)
 
-    def total(self, hidden: Float[Tensor, "tokens d_out"], head: Head) -> float:
+    def total(self, hidden: Float[Tensor, "tokens d_out"], head: Logits) -> float:
         """The sum over tokens of -log q(next token)."""
         sequences, length = self.token_ids.shape
         states = hidden.unflatten(0, (sequences, length))[:, :-1].flatten(0, 1)
@@ -154,5 +154,5 @@ def _log_probabilities(
     dense: PreTrainedModel, token_ids: Int[Tensor, "sequences length"]
 ) -> Iterator[Float[Tensor, "rows vocab"]]:
     hidden = dense.get_decoder()(token_ids, use_cache=False).last_hidden_state.flatten(0, 1)
-    for _, logits in Head(dense).chunks(hidden):
+    for _, logits in Logits(dense).chunks(hidden):
         yield logits.log_softmax(-1)

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 ROWS, CACHED_ROWS = 256, 16  # tokens that are multiplied by a head at once, and whose float32 logits exist at once
+
+
 TILE = 512, 4096  # tokens and vocabulary on a CPU: their logits stay in cache, and the head is read seldom
 
 
-class Head:
+class Logits:
     """A model's hidden states to its logits in float32, as the forward of its family makes them."""
 
     def __init__(self, model: PreTrainedModel):
