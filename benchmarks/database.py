@@ -22,7 +22,6 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.config.run import DatabaseConfig
 from darwinlm.curves import HeldOut
 from darwinlm.data.corpus import read_corpus
@@ -31,8 +30,9 @@ from darwinlm.database import eliminate
 from darwinlm.database import store as store
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import Database, add_unit
-from darwinlm.families import find_units
 from darwinlm.genome import level_grid, uniform_genome
+from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
+from darwinlm.model.families import find_units
 
 TOKENS = Path(__file__).resolve().parents[2] / "shared" / "reference" / "smollm2_calibration_tokens.npz"
 

@@ -21,7 +21,6 @@ import torch
 from darwinlm.allocate.uniform import uniform
 from darwinlm.artifact import read_json, write_json
 from darwinlm.budget import parameter_costs
-from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands import compress
 from darwinlm.commands.gradual import gradual
 from darwinlm.commands.run_directory import Run
@@ -37,10 +36,11 @@ from darwinlm.config.training import (
 )
 from darwinlm.database.stitch import Stitcher, repeat_shared
 from darwinlm.database.store import MANIFEST, Database
-from darwinlm.evaluation.quality import parameter_count
 from darwinlm.export.hf import export_hf
-from darwinlm.families import block_sizes, find_units
 from darwinlm.genome import level_grid
+from darwinlm.model.checkpoint import Checkpoint
+from darwinlm.model.families import block_sizes, find_units
+from darwinlm.model.size import parameter_count
 
 LOSSES = {"cross-entropy": 0.0, "distillation": 1.0, "mixed": 0.5}
 

@@ -18,7 +18,6 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.config.run import DatabaseConfig, RefitConfig
 from darwinlm.curves import HeldOut
 from darwinlm.data.corpus import read_corpus
@@ -26,6 +25,7 @@ from darwinlm.database.calibrate import calibrate
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import Database, add_unit
 from darwinlm.genome import level_grid, uniform_genome
+from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.refit import refit, set_consumers
 
 WIKITEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "wikitext2_valid.txt"

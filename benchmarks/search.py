@@ -41,7 +41,6 @@ from darwinlm.allocate.mutation import within_kinds
 from darwinlm.allocate.uniform import uniform
 from darwinlm.artifact import read_json, write_json
 from darwinlm.budget import Budget, parameter_costs
-from darwinlm.checkpoint import find_checkpoint
 from darwinlm.commands.plan.work import plan_search
 from darwinlm.commands.run_directory import Run
 from darwinlm.config.run import RefitConfig, RunConfig, SearchConfig
@@ -49,11 +48,12 @@ from darwinlm.data.corpus import read_corpus
 from darwinlm.database.eliminate import columns_of
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import Database
-from darwinlm.evaluation.quality import parameter_count
-from darwinlm.families import find_grid, linear_at
 from darwinlm.fitness import Fitness
 from darwinlm.losses.logits import Logits
 from darwinlm.losses.metrics import Divergence
+from darwinlm.model.checkpoint import find_checkpoint
+from darwinlm.model.families import find_grid, linear_at
+from darwinlm.model.size import parameter_count
 from darwinlm.tuning import Tuner, rounded
 from darwinlm.types import Genome, SelectionStage
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.database.stitch import NoAttn, NoMLP
 from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected
+from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.types import BlockSizes
 
 MODEL = "smollm2-135m"

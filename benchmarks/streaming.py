@@ -21,15 +21,15 @@ import torch
 from database import memory
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands.plan.rates import measure_rates
 from darwinlm.commands.plan.work import plan
 from darwinlm.config.run import CalibrationConfig, DatabaseConfig
 from darwinlm.database.calibrate import calibrate
 from darwinlm.database.store import Database, add_unit
 from darwinlm.device import DTYPES
-from darwinlm.families import find_units
 from darwinlm.genome import level_grid
+from darwinlm.model.checkpoint import Checkpoint
+from darwinlm.model.families import find_units
 from darwinlm.progress import quiet_transformers
 from darwinlm.types import Structure
 

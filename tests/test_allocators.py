@@ -27,10 +27,10 @@ from darwinlm.budget import Budget, parameter_costs
 from darwinlm.config.run import SearchConfig
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import Database
-from darwinlm.evaluation.quality import parameter_count
-from darwinlm.families import FAMILIES, find_units
 from darwinlm.fitness import Fitness
 from darwinlm.genome import ceilings, level_grid, uniform_genome
+from darwinlm.model.families import FAMILIES, find_units
+from darwinlm.model.size import parameter_count
 from darwinlm.types import Genome, SelectionStage, UsageError
 from pruned import prune, token_ids
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 import runs
 from darwinlm.commands import compress
 from darwinlm.config.run import CalibrationConfig, DatabaseConfig, EvaluationConfig, RunConfig, SearchConfig
-from darwinlm.families import FAMILIES
-from darwinlm.modeling import EXPORTABLE
+from darwinlm.model.families import FAMILIES
+from darwinlm.model.pruned import EXPORTABLE
 from darwinlm.types import SelectionStage
 from refusals import as_if_nothing_had_happened, change_config, copied_model, refused
 

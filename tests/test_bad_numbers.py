@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 import pruned
 import tiny
-from darwinlm.checkpoint import Checkpoint
 from darwinlm.config.run import DatabaseConfig
 from darwinlm.database.calibrate import calibrate
 from darwinlm.database.store import Database, add_unit
 from darwinlm.genome import level_grid
+from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.types import DarwinError
 
 

@@ -21,12 +21,12 @@ import runs
 from darwinlm.allocate.mutation import priced, restore
 from darwinlm.allocate.uniform import fullest, uniform
 from darwinlm.budget import Budget, Costs, Target, amount_of, cache_costs, flop_costs, parameter_costs
-from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands import compress
 from darwinlm.config.run import DatabaseConfig, RunConfig
 from darwinlm.database.stitch import repeat_shared
-from darwinlm.evaluation.quality import parameter_count
 from darwinlm.genome import Grid, level_grid, uniform_genome
+from darwinlm.model.checkpoint import Checkpoint
+from darwinlm.model.size import parameter_count
 from darwinlm.progress import console
 from darwinlm.types import Genome, Structure, Unit, UsageError
 from pruned import Pruned, prune, token_ids

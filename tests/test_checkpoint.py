@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tiny
-from darwinlm.checkpoint import Checkpoint, find_checkpoint
-from darwinlm.evaluation.quality import parameter_count
+from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
+from darwinlm.model.size import parameter_count
 from darwinlm.types import DarwinError, UsageError
 
 CPU = torch.device("cpu")

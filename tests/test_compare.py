@@ -17,7 +17,6 @@ import tiny
 from darwinlm.allocate.methods import ALLOCATORS
 from darwinlm.allocate.problem import Problem, scored_tokens
 from darwinlm.artifact import read_json_lines
-from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands.compare import PICTURE, TABLE, compare
 from darwinlm.comparison import CELLS, DENSE, Cell, figure
 from darwinlm.config.evaluation import METHODS, CompareConfig
@@ -26,10 +25,12 @@ from darwinlm.data.corpus import read_corpus
 from darwinlm.database.stitch import Stitcher, repeat_shared
 from darwinlm.database.store import MANIFEST, Database
 from darwinlm.evaluation.local_tasks import LOCAL
-from darwinlm.evaluation.quality import parameter_count, perplexity_and_kl
+from darwinlm.evaluation.quality import perplexity_and_kl
 from darwinlm.evaluation.tasks import Request, run_tasks
 from darwinlm.genome import Grid, level_grid
-from darwinlm.modeling import load
+from darwinlm.model.checkpoint import Checkpoint
+from darwinlm.model.pruned import load
+from darwinlm.model.size import parameter_count
 from darwinlm.types import DarwinError, Genome, SelectionStage, UsageError
 
 TARGETS = (0.2, 0.9)

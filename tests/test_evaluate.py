@@ -36,9 +36,10 @@ from darwinlm.config.run import EvaluationConfig
 from darwinlm.evaluation import quality as module
 from darwinlm.evaluation import speed as speed_module
 from darwinlm.evaluation.generation import continuations
-from darwinlm.evaluation.quality import final_logits, hidden_states, parameter_count, perplexity_and_kl
+from darwinlm.evaluation.quality import final_logits, hidden_states, perplexity_and_kl
 from darwinlm.evaluation.rows import evaluate
 from darwinlm.evaluation.speed import speed
+from darwinlm.model.size import parameter_count
 from darwinlm.types import UsageError
 
 VOCAB = 61

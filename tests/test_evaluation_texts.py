@@ -10,12 +10,12 @@ import pytest
 
 import runs
 import tiny
-from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands import compress
 from darwinlm.config.run import EvaluationConfig, RunConfig
 from darwinlm.data.corpus import is_held_out, read_corpus
 from darwinlm.evaluation.quality import perplexity_and_kl
-from darwinlm.modeling import load
+from darwinlm.model.checkpoint import Checkpoint
+from darwinlm.model.pruned import load
 from darwinlm.types import UsageError
 from refusals import as_if_nothing_had_happened, refused
 

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from darwinlm.export.hf import export_hf
 from darwinlm.export.place import new_directory
 from darwinlm.export.verify import Expected, float32_logits, verify_export
-from darwinlm.modeling import EXPORTABLE, load, pruned_config, register, remaining_blocks, render, renumber_blocks
+from darwinlm.model.pruned import EXPORTABLE, load, pruned_config, register, remaining_blocks, render, renumber_blocks
 from darwinlm.types import BlockSizes, DarwinError, UsageError
 from exports import (
     BLOCKS,

@@ -11,13 +11,13 @@ import torch
 
 import runs
 from darwinlm.artifact import read_json
-from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands import compress
 from darwinlm.commands.run_directory import Run, load
 from darwinlm.config.run import RunConfig
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import Database
 from darwinlm.genome import level_grid
+from darwinlm.model.checkpoint import Checkpoint
 from refusals import only_sentence
 
 TOKEN_IDS = torch.arange(20, 52)[None]

@@ -11,8 +11,8 @@ import pruned
 import tiny
 from darwinlm.database.stitch import repeat_shared
 from darwinlm.export.hf import export_hf
-from darwinlm.families import block_sizes
-from darwinlm.modeling import block_sizes_of, load
+from darwinlm.model.families import block_sizes
+from darwinlm.model.pruned import block_sizes_of, load
 from darwinlm.types import Structure
 
 

@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 import llama_cpp
 import tiny
-from darwinlm.checkpoint import PACKAGED, Checkpoint, _packaged, find_checkpoint
 from darwinlm.export.gguf import export_gguf
 from darwinlm.export.gguf_vocabulary import SPLITS, add_vocabulary
 from darwinlm.export.hf import export_hf
+from darwinlm.model.checkpoint import PACKAGED, Checkpoint, _packaged, find_checkpoint
 from darwinlm.types import UsageError
 from exports import Case, dense_model, stitched_model
 from llama_cpp import needs_llama_cpp

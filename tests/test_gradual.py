@@ -14,13 +14,13 @@ import yaml
 import runs
 import trainings
 from darwinlm.artifact import read_json
-from darwinlm.checkpoint import Checkpoint
 from darwinlm.cli import PRESETS
 from darwinlm.commands import gradual as recipes
 from darwinlm.commands.gradual import _size_at, gradual
 from darwinlm.config.run import RunConfig, read_config
 from darwinlm.config.training import GradualConfig, GradualStage, TrainConfig
-from darwinlm.modeling import block_sizes_of, load
+from darwinlm.model.checkpoint import Checkpoint
+from darwinlm.model.pruned import block_sizes_of, load
 from darwinlm.types import UsageError
 from test_parallel import torchrun
 

@@ -17,10 +17,10 @@ import yaml
 
 import runs
 from darwinlm.artifact import read_json
-from darwinlm.checkpoint import Checkpoint
 from darwinlm.config.run import SearchConfig
 from darwinlm.database.store import Database
 from darwinlm.genome import level_grid
+from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.types import SelectionStage
 
 DIE = """

@@ -17,7 +17,6 @@ import darwinlm
 import runs
 import tiny
 from darwinlm.artifact import read_json
-from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands import compress
 from darwinlm.commands.run_directory import Run
 from darwinlm.config.run import RunConfig, SearchConfig, Stage, read_config
@@ -25,9 +24,10 @@ from darwinlm.data.corpus import read_corpus, scramble
 from darwinlm.data.draw import draw_tokens
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import Database
-from darwinlm.families import block_sizes
 from darwinlm.fitness import Fitness
 from darwinlm.genome import Grid, level_grid, prunable_parameters
+from darwinlm.model.checkpoint import Checkpoint
+from darwinlm.model.families import block_sizes
 from darwinlm.refit import set_consumers
 from darwinlm.types import DarwinError, MetricName, SelectionStage
 

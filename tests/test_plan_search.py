@@ -16,9 +16,9 @@ from darwinlm.allocate.sensitivity import find_starts
 from darwinlm.budget import Budget, parameter_costs
 from darwinlm.commands.plan.work import SearchPlan, plan_search
 from darwinlm.config.run import RefitConfig, SearchConfig
-from darwinlm.evaluation.quality import parameter_count
 from darwinlm.fitness import Fitness
 from darwinlm.genome import ceilings, uniform_genome
+from darwinlm.model.size import parameter_count
 from darwinlm.types import Genome, SelectionStage
 from pruned import CONFIG, Pruned, prune, token_ids
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import pruned
-from darwinlm.checkpoint import Checkpoint
-from darwinlm.modeling import load
+from darwinlm.model.checkpoint import Checkpoint
+from darwinlm.model.pruned import load
 from darwinlm.types import Genome, Structure
 
 

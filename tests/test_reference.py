@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from darwinlm.checkpoint import find_checkpoint
 from darwinlm.database import eliminate
 from darwinlm.database.calibrate import calibrate
+from darwinlm.model.checkpoint import find_checkpoint
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
 pytestmark = [

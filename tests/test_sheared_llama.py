@@ -21,10 +21,10 @@ from darwinlm.budget import Budget, parameter_costs
 from darwinlm.config.run import SearchConfig
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import Database
-from darwinlm.evaluation.quality import parameter_count
-from darwinlm.families import FAMILIES, find_units, linear_at
 from darwinlm.fitness import Fitness
 from darwinlm.genome import ceilings, level_grid
+from darwinlm.model.families import FAMILIES, find_units, linear_at
+from darwinlm.model.size import parameter_count
 from darwinlm.types import DarwinError
 from test_allocators import written_by
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 import runs
 import tiny
 from darwinlm.config.evaluation import SpeedConfig
-from darwinlm.evaluation.quality import parameter_bytes
 from darwinlm.evaluation.speed import count, measure
+from darwinlm.model.size import parameter_bytes
 from darwinlm.types import UsageError
 
 SHORT = SpeedConfig(batch=2, prompt_tokens=12, new_tokens=4, repeats=2)

@@ -21,12 +21,12 @@ import pruned
 import runs
 import tiny
 import trainings
-from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands.train import train
 from darwinlm.config.training import DistillationConfig, TrainConfig
 from darwinlm.data.stream import draw_held_out, draw_sequences
 from darwinlm.evaluation.quality import perplexity_and_kl
-from darwinlm.modeling import load
+from darwinlm.model.checkpoint import Checkpoint
+from darwinlm.model.pruned import load
 from darwinlm.types import DarwinError, UsageError
 
 PATIENCE = 60.0  # seconds

@@ -10,8 +10,8 @@ from typing import Literal, get_args
 
 from transformers import PretrainedConfig
 
-from darwinlm.families import head_dim, key_value_heads
 from darwinlm.genome import Grid
+from darwinlm.model.families import head_dim, key_value_heads
 from darwinlm.types import Genome, Unit, UsageError
 
 Measure = Literal["params", "flops", "kv-cache", "latency"]

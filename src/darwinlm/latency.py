@@ -16,13 +16,13 @@ from transformers import Cache, PreTrainedModel
 
 from darwinlm.artifact import read_json, write_json
 from darwinlm.budget import Costs
-from darwinlm.checkpoint import Checkpoint
 from darwinlm.config.run import LatencyConfig
 from darwinlm.database.eliminate import columns_of
 from darwinlm.database.stitch import Stitcher, repeat_shared
 from darwinlm.database.store import Database
-from darwinlm.families import linear_at
 from darwinlm.genome import Grid
+from darwinlm.model.checkpoint import Checkpoint
+from darwinlm.model.families import linear_at
 from darwinlm.progress import track
 from darwinlm.types import Genome, Level, Unit, UsageError
 

@@ -25,9 +25,9 @@ from darwinlm.adamw import set_state, state_of
 from darwinlm.artifact import open_tensors
 from darwinlm.config.run import RefitConfig
 from darwinlm.database.stitch import Stitcher
-from darwinlm.families import linear_at
 from darwinlm.losses.gradients import KLGradient
 from darwinlm.losses.logits import Logits
+from darwinlm.model.families import linear_at
 from darwinlm.progress import say, track
 from darwinlm.types import DarwinError, Genome
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from darwinlm.allocate.depth import removable_blocks, streams, too_large, without_blocks
 from darwinlm.allocate.problem import Problem
-from darwinlm.families import Family
+from darwinlm.model.families import Family
 from darwinlm.types import Genome
 
 SEQUENCES = 64

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from darwinlm.budget import Budget, amount_of
-from darwinlm.families import Family
+from darwinlm.model.families import Family
 from darwinlm.types import Genome, UsageError
 
 

@@ -24,9 +24,9 @@ from darwinlm.allocate.mutation import restore
 from darwinlm.allocate.problem import Problem, mask_tokens
 from darwinlm.allocate.sensitivity import least_sensitive
 from darwinlm.budget import Budget
-from darwinlm.families import linear_at
 from darwinlm.losses.gradients import CrossEntropyGradient
 from darwinlm.losses.logits import Logits
+from darwinlm.model.families import linear_at
 from darwinlm.progress import say, track
 from darwinlm.types import DarwinError, Genome, Unit
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from darwinlm.allocate.depth import removable_blocks, remove_until_it_fits, without_blocks
 from darwinlm.allocate.problem import Problem
 from darwinlm.config.run import SearchConfig
-from darwinlm.families import Family
 from darwinlm.fitness import Fitness
+from darwinlm.model.families import Family
 from darwinlm.progress import track
 from darwinlm.types import Genome, SelectionStage
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from darwinlm.allocate.depth import remove_until_it_fits, streams
 from darwinlm.allocate.problem import Problem
-from darwinlm.families import Family
+from darwinlm.model.families import Family
 from darwinlm.types import Genome
 
 

@@ -17,7 +17,6 @@ from darwinlm.allocate.problem import Problem, mask_tokens, scored_tokens
 from darwinlm.allocate.uniform import uniform
 from darwinlm.artifact import locked_directory, read_json, write_json, write_text
 from darwinlm.budget import Budget, Costs, parameter_costs
-from darwinlm.checkpoint import find_checkpoint
 from darwinlm.commands.compress import run as prune
 from darwinlm.comparison import CELLS, DENSE, HELD_OUT, Cell, markdown, print_table, read_cells, save_picture
 from darwinlm.config.evaluation import CompareConfig
@@ -27,12 +26,14 @@ from darwinlm.data.draw import draw_texts, draw_tokens, scored_text
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import MANIFEST, Database
 from darwinlm.device import resolve_device, resolve_dtype
-from darwinlm.evaluation.quality import parameter_count, perplexity_and_kl
+from darwinlm.evaluation.quality import perplexity_and_kl
 from darwinlm.evaluation.speed import speed
 from darwinlm.evaluation.tasks import SUITE, Request, questions, requested, run_tasks
-from darwinlm.families import find_grid
 from darwinlm.fitness import Fitness
 from darwinlm.genome import Grid
+from darwinlm.model.checkpoint import find_checkpoint
+from darwinlm.model.families import find_grid
+from darwinlm.model.size import parameter_count
 from darwinlm.progress import say
 from darwinlm.stopwatch import Stopwatch
 from darwinlm.types import DarwinError, Genome, UsageError

@@ -19,7 +19,6 @@ from darwinlm.allocate.sensitivity import find_starts
 from darwinlm.allocate.uniform import fullest, uniform
 from darwinlm.artifact import write_text
 from darwinlm.budget import Budget, Costs, Target, amount_of, cache_costs, flop_costs, parameter_costs
-from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.commands.run_directory import (
     SETTINGS,
     Run,
@@ -37,18 +36,19 @@ from darwinlm.database.calibrate import calibrate
 from darwinlm.database.stitch import Stitcher, repeat_shared
 from darwinlm.database.store import Database, add_unit
 from darwinlm.device import DTYPES, resolve_device, resolve_dtype
-from darwinlm.evaluation.quality import parameter_bytes, parameter_count
 from darwinlm.evaluation.rows import Row, evaluate
 from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected, verify_export
 from darwinlm.export.vllm import check_vllm
-from darwinlm.families import block_sizes, find_family, find_grid
 from darwinlm.fitness import Fitness
 from darwinlm.genome import Grid
 from darwinlm.latency import latency_costs
 from darwinlm.losses.metrics import label
-from darwinlm.modeling import family_of, load, pruned_config
+from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
+from darwinlm.model.families import block_sizes, find_family, find_grid
+from darwinlm.model.pruned import family_of, load, pruned_config
+from darwinlm.model.size import parameter_bytes, parameter_count
 from darwinlm.progress import say, track
 from darwinlm.refit import refit, set_consumers
 from darwinlm.types import Curve, DarwinError, Genome, SearchResult

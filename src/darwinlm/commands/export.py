@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from darwinlm.checkpoint import Checkpoint
 from darwinlm.commands.compress import run
 from darwinlm.commands.run_directory import Run, find_export
 from darwinlm.config.run import ExportConfig
-from darwinlm.evaluation.quality import parameter_count
 from darwinlm.export.card import stubbed_card
 from darwinlm.export.gguf import export_gguf
 from darwinlm.export.hf import export_hf
 from darwinlm.export.place import check_new
 from darwinlm.export.verify import Expected
 from darwinlm.export.vllm import check_vllm, tensor_parallel_sizes, zero_stubs
-from darwinlm.modeling import block_sizes_of, load
+from darwinlm.model.checkpoint import Checkpoint
+from darwinlm.model.pruned import block_sizes_of, load
+from darwinlm.model.size import parameter_count
 from darwinlm.progress import say
 
 

@@ -13,16 +13,16 @@ from typing import Any
 from darwinlm import parallel, tables
 from darwinlm.artifact import write_json, write_text
 from darwinlm.budget import parameter_costs
-from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.commands.compress import run
 from darwinlm.commands.run_directory import GRADUAL_SETTINGS, claim, find_export
 from darwinlm.commands.train import check, train
 from darwinlm.config.run import RunConfig
 from darwinlm.config.training import GradualConfig, GradualStage, TrainConfig, steps_of
 from darwinlm.data.stream import draw_sequences
-from darwinlm.evaluation.quality import parameter_count
-from darwinlm.families import find_grid, find_units
 from darwinlm.genome import uniform_genome
+from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
+from darwinlm.model.families import find_grid, find_units
+from darwinlm.model.size import parameter_count
 from darwinlm.progress import say
 from darwinlm.trainer import FINISHED
 

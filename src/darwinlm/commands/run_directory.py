@@ -17,11 +17,11 @@ import yaml
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from darwinlm import modeling
 from darwinlm.artifact import read_json, sweep, write_json, write_text
-from darwinlm.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.config.run import RunConfig, read_config
 from darwinlm.genome import Grid
+from darwinlm.model import pruned
+from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.types import DarwinError, Genome, SearchResult, UsageError
 
 SETTINGS, TRAIN_SETTINGS, GRADUAL_SETTINGS = "run.yaml", "train.yaml", "recipe.yaml"
@@ -96,7 +96,7 @@ class Run:
         """The compressed model, loaded from the run's export. Raises `DarwinError` if there is none yet."""
         if not self.exported.exists():
             raise DarwinError(f"the run in {self.path} has no model yet; run darwinlm compress again to go on")
-        return modeling.load(self.exported)
+        return pruned.load(self.exported)
 
     @property
     def table(self) -> list[dict[str, Any]]:
@@ -192,7 +192,7 @@ def load(path: Path | str, dtype: str = "auto") -> PreTrainedModel:
     """
     directory = find_export(Path(path)) if Path(path).exists() else path
     try:
-        return modeling.load(directory, dtype)
+        return pruned.load(directory, dtype)
     except OSError as error:
         reason = str(error).strip().partition("\n")[0]
         raise UsageError(f"no model {path}: expected a run, a model directory or a hub id ({reason})") from None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from darwinlm.database.store import Database
-from darwinlm.families import Family, head_dim, key_value_heads, linear_at
+from darwinlm.model.families import Family, head_dim, key_value_heads, linear_at
 from darwinlm.types import Genome, Level, Producer, Unit
 
 Module = TypeVar("Module", bound=nn.Module)

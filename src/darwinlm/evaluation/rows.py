@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.config.run import EvaluationConfig
 from darwinlm.evaluation.generation import continuations
-from darwinlm.evaluation.quality import Quality, parameter_count, perplexity_and_kl
+from darwinlm.evaluation.quality import Quality, perplexity_and_kl
 from darwinlm.evaluation.speed import speed
+from darwinlm.model.size import parameter_count
 from darwinlm.progress import track
 
 

@@ -18,9 +18,10 @@ from transformers import Cache, PreTrainedModel
 from darwinlm.config.evaluation import SpeedConfig
 from darwinlm.config.run import EvaluationConfig
 from darwinlm.evaluation.generation import next_token
-from darwinlm.evaluation.quality import evaluation_mode, parameter_bytes
-from darwinlm.families import head_dim
-from darwinlm.modeling import block_sizes_of
+from darwinlm.evaluation.quality import evaluation_mode
+from darwinlm.model.families import head_dim
+from darwinlm.model.pruned import block_sizes_of
+from darwinlm.model.size import parameter_bytes
 from darwinlm.progress import track
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

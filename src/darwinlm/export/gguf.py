@@ -23,8 +23,8 @@ from darwinlm.artifact import read_json
 from darwinlm.export.gguf_vocabulary import add_vocabulary
 from darwinlm.export.place import new_file
 from darwinlm.export.verify import verify_gguf
-from darwinlm.families import FAMILIES, Family, head_dim
-from darwinlm.modeling import block_sizes_of, family_of, register
+from darwinlm.model.families import FAMILIES, Family, head_dim
+from darwinlm.model.pruned import block_sizes_of, family_of, register
 from darwinlm.progress import quiet_transformers
 from darwinlm.types import BlockSizes, DarwinError, UsageError
 

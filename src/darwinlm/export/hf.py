@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.export.place import new_directory
 from darwinlm.export.verify import Expected, verify_export
-from darwinlm.modeling import auto_map, family_of, module_name, pruned_model, render
+from darwinlm.model.pruned import auto_map, family_of, module_name, pruned_model, render
 from darwinlm.progress import quiet_transformers, say
 from darwinlm.types import BlockSizes
 

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from darwinlm.artifact import read_json
-from darwinlm.checkpoint import skeleton
-from darwinlm.modeling import (
+from darwinlm.model.checkpoint import skeleton
+from darwinlm.model.pruned import (
     PRUNED,
     auto_map,
     block_sizes_of,

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PretrainedConfig
 
-from darwinlm.checkpoint import WEIGHTS, is_finite, skeleton
 from darwinlm.database import eliminate
-from darwinlm.families import find_family
 from darwinlm.genome import Grid, level_grid
+from darwinlm.model.checkpoint import WEIGHTS, is_finite, skeleton
+from darwinlm.model.families import find_family
 from darwinlm.types import Unit
 
 

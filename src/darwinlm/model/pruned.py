@@ -33,12 +33,16 @@ from transformers import (
     PreTrainedModel,
 )
 
-from darwinlm.families import FAMILIES, PRUNED, head_dim
+from darwinlm.model.families import FAMILIES, PRUNED, head_dim
 from darwinlm.progress import quiet_transformers
 from darwinlm.types import BlockSizes, DarwinError, UsageError
 
 EXPORTABLE = ("llama", "mistral", "qwen2", "qwen3")
+
+
 CLASS_PREFIXES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+
+
 TEMPLATE = Path(__file__).with_name("modeling_pruned_llama.py")
 
 

