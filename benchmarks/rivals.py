@@ -32,12 +32,13 @@ from time_to_kl import texts
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from darwinlm import load, tables
+from darwinlm import load
 from darwinlm.commands.run_directory import Run
 from darwinlm.data.corpus import read_corpus
 from darwinlm.evaluation.quality import perplexity_and_kl
 from darwinlm.model.checkpoint import find_checkpoint
 from darwinlm.model.size import parameter_count
+from darwinlm.report import tables
 
 PACKAGES = ("torch_pruning==1.6.1", "optipfair==0.4.2", "click")
 BISECTIONS = 10

@@ -18,7 +18,6 @@ from darwinlm.allocate.methods import ALLOCATORS
 from darwinlm.allocate.problem import Problem, scored_tokens
 from darwinlm.artifact import read_json_lines
 from darwinlm.commands.compare import PICTURE, TABLE, compare
-from darwinlm.comparison import CELLS, DENSE, Cell, figure
 from darwinlm.config.evaluation import METHODS, CompareConfig
 from darwinlm.config.run import DatabaseConfig, SearchConfig
 from darwinlm.data.corpus import read_corpus
@@ -31,6 +30,7 @@ from darwinlm.genome import Grid, level_grid
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.pruned import load
 from darwinlm.model.size import parameter_count
+from darwinlm.report.comparison import CELLS, DENSE, Cell, figure
 from darwinlm.types import DarwinError, Genome, SelectionStage, UsageError
 
 TARGETS = (0.2, 0.9)

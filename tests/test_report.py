@@ -15,7 +15,8 @@ from matplotlib.patches import Rectangle, StepPatch
 
 from darwinlm.evaluation.rows import Row
 from darwinlm.genome import Grid, level_grid
-from darwinlm.report import _levels_figure, _search_figure, print_table, write_report
+from darwinlm.report.figures import levels_figure, search_figure
+from darwinlm.report.run_report import print_table, write_report
 from darwinlm.types import Generation, Genome, Unit
 
 ROWS = (
@@ -119,7 +120,7 @@ def bars(axis: Axes) -> list[float]:
 
 
 def test_levels_picture_shows_what_is_left(grid: Grid, genomes: dict[str, Genome]):
-    figure = _levels_figure(grid, genomes)
+    figure = levels_figure(grid, genomes)
     attention, mlp = figure.axes
     assert bars(attention) == [75.0, 0.0, 100.0]
     assert bars(mlp) == [25.0, 50.0, 75.0]
@@ -133,7 +134,7 @@ def test_levels_picture_shows_what_is_left(grid: Grid, genomes: dict[str, Genome
 
 def test_search_picture_shows_the_curve_of_every_text(history: list[Generation]):
     curves = {"articles, held out": ((0, 2.0), (2, 1.25)), "texts/other.txt": ((0, 3.0), (2, 3.5))}
-    (axis,) = _search_figure(history, "KL", curves).axes
+    (axis,) = search_figure(history, "KL", curves).axes
     _, *lines = axis.lines
     assert [np.asarray(line.get_xydata()).tolist() for line in lines] == [[[0, 2], [2, 1.25]], [[0, 3], [2, 3.5]]]
     legend = axis.get_legend()
@@ -144,7 +145,7 @@ def test_search_picture_shows_the_curve_of_every_text(history: list[Generation])
 
 
 def test_search_picture_shows_the_parent_and_the_time(history: list[Generation]):
-    figure = _search_figure(history, "log-perplexity", {})
+    figure = search_figure(history, "log-perplexity", {})
     (axis,) = figure.axes
     assert axis.get_ylabel() == "log-perplexity (nats a token)"
     (line,) = axis.lines

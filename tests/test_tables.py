@@ -8,7 +8,7 @@ import io
 from hypothesis import given
 from hypothesis import strategies as st
 
-from darwinlm import tables
+from darwinlm.report import tables
 
 WORD = st.text("abcxyz/%0189", min_size=1, max_size=12)
 PHRASE = st.lists(WORD, min_size=1, max_size=4).map(" ".join)

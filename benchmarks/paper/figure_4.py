@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from of_comparison import opened
 
-from darwinlm.comparison import save_picture
+from darwinlm.report.comparison import save_picture
 
 
 def main() -> None:

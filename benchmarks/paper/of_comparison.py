@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from darwinlm.comparison import CELLS, Cell, read_cells
+from darwinlm.report.comparison import CELLS, Cell, read_cells
 
 
 def opened(description: str | None) -> tuple[list[Cell], Path]:

@@ -17,9 +17,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from of_comparison import opened
 
-from darwinlm import tables
-from darwinlm.comparison import DENSE, Cell
-from darwinlm.report import save_figure
+from darwinlm.report import tables
+from darwinlm.report.comparison import DENSE, Cell
+from darwinlm.report.figures import save_figure
 
 SEARCHED = {"uniform": "uniform", "evolution": "searched"}
 

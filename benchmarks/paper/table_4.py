@@ -30,11 +30,11 @@ from time_to_kl import texts
 
 from darwinlm import load
 from darwinlm.commands.train import train
-from darwinlm.comparison import COLOURS
 from darwinlm.config.run import DatabaseConfig, RefitConfig, RunConfig, SearchConfig
 from darwinlm.config.training import DistillationConfig, StreamConfig, TrainConfig, TrainingConfig
 from darwinlm.curves import HeldOut
-from darwinlm.report import save_figure
+from darwinlm.report.comparison import COLOURS
+from darwinlm.report.figures import save_figure
 
 GENERATIONS, TOKENS = 8, 102_400
 SEARCHES = {

@@ -14,9 +14,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from of_comparison import opened
 
-from darwinlm import tables
-from darwinlm.comparison import COLOURS, DENSE, MARKERS, Cell
-from darwinlm.report import save_figure
+from darwinlm.report import tables
+from darwinlm.report.comparison import COLOURS, DENSE, MARKERS, Cell
+from darwinlm.report.figures import save_figure
 
 WHOLE = ("shortgpt", "cosine", "shortened-llama", "shortened-llama-taylor", "evopress")
 LEAST = 0.1  # seconds: what costs nothing, on a logarithmic axis

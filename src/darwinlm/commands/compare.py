@@ -18,7 +18,6 @@ from darwinlm.allocate.uniform import uniform
 from darwinlm.artifact import locked_directory, read_json, write_json, write_text
 from darwinlm.budget import Budget, Costs, parameter_costs
 from darwinlm.commands.compress import run as prune
-from darwinlm.comparison import CELLS, DENSE, HELD_OUT, Cell, markdown, print_table, read_cells, save_picture
 from darwinlm.config.evaluation import CompareConfig
 from darwinlm.config.run import RefitConfig, RunConfig
 from darwinlm.data.corpus import read_corpus
@@ -35,6 +34,7 @@ from darwinlm.model.checkpoint import find_checkpoint
 from darwinlm.model.families import find_grid
 from darwinlm.model.size import parameter_count
 from darwinlm.progress import say
+from darwinlm.report.comparison import CELLS, DENSE, HELD_OUT, Cell, markdown, print_table, read_cells, save_picture
 from darwinlm.stopwatch import Stopwatch
 from darwinlm.types import DarwinError, Genome, UsageError
 

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from darwinlm import parallel, report
+from darwinlm import parallel
 from darwinlm.allocate.evolution import evolve
 from darwinlm.allocate.mutation import spread
 from darwinlm.allocate.sensitivity import find_starts
@@ -51,6 +51,7 @@ from darwinlm.model.pruned import family_of, load, pruned_config
 from darwinlm.model.size import parameter_bytes, parameter_count
 from darwinlm.progress import say, track
 from darwinlm.refit import refit, set_consumers
+from darwinlm.report import run_report
 from darwinlm.types import Curve, DarwinError, Genome, SearchResult
 
 
@@ -294,12 +295,14 @@ def _report(work: _Work, result: SearchResult, rows: list[Row], elsewhere: dict[
     title = f"{Path(work.config.model).name} at {_target(work.config)}"
     settings = _settings(work, result)
     counts = rows[0].parameters, rows[-1].parameters
-    card = model_card(work.config.model, settings, *counts, report.models_table(rows))
+    card = model_card(work.config.model, settings, *counts, run_report.models_table(rows))
     write_text(work.run.exported / "README.md", card)
     metric = label(work.config.search.metric)
     history = result.history
-    paths = report.write_report(work.run.path, title, rows, work.grid, genomes, history, settings, metric, elsewhere)
-    report.print_table(rows)
+    paths = run_report.write_report(
+        work.run.path, title, rows, work.grid, genomes, history, settings, metric, elsewhere
+    )
+    run_report.print_table(rows)
     for path in [work.run.exported, *paths]:
         print(path)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from darwinlm import parallel, tables
+from darwinlm import parallel
 from darwinlm.artifact import write_json, write_text
 from darwinlm.budget import parameter_costs
 from darwinlm.commands.compress import run
@@ -24,6 +24,7 @@ from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.families import find_grid, find_units
 from darwinlm.model.size import parameter_count
 from darwinlm.progress import say
+from darwinlm.report import tables
 from darwinlm.trainer import FINISHED
 
 LEFT = ("cache", "dense")  # by a command that was refused: the next one takes it

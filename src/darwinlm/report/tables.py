@@ -10,7 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 WORDS = frozenset({"model", "method", "setting", "value"})  # titles of columns that hold no figures
+
+
 GAP = 2  # columns of the screen between two of the table
+
 
 Cells = Sequence[str]
 

@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate, cycle
 from pathlib import Path
-from typing import Any
 
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.container import BarContainer
-from matplotlib.figure import Figure
-from matplotlib.legend_handler import HandlerTuple
-from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 from rich.text import Text
 
-from darwinlm import tables
 from darwinlm.artifact import write_json, write_text
 from darwinlm.evaluation.rows import Row
-from darwinlm.genome import Grid, prunable_parameters
-from darwinlm.types import KINDS, Curve, Generation, Genome, Kind
+from darwinlm.genome import Grid
+from darwinlm.report import tables
+from darwinlm.report.figures import levels_figure, save_figure, search_figure
+from darwinlm.types import Curve, Generation, Genome
 
 WIDTH = 100  # columns of what models write
-DOTS_PER_INCH = 200
-# Colours that remain apart in print and for the colour-blind (Okabe and Ito).
-KIND_COLOURS: dict[Kind, str] = {"attention": "#56b4e9", "mlp": "#e69f00"}
-UNIT_LABELS: dict[Kind, str] = {"attention": "attention heads left (%)", "mlp": "MLP channels left (%)"}
-TIME_UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
-SEARCH_COLOUR = "#0072b2"
-TEXT_COLOURS = ("#e69f00", "#009e73", "#cc79a7", "#d55e00")
-LINE_COLOURS = ("#333333", "#009e73", "#cc79a7", "#0072b2", "#d55e00")
-INK = "#333333"
 
 
 @dataclass(frozen=True)
@@ -148,10 +130,10 @@ def write_report(
     out.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, str] = {}
     if genomes:
-        save_figure(out / "levels.png", _levels_figure(grid, genomes))
+        save_figure(out / "levels.png", levels_figure(grid, genomes))
         pictures["levels.png"] = "Share of each attention and each MLP that is left, block by block"
     if history:
-        save_figure(out / "search.png", _search_figure(history, metric, curves))
+        save_figure(out / "search.png", search_figure(history, metric, curves))
         pictures["search.png"] = f"{metric} of the best genome, generation by generation, and KL on text it never saw"
     write_json(out / "table.json", [_record(row) for row in rows])
     write_text(out / "report.md", _markdown(title, rows, settings, pictures))
@@ -175,7 +157,10 @@ NOTE = """\
 KL is KL(dense ‖ model) in nats a token; perplexity and KL are over the same held-out tokens{texts}.
 Speeds are medians of alternating runs of the models on one machine, one sequence at a time. In brackets: the ratio to
 {dense}."""
+
+
 NOTE_ON_TEXTS = ", and over as many from the beginning of each text that is named, which no stage has seen"
+
 
 LOADING = """\
 ## Loading the model
@@ -222,121 +207,3 @@ def models_table(rows: Sequence[Row]) -> str:
     table = tables.markdown(_titles(columns), [[row.model, *_cells(row, rows[0], columns)] for row in rows])
     note = NOTE.format(dense=rows[0].model, texts=NOTE_ON_TEXTS if rows[0].texts else "")
     return "\n".join([table, "", note])
-
-
-def _levels_figure(grid: Grid, genomes: Mapping[str, Genome]) -> Figure:
-    """What is left of each unit, attention above MLP: the last genome as bars, the others as lines."""
-    figure = _figure(4.6)
-    axes: list[Axes] = list(figure.subplots(2, 1, sharex=True))
-    *others, result = genomes
-    bars: list[BarContainer] = []
-    lines: dict[str, Artist] = {}
-    crosses: dict[str, Artist] = {}
-    for axis, kind in zip(axes, KINDS, strict=True):
-        members = [i for i, unit in enumerate(grid.units) if unit.kind == kind]
-        blocks = [grid.units[i].block for i in members]
-        left = {name: _percent_left(grid, genome, members) for name, genome in genomes.items()}
-        bars.append(axis.bar(blocks, left[result], width=0.8, color=KIND_COLOURS[kind], zorder=2))
-        gone = [block for block, percent in zip(blocks, left[result], strict=True) if percent == 0]
-        if gone:
-            crosses["removed"] = axis.scatter(
-                gone, [4] * len(gone), marker="x", s=20, linewidths=1.3, color=INK, zorder=4
-            )
-        for number, name in enumerate(others):
-            # Every unit has a flat piece of its own, as wide as its block.
-            edges = [block - 0.5 for block in blocks] + [block + 0.5 for block in blocks[-1:]]
-            colour = LINE_COLOURS[number % len(LINE_COLOURS)]
-            lines[name] = axis.stairs(left[name], edges, baseline=None, color=colour, linewidth=1.5, zorder=3)
-        axis.set_ylabel(UNIT_LABELS[kind], fontsize=9)
-        axis.set_ylim(0, 104)
-        axis.set_yticks([0, 25, 50, 75, 100])
-        _style(axis)
-    axes[-1].set_xlabel("decoder block", fontsize=9)
-    axes[-1].set_xlim(-0.7, max((unit.block for unit in grid.units), default=0) + 0.7)
-    axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
-    figure.suptitle(f"What is left of each unit: {' and '.join((result, *others))}", fontsize=10.5)
-    entries: dict[str, Any] = {_with_size(grid, name, genomes[name]): line for name, line in lines.items()}
-    entries[_with_size(grid, result, genomes[result])] = tuple(bar.patches[0] for bar in bars if bar.patches)
-    entries |= crosses
-    figure.legend(
-        list(entries.values()),
-        list(entries),
-        handler_map={tuple: HandlerTuple(ndivide=None)},
-        loc="outside lower center",
-        ncols=3,
-        frameon=False,
-        fontsize=8,
-    )
-    return figure
-
-
-def _with_size(grid: Grid, name: str, genome: Genome) -> str:
-    """A genome's name, and what it leaves of the parameters of all units."""
-    share = prunable_parameters(grid, genome) / prunable_parameters(grid, grid.dense())
-    return f"{name} ({100 * share:.1f} % left overall)"
-
-
-def _percent_left(grid: Grid, genome: Genome, members: Sequence[int]) -> list[float]:
-    """Structures that are left of each of these units, in per cent."""
-    return [100 * (1 - grid.removed[i][genome.levels[i]] / grid.units[i].structures) for i in members]
-
-
-def _search_figure(history: Sequence[Generation], metric: str, curves: Mapping[str, Curve]) -> Figure:
-    """The parent's fitness after each generation, its KL on other texts, and the time that the search had taken."""
-    figure = _figure(3.3)
-    axis: Axes = figure.subplots()
-    numbers = [line.generation for line in history]
-    fitness = [line.fitness for line in history]
-    axis.step(numbers, fitness, where="post", color=SEARCH_COLOUR, linewidth=1.5, zorder=2)
-    better = [i for i in range(len(history)) if i == 0 or history[i].genome != history[i - 1].genome]
-    axis.scatter([numbers[i] for i in better], [fitness[i] for i in better], s=18, color=SEARCH_COLOUR, zorder=3)
-    for i in {0, len(history) - 1}:
-        place = (0, -16) if curves else (0, 8)  # where no curve runs: those of other texts are higher
-        label = axis.annotate(f"{fitness[i]:.3f}", (numbers[i], fitness[i]), place, textcoords="offset points")
-        label.set(ha="center", fontsize=8, color=INK)
-        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
-    for colour, (text, curve) in zip(cycle(TEXT_COLOURS), curves.items()):
-        axis.plot(*zip(*curve, strict=True), marker=".", linewidth=1, color=colour, label=f"KL, {Path(text).name}")
-    if curves:
-        axis.lines[0].set_label(f"{metric}, the search's tokens")
-        axis.legend(fontsize=8, frameon=False, loc="lower left")
-    axis.set_xlabel("generation (a dot where a better genome was found)", fontsize=9)
-    axis.set_ylabel(f"{metric} (nats a token)", fontsize=9)
-    axis.set_title(f"Search: {metric} of the best genome", fontsize=10.5, pad=8)
-    axis.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
-    axis.yaxis.set_major_locator(MaxNLocator(nbins=5))
-    highest = max(*fitness, *(value for curve in curves.values() for _, value in curve), 0.0)
-    axis.set_ylim(0, 1.15 * highest or 1)
-    axis.margins(x=0.03)
-    _style(axis)
-    elapsed: dict[float, float] = dict(zip(numbers, accumulate(line.seconds for line in history), strict=True))
-    size, unit = next((pair for pair in TIME_UNITS if max(elapsed.values()) >= 2 * pair[0]), TIME_UNITS[-1])
-    top = axis.secondary_xaxis("top")
-    top.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
-    top.xaxis.set_major_formatter(lambda number, _: f"{elapsed[number] / size:.3g}" if number in elapsed else "")
-    top.set_xlabel(f"time searched ({unit})", fontsize=9)
-    top.tick_params(labelsize=8)
-    top.spines["top"].set_visible(False)
-    return figure
-
-
-def _figure(height: float) -> Figure:
-    """A figure as wide as two columns of a paper, with a canvas of its own: pyplot's global state is not touched."""
-    figure = Figure(figsize=(7.0, height), dpi=DOTS_PER_INCH, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _style(axis: Axes) -> None:
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=8)
-    axis.grid(axis="y", color="#dddddd", linewidth=0.6, zorder=0)
-    axis.set_axisbelow(True)
-
-
-def save_figure(path: Path, figure: Figure) -> None:
-    """Write a PNG file, whole or not at all."""
-    temporary = path.with_name(path.name + ".partial")
-    # The version of matplotlib, which it would note, is no part of the picture.
-    figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
-    os.replace(temporary, path)

@@ -14,19 +14,27 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from darwinlm import tables
 from darwinlm.artifact import read_json_lines
 from darwinlm.evaluation.quality import Quality
 from darwinlm.evaluation.tasks import Score
-from darwinlm.report import save_figure
+from darwinlm.report import tables
+from darwinlm.report.figures import save_figure
 
 DENSE = "dense"
+
+
 HELD_OUT = "held-out documents"
+
+
 CELLS = "cells.jsonl"
+
+
 # As many as there are methods. The first seven remain apart for the colour-blind (Okabe and Ito), the rest by markers.
 COLOURS = (
     "#333333", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2", "#d55e00", "#882255", "#999933", "#44aa99",
 )  # fmt: skip
+
+
 MARKERS = "osv^Dx*P+h"
 
 
