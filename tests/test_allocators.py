@@ -17,11 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import tiny
-from darwinlm.allocate.cosine import angular_distances
-from darwinlm.allocate.methods import ALLOCATORS
-from darwinlm.allocate.problem import Problem
-from darwinlm.allocate.shortened_llama import taylor_importance
-from darwinlm.allocate.shortgpt import block_influence
 from darwinlm.artifact import read_json_lines
 from darwinlm.budget import Budget, parameter_costs
 from darwinlm.config.run import SearchConfig
@@ -31,6 +26,11 @@ from darwinlm.fitness import Fitness
 from darwinlm.genome import ceilings, level_grid, uniform_genome
 from darwinlm.model.families import FAMILIES, find_units
 from darwinlm.model.size import parameter_count
+from darwinlm.rivals.cosine import angular_distances
+from darwinlm.rivals.methods import ALLOCATORS
+from darwinlm.rivals.problem import Problem
+from darwinlm.rivals.shortened_llama import taylor_importance
+from darwinlm.rivals.shortgpt import block_influence
 from darwinlm.types import Genome, SelectionStage, UsageError
 from pruned import prune, token_ids
 

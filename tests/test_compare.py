@@ -14,8 +14,6 @@ import pytest
 
 import runs
 import tiny
-from darwinlm.allocate.methods import ALLOCATORS
-from darwinlm.allocate.problem import Problem, scored_tokens
 from darwinlm.artifact import read_json_lines
 from darwinlm.commands.compare import PICTURE, TABLE, compare
 from darwinlm.config.evaluation import METHODS, CompareConfig
@@ -31,6 +29,8 @@ from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.pruned import load
 from darwinlm.model.size import parameter_count
 from darwinlm.report.comparison import CELLS, DENSE, Cell, figure
+from darwinlm.rivals.methods import ALLOCATORS
+from darwinlm.rivals.problem import Problem, scored_tokens
 from darwinlm.types import DarwinError, Genome, SelectionStage, UsageError
 
 TARGETS = (0.2, 0.9)

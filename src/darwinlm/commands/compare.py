@@ -12,8 +12,6 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from darwinlm.allocate.methods import ALLOCATORS, OURS
-from darwinlm.allocate.problem import Problem, mask_tokens, scored_tokens
 from darwinlm.allocate.uniform import uniform
 from darwinlm.artifact import locked_directory, read_json, write_json, write_text
 from darwinlm.budget import Budget, Costs, parameter_costs
@@ -35,6 +33,8 @@ from darwinlm.model.families import find_grid
 from darwinlm.model.size import parameter_count
 from darwinlm.progress import say
 from darwinlm.report.comparison import CELLS, DENSE, HELD_OUT, Cell, markdown, print_table, read_cells, save_picture
+from darwinlm.rivals.methods import ALLOCATORS, OURS
+from darwinlm.rivals.problem import Problem, mask_tokens, scored_tokens
 from darwinlm.stopwatch import Stopwatch
 from darwinlm.types import DarwinError, Genome, UsageError
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from darwinlm.allocate.cosine import cosine
 from darwinlm.allocate.evolution import evolve
-from darwinlm.allocate.evopress import evopress
-from darwinlm.allocate.problem import Allocator, Problem
 from darwinlm.allocate.sensitivity import find_starts
-from darwinlm.allocate.sheared_llama import sheared_llama
-from darwinlm.allocate.shortened_llama import shortened_llama, shortened_llama_taylor
-from darwinlm.allocate.shortgpt import shortgpt
-from darwinlm.allocate.ziplm import ziplm
 from darwinlm.config.run import SearchConfig
+from darwinlm.rivals.cosine import cosine
+from darwinlm.rivals.evopress import evopress
+from darwinlm.rivals.problem import Allocator, Problem
+from darwinlm.rivals.sheared_llama import sheared_llama
+from darwinlm.rivals.shortened_llama import shortened_llama, shortened_llama_taylor
+from darwinlm.rivals.shortgpt import shortgpt
+from darwinlm.rivals.ziplm import ziplm
 from darwinlm.types import Genome
 
 
@@ -46,4 +46,6 @@ ALLOCATORS: dict[str, Allocator] = {
     "evolution": evolution,
     "training-aware": training_aware,
 }
+
+
 OURS = ("evolution", "training-aware")

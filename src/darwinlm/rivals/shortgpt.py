@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from darwinlm.allocate.depth import remove_until_it_fits, streams
-from darwinlm.allocate.problem import Problem
 from darwinlm.model.families import Family
+from darwinlm.rivals.depth import remove_until_it_fits, streams
+from darwinlm.rivals.problem import Problem
 from darwinlm.types import Genome
 
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from darwinlm.allocate.depth import too_large
 from darwinlm.allocate.evolution import evolve
 from darwinlm.allocate.mutation import restore
-from darwinlm.allocate.problem import Problem
 from darwinlm.budget import Budget
 from darwinlm.fitness import Scorer
 from darwinlm.genome import Grid
+from darwinlm.rivals.depth import too_large
+from darwinlm.rivals.problem import Problem
 from darwinlm.types import KINDS, Genome, SelectionStage
 
 

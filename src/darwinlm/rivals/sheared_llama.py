@@ -21,18 +21,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from darwinlm.allocate.mutation import restore
-from darwinlm.allocate.problem import Problem, mask_tokens
 from darwinlm.allocate.sensitivity import least_sensitive
 from darwinlm.budget import Budget
 from darwinlm.losses.gradients import CrossEntropyGradient
 from darwinlm.losses.logits import Logits
 from darwinlm.model.families import linear_at
 from darwinlm.progress import say, track
+from darwinlm.rivals.problem import Problem, mask_tokens
 from darwinlm.types import DarwinError, Genome, Unit
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # temperature, and the ends of the stretched interval (Louizos et al., section 4)
+
+
 OPEN = math.log(100)  # log alpha stays between this, at which masks start, and its negative
+
+
 WARM_UP = 0.2  # share of the steps in which the target grows from nothing
+
+
 # Of Adam; the paper's is 1 for both. In the hundreds of steps here, a tenth of its own, masks that move as fast follow
 # the noise, and multipliers that grow from 0 overshoot, unless the quadratic one is where theirs is after 300 steps.
 MASK_RATE, MULTIPLIER_RATE, QUADRATIC = 0.2, 0.1, 300.0
