@@ -22,9 +22,9 @@ from shared_database import run_over
 from time_to_kl import plainly, texts
 
 from darwinlm import load
-from darwinlm.artifact import read_json_lines
 from darwinlm.config.run import DatabaseConfig, RunConfig
 from darwinlm.curves import HeldOut
+from darwinlm.runtime.files import read_json_lines
 from darwinlm.types import Genome
 
 METHODS = ("uniform", "plain search", "start", "compress")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from darwinlm.artifact import read_json_lines
+from darwinlm.runtime.files import read_json_lines
 
 
 def cells(file: Path, wanted: Iterable[Mapping[str, Any]], measure: Callable[..., Mapping[str, Any]]) -> list[Any]:

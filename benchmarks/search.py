@@ -36,10 +36,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from darwinlm import parallel
 from darwinlm.allocate.mutation import within_kinds
 from darwinlm.allocate.uniform import uniform
-from darwinlm.artifact import read_json, write_json
 from darwinlm.budget import Budget, parameter_costs
 from darwinlm.commands.plan.work import plan_search
 from darwinlm.commands.run_directory import Run
@@ -54,6 +52,8 @@ from darwinlm.losses.metrics import Divergence
 from darwinlm.model.checkpoint import find_checkpoint
 from darwinlm.model.families import find_grid, linear_at
 from darwinlm.model.size import parameter_count
+from darwinlm.runtime import parallel
+from darwinlm.runtime.files import read_json, write_json
 from darwinlm.tuning import Tuner, rounded
 from darwinlm.types import Genome, SelectionStage
 

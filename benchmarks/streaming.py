@@ -26,11 +26,11 @@ from darwinlm.commands.plan.work import plan
 from darwinlm.config.run import CalibrationConfig, DatabaseConfig
 from darwinlm.database.calibrate import calibrate
 from darwinlm.database.store import Database, add_unit
-from darwinlm.device import DTYPES
 from darwinlm.genome import level_grid
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import find_units
-from darwinlm.progress import quiet_transformers
+from darwinlm.runtime.device import DTYPES
+from darwinlm.runtime.progress import quiet_transformers
 from darwinlm.types import Structure
 
 Precision = Literal["float32", "bfloat16"]

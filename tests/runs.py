@@ -11,7 +11,6 @@ from typing import Any
 
 import yaml
 
-from darwinlm.artifact import read_json_lines
 from darwinlm.cli import main
 from darwinlm.config.run import (
     CalibrationConfig,
@@ -21,6 +20,7 @@ from darwinlm.config.run import (
     RunConfig,
     SearchConfig,
 )
+from darwinlm.runtime.files import read_json_lines
 from darwinlm.types import SelectionStage
 
 SHORT = RunConfig(

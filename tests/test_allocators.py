@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import tiny
-from darwinlm.artifact import read_json_lines
 from darwinlm.budget import Budget, parameter_costs
 from darwinlm.config.run import SearchConfig
 from darwinlm.database.stitch import Stitcher
@@ -31,6 +30,7 @@ from darwinlm.rivals.methods import ALLOCATORS
 from darwinlm.rivals.problem import Problem
 from darwinlm.rivals.shortened_llama import taylor_importance
 from darwinlm.rivals.shortgpt import block_influence
+from darwinlm.runtime.files import read_json_lines
 from darwinlm.types import Genome, SelectionStage, UsageError
 from pruned import prune, token_ids
 

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import runs
-from darwinlm.artifact import locked_directory
 from darwinlm.commands import compress
 from darwinlm.config.run import RunConfig
+from darwinlm.runtime.files import locked_directory
 from refusals import as_if_nothing_had_happened, copied_model, only_sentence, refused
 
 

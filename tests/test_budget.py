@@ -27,7 +27,7 @@ from darwinlm.database.stitch import repeat_shared
 from darwinlm.genome import Grid, level_grid, uniform_genome
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.size import parameter_count
-from darwinlm.progress import console
+from darwinlm.runtime.progress import console
 from darwinlm.types import Genome, Structure, Unit, UsageError
 from pruned import Pruned, prune, token_ids
 from test_genome import units

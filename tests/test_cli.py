@@ -12,7 +12,7 @@ import runs
 from darwinlm import __version__, cli
 from darwinlm.commands import compress, export  # noqa: F401, before `run` is replaced
 from darwinlm.config.run import DEMO, RunConfig, SearchConfig, read_config
-from darwinlm.progress import console, say, track
+from darwinlm.runtime.progress import console, say, track
 from darwinlm.types import DarwinError, SelectionStage, UsageError
 
 

@@ -14,7 +14,6 @@ import pytest
 
 import runs
 import tiny
-from darwinlm.artifact import read_json_lines
 from darwinlm.commands.compare import PICTURE, TABLE, compare
 from darwinlm.config.evaluation import METHODS, CompareConfig
 from darwinlm.config.run import DatabaseConfig, SearchConfig
@@ -31,6 +30,7 @@ from darwinlm.model.size import parameter_count
 from darwinlm.report.comparison import CELLS, DENSE, Cell, figure
 from darwinlm.rivals.methods import ALLOCATORS
 from darwinlm.rivals.problem import Problem, scored_tokens
+from darwinlm.runtime.files import read_json_lines
 from darwinlm.types import DarwinError, Genome, SelectionStage, UsageError
 
 TARGETS = (0.2, 0.9)

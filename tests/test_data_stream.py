@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import tiny
-from darwinlm import parallel
 from darwinlm.config.training import StreamConfig
 from darwinlm.data import stream
 from darwinlm.data.corpus import is_held_out
 from darwinlm.data.stream import Sequences, TokenStore, draw_held_out, draw_sequences
+from darwinlm.runtime import parallel
 from darwinlm.types import DarwinError, UsageError
 
 SCORED = StreamConfig(sequence_length=32, score_column="language_score", min_score=0.9)

@@ -17,7 +17,7 @@ from darwinlm.allocate.uniform import uniform
 from darwinlm.budget import parameter_costs
 from darwinlm.config.run import DatabaseConfig, RunConfig, SearchConfig
 from darwinlm.genome import Grid, level_grid
-from darwinlm.progress import console
+from darwinlm.runtime.progress import console
 from darwinlm.types import DarwinError, Generation, Genome, SelectionStage
 from test_genome import units
 

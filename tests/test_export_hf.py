@@ -20,9 +20,9 @@ from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from darwinlm.export.hf import export_hf
-from darwinlm.export.place import new_directory
 from darwinlm.export.verify import Expected, float32_logits, verify_export
 from darwinlm.model.pruned import EXPORTABLE, load, pruned_config, register, remaining_blocks, render, renumber_blocks
+from darwinlm.runtime.files import new_directory
 from darwinlm.types import BlockSizes, DarwinError, UsageError
 from exports import (
     BLOCKS,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from darwinlm.export.place import new_directory, new_file
+from darwinlm.runtime.files import new_directory, new_file
 from darwinlm.types import UsageError
 
 PATIENCE = 120.0  # seconds

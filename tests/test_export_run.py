@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import runs
-from darwinlm.artifact import read_json
 from darwinlm.commands import compress
 from darwinlm.commands.run_directory import Run, load
 from darwinlm.config.run import RunConfig
@@ -18,6 +17,7 @@ from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import Database
 from darwinlm.genome import level_grid
 from darwinlm.model.checkpoint import Checkpoint
+from darwinlm.runtime.files import read_json
 from refusals import only_sentence
 
 TOKEN_IDS = torch.arange(20, 52)[None]

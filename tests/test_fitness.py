@@ -14,13 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import tiny
-from darwinlm import parallel, tuning
+from darwinlm import tuning
 from darwinlm.config.run import SearchConfig
 from darwinlm.database.stitch import Stitcher
 from darwinlm.fitness import Fitness
 from darwinlm.losses.logits import Logits
 from darwinlm.losses.metrics import Divergence
 from darwinlm.losses.metrics import metric as make_metric
+from darwinlm.runtime import parallel
 from darwinlm.tuning import Tuner, _training, rounded
 from darwinlm.types import Genome, MetricName, SelectionStage
 from pruned import CPU, prune, token_ids, zero_masked

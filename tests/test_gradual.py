@@ -13,7 +13,6 @@ import yaml
 
 import runs
 import trainings
-from darwinlm.artifact import read_json
 from darwinlm.cli import PRESETS
 from darwinlm.commands import gradual as recipes
 from darwinlm.commands.gradual import _size_at, gradual
@@ -21,6 +20,7 @@ from darwinlm.config.run import RunConfig, read_config
 from darwinlm.config.training import GradualConfig, GradualStage, TrainConfig
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.pruned import block_sizes_of, load
+from darwinlm.runtime.files import read_json
 from darwinlm.types import UsageError
 from test_parallel import torchrun
 

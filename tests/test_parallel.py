@@ -16,11 +16,11 @@ import torch
 import yaml
 
 import runs
-from darwinlm.artifact import read_json
 from darwinlm.config.run import SearchConfig
 from darwinlm.database.store import Database
 from darwinlm.genome import level_grid
 from darwinlm.model.checkpoint import Checkpoint
+from darwinlm.runtime.files import read_json
 from darwinlm.types import SelectionStage
 
 DIE = """

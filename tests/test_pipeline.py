@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 import darwinlm
 import runs
 import tiny
-from darwinlm.artifact import read_json
 from darwinlm.commands import compress
 from darwinlm.commands.run_directory import Run
 from darwinlm.config.run import RunConfig, SearchConfig, Stage, read_config
@@ -29,6 +28,7 @@ from darwinlm.genome import Grid, level_grid, prunable_parameters
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import block_sizes
 from darwinlm.refit import set_consumers
+from darwinlm.runtime.files import read_json
 from darwinlm.types import DarwinError, MetricName, SelectionStage
 
 VERIFIED = "llama-gqa"  # its export is proved in a fresh process, which takes seconds

@@ -16,7 +16,7 @@ from darwinlm.allocate.sensitivity import find_starts, least_sensitive, sensitiv
 from darwinlm.budget import Budget, parameter_costs
 from darwinlm.config.run import SearchConfig
 from darwinlm.genome import Grid, ceilings, level_grid
-from darwinlm.progress import console
+from darwinlm.runtime.progress import console
 from darwinlm.types import Genome, SelectionStage
 from test_genome import units
 

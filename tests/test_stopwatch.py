@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from darwinlm.stopwatch import BEAT, Stopwatch
+from darwinlm.runtime.stopwatch import BEAT, Stopwatch
 
 
 def work(file: Path) -> None:

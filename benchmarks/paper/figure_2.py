@@ -26,11 +26,11 @@ from scipy.stats import spearmanr
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from search import Bench, even_at, mutants, open_bench
 
-from darwinlm.artifact import read_json_lines
 from darwinlm.config.run import SearchConfig
 from darwinlm.data.corpus import read_corpus
 from darwinlm.fitness import Fitness
 from darwinlm.model.checkpoint import find_checkpoint
+from darwinlm.runtime.files import read_json_lines
 from darwinlm.types import Genome, SelectionStage
 
 TRAININGS = {

@@ -180,7 +180,7 @@ def _run(command: str, fields: Namespace) -> None:
     from darwinlm.commands.export import convert, export
     from darwinlm.commands.plan.show import show
     from darwinlm.commands.run_directory import told_in_one_sentence
-    from darwinlm.export.place import check_new
+    from darwinlm.runtime.files import check_new
 
     if command == "plan":
         recipe = _settings(GradualConfig, fields)

@@ -10,12 +10,12 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from darwinlm.artifact import read_json, write_json
 from darwinlm.database.stitch import Stitcher
 from darwinlm.fitness import BATCH_TOKENS
 from darwinlm.losses.logits import Logits
 from darwinlm.losses.metrics import Divergence
-from darwinlm.progress import track
+from darwinlm.runtime.files import read_json, write_json
+from darwinlm.runtime.progress import track
 from darwinlm.types import Curve, Generation
 
 POINTS = 8  # of a curve, at most

@@ -13,11 +13,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from darwinlm import parallel
 from darwinlm.config.run import SearchConfig
 from darwinlm.database.stitch import Stitcher
 from darwinlm.losses.logits import Logits
 from darwinlm.losses.metrics import Metric, metric
+from darwinlm.runtime import parallel
 from darwinlm.tuning import Tuner, rounded
 from darwinlm.types import Genome, SelectionStage
 

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from darwinlm.artifact import read_json, write_json
 from darwinlm.budget import Costs
 from darwinlm.config.run import LatencyConfig
 from darwinlm.database.eliminate import columns_of
@@ -23,7 +22,8 @@ from darwinlm.database.store import Database
 from darwinlm.genome import Grid
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import linear_at
-from darwinlm.progress import track
+from darwinlm.runtime.files import read_json, write_json
+from darwinlm.runtime.progress import track
 from darwinlm.types import Genome, Level, Unit, UsageError
 
 NANO = 1e9

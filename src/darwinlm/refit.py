@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from darwinlm.adamw import set_state, state_of
-from darwinlm.artifact import open_tensors
 from darwinlm.config.run import RefitConfig
 from darwinlm.database.stitch import Stitcher
 from darwinlm.losses.gradients import KLGradient
 from darwinlm.losses.logits import Logits
 from darwinlm.model.families import linear_at
-from darwinlm.progress import say, track
+from darwinlm.runtime.files import open_tensors
+from darwinlm.runtime.progress import say, track
 from darwinlm.types import DarwinError, Genome
 
 SAVE_SECONDS = 60.0  # the most work that a kill costs, as a rule

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from darwinlm import parallel
-from darwinlm.artifact import sweep, write_json
 from darwinlm.data.stream import Sequences, mapped
 from darwinlm.losses.distillation import Target, TopKTarget, teacher_target
-from darwinlm.progress import track
+from darwinlm.runtime import parallel
+from darwinlm.runtime.files import sweep, write_json
+from darwinlm.runtime.progress import track
 
 ROWS = 16  # sequences in a file
 LOGIT_BYTES = 6  # of each of the K tokens at a position: an index and a half

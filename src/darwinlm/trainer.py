@@ -24,11 +24,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from darwinlm.artifact import write_json, write_text
 from darwinlm.config.training import DistillationConfig
 from darwinlm.evaluation.quality import perplexity_of
 from darwinlm.losses.distillation import Losses, Target, chunked_loss, hidden_for_logits
-from darwinlm.progress import say
+from darwinlm.runtime.files import write_json, write_text
+from darwinlm.runtime.progress import say
 from darwinlm.types import DarwinError
 
 FINISHED = "darwinlm.json"  # written into a checkpoint once it is whole

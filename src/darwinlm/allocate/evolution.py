@@ -11,14 +11,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from darwinlm import parallel
 from darwinlm.allocate.mutation import Move, priced, within_kinds
-from darwinlm.artifact import read_json_lines, write_text
 from darwinlm.budget import Budget, amount_of
 from darwinlm.config.run import SearchConfig
 from darwinlm.fitness import Scorer
 from darwinlm.losses.metrics import label
-from darwinlm.progress import say, track
+from darwinlm.runtime import parallel
+from darwinlm.runtime.files import read_json_lines, write_text
+from darwinlm.runtime.progress import say, track
 from darwinlm.types import DarwinError, Generation, Genome, SearchResult
 
 MOVES: dict[str, Move] = {"priced": priced, "within_kinds": within_kinds}

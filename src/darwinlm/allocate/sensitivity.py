@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from darwinlm import parallel
 from darwinlm.allocate.mutation import restore
-from darwinlm.artifact import read_json, write_json
 from darwinlm.budget import Budget
 from darwinlm.config.run import SearchConfig
 from darwinlm.fitness import Scorer
 from darwinlm.genome import Grid
-from darwinlm.progress import say, track
+from darwinlm.runtime import parallel
+from darwinlm.runtime.files import read_json, write_json
+from darwinlm.runtime.progress import say, track
 from darwinlm.types import Genome, SelectionStage
 
 MEASURED = 3  # levels of a unit that are measured, and the first; those between are interpolated

@@ -9,7 +9,7 @@ from darwinlm.allocate.mutation import restore
 from darwinlm.budget import BELOW, Budget, Costs, Target, amount_of, limit_of
 from darwinlm.config.run import RunConfig
 from darwinlm.genome import Grid, ceilings, uniform_genome
-from darwinlm.progress import say
+from darwinlm.runtime.progress import say
 from darwinlm.types import Genome
 
 FILLINGS = 32  # ways to give back single levels, of which the one that fills the budget best is taken

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from darwinlm.allocate.uniform import uniform
-from darwinlm.artifact import locked_directory, read_json, write_json, write_text
 from darwinlm.budget import Budget, Costs, parameter_costs
 from darwinlm.commands.compress import run as prune
 from darwinlm.config.evaluation import CompareConfig
@@ -22,7 +21,6 @@ from darwinlm.data.corpus import read_corpus
 from darwinlm.data.draw import draw_texts, draw_tokens, scored_text
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import MANIFEST, Database
-from darwinlm.device import resolve_device, resolve_dtype
 from darwinlm.evaluation.quality import perplexity_and_kl
 from darwinlm.evaluation.speed import speed
 from darwinlm.evaluation.tasks import SUITE, Request, questions, requested, run_tasks
@@ -31,11 +29,13 @@ from darwinlm.genome import Grid
 from darwinlm.model.checkpoint import find_checkpoint
 from darwinlm.model.families import find_grid
 from darwinlm.model.size import parameter_count
-from darwinlm.progress import say
 from darwinlm.report.comparison import CELLS, DENSE, HELD_OUT, Cell, markdown, print_table, read_cells, save_picture
 from darwinlm.rivals.methods import ALLOCATORS, OURS
 from darwinlm.rivals.problem import Problem, mask_tokens, scored_tokens
-from darwinlm.stopwatch import Stopwatch
+from darwinlm.runtime.device import resolve_device, resolve_dtype
+from darwinlm.runtime.files import locked_directory, read_json, write_json, write_text
+from darwinlm.runtime.progress import say
+from darwinlm.runtime.stopwatch import Stopwatch
 from darwinlm.types import DarwinError, Genome, UsageError
 
 QUESTIONS, TABLE, PICTURE = "questions.json", "comparison.md", "comparison.png"

@@ -12,12 +12,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from darwinlm import parallel
 from darwinlm.allocate.evolution import evolve
 from darwinlm.allocate.mutation import spread
 from darwinlm.allocate.sensitivity import find_starts
 from darwinlm.allocate.uniform import fullest, uniform
-from darwinlm.artifact import write_text
 from darwinlm.budget import Budget, Costs, Target, amount_of, cache_costs, flop_costs, parameter_costs
 from darwinlm.commands.run_directory import (
     SETTINGS,
@@ -35,7 +33,6 @@ from darwinlm.data.draw import draw_texts, draw_tokens, scored_text
 from darwinlm.database.calibrate import calibrate
 from darwinlm.database.stitch import Stitcher, repeat_shared
 from darwinlm.database.store import Database, add_unit
-from darwinlm.device import DTYPES, resolve_device, resolve_dtype
 from darwinlm.evaluation.rows import Row, evaluate
 from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf
@@ -49,9 +46,12 @@ from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.families import block_sizes, find_family, find_grid
 from darwinlm.model.pruned import family_of, load, pruned_config
 from darwinlm.model.size import parameter_bytes, parameter_count
-from darwinlm.progress import say, track
 from darwinlm.refit import refit, set_consumers
 from darwinlm.report import run_report
+from darwinlm.runtime import parallel
+from darwinlm.runtime.device import DTYPES, resolve_device, resolve_dtype
+from darwinlm.runtime.files import write_text
+from darwinlm.runtime.progress import say, track
 from darwinlm.types import Curve, DarwinError, Genome, SearchResult
 
 

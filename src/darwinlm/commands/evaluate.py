@@ -14,11 +14,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from darwinlm.artifact import write_json
 from darwinlm.commands.run_directory import open_model, versions
 from darwinlm.config.evaluation import EvaluateConfig, SpeedConfig
 from darwinlm.data.corpus import TESTS, is_held_out, token_stream
-from darwinlm.device import DTYPES, resolve_device
 from darwinlm.evaluation.generation import Writing, write
 from darwinlm.evaluation.quality import Quality, quality_over, windows_over
 from darwinlm.evaluation.speed import count, measure
@@ -26,7 +24,9 @@ from darwinlm.evaluation.tasks import SUITE, Request, Score, find_tasks, request
 from darwinlm.model.checkpoint import find_checkpoint
 from darwinlm.model.pruned import load
 from darwinlm.model.size import parameter_count
-from darwinlm.progress import say
+from darwinlm.runtime.device import DTYPES, resolve_device
+from darwinlm.runtime.files import write_json
+from darwinlm.runtime.progress import say
 from darwinlm.types import DarwinError, UsageError
 
 DENSE = "dense"

@@ -11,13 +11,13 @@ from darwinlm.config.run import ExportConfig
 from darwinlm.export.card import stubbed_card
 from darwinlm.export.gguf import export_gguf
 from darwinlm.export.hf import export_hf
-from darwinlm.export.place import check_new
 from darwinlm.export.verify import Expected
 from darwinlm.export.vllm import check_vllm, tensor_parallel_sizes, zero_stubs
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.pruned import block_sizes_of, load
 from darwinlm.model.size import parameter_count
-from darwinlm.progress import say
+from darwinlm.runtime.files import check_new
+from darwinlm.runtime.progress import say
 
 
 def export(path: Path, verify: bool = True) -> Path:

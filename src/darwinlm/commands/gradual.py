@@ -10,8 +10,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from darwinlm import parallel
-from darwinlm.artifact import write_json, write_text
 from darwinlm.budget import parameter_costs
 from darwinlm.commands.compress import run
 from darwinlm.commands.run_directory import GRADUAL_SETTINGS, claim, find_export
@@ -23,8 +21,10 @@ from darwinlm.genome import uniform_genome
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.families import find_grid, find_units
 from darwinlm.model.size import parameter_count
-from darwinlm.progress import say
 from darwinlm.report import tables
+from darwinlm.runtime import parallel
+from darwinlm.runtime.files import write_json, write_text
+from darwinlm.runtime.progress import say
 from darwinlm.trainer import FINISHED
 
 LEFT = ("cache", "dense")  # by a command that was refused: the next one takes it

@@ -17,11 +17,11 @@ import yaml
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from darwinlm.artifact import read_json, sweep, write_json, write_text
 from darwinlm.config.run import RunConfig, read_config
 from darwinlm.genome import Grid
 from darwinlm.model import pruned
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
+from darwinlm.runtime.files import read_json, sweep, write_json, write_text
 from darwinlm.types import DarwinError, Genome, SearchResult, UsageError
 
 SETTINGS, TRAIN_SETTINGS, GRADUAL_SETTINGS = "run.yaml", "train.yaml", "recipe.yaml"

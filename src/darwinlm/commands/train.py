@@ -18,13 +18,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
 
-from darwinlm import parallel
-from darwinlm.artifact import read_json, write_json
 from darwinlm.commands.run_directory import FREE, TRAIN_SETTINGS, claim, open_model, told_in_one_sentence, versions_told
 from darwinlm.config.checks import expect
 from darwinlm.config.training import TrainConfig
 from darwinlm.data.stream import Sequences, draw_held_out, draw_sequences, tokenizer_fingerprint
-from darwinlm.device import resolve_device, resolve_dtype
 from darwinlm.export.card import trained_card
 from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected
@@ -32,7 +29,10 @@ from darwinlm.losses.distillation import Target, teacher_target
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.pruned import block_sizes_of, family_of
 from darwinlm.model.size import parameter_count
-from darwinlm.progress import quiet_transformers, say
+from darwinlm.runtime import parallel
+from darwinlm.runtime.device import resolve_device, resolve_dtype
+from darwinlm.runtime.files import read_json, write_json
+from darwinlm.runtime.progress import quiet_transformers, say
 from darwinlm.teacher_logits import CachedTeacher, TaughtSequences, TeacherLogits
 from darwinlm.trainer import FINISHED, Batch, DivergedError, RecoveryTrainer, Teacher
 from darwinlm.types import DarwinError, UsageError

@@ -25,11 +25,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from darwinlm import parallel
-from darwinlm.artifact import open_tensors, read_json, sweep, write_json
 from darwinlm.config.training import StreamConfig
 from darwinlm.data.corpus import HUB, PACKAGED, is_held_out, name_and_weight, one_stream, read_documents, text_of
-from darwinlm.progress import say
+from darwinlm.runtime import parallel
+from darwinlm.runtime.files import open_tensors, read_json, sweep, write_json
+from darwinlm.runtime.progress import say
 from darwinlm.types import DarwinError, UsageError
 
 LANES = 64  # of a source at most, whatever the number of processes

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from darwinlm import parallel
 from darwinlm.model.checkpoint import Checkpoint, is_finite
 from darwinlm.model.families import linear_at
+from darwinlm.runtime import parallel
 from darwinlm.types import DarwinError, Unit, UnitStatistics
 
 PANEL = 512  # rows of a Hessian that are summed together

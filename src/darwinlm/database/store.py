@@ -16,11 +16,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from darwinlm import parallel
-from darwinlm.artifact import read_json, write_json
 from darwinlm.config.run import DatabaseConfig
 from darwinlm.database import eliminate
 from darwinlm.genome import Grid
+from darwinlm.runtime import parallel
+from darwinlm.runtime.files import read_json, write_json
 from darwinlm.types import DarwinError, Elimination, Level, UnitStatistics, UsageError
 
 MANIFEST = "database.json"

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.evaluation.quality import evaluation_mode, final_logits, hidden_states
-from darwinlm.progress import track
+from darwinlm.runtime.progress import track
 from darwinlm.types import UsageError
 
 NGRAM = 4

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from darwinlm.progress import track
+from darwinlm.runtime.progress import track
 from darwinlm.types import UsageError
 
 CHUNK = 256  # tokens whose logits over the whole vocabulary exist at once

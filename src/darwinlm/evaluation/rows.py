@@ -14,7 +14,7 @@ from darwinlm.evaluation.generation import continuations
 from darwinlm.evaluation.quality import Quality, perplexity_and_kl
 from darwinlm.evaluation.speed import speed
 from darwinlm.model.size import parameter_count
-from darwinlm.progress import track
+from darwinlm.runtime.progress import track
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from darwinlm.evaluation.quality import evaluation_mode
 from darwinlm.model.families import head_dim
 from darwinlm.model.pruned import block_sizes_of
 from darwinlm.model.size import parameter_bytes
-from darwinlm.progress import track
+from darwinlm.runtime.progress import track
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

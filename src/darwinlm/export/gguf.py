@@ -19,13 +19,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from darwinlm.artifact import read_json
 from darwinlm.export.gguf_vocabulary import add_vocabulary
-from darwinlm.export.place import new_file
 from darwinlm.export.verify import verify_gguf
 from darwinlm.model.families import FAMILIES, Family, head_dim
 from darwinlm.model.pruned import block_sizes_of, family_of, register
-from darwinlm.progress import quiet_transformers
+from darwinlm.runtime.files import new_file, read_json
+from darwinlm.runtime.progress import quiet_transformers
 from darwinlm.types import BlockSizes, DarwinError, UsageError
 
 FileType = Literal["f32", "f16", "bf16", "q8_0"]

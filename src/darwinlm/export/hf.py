@@ -9,10 +9,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from darwinlm.export.place import new_directory
 from darwinlm.export.verify import Expected, verify_export
 from darwinlm.model.pruned import auto_map, family_of, module_name, pruned_model, render
-from darwinlm.progress import quiet_transformers, say
+from darwinlm.runtime.files import new_directory
+from darwinlm.runtime.progress import quiet_transformers, say
 from darwinlm.types import BlockSizes
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from darwinlm.artifact import read_json
 from darwinlm.model.checkpoint import skeleton
 from darwinlm.model.pruned import (
     PRUNED,
@@ -28,6 +27,7 @@ from darwinlm.model.pruned import (
     register,
     render,
 )
+from darwinlm.runtime.files import read_json
 from darwinlm.types import BlockSizes, UsageError
 
 STUB = BlockSizes(query_heads=1, key_value_heads=1, intermediate=32)

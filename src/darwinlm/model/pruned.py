@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from darwinlm.model.families import FAMILIES, PRUNED, head_dim
-from darwinlm.progress import quiet_transformers
+from darwinlm.runtime.progress import quiet_transformers
 from darwinlm.types import BlockSizes, DarwinError, UsageError
 
 EXPORTABLE = ("llama", "mistral", "qwen2", "qwen3")

@@ -14,11 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from darwinlm.artifact import read_json_lines
 from darwinlm.evaluation.quality import Quality
 from darwinlm.evaluation.tasks import Score
 from darwinlm.report import tables
 from darwinlm.report.figures import save_figure
+from darwinlm.runtime.files import read_json_lines
 
 DENSE = "dense"
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from darwinlm.artifact import write_json, write_text
 from darwinlm.evaluation.rows import Row
 from darwinlm.genome import Grid
 from darwinlm.report import tables
 from darwinlm.report.figures import levels_figure, save_figure, search_figure
+from darwinlm.runtime.files import write_json, write_text
 from darwinlm.types import Curve, Generation, Genome
 
 WIDTH = 100  # columns of what models write

@@ -26,8 +26,8 @@ from darwinlm.budget import Budget
 from darwinlm.losses.gradients import CrossEntropyGradient
 from darwinlm.losses.logits import Logits
 from darwinlm.model.families import linear_at
-from darwinlm.progress import say, track
 from darwinlm.rivals.problem import Problem, mask_tokens
+from darwinlm.runtime.progress import say, track
 from darwinlm.types import DarwinError, Genome, Unit
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # temperature, and the ends of the stretched interval (Louizos et al., section 4)

@@ -11,8 +11,8 @@ from random import Random
 
 from darwinlm.allocate.sensitivity import least_sensitive
 from darwinlm.database.store import Database
-from darwinlm.progress import track
 from darwinlm.rivals.problem import Problem
+from darwinlm.runtime.progress import track
 from darwinlm.types import Genome, SelectionStage
 
 MUTATED = 0.1  # share of the weights that a step draws anew

@@ -11,10 +11,10 @@ from transformers import AutoConfig, PretrainedConfig
 from darwinlm.commands.plan.rates import block_rates, measure_rates
 from darwinlm.commands.plan.work import plan, plan_search, plan_training
 from darwinlm.config.training import GradualConfig
-from darwinlm.device import DTYPES, resolve_dtype
 from darwinlm.model.checkpoint import PACKAGED, find_checkpoint
 from darwinlm.model.families import find_family
 from darwinlm.report import tables
+from darwinlm.runtime.device import DTYPES, resolve_dtype
 from darwinlm.types import UsageError
 
 

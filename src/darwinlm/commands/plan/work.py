@@ -14,10 +14,10 @@ from darwinlm.commands.plan.rates import FLOAT, BlockRates, Rates, columns, elim
 from darwinlm.config.run import CalibrationConfig, DatabaseConfig, RefitConfig, SearchConfig
 from darwinlm.config.training import GradualConfig, steps_of
 from darwinlm.database.calibrate import PANEL, SPILL_BYTES
-from darwinlm.device import DTYPES
 from darwinlm.genome import Grid, prunable_parameters, uniform_genome
 from darwinlm.model.checkpoint import skeleton
 from darwinlm.model.families import find_grid, head_dim
+from darwinlm.runtime.device import DTYPES
 from darwinlm.teacher_logits import LOGIT_BYTES
 from darwinlm.types import Genome, SelectionStage, Unit
 

@@ -14,7 +14,10 @@ from transformers.utils import logging as transformers_logging
 
 Item = TypeVar("Item")
 
+
 console = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
 LOG_EVERY = 10.0  # seconds between log lines where there is no terminal
 
 

@@ -20,12 +20,16 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from darwinlm.artifact import locked_directory
-from darwinlm.progress import console
+from darwinlm.runtime.files import locked_directory
+from darwinlm.runtime.progress import console
 from darwinlm.types import DarwinError, UsageError
 
 SPOKEN = "darwinlm/spoken"  # counts the processes of a run that have failed
+
+
 GRACE = 2.0  # seconds
+
+
 PATIENCE = timedelta(hours=6)  # one process may eliminate a large unit while the others wait for it
 
 

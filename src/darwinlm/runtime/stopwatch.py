@@ -7,7 +7,7 @@ from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
 
-from darwinlm.artifact import read_json, write_json
+from darwinlm.runtime.files import read_json, write_json
 
 BEAT = 2.0  # seconds that a kill may hide
 
