@@ -23,8 +23,8 @@ from time_to_kl import plainly, texts
 
 from darwinlm import load
 from darwinlm.config.run import DatabaseConfig, RunConfig
-from darwinlm.curves import HeldOut
 from darwinlm.runtime.files import read_json_lines
+from darwinlm.search.held_out import HeldOut
 from darwinlm.types import Genome
 
 METHODS = ("uniform", "plain search", "start", "compress")

@@ -23,16 +23,17 @@ import numpy as np
 import torch
 
 from darwinlm.config.run import DatabaseConfig
-from darwinlm.curves import HeldOut
 from darwinlm.data.corpus import read_corpus
 from darwinlm.database import calibrate as calibration
 from darwinlm.database import eliminate
 from darwinlm.database import store as store
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import Database, add_unit
-from darwinlm.genome import level_grid, uniform_genome
+from darwinlm.genome import level_grid
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.families import find_units
+from darwinlm.search.held_out import HeldOut
+from darwinlm.search.uniform import uniform_genome
 
 TOKENS = Path(__file__).resolve().parents[2] / "shared" / "reference" / "smollm2_calibration_tokens.npz"
 

@@ -18,8 +18,6 @@ from pathlib import Path
 
 import torch
 
-from darwinlm.allocate.uniform import uniform
-from darwinlm.budget import parameter_costs
 from darwinlm.commands import compress
 from darwinlm.commands.gradual import gradual
 from darwinlm.commands.run_directory import Run
@@ -41,6 +39,8 @@ from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import block_sizes, find_units
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime.files import read_json, write_json
+from darwinlm.search.budget import parameter_costs
+from darwinlm.search.uniform import uniform
 
 LOSSES = {"cross-entropy": 0.0, "distillation": 1.0, "mixed": 0.5}
 

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from darwinlm.config.run import DatabaseConfig, RefitConfig
-from darwinlm.curves import HeldOut
 from darwinlm.data.corpus import read_corpus
 from darwinlm.database.calibrate import calibrate
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import Database, add_unit
-from darwinlm.genome import level_grid, uniform_genome
+from darwinlm.genome import level_grid
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.refit import refit, set_consumers
+from darwinlm.search.held_out import HeldOut
+from darwinlm.search.uniform import uniform_genome
 
 WIKITEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "wikitext2_valid.txt"
 CPU = torch.device("cpu")

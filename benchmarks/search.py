@@ -36,9 +36,6 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from darwinlm.allocate.mutation import within_kinds
-from darwinlm.allocate.uniform import uniform
-from darwinlm.budget import Budget, parameter_costs
 from darwinlm.commands.plan.work import plan_search
 from darwinlm.commands.run_directory import Run
 from darwinlm.config.run import RefitConfig, RunConfig, SearchConfig
@@ -46,7 +43,6 @@ from darwinlm.data.corpus import read_corpus
 from darwinlm.database.eliminate import columns_of
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import Database
-from darwinlm.fitness import Fitness
 from darwinlm.losses.logits import Logits
 from darwinlm.losses.metrics import Divergence
 from darwinlm.model.checkpoint import find_checkpoint
@@ -54,7 +50,11 @@ from darwinlm.model.families import find_grid, linear_at
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime import parallel
 from darwinlm.runtime.files import read_json, write_json
-from darwinlm.tuning import Tuner, rounded
+from darwinlm.search.budget import Budget, parameter_costs
+from darwinlm.search.candidate_training import CandidateTrainer, rounded
+from darwinlm.search.fitness import Fitness
+from darwinlm.search.mutation import within_kinds
+from darwinlm.search.uniform import uniform
 from darwinlm.types import Genome, SelectionStage
 
 SURVIVORS = (8, 4, 2, 1)
@@ -149,7 +149,7 @@ REFERENCES: dict[tuple[int, int], Divergence] = {}
 
 def staged(bench: Bench, plan: Generation, *, narrow: bool, chunked: bool, nested: bool) -> None:
     """A generation with some of the levers; without any it is the published form."""
-    tuner = Tuner(bench.training_text, 1e-5, CPU)
+    tuner = CandidateTrainer(bench.training_text, 1e-5, CPU)
     for number, (candidates, stage) in enumerate(zip(plan.candidates, plan.stages, strict=True)):
         before = FITNESS_TOKENS[number - 1] if nested and number and not stage.training_tokens else 0
         text = bench.fresh(stage.fitness_tokens - before, number)

@@ -25,15 +25,15 @@ from refit import HELD_OUT, wikitext
 from search import LENGTH, Bench, even_at, mutants, open_bench, plan_of, seconds, staged, stages
 from torch import Tensor
 
-from darwinlm.allocate.evolution import evolve
-from darwinlm.allocate.sensitivity import find_starts
-from darwinlm.budget import Budget
 from darwinlm.config.run import RunConfig, SearchConfig
-from darwinlm.curves import HeldOut
 from darwinlm.data.corpus import read_corpus
 from darwinlm.data.draw import scored_text
-from darwinlm.fitness import Fitness
 from darwinlm.model.checkpoint import find_checkpoint
+from darwinlm.search.budget import Budget
+from darwinlm.search.evolution import evolve
+from darwinlm.search.fitness import Fitness
+from darwinlm.search.held_out import HeldOut
+from darwinlm.search.sensitivity import find_starts
 from darwinlm.types import Genome
 
 PLAIN = SearchConfig(start="uniform", moves="within_kinds", scrambled=0, generations=40, stages=stages(training=False))

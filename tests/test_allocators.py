@@ -17,12 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import tiny
-from darwinlm.budget import Budget, parameter_costs
 from darwinlm.config.run import SearchConfig
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import Database
-from darwinlm.fitness import Fitness
-from darwinlm.genome import ceilings, level_grid, uniform_genome
+from darwinlm.genome import level_grid
 from darwinlm.model.families import FAMILIES, find_units
 from darwinlm.model.size import parameter_count
 from darwinlm.rivals.cosine import angular_distances
@@ -31,6 +29,9 @@ from darwinlm.rivals.problem import Problem
 from darwinlm.rivals.shortened_llama import taylor_importance
 from darwinlm.rivals.shortgpt import block_influence
 from darwinlm.runtime.files import read_json_lines
+from darwinlm.search.budget import Budget, parameter_costs
+from darwinlm.search.fitness import Fitness
+from darwinlm.search.uniform import ceilings, uniform_genome
 from darwinlm.types import Genome, SelectionStage, UsageError
 from pruned import prune, token_ids
 

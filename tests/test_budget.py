@@ -18,16 +18,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 import runs
-from darwinlm.allocate.mutation import priced, restore
-from darwinlm.allocate.uniform import fullest, uniform
-from darwinlm.budget import Budget, Costs, Target, amount_of, cache_costs, flop_costs, parameter_costs
 from darwinlm.commands import compress
 from darwinlm.config.run import DatabaseConfig, RunConfig
 from darwinlm.database.stitch import repeat_shared
-from darwinlm.genome import Grid, level_grid, uniform_genome
+from darwinlm.genome import Grid, level_grid
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime.progress import console
+from darwinlm.search.budget import Budget, Costs, Target, amount_of, cache_costs, flop_costs, parameter_costs
+from darwinlm.search.mutation import priced, restore
+from darwinlm.search.uniform import fullest, uniform, uniform_genome
 from darwinlm.types import Genome, Structure, Unit, UsageError
 from pruned import Pruned, prune, token_ids
 from test_genome import units

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from darwinlm import curves as module
-from darwinlm.curves import curves
+from darwinlm.search import held_out as module
+from darwinlm.search.held_out import curves
 from darwinlm.types import Generation
 from pruned import prune, token_ids
 

@@ -11,13 +11,13 @@ from typing import Literal
 
 import pytest
 
-from darwinlm.allocate.evolution import evolve
-from darwinlm.allocate.mutation import priced
-from darwinlm.allocate.uniform import uniform
-from darwinlm.budget import parameter_costs
 from darwinlm.config.run import DatabaseConfig, RunConfig, SearchConfig
 from darwinlm.genome import Grid, level_grid
 from darwinlm.runtime.progress import console
+from darwinlm.search.budget import parameter_costs
+from darwinlm.search.evolution import evolve
+from darwinlm.search.mutation import priced
+from darwinlm.search.uniform import uniform
 from darwinlm.types import DarwinError, Generation, Genome, SelectionStage
 from test_genome import units
 

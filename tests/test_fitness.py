@@ -14,15 +14,15 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import tiny
-from darwinlm import tuning
 from darwinlm.config.run import SearchConfig
 from darwinlm.database.stitch import Stitcher
-from darwinlm.fitness import Fitness
 from darwinlm.losses.logits import Logits
 from darwinlm.losses.metrics import Divergence
 from darwinlm.losses.metrics import metric as make_metric
 from darwinlm.runtime import parallel
-from darwinlm.tuning import Tuner, _training, rounded
+from darwinlm.search import candidate_training
+from darwinlm.search.candidate_training import CandidateTrainer, _training, rounded
+from darwinlm.search.fitness import Fitness
 from darwinlm.types import Genome, MetricName, SelectionStage
 from pruned import CPU, prune, token_ids, zero_masked
 
@@ -197,7 +197,7 @@ def test_survivors_go_on_training_where_they_stood(
     stitcher: Stitcher, kept_bytes: int, trains: Literal["all", "consumers"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the last bit what training from scratch would have made of them, kept in memory or on disk."""
-    monkeypatch.setattr(tuning, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(candidate_training, "KEPT_BYTES", kept_bytes)
     genomes = random_genomes(stitcher, 4)
 
     def anew() -> Fitness:
@@ -227,21 +227,21 @@ def test_processes_of_a_machine_share_the_memory_for_trained_survivors(
 ) -> None:
     """It is just enough for two processes, each with two survivors of a stage and a third to be judged."""
     genomes, most = random_genomes(stitcher, 4), []
-    keep = tuning.Tuner.keep
+    keep = candidate_training.Tuner.keep
 
-    def noted(tuner: tuning.Tuner, genome: Genome, trained: tuning.Trained) -> None:
+    def noted(tuner: candidate_training.Tuner, genome: Genome, trained: candidate_training.Trained) -> None:
         keep(tuner, genome, trained)
         most.append(sum(state.bytes for state in tuner._kept.values()))
 
-    monkeypatch.setattr(tuning.Tuner, "keep", noted)
+    monkeypatch.setattr(candidate_training.Tuner, "keep", noted)
     fitness(stitcher, TRAINED).scores(genomes, TRAINED[0])
-    monkeypatch.setattr(tuning, "KEPT_BYTES", 2 * max(most))
+    monkeypatch.setattr(candidate_training, "KEPT_BYTES", 2 * max(most))
     monkeypatch.setattr(parallel, "neighbours", lambda: neighbours)
     scorer = fitness(stitcher, TRAINED)
     most.clear()
     scorer.scores(genomes, TRAINED[0])
-    assert (max(most) == tuning.KEPT_BYTES // 2) == (neighbours == 2)
-    assert max(most) <= tuning.KEPT_BYTES // neighbours
+    assert (max(most) == candidate_training.KEPT_BYTES // 2) == (neighbours == 2)
+    assert max(most) <= candidate_training.KEPT_BYTES // neighbours
 
 
 def test_dropout_plays_no_part_in_a_score(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_no_more_than_the_survivors_are_kept(stitcher: Stitcher) -> None:
     scorer, most = fitness(stitcher, TRAINED), 0
     keep = scorer._tuner.keep
 
-    def watched(genome: Genome, trained: tuning.Trained) -> None:
+    def watched(genome: Genome, trained: candidate_training.Trained) -> None:
         nonlocal most
         keep(genome, trained)
         most = max(most, len(scorer._tuner._kept))
@@ -296,7 +296,7 @@ def test_training_lowers_the_loss(stitcher: Stitcher) -> None:
     model: Any = stitcher.stitch(random_genomes(stitcher, 1)[0])
     ids = token_ids(2, 8)
     loss = model(input_ids=ids, labels=ids).loss
-    trained: Any = Tuner(ids, 3e-3, CPU).train(stitcher.grid.dense(), model, 8).model
+    trained: Any = CandidateTrainer(ids, 3e-3, CPU).train(stitcher.grid.dense(), model, 8).model
     assert trained(input_ids=ids, labels=ids).loss < loss
     assert model(input_ids=ids, labels=ids).loss == loss
 
@@ -322,7 +322,7 @@ def test_a_step_is_that_of_the_plain_loss(stitcher: Stitcher, loss: Any, all_tra
     ids = token_ids(2, 1)
     teacher = stitcher.dense if loss is plain_divergence else None
     trains = None if all_train else consumers_of(stitcher)
-    trained = Tuner(ids, 1e-3, CPU, teacher, trains).train(stitcher.grid.dense(), model, 1)
+    trained = CandidateTrainer(ids, 1e-3, CPU, teacher, trains).train(stitcher.grid.dense(), model, 1)
     plain: Any = copy.deepcopy(model)
     loss(plain.train().requires_grad_(True), stitcher.dense, ids).backward()
     names = list(_training(trained.model))
@@ -355,7 +355,7 @@ def test_a_search_can_train_consumers_alone(stitcher: Stitcher) -> None:
     genome, ids = random_genomes(stitcher, 1)[0], token_ids(4, 8)
     candidate = stitcher.stitch(genome)
     before = {name: weight.clone() for name, weight in candidate.named_parameters()}
-    trained = Tuner(ids, 1e-3, CPU, trains=consumers_of(stitcher)).train(genome, candidate, 8)
+    trained = CandidateTrainer(ids, 1e-3, CPU, trains=consumers_of(stitcher)).train(genome, candidate, 8)
     training = dict(_training(trained.model))
     assert set(training) == {f"{path}.weight" for path in consumers_of(stitcher)} & set(before)
     with rounded(trained.model, candidate.dtype) as model:
@@ -378,7 +378,7 @@ def token_embeddings(model: Any) -> torch.Tensor:
 def test_embeddings_and_head_are_shared_and_stay(stitcher: Stitcher) -> None:
     model = stitcher.stitch(stitcher.grid.dense())
     before = token_embeddings(stitcher.dense).clone()
-    trained = Tuner(token_ids(2, 8), 1e-2, CPU).train(stitcher.grid.dense(), model, 8).model
+    trained = CandidateTrainer(token_ids(2, 8), 1e-2, CPU).train(stitcher.grid.dense(), model, 8).model
     both: Any = (
         (stitcher.dense.get_input_embeddings(), trained.get_input_embeddings()),
         (stitcher.dense.get_output_embeddings(), trained.get_output_embeddings()),
@@ -397,7 +397,7 @@ def test_bfloat16_steps_of_a_small_learning_rate_are_not_lost() -> None:
     model: Any = tiny.build("llama-gqa")
     model.to(torch.bfloat16)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    trained = Tuner(token_ids(2, 8), 1e-4, CPU).train(Genome(()), model, 8)
+    trained = CandidateTrainer(token_ids(2, 8), 1e-4, CPU).train(Genome(()), model, 8)
     exact = {name: p.detach().clone() for name, p in _training(trained.model).items()}
     with rounded(trained.model, torch.bfloat16) as scored:
         after = {name: p.detach() for name, p in scored.named_parameters()}

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from darwinlm.genome import level_grid, prunable_parameters, uniform_genome
+from darwinlm.genome import level_grid, prunable_parameters
+from darwinlm.search.uniform import uniform_genome
 from darwinlm.types import Genome, Kind, Unit, UsageError
 
 

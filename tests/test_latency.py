@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 import runs
-from darwinlm import latency
 from darwinlm.commands import compress
 from darwinlm.config.run import DatabaseConfig, LatencyConfig
 from darwinlm.genome import Grid, level_grid
-from darwinlm.latency import latency_costs
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import find_units
 from darwinlm.runtime.files import read_json
+from darwinlm.search import latency
+from darwinlm.search.latency import latency_costs
 from darwinlm.types import Structure, UsageError
 from pruned import CPU
 

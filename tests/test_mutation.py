@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from darwinlm.allocate.mutation import Move, priced, restore, spread, within_kinds
-from darwinlm.budget import Budget, parameter_costs
-from darwinlm.genome import ceilings, level_grid, uniform_genome
+from darwinlm.genome import level_grid
+from darwinlm.search.budget import Budget, parameter_costs
+from darwinlm.search.mutation import Move, priced, restore, spread, within_kinds
+from darwinlm.search.uniform import ceilings, uniform_genome
 from darwinlm.types import Genome
 from test_genome import shapes, units
 

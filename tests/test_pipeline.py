@@ -23,12 +23,12 @@ from darwinlm.data.corpus import read_corpus, scramble
 from darwinlm.data.draw import draw_tokens
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import Database
-from darwinlm.fitness import Fitness
 from darwinlm.genome import Grid, level_grid, prunable_parameters
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import block_sizes
 from darwinlm.refit import set_consumers
 from darwinlm.runtime.files import read_json
+from darwinlm.search.fitness import Fitness
 from darwinlm.types import DarwinError, MetricName, SelectionStage
 
 VERIFIED = "llama-gqa"  # its export is proved in a fresh process, which takes seconds

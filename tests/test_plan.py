@@ -22,7 +22,7 @@ from darwinlm.commands.plan.work import Plan, Work, plan, plan_training
 from darwinlm.config.run import CalibrationConfig, DatabaseConfig
 from darwinlm.config.training import DistillationConfig, GradualConfig
 from darwinlm.database.stitch import Stitcher
-from darwinlm.genome import uniform_genome
+from darwinlm.search.uniform import uniform_genome
 from darwinlm.types import UsageError
 
 RECIPES = Path(__file__).parents[1] / "recipes"

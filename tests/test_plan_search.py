@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from darwinlm.allocate.evolution import evolve
-from darwinlm.allocate.sensitivity import find_starts
-from darwinlm.budget import Budget, parameter_costs
 from darwinlm.commands.plan.work import SearchPlan, plan_search
 from darwinlm.config.run import RefitConfig, SearchConfig
-from darwinlm.fitness import Fitness
-from darwinlm.genome import ceilings, uniform_genome
 from darwinlm.model.size import parameter_count
+from darwinlm.search.budget import Budget, parameter_costs
+from darwinlm.search.evolution import evolve
+from darwinlm.search.fitness import Fitness
+from darwinlm.search.sensitivity import find_starts
+from darwinlm.search.uniform import ceilings, uniform_genome
 from darwinlm.types import Genome, SelectionStage
 from pruned import CONFIG, Pruned, prune, token_ids
 

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from darwinlm.allocate.sensitivity import find_starts, least_sensitive, sensitivities
-from darwinlm.budget import Budget, parameter_costs
 from darwinlm.config.run import SearchConfig
-from darwinlm.genome import Grid, ceilings, level_grid
+from darwinlm.genome import Grid, level_grid
 from darwinlm.runtime.progress import console
+from darwinlm.search.budget import Budget, parameter_costs
+from darwinlm.search.sensitivity import find_starts, least_sensitive, sensitivities
+from darwinlm.search.uniform import ceilings
 from darwinlm.types import Genome, SelectionStage
 from test_genome import units
 

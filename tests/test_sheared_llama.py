@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 import tiny
-from darwinlm.budget import Budget, parameter_costs
 from darwinlm.config.run import SearchConfig
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import Database
-from darwinlm.fitness import Fitness
-from darwinlm.genome import ceilings, level_grid
+from darwinlm.genome import level_grid
 from darwinlm.model.families import FAMILIES, find_units, linear_at
 from darwinlm.model.size import parameter_count
 from darwinlm.rivals import sheared_llama as sheared
 from darwinlm.rivals.problem import Problem, mask_tokens
 from darwinlm.rivals.sheared_llama import HardConcrete, learn_masks, nearest_genome, sheared_llama
+from darwinlm.search.budget import Budget, parameter_costs
+from darwinlm.search.fitness import Fitness
+from darwinlm.search.uniform import ceilings
 from darwinlm.types import DarwinError
 from test_allocators import written_by
 

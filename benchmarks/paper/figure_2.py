@@ -28,9 +28,9 @@ from search import Bench, even_at, mutants, open_bench
 
 from darwinlm.config.run import SearchConfig
 from darwinlm.data.corpus import read_corpus
-from darwinlm.fitness import Fitness
 from darwinlm.model.checkpoint import find_checkpoint
 from darwinlm.runtime.files import read_json_lines
+from darwinlm.search.fitness import Fitness
 from darwinlm.types import Genome, SelectionStage
 
 TRAININGS = {

@@ -32,9 +32,9 @@ from darwinlm import load
 from darwinlm.commands.train import train
 from darwinlm.config.run import DatabaseConfig, RefitConfig, RunConfig, SearchConfig
 from darwinlm.config.training import DistillationConfig, StreamConfig, TrainConfig, TrainingConfig
-from darwinlm.curves import HeldOut
 from darwinlm.report.comparison import COLOURS
 from darwinlm.report.figures import save_figure
+from darwinlm.search.held_out import HeldOut
 
 GENERATIONS, TOKENS = 8, 102_400
 SEARCHES = {

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from random import Random
 
-from darwinlm.types import KINDS, Genome, Unit, UsageError
+from darwinlm.types import Genome, Unit, UsageError
 
 
 @dataclass(frozen=True)
@@ -86,43 +85,3 @@ def prunable_parameters(grid: Grid, genome: Genome) -> int:
         unit.parameters(removed[level])
         for unit, removed, level in zip(grid.units, grid.removed, genome.levels, strict=True)
     )
-
-
-def ceilings(grid: Grid, keep_attention: bool = False) -> tuple[int, ...]:
-    """The highest level of each unit: all may vanish but the first block's attention, on which every cache relies.
-
-    Args:
-        keep_attention: no attention vanishes at all.
-    """
-    attentions = [i for i, unit in enumerate(grid.units) if unit.kind == "attention"]
-    kept = attentions if keep_attention else attentions[:1]
-    return tuple(grid.highest(i) - (i in kept) for i in range(len(grid.units)))
-
-
-def uniform_genome(grid: Grid, target_level: float, levels: int, rng: Random, keep_attention: bool = False) -> Genome:
-    """Every unit at the same fraction of its levels; a fraction between two levels is a random mix of both.
-
-    `target_level` is out of `levels`; a kind with fewer levels takes the same fraction of its own. Within a kind the
-    number of units at the higher level is exact, so every seed gives a genome of the same level sum.
-
-    Raises:
-        UsageError: if `target_level` is not strictly between 0 and `levels`.
-    """
-    if not 0 < target_level < levels:
-        raise UsageError(
-            f"target level out of range: expected more than 0 and less than {levels}, found {target_level:g}"
-        )
-    result: dict[int, int] = {}
-    top = ceilings(grid, keep_attention)
-    for kind in KINDS:
-        members = [i for i, unit in enumerate(grid.units) if unit.kind == kind]
-        if not members:
-            continue
-        wanted = sum(target_level / levels * grid.highest(i) for i in members)
-        floors = {i: int(target_level / levels * grid.highest(i)) for i in members}
-        # Rounded down: the model never ends up with less removed in one kind than another start would have.
-        missing = round(wanted - sum(floors.values()))
-        raisable = [i for i in members if floors[i] < top[i]]
-        raised = set(rng.sample(raisable, min(missing, len(raisable))))
-        result.update({i: min(floors[i] + (i in raised), top[i]) for i in members})
-    return Genome(tuple(result[i] for i in range(len(grid.units))))

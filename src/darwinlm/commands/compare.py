@@ -12,8 +12,6 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from darwinlm.allocate.uniform import uniform
-from darwinlm.budget import Budget, Costs, parameter_costs
 from darwinlm.commands.compress import run as prune
 from darwinlm.config.evaluation import CompareConfig
 from darwinlm.config.run import RefitConfig, RunConfig
@@ -24,7 +22,6 @@ from darwinlm.database.store import MANIFEST, Database
 from darwinlm.evaluation.quality import perplexity_and_kl
 from darwinlm.evaluation.speed import speed
 from darwinlm.evaluation.tasks import SUITE, Request, questions, requested, run_tasks
-from darwinlm.fitness import Fitness
 from darwinlm.genome import Grid
 from darwinlm.model.checkpoint import find_checkpoint
 from darwinlm.model.families import find_grid
@@ -36,6 +33,9 @@ from darwinlm.runtime.device import resolve_device, resolve_dtype
 from darwinlm.runtime.files import locked_directory, read_json, write_json, write_text
 from darwinlm.runtime.progress import say
 from darwinlm.runtime.stopwatch import Stopwatch
+from darwinlm.search.budget import Budget, Costs, parameter_costs
+from darwinlm.search.fitness import Fitness
+from darwinlm.search.uniform import uniform
 from darwinlm.types import DarwinError, Genome, UsageError
 
 QUESTIONS, TABLE, PICTURE = "questions.json", "comparison.md", "comparison.png"

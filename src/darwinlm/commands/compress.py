@@ -12,11 +12,6 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from darwinlm.allocate.evolution import evolve
-from darwinlm.allocate.mutation import spread
-from darwinlm.allocate.sensitivity import find_starts
-from darwinlm.allocate.uniform import fullest, uniform
-from darwinlm.budget import Budget, Costs, Target, amount_of, cache_costs, flop_costs, parameter_costs
 from darwinlm.commands.run_directory import (
     SETTINGS,
     Run,
@@ -27,7 +22,6 @@ from darwinlm.commands.run_directory import (
     versions_told,
 )
 from darwinlm.config.run import STARTS, RunConfig, Stage
-from darwinlm.curves import curves
 from darwinlm.data.corpus import fingerprint, read_corpus
 from darwinlm.data.draw import draw_texts, draw_tokens, scored_text
 from darwinlm.database.calibrate import calibrate
@@ -38,9 +32,7 @@ from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected, verify_export
 from darwinlm.export.vllm import check_vllm
-from darwinlm.fitness import Fitness
 from darwinlm.genome import Grid
-from darwinlm.latency import latency_costs
 from darwinlm.losses.metrics import label
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.families import block_sizes, find_family, find_grid
@@ -52,6 +44,14 @@ from darwinlm.runtime import parallel
 from darwinlm.runtime.device import DTYPES, resolve_device, resolve_dtype
 from darwinlm.runtime.files import write_text
 from darwinlm.runtime.progress import say, track
+from darwinlm.search.budget import Budget, Costs, Target, amount_of, cache_costs, flop_costs, parameter_costs
+from darwinlm.search.evolution import evolve
+from darwinlm.search.fitness import Fitness
+from darwinlm.search.held_out import curves
+from darwinlm.search.latency import latency_costs
+from darwinlm.search.mutation import spread
+from darwinlm.search.sensitivity import find_starts
+from darwinlm.search.uniform import fullest, uniform
 from darwinlm.types import Curve, DarwinError, Genome, SearchResult
 
 

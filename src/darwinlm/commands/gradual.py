@@ -10,14 +10,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from darwinlm.budget import parameter_costs
 from darwinlm.commands.compress import run
 from darwinlm.commands.run_directory import GRADUAL_SETTINGS, claim, find_export
 from darwinlm.commands.train import check, train
 from darwinlm.config.run import RunConfig
 from darwinlm.config.training import GradualConfig, GradualStage, TrainConfig, steps_of
 from darwinlm.data.stream import draw_sequences
-from darwinlm.genome import uniform_genome
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.families import find_grid, find_units
 from darwinlm.model.size import parameter_count
@@ -25,6 +23,8 @@ from darwinlm.report import tables
 from darwinlm.runtime import parallel
 from darwinlm.runtime.files import write_json, write_text
 from darwinlm.runtime.progress import say
+from darwinlm.search.budget import parameter_costs
+from darwinlm.search.uniform import uniform_genome
 from darwinlm.trainer import FINISHED
 
 LEFT = ("cache", "dense")  # by a command that was refused: the next one takes it

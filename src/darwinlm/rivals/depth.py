@@ -10,8 +10,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from darwinlm.budget import Budget, amount_of
 from darwinlm.model.families import Family
+from darwinlm.search.budget import Budget, amount_of
 from darwinlm.types import Genome, UsageError
 
 

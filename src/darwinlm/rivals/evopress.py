@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from darwinlm.allocate.evolution import evolve
-from darwinlm.allocate.mutation import restore
-from darwinlm.budget import Budget
-from darwinlm.fitness import Scorer
 from darwinlm.genome import Grid
 from darwinlm.rivals.depth import too_large
 from darwinlm.rivals.problem import Problem
+from darwinlm.search.budget import Budget
+from darwinlm.search.evolution import evolve
+from darwinlm.search.fitness import Scorer
+from darwinlm.search.mutation import restore
 from darwinlm.types import KINDS, Genome, SelectionStage
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from darwinlm.allocate.evolution import evolve
-from darwinlm.allocate.sensitivity import find_starts
 from darwinlm.config.run import SearchConfig
 from darwinlm.rivals.cosine import cosine
 from darwinlm.rivals.evopress import evopress
@@ -14,6 +12,8 @@ from darwinlm.rivals.sheared_llama import sheared_llama
 from darwinlm.rivals.shortened_llama import shortened_llama, shortened_llama_taylor
 from darwinlm.rivals.shortgpt import shortgpt
 from darwinlm.rivals.ziplm import ziplm
+from darwinlm.search.evolution import evolve
+from darwinlm.search.sensitivity import find_starts
 from darwinlm.types import Genome
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from jaxtyping import Int
 from torch import Tensor
 
-from darwinlm.allocate.sensitivity import start_tokens
-from darwinlm.budget import Budget
 from darwinlm.config.run import SearchConfig
 from darwinlm.database.stitch import Stitcher
-from darwinlm.fitness import Scorer
 from darwinlm.genome import Grid
+from darwinlm.search.budget import Budget
+from darwinlm.search.fitness import Scorer
+from darwinlm.search.sensitivity import start_tokens
 from darwinlm.types import Genome
 
 

@@ -20,14 +20,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from darwinlm.allocate.mutation import restore
-from darwinlm.allocate.sensitivity import least_sensitive
-from darwinlm.budget import Budget
 from darwinlm.losses.gradients import CrossEntropyGradient
 from darwinlm.losses.logits import Logits
 from darwinlm.model.families import linear_at
 from darwinlm.rivals.problem import Problem, mask_tokens
 from darwinlm.runtime.progress import say, track
+from darwinlm.search.budget import Budget
+from darwinlm.search.mutation import restore
+from darwinlm.search.sensitivity import least_sensitive
 from darwinlm.types import DarwinError, Genome, Unit
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # temperature, and the ends of the stretched interval (Louizos et al., section 4)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from darwinlm.config.run import SearchConfig
-from darwinlm.fitness import Fitness
 from darwinlm.model.families import Family
 from darwinlm.rivals.depth import removable_blocks, remove_until_it_fits, without_blocks
 from darwinlm.rivals.problem import Problem
 from darwinlm.runtime.progress import track
+from darwinlm.search.fitness import Fitness
 from darwinlm.types import Genome, SelectionStage
 
 KEPT_FIRST, KEPT_LAST = 4, 2  # blocks that Taylor+ keeps, as removing them hurts more than the score says

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from random import Random
 
-from darwinlm.allocate.sensitivity import least_sensitive
 from darwinlm.database.store import Database
 from darwinlm.rivals.problem import Problem
 from darwinlm.runtime.progress import track
+from darwinlm.search.sensitivity import least_sensitive
 from darwinlm.types import Genome, SelectionStage
 
 MUTATED = 0.1  # share of the weights that a step draws anew

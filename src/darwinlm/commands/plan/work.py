@@ -8,16 +8,17 @@ from random import Random
 import torch
 from transformers import PretrainedConfig
 
-from darwinlm.allocate.sensitivity import measured_levels
-from darwinlm.budget import parameter_costs
 from darwinlm.commands.plan.rates import FLOAT, BlockRates, Rates, columns, elimination_operations, solve_operations
 from darwinlm.config.run import CalibrationConfig, DatabaseConfig, RefitConfig, SearchConfig
 from darwinlm.config.training import GradualConfig, steps_of
 from darwinlm.database.calibrate import PANEL, SPILL_BYTES
-from darwinlm.genome import Grid, prunable_parameters, uniform_genome
+from darwinlm.genome import Grid, prunable_parameters
 from darwinlm.model.checkpoint import skeleton
 from darwinlm.model.families import find_grid, head_dim
 from darwinlm.runtime.device import DTYPES
+from darwinlm.search.budget import parameter_costs
+from darwinlm.search.sensitivity import measured_levels
+from darwinlm.search.uniform import uniform_genome
 from darwinlm.teacher_logits import LOGIT_BYTES
 from darwinlm.types import Genome, SelectionStage, Unit
 

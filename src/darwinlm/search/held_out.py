@@ -11,14 +11,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from darwinlm.database.stitch import Stitcher
-from darwinlm.fitness import BATCH_TOKENS
 from darwinlm.losses.logits import Logits
 from darwinlm.losses.metrics import Divergence
 from darwinlm.runtime.files import read_json, write_json
 from darwinlm.runtime.progress import track
+from darwinlm.search.fitness import BATCH_TOKENS
 from darwinlm.types import Curve, Generation
 
 POINTS = 8  # of a curve, at most
+
+
 TOKENS = 4096  # of each text
 
 

@@ -42,7 +42,7 @@ class Trained:
         return 3 * sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
 
 
-class Tuner:
+class CandidateTrainer:
     """Trains candidates on prefixes of the same sequences, one AdamW step a sequence.
 
     A candidate trained on 10 and then on 50 sequences is, to the last bit, one that was trained on 50 at once. So what
@@ -155,7 +155,7 @@ def _training(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def trainable_copy(candidate: PreTrainedModel, trains: Collection[str] | None = None) -> PreTrainedModel:
-    """A copy with float32 weights of its own where it trains, as for `Tuner`; all others are shared, and frozen."""
+    """A copy with float32 weights of its own where it trains, as for `CandidateTrainer`; all others are shared, and frozen."""
     ends = (candidate.get_input_embeddings(), candidate.get_output_embeddings())
     shared = {id(weight) for module in ends if module is not None for weight in module.parameters()}
     wanted = None if trains is None else {f"{path}.weight" for path in trains}

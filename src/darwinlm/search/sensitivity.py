@@ -12,19 +12,25 @@ from typing import Any
 
 import numpy as np
 
-from darwinlm.allocate.mutation import restore
-from darwinlm.budget import Budget
 from darwinlm.config.run import SearchConfig
-from darwinlm.fitness import Scorer
 from darwinlm.genome import Grid
 from darwinlm.runtime import parallel
 from darwinlm.runtime.files import read_json, write_json
 from darwinlm.runtime.progress import say, track
+from darwinlm.search.budget import Budget
+from darwinlm.search.fitness import Scorer
+from darwinlm.search.mutation import restore
 from darwinlm.types import Genome, SelectionStage
 
 MEASURED = 3  # levels of a unit that are measured, and the first; those between are interpolated
+
+
 LEAST = 1e-6  # nats a token: what no level costs less than
+
+
 WORST = 1e6  # nats a token: what a unit's removal costs that leaves no finite fitness
+
+
 CELLS = 20_000  # of the budget, into which costs are rounded up
 
 

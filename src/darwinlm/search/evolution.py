@@ -11,17 +11,19 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from darwinlm.allocate.mutation import Move, priced, within_kinds
-from darwinlm.budget import Budget, amount_of
 from darwinlm.config.run import SearchConfig
-from darwinlm.fitness import Scorer
 from darwinlm.losses.metrics import label
 from darwinlm.runtime import parallel
 from darwinlm.runtime.files import read_json_lines, write_text
 from darwinlm.runtime.progress import say, track
+from darwinlm.search.budget import Budget, amount_of
+from darwinlm.search.fitness import Scorer
+from darwinlm.search.mutation import Move, priced, within_kinds
 from darwinlm.types import DarwinError, Generation, Genome, SearchResult
 
 MOVES: dict[str, Move] = {"priced": priced, "within_kinds": within_kinds}
+
+
 DUPLICATE_TRIES = 100
 
 

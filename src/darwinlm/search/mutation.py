@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from random import Random
 
-from darwinlm.budget import Budget
+from darwinlm.search.budget import Budget
 from darwinlm.types import KINDS, Genome
 
 TRIES = 1000
+
 
 Move = Callable[[Genome, Budget, Random, int], Genome | None]
 

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from darwinlm.budget import Costs
 from darwinlm.config.run import LatencyConfig
 from darwinlm.database.eliminate import columns_of
 from darwinlm.database.stitch import Stitcher, repeat_shared
@@ -24,6 +23,7 @@ from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import linear_at
 from darwinlm.runtime.files import read_json, write_json
 from darwinlm.runtime.progress import track
+from darwinlm.search.budget import Costs
 from darwinlm.types import Genome, Level, Unit, UsageError
 
 NANO = 1e9

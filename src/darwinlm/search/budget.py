@@ -15,9 +15,14 @@ from darwinlm.model.families import head_dim, key_value_heads
 from darwinlm.types import Genome, Unit, UsageError
 
 Measure = Literal["params", "flops", "kv-cache", "latency"]
+
+
 BELOW = 0.01  # share of the limit that a result may stay below it
 
+
 _PREFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12, "us": 1e-6, "ms": 1e-3, "s": 1.0}
+
+
 _TARGET = re.compile(r"(?P<measure>[a-z-]+)=(?P<number>[0-9]*\.?[0-9]+(?:e-?[0-9]+)?)(?P<prefix>[A-Za-z]*)")
 
 

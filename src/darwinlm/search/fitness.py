@@ -18,7 +18,7 @@ from darwinlm.database.stitch import Stitcher
 from darwinlm.losses.logits import Logits
 from darwinlm.losses.metrics import Metric, metric
 from darwinlm.runtime import parallel
-from darwinlm.tuning import Tuner, rounded
+from darwinlm.search.candidate_training import CandidateTrainer, rounded
 from darwinlm.types import Genome, SelectionStage
 
 BATCH_TOKENS = 2048  # in one forward pass: allocations of more cost twice the time on a CPU
@@ -71,7 +71,7 @@ class Fitness:
         self._config = config
         teacher = stitcher.dense if config.loss == "distillation" else None
         consumers = [unit.consumer for unit in stitcher.grid.units] if config.trains == "consumers" else None
-        self._tuner = Tuner(training_ids, config.learning_rate, self.device, teacher, consumers)
+        self._tuner = CandidateTrainer(training_ids, config.learning_rate, self.device, teacher, consumers)
         self._sums: dict[Genome, list[float]] = {}  # of untrained candidates, a batch each
         self._trained: dict[tuple[Genome, SelectionStage], float] = {}
         self._owners: dict[Genome, int] = {}  # the process that has computed something of a genome

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from darwinlm.allocate.mutation import restore
-from darwinlm.budget import BELOW, Budget, Costs, Target, amount_of, limit_of
 from darwinlm.config.run import RunConfig
-from darwinlm.genome import Grid, ceilings, uniform_genome
+from darwinlm.genome import Grid
 from darwinlm.runtime.progress import say
-from darwinlm.types import Genome
+from darwinlm.search.budget import BELOW, Budget, Costs, Target, amount_of, limit_of
+from darwinlm.search.mutation import restore
+from darwinlm.types import KINDS, Genome, UsageError
 
 FILLINGS = 32  # ways to give back single levels, of which the one that fills the budget best is taken
 
@@ -54,3 +54,43 @@ def fullest(draw: Callable[[Random], Genome], budget: Budget, seed: int) -> tupl
             f"{budget.costs.measure}: {amount_of(found)} is the closest found below it; raise --database.levels"
         )
     return genome, budget.down_to(genome)
+
+
+def ceilings(grid: Grid, keep_attention: bool = False) -> tuple[int, ...]:
+    """The highest level of each unit: all may vanish but the first block's attention, on which every cache relies.
+
+    Args:
+        keep_attention: no attention vanishes at all.
+    """
+    attentions = [i for i, unit in enumerate(grid.units) if unit.kind == "attention"]
+    kept = attentions if keep_attention else attentions[:1]
+    return tuple(grid.highest(i) - (i in kept) for i in range(len(grid.units)))
+
+
+def uniform_genome(grid: Grid, target_level: float, levels: int, rng: Random, keep_attention: bool = False) -> Genome:
+    """Every unit at the same fraction of its levels; a fraction between two levels is a random mix of both.
+
+    `target_level` is out of `levels`; a kind with fewer levels takes the same fraction of its own. Within a kind the
+    number of units at the higher level is exact, so every seed gives a genome of the same level sum.
+
+    Raises:
+        UsageError: if `target_level` is not strictly between 0 and `levels`.
+    """
+    if not 0 < target_level < levels:
+        raise UsageError(
+            f"target level out of range: expected more than 0 and less than {levels}, found {target_level:g}"
+        )
+    result: dict[int, int] = {}
+    top = ceilings(grid, keep_attention)
+    for kind in KINDS:
+        members = [i for i, unit in enumerate(grid.units) if unit.kind == kind]
+        if not members:
+            continue
+        wanted = sum(target_level / levels * grid.highest(i) for i in members)
+        floors = {i: int(target_level / levels * grid.highest(i)) for i in members}
+        # Rounded down: the model never ends up with less removed in one kind than another start would have.
+        missing = round(wanted - sum(floors.values()))
+        raisable = [i for i in members if floors[i] < top[i]]
+        raised = set(rng.sample(raisable, min(missing, len(raisable))))
+        result.update({i: min(floors[i] + (i in raised), top[i]) for i in members})
+    return Genome(tuple(result[i] for i in range(len(grid.units))))
