@@ -21,7 +21,7 @@ import torch
 from darwinlm.commands import compress
 from darwinlm.commands.gradual import gradual
 from darwinlm.commands.run_directory import Run
-from darwinlm.commands.train import Training, train
+from darwinlm.commands.train import train
 from darwinlm.config.run import DEMO, RefitConfig, RunConfig
 from darwinlm.config.training import (
     DistillationConfig,
@@ -41,6 +41,7 @@ from darwinlm.model.size import parameter_count
 from darwinlm.runtime.files import read_json, write_json
 from darwinlm.search.budget import parameter_costs
 from darwinlm.search.uniform import uniform
+from darwinlm.training.directory import Training
 
 LOSSES = {"cross-entropy": 0.0, "distillation": 1.0, "mixed": 0.5}
 

@@ -25,9 +25,9 @@ from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import Database, add_unit
 from darwinlm.genome import level_grid
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
-from darwinlm.refit import refit, set_consumers
 from darwinlm.search.held_out import HeldOut
 from darwinlm.search.uniform import uniform_genome
+from darwinlm.training.refit import refit, set_consumers
 
 WIKITEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "wikitext2_valid.txt"
 CPU = torch.device("cpu")

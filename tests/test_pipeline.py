@@ -26,9 +26,9 @@ from darwinlm.database.store import Database
 from darwinlm.genome import Grid, level_grid, prunable_parameters
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import block_sizes
-from darwinlm.refit import set_consumers
 from darwinlm.runtime.files import read_json
 from darwinlm.search.fitness import Fitness
+from darwinlm.training.refit import set_consumers
 from darwinlm.types import DarwinError, MetricName, SelectionStage
 
 VERIFIED = "llama-gqa"  # its export is proved in a fresh process, which takes seconds

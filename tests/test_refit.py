@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from darwinlm import refit as module
 from darwinlm.config.run import RefitConfig
 from darwinlm.database.stitch import Stitcher
 from darwinlm.model.families import linear_at
-from darwinlm.refit import refit, set_consumers
+from darwinlm.training import refit as module
+from darwinlm.training.refit import refit, set_consumers
 from darwinlm.types import DarwinError, Genome
 from pruned import prune, token_ids
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 import runs
 import trainings
-from darwinlm.commands.train import Training, train
+from darwinlm.commands.train import train
 from darwinlm.config.training import TrainConfig
+from darwinlm.training.directory import Training
 from test_parallel import torchrun
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 import trainings
-from darwinlm.commands.train import Training, train
+from darwinlm.commands.train import train
 from darwinlm.config.training import DistillationConfig, StreamConfig, TrainConfig
+from darwinlm.training.directory import Training
 from darwinlm.types import DarwinError, UsageError
 
 

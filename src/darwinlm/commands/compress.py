@@ -38,7 +38,6 @@ from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.families import block_sizes, find_family, find_grid
 from darwinlm.model.pruned import family_of, load, pruned_config
 from darwinlm.model.size import parameter_bytes, parameter_count
-from darwinlm.refit import refit, set_consumers
 from darwinlm.report import run_report
 from darwinlm.runtime import parallel
 from darwinlm.runtime.device import DTYPES, resolve_device, resolve_dtype
@@ -52,6 +51,7 @@ from darwinlm.search.latency import latency_costs
 from darwinlm.search.mutation import spread
 from darwinlm.search.sensitivity import find_starts
 from darwinlm.search.uniform import fullest, uniform
+from darwinlm.training.refit import refit, set_consumers
 from darwinlm.types import Curve, DarwinError, Genome, SearchResult
 
 

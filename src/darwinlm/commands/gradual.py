@@ -25,7 +25,7 @@ from darwinlm.runtime.files import write_json, write_text
 from darwinlm.runtime.progress import say
 from darwinlm.search.budget import parameter_costs
 from darwinlm.search.uniform import uniform_genome
-from darwinlm.trainer import FINISHED
+from darwinlm.training.trainer import FINISHED
 
 LEFT = ("cache", "dense")  # by a command that was refused: the next one takes it
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -33,62 +32,15 @@ from darwinlm.runtime import parallel
 from darwinlm.runtime.device import resolve_device, resolve_dtype
 from darwinlm.runtime.files import read_json, write_json
 from darwinlm.runtime.progress import quiet_transformers, say
-from darwinlm.teacher_logits import CachedTeacher, TaughtSequences, TeacherLogits
-from darwinlm.trainer import FINISHED, Batch, DivergedError, RecoveryTrainer, Teacher
+from darwinlm.training.directory import Training
+from darwinlm.training.teacher_logits import CachedTeacher, TaughtSequences, TeacherLogits
+from darwinlm.training.trainer import FINISHED, Batch, DivergedError, RecoveryTrainer, Teacher
 from darwinlm.types import DarwinError, UsageError
 
 LEFT = ("cache", "student", "teacher")  # by a command that was refused: the next one takes it
 
 
 OPTIMIZER = "optimizer.pt"
-
-
-class Training:
-    """The directory that a training writes, and its results.
-
-    Attributes:
-        exported: the trained model, as `export_hf` writes it.
-        checkpoints: where it goes on from.
-        log_path: the history, a line of JSON for each log and evaluation.
-        result_path: held-out figures before and after, written last.
-    """
-
-    def __init__(self, path: Path | str):
-        self.path = Path(path)
-        self.exported = self.path / "model"
-        self.checkpoints = self.path / "checkpoints"
-        self.log_path = self.path / "log.jsonl"
-        self.result_path = self.path / "result.json"
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """Every line of the log so far."""
-        lines = self.log_path.read_text(encoding="utf-8").splitlines() if self.log_path.exists() else []
-        return [json.loads(line) for line in lines]
-
-    @property
-    def result(self) -> dict[str, Any]:
-        """Held-out figures before and after. Raises `DarwinError` if it has not finished."""
-        return read_json(self.result_path, "before", "after")
-
-    def last_checkpoint(self, made_from: Mapping[str, Any]) -> Path | None:
-        """The newest whole checkpoint. Raises `UsageError` if it is of another training."""
-        whole = {
-            int(found[1]): file
-            for file in self.checkpoints.glob(f"*/{FINISHED}")
-            if (found := re.fullmatch(r"checkpoint-(\d+)", file.parent.name))
-        }
-        if not whole:
-            return None
-        newest = whole[max(whole)]
-        found = read_json(newest, "made_from")["made_from"]
-        changed = [name for name in made_from if found.get(name) != made_from[name]]
-        if changed:
-            raise UsageError(
-                f"{newest.parent} is a checkpoint of another training: expected the same {' and '.join(changed)}, "
-                "found another; remove it, or choose another --out"
-            )
-        return newest.parent
 
 
 def train(config: TrainConfig) -> Training:

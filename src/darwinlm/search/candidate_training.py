@@ -15,10 +15,10 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from darwinlm.adamw import set_state, state_of
 from darwinlm.losses.gradients import CrossEntropyGradient, KLGradient
 from darwinlm.losses.logits import Logits
 from darwinlm.runtime import parallel
+from darwinlm.training.optimizer_state import set_state, state_of
 from darwinlm.types import Genome
 
 KEPT_BYTES = 8 << 30  # of trained states in a GPU, or in all processes of a machine; the rest goes to temporary files

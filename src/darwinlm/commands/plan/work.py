@@ -19,7 +19,7 @@ from darwinlm.runtime.device import DTYPES
 from darwinlm.search.budget import parameter_costs
 from darwinlm.search.sensitivity import measured_levels
 from darwinlm.search.uniform import uniform_genome
-from darwinlm.teacher_logits import LOGIT_BYTES
+from darwinlm.training.teacher_logits import LOGIT_BYTES
 from darwinlm.types import Genome, SelectionStage, Unit
 
 

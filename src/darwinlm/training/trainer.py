@@ -32,6 +32,8 @@ from darwinlm.runtime.progress import say
 from darwinlm.types import DarwinError
 
 FINISHED = "darwinlm.json"  # written into a checkpoint once it is whole
+
+
 Batch = dict[str, Tensor]
 
 

@@ -23,7 +23,11 @@ from darwinlm.runtime.files import sweep, write_json
 from darwinlm.runtime.progress import track
 
 ROWS = 16  # sequences in a file
+
+
 LOGIT_BYTES = 6  # of each of the K tokens at a position: an index and a half
+
+
 MANIFEST = "logits.json"
 
 

@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from darwinlm.adamw import set_state, state_of
 from darwinlm.config.run import RefitConfig
 from darwinlm.database.stitch import Stitcher
 from darwinlm.losses.gradients import KLGradient
@@ -29,9 +28,12 @@ from darwinlm.losses.logits import Logits
 from darwinlm.model.families import linear_at
 from darwinlm.runtime.files import open_tensors
 from darwinlm.runtime.progress import say, track
+from darwinlm.training.optimizer_state import set_state, state_of
 from darwinlm.types import DarwinError, Genome
 
 SAVE_SECONDS = 60.0  # the most work that a kill costs, as a rule
+
+
 WARM_UP = 0.1  # of all steps
 
 
