@@ -58,7 +58,7 @@ def test_what_a_killed_process_leaves_never_has_the_name(place: Place, tmp_path:
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
     half = partial / "weights" if place is new_directory else partial
     script = (
-        "import pathlib, sys, time\nfrom darwinlm.export.place import new_directory, new_file\n"
+        "import pathlib, sys, time\nfrom darwinlm.runtime.files import new_directory, new_file\n"
         f"with {place.__name__}(pathlib.Path(sys.argv[1])):\n"
         "    pathlib.Path(sys.argv[2]).write_text('half')\n    time.sleep(1000)\n"
     )

@@ -227,13 +227,13 @@ def test_processes_of_a_machine_share_the_memory_for_trained_survivors(
 ) -> None:
     """It is just enough for two processes, each with two survivors of a stage and a third to be judged."""
     genomes, most = random_genomes(stitcher, 4), []
-    keep = candidate_training.Tuner.keep
+    keep = candidate_training.CandidateTrainer.keep
 
-    def noted(tuner: candidate_training.Tuner, genome: Genome, trained: candidate_training.Trained) -> None:
+    def noted(tuner: candidate_training.CandidateTrainer, genome: Genome, trained: candidate_training.Trained) -> None:
         keep(tuner, genome, trained)
         most.append(sum(state.bytes for state in tuner._kept.values()))
 
-    monkeypatch.setattr(candidate_training.Tuner, "keep", noted)
+    monkeypatch.setattr(candidate_training.CandidateTrainer, "keep", noted)
     fitness(stitcher, TRAINED).scores(genomes, TRAINED[0])
     monkeypatch.setattr(candidate_training, "KEPT_BYTES", 2 * max(most))
     monkeypatch.setattr(parallel, "neighbours", lambda: neighbours)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""How large a model is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Pictures of a run: what is left of each unit, and how the search went."""
 
 from __future__ import annotations
 

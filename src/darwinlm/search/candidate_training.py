@@ -155,7 +155,7 @@ def _training(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def trainable_copy(candidate: PreTrainedModel, trains: Collection[str] | None = None) -> PreTrainedModel:
-    """A copy with float32 weights of its own where it trains, as for `CandidateTrainer`; all others are shared, and frozen."""
+    """A copy with float32 weights of its own where it trains (`CandidateTrainer`); the rest shared and frozen."""
     ends = (candidate.get_input_embeddings(), candidate.get_output_embeddings())
     shared = {id(weight) for module in ends if module is not None for weight in module.parameters()}
     wanted = None if trains is None else {f"{path}.weight" for path in trains}

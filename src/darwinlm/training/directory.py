@@ -1,4 +1,4 @@
-"""TODO."""
+"""The directory that a training writes, and its results."""
 
 from __future__ import annotations
 
