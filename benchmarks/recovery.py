@@ -52,7 +52,7 @@ def models(run: Run, out: Path) -> dict[str, Path]:
     settings: RunConfig = run.config
     units = find_units(dense.skeleton(), dense.config, settings.database.structure)
     grid = level_grid(units, settings.database.levels, settings.database.granularity)
-    database = Database(run.database, grid, read_json(run.database / MANIFEST)["made_from"])
+    database = Database(run.database, grid, read_json(run.database / MANIFEST)["provenance"])
     even, _ = uniform(grid, parameter_costs(grid, parameter_count(dense.skeleton())), settings)
     found = {}
     for name, genome in (("searched", run.genome), ("uniform", even)):

@@ -233,7 +233,7 @@ def open_bench(path: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Bench, 
     config = run.config
     checkpoint = find_checkpoint(config.model, run.path)
     grid = find_grid(checkpoint.skeleton(), checkpoint.config, config.database)
-    database = Database(run.database, grid, read_json(run.database / "database.json", "made_from")["made_from"])
+    database = Database(run.database, grid, read_json(run.database / "database.json", "provenance")["provenance"])
     stitcher = Stitcher(checkpoint.load(dtype, CPU), checkpoint.family, database)
     tokens = read_corpus(config.data, checkpoint.tokenizer, LENGTH, config.seed).draw(
         calibration=config.calibration.tokens, search=sum(FITNESS_TOKENS), training=TRAINING_TOKENS[-1]

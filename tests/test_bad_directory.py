@@ -126,12 +126,12 @@ def test_damaged_manifest(measured: Path, config: RunConfig, capsys: pytest.Capt
     _truncate(manifest)
     refused(config, capsys, 1, "database.json", "is damaged", "delete it and run the command again")
     changed = json.loads(whole)
-    changed["made_from"]["model"] = "another"
+    changed["provenance"]["model"] = "another"
     manifest.write_text(json.dumps(changed))
     refused(config, capsys, 2, "made from another model", "choose another --out")
     for nonsense in ("[]", "{}"):
         manifest.write_text(nonsense)
-        refused(config, capsys, 1, "database.json", "is damaged", "lacks made_from")
+        refused(config, capsys, 1, "database.json", "is damaged", "lacks provenance")
 
 
 def test_damaged_record_of_a_unit(measured: Path, config: RunConfig, capsys: pytest.CaptureFixture[str]):

@@ -72,8 +72,8 @@ def test_every_method_is_measured_at_every_size(config: CompareConfig, cells: di
     grid = level_grid(checkpoint.units, 8, 4)
     dense = load(config.model)
     database = Path(config.out) / "base" / "database"
-    made_from = json.loads((database / MANIFEST).read_text())["made_from"]
-    stitcher = Stitcher(dense, checkpoint.family, Database(database, grid, made_from))
+    provenance = json.loads((database / MANIFEST).read_text())["provenance"]
+    stitcher = Stitcher(dense, checkpoint.family, Database(database, grid, provenance))
     corpus = read_corpus(config.data, checkpoint.tokenizer, config.calibration.sequence_length, 0)
     held_out = corpus.draw_held_out(config.evaluation.tokens)
     (other,) = config.evaluation.texts

@@ -58,7 +58,7 @@ def test_export_is_the_stitched_model(run: Path, searched: RunConfig, tmp_path: 
     assert export(run) == 0
     checkpoint, config = Checkpoint(Path(searched.model)), searched.database
     grid = level_grid(checkpoint.units, config.levels, config.granularity)
-    database = Database(run / "database", grid, read_json(run / "database" / "database.json")["made_from"])
+    database = Database(run / "database", grid, read_json(run / "database" / "database.json")["provenance"])
     dense = checkpoint.load(torch.float32, torch.device("cpu"))
     expected = Stitcher(dense, checkpoint.family, database).stitch(Run(run).genome)(TOKEN_IDS).logits
     for model in (run, tmp_path / "out"):

@@ -87,7 +87,7 @@ def test_the_second_search_starts_from_the_model_that_was_trained(finished: Grad
     assert second.model == str(out / "1-train" / "model")
     assert set(json.loads(Path(second.search.start).read_text())) == {0}
     manifest = json.loads((out / "2-prune" / "database" / "database.json").read_text())
-    assert manifest["made_from"]["model"] == Checkpoint(Path(second.model)).fingerprint
+    assert manifest["provenance"]["model"] == Checkpoint(Path(second.model)).fingerprint
 
 
 def test_a_later_search_may_start_from_sensitivities_and_has_the_size_of_the_level(

@@ -47,7 +47,7 @@ def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
 def open_database(run: Path, checkpoint: Path) -> Database:
     settings = runs.SHORT.database
     grid = level_grid(Checkpoint(checkpoint).units, settings.levels, settings.granularity)
-    return Database(run / "database", grid, read_json(run / "database" / "database.json")["made_from"])
+    return Database(run / "database", grid, read_json(run / "database" / "database.json")["provenance"])
 
 
 def assert_same_levels(one: Database, two: Database) -> None:

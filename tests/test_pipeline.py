@@ -83,7 +83,7 @@ def test_the_result_has_model_genome_and_table(compressed: Run):
 
 def test_the_export_is_the_stitched_model(compressed: Run):
     checkpoint, grid = Checkpoint(Path(compressed.config.model)), _grid(compressed)
-    database = Database(compressed.database, grid, read_json(compressed.database / "database.json")["made_from"])
+    database = Database(compressed.database, grid, read_json(compressed.database / "database.json")["provenance"])
     dense = checkpoint.load(torch.float32, torch.device("cpu"))
     stitched = Stitcher(dense, checkpoint.family, database).stitch(compressed.genome)
     refitted = load_file(compressed.refit / "searched.safetensors")
@@ -110,7 +110,7 @@ def test_candidates_are_scored_on_text_whose_ends_are_scrambled(
     run = compress.run(config, until="search")
     checkpoint, grid = Checkpoint(Path(config.model)), _grid(run)
     drawn = draw_tokens(read_corpus(config.data, checkpoint.tokenizer, 32, config.seed), config)
-    database = Database(run.database, grid, read_json(run.database / "database.json")["made_from"])
+    database = Database(run.database, grid, read_json(run.database / "database.json")["provenance"])
     stitcher = Stitcher(checkpoint.load(torch.float32, torch.device("cpu")), checkpoint.family, database)
     scores = {
         share: Fitness(stitcher, scramble(drawn["search"], share), drawn["training"], settings).score(

@@ -179,7 +179,7 @@ def _run(command: str, fields: Namespace) -> None:
     from darwinlm.commands import compress
     from darwinlm.commands.export import convert, export
     from darwinlm.commands.plan.show import show
-    from darwinlm.commands.run_directory import told_in_one_sentence
+    from darwinlm.commands.run_directory import explain_failures
     from darwinlm.runtime.files import check_new
 
     if command == "plan":
@@ -192,7 +192,7 @@ def _run(command: str, fields: Namespace) -> None:
     if command == "export":
         config = _settings(ExportConfig, fields)
         check_new(Path(fields.out), directory=config.format == "hf")  # before a model is stitched
-        with told_in_one_sentence(f"the export to {fields.out}", "--no-verify needs half as much"):
+        with explain_failures(f"the export to {fields.out}", "--no-verify needs half as much"):
             print(convert(export(Path(fields.source), fields.verify), Path(fields.out), config))
         return
     if command == "evaluate":

@@ -165,8 +165,8 @@ def _open(config: CompareConfig, run: RunConfig) -> _Bench:
     grid = find_grid(checkpoint.skeleton(), checkpoint.config, config.database)
     corpus = read_corpus(config.data, checkpoint.tokenizer, config.calibration.sequence_length, config.seed)
     tokens, texts = draw_tokens(corpus, run), draw_texts(corpus, run)
-    manifest = read_json(path / "database" / MANIFEST, "made_from")
-    database = Database(path / "database", grid, manifest["made_from"])
+    manifest = read_json(path / "database" / MANIFEST, "provenance")
+    database = Database(path / "database", grid, manifest["provenance"])
     precisions = (resolve_dtype(config.dtype, device), checkpoint.dtype)
     models = {dtype: checkpoint.load(dtype, device) for dtype in dict.fromkeys(precisions)}
     searched, judged = (Stitcher(models[dtype], checkpoint.family, database) for dtype in precisions)

@@ -12,15 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from darwinlm.commands.run_directory import (
-    SETTINGS,
-    Run,
-    claim,
-    read_genome,
-    told_in_one_sentence,
-    versions,
-    versions_told,
-)
+from darwinlm.commands.run_directory import SETTINGS, Run, claim, explain_failures, read_genome, versions, versions_text
 from darwinlm.config.run import STARTS, RunConfig, Stage
 from darwinlm.data.corpus import fingerprint, read_corpus
 from darwinlm.data.draw import draw_texts, draw_tokens, scored_text
@@ -83,7 +75,7 @@ def run(config: RunConfig, until: Stage = "report") -> Run:
         UsageError: if a setting cannot be used; a directory that was new is left as if nothing had happened.
         DarwinError: if a stage fails. The same call goes on from there once the cause is mended.
     """
-    told = told_in_one_sentence(f"the run in {config.out}", "lower --calibration.batch-size")
+    told = explain_failures(f"the run in {config.out}", "lower --calibration.batch-size")
     this = Run(config.out)
     # Until there is a first parent: what made every start diverge may be mended.
     searching = until != "database" and not this.history_path.exists()
@@ -128,7 +120,7 @@ class _Work:
     texts: dict[str, Int[Tensor, "_ length"]]  # further ones to judge models on
     device: torch.device
     dtype: torch.dtype
-    made_from: dict[str, Any]
+    provenance: dict[str, Any]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -152,7 +144,7 @@ def _open(this: Run, config: RunConfig, until: Stage) -> _Work:
             say(sentence)
         corpus = read_corpus(config.data, checkpoint.tokenizer, config.calibration.sequence_length, config.seed)
         tokens, texts = draw_tokens(corpus, config, until), draw_texts(corpus, config)
-        made_from = {
+        provenance = {
             "model": checkpoint.fingerprint,
             "text": corpus.fingerprint,
             "grid": {
@@ -165,16 +157,18 @@ def _open(this: Run, config: RunConfig, until: Stage) -> _Work:
         even, budget = uniform(grid, _costs(this, config, checkpoint, grid, device), config)
         genome = earlier = None
         if config.genome is not None:
-            genome = read_genome(Path(config.genome), grid, made_from)
+            genome = read_genome(Path(config.genome), grid, provenance)
             pruned_config(checkpoint.config, block_sizes(grid, genome, checkpoint.config))  # the same of this genome
         elif config.search.start not in STARTS:
-            earlier = read_genome(Path(config.search.start), grid, {"grid": made_from["grid"]}, "--search.start")
+            earlier = read_genome(Path(config.search.start), grid, {"grid": provenance["grid"]}, "--search.start")
         dtype = resolve_dtype(config.dtype, device)
     except DarwinError:
         if parallel.first():
             this.abandon()
         raise
-    return _Work(this, config, checkpoint, grid, even, budget, genome, earlier, tokens, texts, device, dtype, made_from)
+    return _Work(
+        this, config, checkpoint, grid, even, budget, genome, earlier, tokens, texts, device, dtype, provenance
+    )
 
 
 def _costs(this: Run, config: RunConfig, checkpoint: Checkpoint, grid: Grid, device: torch.device) -> Costs:
@@ -193,7 +187,7 @@ def _costs(this: Run, config: RunConfig, checkpoint: Checkpoint, grid: Grid, dev
 def _eliminate(work: _Work) -> Database:
     """Calibrate the dense model and eliminate structures, one block after another, into the database."""
     config, checkpoint = work.config, work.checkpoint
-    database = Database(work.run.database, work.grid, work.made_from | work.settings)
+    database = Database(work.run.database, work.grid, work.provenance | work.settings)
     finished = database.finished()
     statistics = calibrate(
         checkpoint,
@@ -234,7 +228,7 @@ def _allocate(work: _Work, database: Database) -> SearchResult:
             starts = {"earlier": start}
         result = evolve(starts, budget, fitness, config, seed, work.run.history_path)
     if parallel.first():
-        work.run.save_search(result, work.grid, work.made_from)
+        work.run.save_search(result, work.grid, work.provenance)
     return result
 
 
@@ -248,8 +242,8 @@ def _finish(work: _Work, stitcher: Stitcher, name: str, genome: Genome) -> PreTr
     if config.tokens:
         same = work.dtype == work.checkpoint.dtype
         learner = stitcher if same else _stitcher(work, stitcher.database, work.dtype)
-        file, made_from = work.run.refit / f"{name}.safetensors", work.made_from | work.settings
-        set_consumers(model, refit(learner, genome, work.tokens["refit"], config, file, made_from))
+        file, provenance = work.run.refit / f"{name}.safetensors", work.provenance | work.settings
+        set_consumers(model, refit(learner, genome, work.tokens["refit"], config, file, provenance))
     repeat_shared(model)
     return model
 
@@ -326,7 +320,7 @@ def _settings(work: _Work, result: SearchResult) -> dict[str, str]:
         **search,
         "Refit": f"{config.refit.tokens:,} tokens" if config.refit.tokens else "none",
         "Seed": str(config.seed),
-        "Versions": versions_told(),
+        "Versions": versions_text(),
     }
 
 

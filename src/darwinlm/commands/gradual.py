@@ -168,5 +168,5 @@ def _report(config: GradualConfig, out: Path, rows: list[dict[str, Any]], dense_
         "",
         tables.markdown(titles, cells),
     ]
-    write_json(out / "table.json", [{k: v for k, v in row.items() if k != "made_from"} for row in rows])
+    write_json(out / "table.json", [{k: v for k, v in row.items() if k != "provenance"} for row in rows])
     write_text(out / "report.md", "\n".join(lines) + "\n")

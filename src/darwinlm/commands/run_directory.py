@@ -107,10 +107,10 @@ class Run:
         """
         return read_json(self.table_path)
 
-    def save_search(self, result: SearchResult, grid: Grid, made_from: dict[str, Any]) -> None:
+    def save_search(self, result: SearchResult, grid: Grid, provenance: dict[str, Any]) -> None:
         """Write the genome that the search found, with the names of its units and what it was made from."""
         levels = dict(zip((unit.name for unit in grid.units), result.best.levels, strict=True))
-        found = {"fitness": result.fitness, "levels": result.best.levels, "level_of": levels, "made_from": made_from}
+        found = {"fitness": result.fitness, "levels": result.best.levels, "level_of": levels, "provenance": provenance}
         write_json(self._result_path, found)
 
     def check_database(self) -> None:
@@ -198,11 +198,11 @@ def load(path: Path | str, dtype: str = "auto") -> PreTrainedModel:
         raise UsageError(f"no model {path}: expected a run, a model directory or a hub id ({reason})") from None
 
 
-def read_genome(path: Path, grid: Grid, made_from: Mapping[str, Any], flag: str = "--genome") -> Genome:
+def read_genome(path: Path, grid: Grid, provenance: Mapping[str, Any], flag: str = "--genome") -> Genome:
     """A genome for this model and grid: a run's `search/result.json`, or a JSON list of levels.
 
     Args:
-        made_from: what the result of a search on this model, with these levels, would say it was made from, as far as
+        provenance: what the result of a search on this model, with these levels, would say it was made from, as far as
             it must be the same.
         flag: which names the file.
 
@@ -219,11 +219,11 @@ def read_genome(path: Path, grid: Grid, made_from: Mapping[str, Any], flag: str 
             f"{flag}: no genome in {path}: expected a JSON list of whole numbers, one a unit, or a "
             "search/result.json that has them; name another file"
         )
-    origin = found.get("made_from", {}) if isinstance(found, dict) else {}
+    origin = found.get("provenance", {}) if isinstance(found, dict) else {}
     for what, key in (("model", "model"), ("level grid", "grid")):
-        if key in origin and key in made_from and origin[key] != made_from[key]:
+        if key in origin and key in provenance and origin[key] != provenance[key]:
             raise UsageError(
-                f"{flag}: the genome in {path} is for another {what}: expected {made_from[key]}, found "
+                f"{flag}: the genome in {path} is for another {what}: expected {provenance[key]}, found "
                 f"{origin[key]}; search one on this model and these levels, or give its levels as a JSON list"
             )
     genome = Genome(tuple(levels))
@@ -231,7 +231,7 @@ def read_genome(path: Path, grid: Grid, made_from: Mapping[str, Any], flag: str 
     return genome
 
 
-def versions_told() -> str:
+def versions_text() -> str:
     """The versions that made an artifact, for people."""
     return ", ".join(f"{name} {number}" for name, number in versions().items())
 
@@ -263,7 +263,7 @@ def _differences(old: Any, new: Any, name: str = "") -> dict[str, str]:
 
 
 @contextmanager
-def told_in_one_sentence(what: str, thrift: str) -> Iterator[None]:
+def explain_failures(what: str, thrift: str) -> Iterator[None]:
     """What the machine lacks becomes a `DarwinError`: a full disk, a directory taken away, too little memory.
 
     Args:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
 
-from darwinlm.commands.run_directory import FREE, TRAIN_SETTINGS, claim, open_model, told_in_one_sentence, versions_told
+from darwinlm.commands.run_directory import FREE, TRAIN_SETTINGS, claim, explain_failures, open_model, versions_text
 from darwinlm.config.checks import expect
 from darwinlm.config.training import TrainConfig
 from darwinlm.data.stream import Sequences, draw_held_out, draw_sequences, tokenizer_fingerprint
@@ -51,7 +51,7 @@ def train(config: TrainConfig) -> Training:
         DarwinError: if the training fails or diverges. The same call goes on from the last checkpoint.
     """
     thrift = "lower --training.micro-batch-size or switch on --training.gradient-checkpointing"
-    told = told_in_one_sentence(f"the training in {config.out}", thrift)
+    told = explain_failures(f"the training in {config.out}", thrift)
     this = Training(config.out)
     held = parallel.shared_directory(this.path, lambda: _claim(this, config))
     with told, parallel.together(), held:
@@ -111,7 +111,7 @@ class _Work:
     cache: Path
     device: torch.device
     dtype: torch.dtype  # of products
-    made_from: dict[str, Any]
+    provenance: dict[str, Any]
 
 
 def _open(this: Training, config: TrainConfig) -> _Work:
@@ -132,20 +132,20 @@ def _open(this: Training, config: TrainConfig) -> _Work:
             config.stream,
             cache,
         )
-        made_from = {
+        provenance = {
             "model": checkpoint.fingerprint,
             "teacher": None if teacher is None else teacher.fingerprint,
             "text": sequences.fingerprint,
             "settings": _deciding(config),
         }
-        made_from = json.loads(json.dumps(made_from))  # as a checkpoint says it
-        this.last_checkpoint(made_from)
+        provenance = json.loads(json.dumps(provenance))  # as a checkpoint says it
+        this.last_checkpoint(provenance)
         dtype = resolve_dtype(config.training.dtype, device)
     except DarwinError:
         if parallel.first() and not this.checkpoints.exists():
             (this.path / TRAIN_SETTINGS).unlink(missing_ok=True)
         raise
-    return _Work(this, config, checkpoint, teacher, sequences, held_out, cache, device, dtype, made_from)
+    return _Work(this, config, checkpoint, teacher, sequences, held_out, cache, device, dtype, provenance)
 
 
 def _deciding(config: TrainConfig) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def _teacher(work: _Work) -> tuple[Teacher | None, Dataset, Dataset]:
 def _train(work: _Work) -> Path:
     """Train to the end, from the last checkpoint if there is one, and return the final checkpoint."""
     config, this = work.config, work.this
-    last = this.last_checkpoint(work.made_from)
+    last = this.last_checkpoint(work.provenance)
     if last is not None and last.name == f"checkpoint-{config.steps}":
         return last
     if last is not None:
@@ -239,13 +239,13 @@ def _train(work: _Work) -> Path:
             held_out,
             teacher,
             config.distillation,
-            work.made_from,
+            work.provenance,
             this.log_path,
         )
         try:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except DivergedError as error:
-            good = this.last_checkpoint(work.made_from)
+            good = this.last_checkpoint(work.provenance)
             kept = "no state was kept yet" if good is None else f"the last good state is in {good}"
             raise DarwinError(
                 f"training diverged: {error}; {kept}; lower --training.learning-rate and choose another --out"
@@ -253,7 +253,7 @@ def _train(work: _Work) -> Path:
         finally:
             trainer.close()
     parallel.wait_for_all()
-    last = this.last_checkpoint(work.made_from)
+    last = this.last_checkpoint(work.provenance)
     assert last is not None
     return last
 
@@ -377,7 +377,7 @@ def _settings(work: _Work) -> dict[str, str]:
         "Loss": loss,
         "Learning rate": f"{config.training.learning_rate:g}, warm-up {config.training.warmup_steps} steps, cosine",
         "Seed": str(config.seed),
-        "Versions": versions_told(),
+        "Versions": versions_text(),
     }
 
 
@@ -385,7 +385,7 @@ def _conclude(work: _Work, last: Path) -> None:
     history = read_json(last / "trainer_state.json", "log_history")["log_history"]
     evaluations = [line for line in history if "eval_perplexity" in line]
     before, after = (_figures(evaluations[i]) for i in (0, -1))
-    write_json(work.this.result_path, {"before": before, "after": after, "made_from": work.made_from})
+    write_json(work.this.result_path, {"before": before, "after": after, "provenance": work.provenance})
     for name, figures in (("before", before), ("after", after)):
         say(f"{name}: " + ", ".join(f"{what} {value:.4g}" for what, value in figures.items()))
     print(work.this.exported)

@@ -73,16 +73,16 @@ class TokenStore:
         cls, cache: Path, source: str, tokenizer: PreTrainedTokenizerBase, config: StreamConfig, held_out: bool = False
     ) -> TokenStore:
         """The store of these documents in a cache directory, with what earlier runs have put there."""
-        made_from = {
+        provenance = {
             "source": _identity(source),
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "filter": {"column": config.score_column, "least": config.min_score, "held_out": held_out},
             "sequence_length": config.sequence_length,
         }
-        key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+        key = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:16]
         store = cls(cache / f"{'held-out' if held_out else 'tokens'}-{key}", source, tokenizer, config, held_out)
         if parallel.first() and not (store.path / MANIFEST).exists():
-            write_json(store.path / MANIFEST, {"made_from": made_from})
+            write_json(store.path / MANIFEST, {"provenance": provenance})
         parallel.wait_for_all()
         return store
 

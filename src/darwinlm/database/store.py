@@ -38,14 +38,14 @@ class Database:
         self.grid = grid
         path.mkdir(parents=True, exist_ok=True)
         if (path / MANIFEST).exists():
-            made_from = read_json(path / MANIFEST, "made_from")["made_from"]
-            if made_from != provenance:
-                changed = [key for key in provenance if made_from.get(key) != provenance[key]]
+            stored = read_json(path / MANIFEST, "provenance")["provenance"]
+            if stored != provenance:
+                changed = [key for key in provenance if stored.get(key) != provenance[key]]
                 raise UsageError(
                     f"{path} holds a database made from another {' and '.join(changed)}; choose another --out"
                 )
         elif parallel.first():
-            write_json(path / MANIFEST, {"made_from": provenance})
+            write_json(path / MANIFEST, {"provenance": provenance})
         self._levels = cache(self._read)
 
     def finished(self) -> set[str]:

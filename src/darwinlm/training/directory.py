@@ -41,7 +41,7 @@ class Training:
         """Held-out figures before and after. Raises `DarwinError` if it has not finished."""
         return read_json(self.result_path, "before", "after")
 
-    def last_checkpoint(self, made_from: Mapping[str, Any]) -> Path | None:
+    def last_checkpoint(self, provenance: Mapping[str, Any]) -> Path | None:
         """The newest whole checkpoint. Raises `UsageError` if it is of another training."""
         whole = {
             int(found[1]): file
@@ -51,8 +51,8 @@ class Training:
         if not whole:
             return None
         newest = whole[max(whole)]
-        found = read_json(newest, "made_from")["made_from"]
-        changed = [name for name in made_from if found.get(name) != made_from[name]]
+        found = read_json(newest, "provenance")["provenance"]
+        changed = [name for name in provenance if found.get(name) != provenance[name]]
         if changed:
             raise UsageError(
                 f"{newest.parent} is a checkpoint of another training: expected the same {' and '.join(changed)}, "

@@ -44,7 +44,7 @@ def refit(
     token_ids: Int[Tensor, "sequences length"],
     config: RefitConfig,
     file: Path,
-    made_from: dict[str, Any],
+    provenance: dict[str, Any],
 ) -> dict[str, Float[Tensor, "d_out kept"]]:
     """The float32 weights of the stitched model's consumers, by path, after one pass over `token_ids`.
 
@@ -55,7 +55,7 @@ def refit(
     Raises:
         DarwinError: if `file` is of another refit.
     """
-    identity = json.dumps(made_from | {"genome": genome.levels, "refit": asdict(config)}, sort_keys=True)
+    identity = json.dumps(provenance | {"genome": genome.levels, "refit": asdict(config)}, sort_keys=True)
     done, tensors = _read(file, identity)
     steps = -(-len(token_ids) // config.batch_size)
     if done == steps:
@@ -149,7 +149,7 @@ def _read(file: Path, identity: str) -> tuple[int, dict[str, Tensor]]:
         return 0, {}
     with open_tensors(file) as opened:
         about = opened.metadata()
-        if about.get("made_from") != identity:
+        if about.get("provenance") != identity:
             raise DarwinError(f"{file} is of another refit: expected this run's; delete it and run the command again")
         return int(about["steps"]), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
 
@@ -159,5 +159,5 @@ def _write(
 ) -> None:
     temporary = file.with_suffix(".partial")
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state_of(weights, optimizer), temporary, {"steps": str(steps), "made_from": identity})
+    save_file(state_of(weights, optimizer), temporary, {"steps": str(steps), "provenance": identity})
     temporary.rename(file)

@@ -46,8 +46,8 @@ class TeacherLogits:
     @classmethod
     def open(cls, cache: Path, teacher_fingerprint: str, top_k: int, temperature: float) -> TeacherLogits:
         """The logits of this teacher in a cache directory, with what earlier trainings have put there."""
-        made_from = {"teacher": teacher_fingerprint, "top_k": top_k, "temperature": temperature}
-        key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
+        provenance = {"teacher": teacher_fingerprint, "top_k": top_k, "temperature": temperature}
+        key = hashlib.sha256(json.dumps(provenance).encode()).hexdigest()[:16]
         return cls(cache / f"logits-{key}", top_k, temperature)
 
     def fill(self, sequences: Sequences, load_teacher: Callable[[], PreTrainedModel]) -> None:

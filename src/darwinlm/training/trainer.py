@@ -56,7 +56,7 @@ class RecoveryTrainer(Trainer):
     Args:
         teacher: None for cross-entropy alone.
         held_out: sequences on which perplexity and KL divergence are measured.
-        made_from: written into every checkpoint, which is whole once it has it.
+        provenance: written into every checkpoint, which is whole once it has it.
         log: file of lines of JSON, kept equal to the history that a checkpoint holds.
     """
 
@@ -68,7 +68,7 @@ class RecoveryTrainer(Trainer):
         held_out: Dataset,
         teacher: Teacher | None,
         distillation: DistillationConfig,
-        made_from: Mapping[str, Any],
+        provenance: Mapping[str, Any],
         log: Path,
     ):
         super().__init__(model, args, train_dataset=train, eval_dataset=held_out)
@@ -76,7 +76,7 @@ class RecoveryTrainer(Trainer):
         self.add_callback(_Log(log))
         self.teacher = teacher
         self.distillation = distillation
-        self.made_from = dict(made_from)
+        self.provenance = dict(provenance)
         self.loss_is_scaled_for_ga = False  # it is the mean over a batch
         self.model_accepts_loss_kwargs = False
         wrapper: Any = model
@@ -185,7 +185,7 @@ class RecoveryTrainer(Trainer):
         if self.is_world_process_zero():
             step = self.state.global_step
             directory = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
-            write_json(directory / FINISHED, {"step": step, "made_from": self.made_from})
+            write_json(directory / FINISHED, {"step": step, "provenance": self.provenance})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in the Trainer; sharded weights are gathered one by one, tied ones once, which it (5.23) fails at."""
