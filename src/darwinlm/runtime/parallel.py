@@ -82,7 +82,8 @@ def together() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     store, me, world = next(iter(rendezvous("env://", timeout=PATIENCE)))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    # Gloo beside NCCL: a collective on the host is one that the host waits for.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=me, world_size=world, timeout=PATIENCE)
     console.quiet = not first()
     before = signal.signal(signal.SIGTERM, _told_to_end)
@@ -143,8 +144,7 @@ def sums_everywhere(values: Sequence[float]) -> list[float]:
     """The sums over all processes of what each gives, the same everywhere. Raises `PeerLostError` if one has gone."""
     if processes() == 1:
         return list(values)
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    sums = torch.tensor(values, dtype=torch.float64)
     with _peers():
         dist.all_reduce(sums)
     return sums.tolist()
@@ -154,7 +154,7 @@ def wait_for_all() -> None:
     """Return once every process has come here. Raises `PeerLostError` if one has gone."""
     if processes() > 1:
         with _peers():
-            dist.all_reduce(torch.zeros(1, device="cuda" if dist.get_backend() == "nccl" else "cpu"))
+            dist.all_reduce(torch.zeros(1))  # on the host: NCCL would only queue it, and the host would run ahead
 
 
 @contextmanager
