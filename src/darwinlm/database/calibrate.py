@@ -200,7 +200,9 @@ def _embed(
     # Only the rows that are looked up: a whole embedding can be larger than a block.
     used, ids = torch.cat(list(batches)).unique(return_inverse=True)
     rows = checkpoint.tensor(f"{family.embedding}.weight")[used].to(device, dtype)
-    model.get_submodule(family.embedding).weight = nn.Parameter(rows, requires_grad=False)
+    embedding: Any = model.get_submodule(family.embedding)
+    embedding.weight = nn.Parameter(rows, requires_grad=False)
+    embedding.padding_idx = None  # it numbers the whole table's rows, and only gradients heed it
     parent = model.get_submodule(family.blocks.rpartition(".")[0])
     name = family.blocks.rpartition(".")[2]
     blocks, norm = getattr(parent, name), model.get_submodule(family.final_norm)
@@ -217,5 +219,5 @@ def _embed(
     finally:
         setattr(parent, name, blocks)
         model.set_submodule(family.final_norm, norm)
-        model.get_submodule(family.embedding).to("meta")
+        embedding.to("meta")
     return stream, [recorder.arguments for recorder in recorders]
