@@ -303,3 +303,19 @@ def test_the_public_face_is_whole_and_quick_to_import():
     assert darwinlm.RunConfig is RunConfig
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = darwinlm.nonsense
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_dense_model_is_loaded_once_in_each_precision(
+    checkpoints: dict[str, Path],
+    text: Path,
+    tmp_path: Path,
+    dtype: Literal[float32, bfloat16],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Search, refit and evaluation share it; the checkpoint's own precision is float32."""
+    loads, load = [], Checkpoint.load
+    monkeypatch.setattr(Checkpoint, "load", lambda self, *given: (loads.append(given[0]), load(self, *given))[1])
+    compress.run(runs.short(checkpoints["llama-gqa"], text, tmp_path / "run", dtype=dtype))
+    assert len(loads) == len(set(loads))
+    assert set(loads) == {torch.float32, getattr(torch, dtype)}

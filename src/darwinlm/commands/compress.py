@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -95,38 +95,54 @@ def run(config: RunConfig, until: Stage = "report") -> Run:
         result = _allocate(work, database)
         if until == "search" or not parallel.first():
             return this
-        stitcher = _stitcher(work, database, work.checkpoint.dtype)
-        _export(work, result, _finish(work, stitcher, "searched", result.best))
+        _export(work, result, _finish(work, database, "searched", result.best))
         if until == "export":
             return this
-        rows = _evaluate(work, stitcher.dense, _finish(work, stitcher, "uniform", work.even))
-        _report(work, result, rows, _curves(work, stitcher, result))
+        rows = _evaluate(work, _finish(work, database, "uniform", work.uniform))
+        _report(work, result, rows, _curves(work, database, result))
     return this
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Work:
-    """What every stage reads: the run, the dense model and its units, the text, and where to compute."""
+    """What every stage reads: the run, the dense model and its units, the text, and where to compute.
+
+    Attributes:
+        uniform: the uniform genome at the target's size.
+        given_genome: the genome of `--genome`, which replaces the search.
+        start_genome: the genome of an earlier search from which this one starts.
+        tokens: token blocks by purpose, for the stages that are run.
+        texts: further texts to judge models on.
+        dtype: precision of the search.
+        models: the dense model in each precision that was asked for, loaded once.
+    """
 
     run: Run
     config: RunConfig
     checkpoint: Checkpoint
     grid: Grid
-    even: Genome  # the uniform genome of the target
+    uniform: Genome
     budget: Budget
-    genome: Genome | None  # one that was given, instead of a search
-    earlier: Genome | None  # one that was given, to start from
-    tokens: dict[str, Int[Tensor, "sequences length"]]  # by purpose, of the stages that are run
-    texts: dict[str, Int[Tensor, "_ length"]]  # further ones to judge models on
+    given_genome: Genome | None
+    start_genome: Genome | None
+    tokens: dict[str, Int[Tensor, "sequences length"]]
+    texts: dict[str, Int[Tensor, "_ length"]]
     device: torch.device
     dtype: torch.dtype
     provenance: dict[str, Any]
+    models: dict[torch.dtype, PreTrainedModel] = field(default_factory=dict)
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """Those that decide the database."""
+    def database_settings(self) -> dict[str, Any]:
+        """Settings that determine the database's content."""
         config = self.config
         return {"calibration": asdict(config.calibration), "database": asdict(config.database), "seed": config.seed}
+
+    def dense(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The dense model in a precision."""
+        if dtype not in self.models:
+            self.models[dtype] = self.checkpoint.load(dtype, self.device)
+        return self.models[dtype]
 
 
 def _open(this: Run, config: RunConfig, until: Stage) -> _Work:
@@ -154,20 +170,32 @@ def _open(this: Run, config: RunConfig, until: Stage) -> _Work:
             },
             "versions": versions(),
         } | ({"evaluation text": {text: fingerprint(ids) for text, ids in texts.items()}} if texts else {})
-        even, budget = uniform(grid, _costs(this, config, checkpoint, grid, device), config)
-        genome = earlier = None
+        uniform_genome, budget = uniform(grid, _costs(this, config, checkpoint, grid, device), config)
+        given_genome = start_genome = None
         if config.genome is not None:
-            genome = read_genome(Path(config.genome), grid, provenance)
-            pruned_config(checkpoint.config, block_sizes(grid, genome, checkpoint.config))  # the same of this genome
+            given_genome = read_genome(Path(config.genome), grid, provenance)
+            pruned_config(checkpoint.config, block_sizes(grid, given_genome, checkpoint.config))  # it can be exported
         elif config.search.start not in STARTS:
-            earlier = read_genome(Path(config.search.start), grid, {"grid": provenance["grid"]}, "--search.start")
+            start_genome = read_genome(Path(config.search.start), grid, {"grid": provenance["grid"]}, "--search.start")
         dtype = resolve_dtype(config.dtype, device)
     except DarwinError:
         if parallel.first():
             this.abandon()
         raise
     return _Work(
-        this, config, checkpoint, grid, even, budget, genome, earlier, tokens, texts, device, dtype, provenance
+        run=this,
+        config=config,
+        checkpoint=checkpoint,
+        grid=grid,
+        uniform=uniform_genome,
+        budget=budget,
+        given_genome=given_genome,
+        start_genome=start_genome,
+        tokens=tokens,
+        texts=texts,
+        device=device,
+        dtype=dtype,
+        provenance=provenance,
     )
 
 
@@ -187,7 +215,7 @@ def _costs(this: Run, config: RunConfig, checkpoint: Checkpoint, grid: Grid, dev
 def _eliminate(work: _Work) -> Database:
     """Calibrate the dense model and eliminate structures, one block after another, into the database."""
     config, checkpoint = work.config, work.checkpoint
-    database = Database(work.run.database, work.grid, work.provenance | work.settings)
+    database = Database(work.run.database, work.grid, work.provenance | work.database_settings)
     finished = database.finished()
     statistics = calibrate(
         checkpoint,
@@ -211,20 +239,20 @@ def _allocate(work: _Work, database: Database) -> SearchResult:
     stitcher = _stitcher(work, database, work.dtype)
     text = scored_text(work.tokens["search"], config)
     fitness = Fitness(stitcher, text, work.tokens["training"], config)
-    if work.genome is not None:
-        score = fitness.score(work.genome, config.stages[-1])
+    if work.given_genome is not None:
+        score = fitness.score(work.given_genome, config.stages[-1])
         if score == inf:
             raise DarwinError(
                 "the model of --genome diverges: expected a finite fitness, found NaN or infinity; lower "
                 "--search.learning-rate or take --dtype float32, and another --out"
             )
-        result = SearchResult(work.genome, score, ())
+        result = SearchResult(work.given_genome, score, ())
     else:
-        budget, seed, earlier = work.budget, work.config.seed, work.earlier
-        if earlier is None:
-            starts = find_starts(work.even, budget, fitness, config, seed, work.run.search)
+        budget, seed, start_genome = work.budget, work.config.seed, work.start_genome
+        if start_genome is None:
+            starts = find_starts(work.uniform, budget, fitness, config, seed, work.run.search)
         else:
-            start, budget = fullest(lambda rng: spread(earlier, work.budget, rng), budget, seed)
+            start, budget = fullest(lambda rng: spread(start_genome, work.budget, rng), budget, seed)
             starts = {"earlier": start}
         result = evolve(starts, budget, fitness, config, seed, work.run.history_path)
     if parallel.first():
@@ -233,16 +261,18 @@ def _allocate(work: _Work, database: Database) -> SearchResult:
 
 
 def _stitcher(work: _Work, database: Database, dtype: torch.dtype) -> Stitcher:
-    return Stitcher(work.checkpoint.load(dtype, work.device), work.checkpoint.family, database)
+    return Stitcher(work.dense(dtype), work.checkpoint.family, database)
 
 
-def _finish(work: _Work, stitcher: Stitcher, name: str, genome: Genome) -> PreTrainedModel:
-    """The model of a genome, its consumers solved again against the dense distribution, in the search's precision."""
-    model, config = stitcher.stitch(genome), work.config.refit
+def _finish(work: _Work, database: Database, name: str, genome: Genome) -> PreTrainedModel:
+    """The pruned model of a genome, its consumers solved again against the dense distribution by the refit.
+
+    The refit computes in the search's precision, the model has the checkpoint's.
+    """
+    model, config = _stitcher(work, database, work.checkpoint.dtype).stitch(genome), work.config.refit
     if config.tokens:
-        same = work.dtype == work.checkpoint.dtype
-        learner = stitcher if same else _stitcher(work, stitcher.database, work.dtype)
-        file, provenance = work.run.refit / f"{name}.safetensors", work.provenance | work.settings
+        learner = _stitcher(work, database, work.dtype)
+        file, provenance = work.run.refit / f"{name}.safetensors", work.provenance | work.database_settings
         set_consumers(model, refit(learner, genome, work.tokens["refit"], config, file, provenance))
     repeat_shared(model)
     return model
@@ -268,24 +298,26 @@ def _export(work: _Work, result: SearchResult, model: PreTrainedModel) -> None:
         verify_export(exported, expected)
 
 
-def _evaluate(work: _Work, dense: PreTrainedModel, even: PreTrainedModel) -> list[Row]:
+def _evaluate(work: _Work, uniform_model: PreTrainedModel) -> list[Row]:
     """Dense, uniform and searched on held-out documents; the searched one as it was reloaded from its export."""
     reloaded: Any = load(work.run.exported)
-    models = {"dense": dense, "uniform": even, "searched": reloaded.to(work.device).eval()}
+    dense = work.dense(work.checkpoint.dtype)
+    models = {"dense": dense, "uniform": uniform_model, "searched": reloaded.to(work.device).eval()}
     sizes = {name: parameter_bytes(model) for name, model in models.items()}
     held_out, tokenizer = work.tokens["evaluation"], work.checkpoint.tokenizer
     return evaluate(models, held_out, tokenizer, work.config.evaluation, sizes, work.texts)
 
 
-def _curves(work: _Work, stitcher: Stitcher, result: SearchResult) -> dict[str, Curve]:
+def _curves(work: _Work, database: Database, result: SearchResult) -> dict[str, Curve]:
     """How the search did on text that it never saw."""
+    stitcher = _stitcher(work, database, work.checkpoint.dtype)
     texts = {f"{work.config.data}, held out": work.tokens["evaluation"]} | work.texts
     return curves(stitcher, result.history, texts, work.run.search / "curves.json") if result.history else {}
 
 
 def _report(work: _Work, result: SearchResult, rows: list[Row], elsewhere: dict[str, Curve]) -> None:
     """Tables and pictures, in the run directory and on the screen."""
-    genomes = {"uniform": work.even, "searched": result.best}
+    genomes = {"uniform": work.uniform, "searched": result.best}
     title = f"{Path(work.config.model).name} at {_target(work.config)}"
     settings = _settings(work, result)
     counts = rows[0].parameters, rows[-1].parameters
