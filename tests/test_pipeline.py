@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -310,7 +311,7 @@ def test_the_dense_model_is_loaded_once_in_each_precision(
     checkpoints: dict[str, Path],
     text: Path,
     tmp_path: Path,
-    dtype: Literal[float32, bfloat16],
+    dtype: Literal["float32", "bfloat16"],
     monkeypatch: pytest.MonkeyPatch,
 ):
     """Search, refit and evaluation share it; the checkpoint's own precision is float32."""
