@@ -229,7 +229,7 @@ def _tensors(model: _Model, weights: _Weights) -> Iterator[_Tensor]:
     yield _stored("token_embd.weight", weights, f"{family.embedding}.weight")
     yield _stored("output_norm.weight", weights, f"{family.final_norm}.weight")
     if not model.config.tie_word_embeddings:
-        yield _stored("output.weight", weights, f"{family.head}.weight")
+        yield _stored("output.weight", weights, f"{family.output_embedding}.weight")
     if model.rope["rope_type"] == "llama3":
         yield _Tensor("rope_freqs.weight", (model.head_dim // 2,), partial(_rope_factors, model.config))
     for index, block in enumerate(model.sizes):
