@@ -27,7 +27,7 @@ from darwinlm.search.budget import Budget, parameter_costs
 from darwinlm.search.fitness import Fitness
 from darwinlm.search.uniform import ceilings
 from darwinlm.types import DarwinError
-from test_allocators import written_by
+from test_rivals import written_by
 
 THERE, IDLE = (4, 16, 4, 16), (1, 4, 2, 8)  # structures of each unit, and those of them that nothing reads
 LENGTH = 32
