@@ -205,8 +205,8 @@ def test_survivors_go_on_training_where_they_stood(
         return Fitness(stitcher, token_ids(1, 8), token_ids(2, 8), config)
 
     scorer, steps = anew(), list[int]()
-    step = scorer._tuner._step
-    monkeypatch.setattr(scorer._tuner, "_step", lambda *given: (steps.append(given[3]), step(*given)))
+    step = scorer._trainer._step
+    monkeypatch.setattr(scorer._trainer, "_step", lambda *given: (steps.append(given[3]), step(*given)))
     for count, stage in zip((4, 2, 2), TRAINED, strict=True):
         steps.clear()
         scores = scorer.scores(genomes[:count], stage)
@@ -216,7 +216,7 @@ def test_survivors_go_on_training_where_they_stood(
         if stage is TRAINED[0]:
             assert steps == [0, 1] * 4, "all candidates see the same sequences"
         assert scores == [anew().score(genome, stage) for genome in genomes[:count]]
-        assert len(scorer._tuner._kept) + len(scorer._tuner._spilled) <= stage.survivors
+        assert len(scorer._trainer._kept) + len(scorer._trainer._spilled) <= stage.survivors
         genomes = [genomes[i] for i in sorted(range(count), key=scores.__getitem__)]
     assert len(steps) == 2 * 4
 
@@ -229,9 +229,11 @@ def test_processes_of_a_machine_share_the_memory_for_trained_survivors(
     genomes, most = random_genomes(stitcher, 4), []
     keep = candidate_training.CandidateTrainer.keep
 
-    def noted(tuner: candidate_training.CandidateTrainer, genome: Genome, trained: candidate_training.Trained) -> None:
-        keep(tuner, genome, trained)
-        most.append(sum(state.bytes for state in tuner._kept.values()))
+    def noted(
+        trainer: candidate_training.CandidateTrainer, genome: Genome, trained: candidate_training.Trained
+    ) -> None:
+        keep(trainer, genome, trained)
+        most.append(sum(state.bytes for state in trainer._kept.values()))
 
     monkeypatch.setattr(candidate_training.CandidateTrainer, "keep", noted)
     fitness(stitcher, TRAINED).scores(genomes, TRAINED[0])
@@ -264,21 +266,21 @@ def test_training_is_at_the_rate_and_on_the_tokens_given(stitcher: Stitcher) -> 
 
 def test_no_more_than_the_survivors_are_kept(stitcher: Stitcher) -> None:
     scorer, most = fitness(stitcher, TRAINED), 0
-    keep = scorer._tuner.keep
+    keep = scorer._trainer.keep
 
     def watched(genome: Genome, trained: candidate_training.Trained) -> None:
         nonlocal most
         keep(genome, trained)
-        most = max(most, len(scorer._tuner._kept))
+        most = max(most, len(scorer._trainer._kept))
 
-    scorer._tuner.keep = watched
+    scorer._trainer.keep = watched
     genomes = random_genomes(stitcher, 6)
     scores = scorer.scores(genomes, TRAINED[0])
     assert most == TRAINED[0].survivors + 1
     best = sorted(genomes, key=lambda genome: scores[genomes.index(genome)])[:2]
-    assert set(scorer._tuner._kept) == set(best)
+    assert set(scorer._trainer._kept) == set(best)
     scorer.scores(best, TRAINED[-1])
-    assert not scorer._tuner._kept
+    assert not scorer._trainer._kept
 
 
 def test_processes_share_candidates_and_keep_those_they_have_begun(
