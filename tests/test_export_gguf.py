@@ -147,7 +147,7 @@ def rewrite_config(directory: Path, **changes: Any) -> None:
         ("mistral-head-width", {"sliding_window": 7}, "found a sliding window of 7"),
         ("llama-untied", {"hidden_act": "gelu"}, "expected the activation silu"),
         ("llama-3-rope", {"rope_parameters": LLAMA_3_ROPE | {"rope_type": "dynamic"}}, "found rope_type dynamic"),
-        ("qwen3-tied", {"tie_word_embeddings": False}, "uneven Qwen3, whose heads have norms, found a head of its own"),
+        ("qwen3-tied", {"tie_word_embeddings": False}, "heads have norms, found an output embedding of its own"),
         ("llama-untied", {"model_type": "gpt2", "auto_map": {}}, "found 'gpt2'"),
     ],
 )
