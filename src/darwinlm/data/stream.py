@@ -298,7 +298,7 @@ def _draw(
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of the vocabulary and the rules of a tokenizer, by which two with the same tokens are equal."""
+    """Return a hash of a tokenizer's vocabulary and rules, which tokenizers that give the same tokens share."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = json.dumps(sorted(tokenizer.get_vocab().items()))
     if backend is not None:
