@@ -74,7 +74,7 @@ class PrunedLlamaDecoderLayer(LlamaDecoderLayer):
         return hidden_states
 
     def _note_batch_size(self, cache: Any, batch_size: int) -> None:
-        """Give a static cache's empty layer its batch size, which older transformers read when the cache is used again."""
+        """Give a static cache's empty layer its batch size, which older transformers read in a second use."""
         for layer in getattr(cache, "layers", [])[self.layer_idx : self.layer_idx + 1]:
             if isinstance(layer, StaticLayer) and not layer.is_initialized:
                 layer.max_batch_size = batch_size
