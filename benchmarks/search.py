@@ -315,7 +315,7 @@ def measure(run: Path, bench: Bench, plan: Generation, fitness: Fitness, rate: f
     for name, work in timed.items():
         if name not in forms:  # others need the memory
             REFERENCES.clear()
-            fitness._tuner.forget_all_but([])
+            fitness._trainer.forget_all_but([])
         taken.append(median(work() for _ in range(repeats)))
         print(
             f"| {name} | {taken[-1]:.1f} | {taken[0] / taken[-1]:.2f}x | {taken[-2:][0] / taken[-1]:.2f}x |", flush=True

@@ -1,4 +1,4 @@
-"""Costs against what models really have, and targets that are reached, or refused."""
+"""Costs equal what models really have, and targets are reached or refused."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_cache_is_what_generation_keeps(pruned: Pruned) -> None:
 
 
 def test_flops_are_those_that_torch_counts(pruned: Pruned) -> None:
-    """It counts attention over all tokens, so the context of causal attention is twice as long."""
+    """PyTorch counts attention over all tokens, so the context of causal attention is twice as long."""
     costs = flop_costs(pruned.database.grid, pruned.dense.config, 2 * LENGTH)
     for genome in pruned.genomes():
         model = repeat_shared(pruned.stitcher.stitch(genome))
@@ -73,7 +73,7 @@ def test_flops_are_those_that_torch_counts(pruned: Pruned) -> None:
 
 
 def test_a_group_that_keeps_a_head_keeps_its_cache() -> None:
-    """Single heads of grouped queries: an export repeats K and V, so that losing one head costs cache."""
+    """With single heads of grouped queries, an export repeats K and V, so that losing one head costs cache."""
     unit = Unit("a", 0, "attention", "", (), 2, 6, 10, 1, readers=3, shared_parameters=8)
     costs = Costs("parameters", ((6 * 10 + 2 * 8 + 1, *((6 - i) * 18 + 1 for i in range(1, 6)), 0),), 0)
     grid = level_grid((unit,), 6, 32)
@@ -99,9 +99,9 @@ def test_a_group_that_keeps_a_head_keeps_its_cache() -> None:
     ],
 )
 def test_a_target_is_a_share_or_an_amount(text: str, expected: Target) -> None:
-    found = Target.parse(text)
-    assert (found.measure, found.share) == (expected.measure, expected.share)
-    assert found.amount == pytest.approx(expected.amount)
+    target = Target.parse(text)
+    assert (target.measure, target.share) == (expected.measure, expected.share)
+    assert target.amount == pytest.approx(expected.amount)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_what_is_no_target_is_refused(text: str) -> None:
 
 
 shapes = st.tuples(st.integers(4, 12), st.integers(4, 12), st.integers(8, 40).map(lambda steps: 32 * steps))
-MODEL = 400_000  # parameters, embeddings and head among them
+MODEL = 400_000  # parameters, including input and output embeddings
 
 
 def at(grid: Grid, target: str, **changes: Any) -> tuple[Genome, Budget]:
@@ -159,9 +159,9 @@ def test_a_grid_too_coarse_says_so_and_takes_what_is_below() -> None:
 @pytest.mark.parametrize("target", ["params=0.1", "params=1K", "params=2M"])
 def test_a_target_out_of_reach_says_what_is_within(target: str) -> None:
     grid = level_grid(units(4, heads=4, channels=320), 10, 32)
-    with pytest.raises(UsageError, match=r"expected parameters from (\S+) \(\d+\.\d% of the dense model") as told:
+    with pytest.raises(UsageError, match=r"expected parameters from (\S+) \(\d+\.\d% of the dense model") as refusal:
         at(grid, target)
-    least = re.search(r"from (\S+)K \(", str(told.value))
+    least = re.search(r"from (\S+)K \(", str(refusal.value))
     assert least is not None
     genome, budget = at(grid, f"params={float(least[1]) * 1.001:.3f}K")
     assert budget.fits(genome)
@@ -186,7 +186,7 @@ def test_units_that_cost_nothing_stay_whole() -> None:
 def test_a_run_ends_within_a_per_cent_below_its_target(
     measure: str, checkpoints: dict[str, Path], text: Path, tmp_path: Path
 ) -> None:
-    """Through the whole search; and no block has lost all of its attention."""
+    """No block has lost all of its attention after a whole search."""
     config = runs.short(checkpoints["llama-gqa"], text, tmp_path / "run", target=f"{measure}=0.7", keep_attention=True)
     run = compress.run(replace(config, database=DatabaseConfig(levels=32, granularity=2)), until="search")
     checkpoint = Checkpoint(checkpoints["llama-gqa"])
@@ -218,7 +218,7 @@ def test_a_search_starts_from_an_earlier_genome(checkpoints: dict[str, Path], te
 
 @pytest.mark.parametrize("level", [5.0, 7.0, 7.5])
 def test_attention_that_must_stay_is_paid_for_elsewhere(level: float) -> None:
-    """The size is that of the level, not of what is left where attention may not go."""
+    """The size is that of the level, although no attention may be removed whole."""
     grid = level_grid(units(4, heads=1, channels=640), 8, 32)
     costs = parameter_costs(grid, 10**5)
     config = RunConfig("M", "D", "O", level, database=DatabaseConfig(levels=8))
@@ -252,7 +252,7 @@ def test_the_dearest_of_random_genomes_is_taken_and_one_that_is_too_cheap_is_sai
 
 
 def test_a_level_no_smaller_than_the_dense_model_is_refused() -> None:
-    """Too little to round up to a step; and single heads of grouped queries, whose K and V are repeated."""
+    """A level is refused if it rounds to none, or if repeated K and V make the export no smaller."""
     plain = level_grid(units(2, heads=8, channels=320), 6, 32)
     grouped = Unit("a", 0, "attention", "", (), 2, 6, 10, 1, readers=3, shared_parameters=80)
     for grid, level in ((plain, 0.01), (level_grid((grouped, grouped), 6, 32), 1.0)):

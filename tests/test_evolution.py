@@ -27,7 +27,7 @@ CONFIG = SearchConfig(generations=25, offspring=8, stages=STAGES, moves="within_
 
 
 def at_level(grid: Grid, level: float, levels: int = 8):
-    """The uniform genome and its budget."""
+    """Return the uniform genome of a level, and the budget that it sets."""
     config = RunConfig("M", "D", "O", level, database=DatabaseConfig(levels=levels))
     return uniform(grid, parameter_costs(grid, 10**5), config)
 
@@ -83,27 +83,27 @@ def test_stages_narrow_the_field(tmp_path: Path) -> None:
     result, fitness, _ = search(tmp_path, replace(CONFIG, generations=1))
     start, _ = at_level(GRID, 4.0)
     assert fitness.parents == [None, start, start, start], "whose passes are reused"
-    by_stage = [[genome for genome, stage in fitness.asked[1:] if stage == wanted] for wanted in STAGES]
+    by_stage = [[genome for genome, stage in fitness.asked[1:] if stage == each] for each in STAGES]
     assert [len(asked) for asked in by_stage] == [8, 4, 2]
     for before, after, stage in zip(by_stage, by_stage[1:], STAGES, strict=False):
         best = sorted(before, key=lambda genome: fitness.score(genome, stage))[: len(after)]
         assert set(after) == set(best)
-    for asked, stage, found in zip(by_stage, STAGES, result.history[1].stage_fitness, strict=True):
-        assert found == min(fitness.score(genome, stage) for genome in [*asked, *[start] * (stage is STAGES[-1])])
+    for asked, stage, lowest in zip(by_stage, STAGES, result.history[1].stage_fitness, strict=True):
+        assert lowest == min(fitness.score(genome, stage) for genome in [*asked, *[start] * (stage is STAGES[-1])])
 
 
 def test_no_mutant_differs_by_more_switches_than_allowed(tmp_path: Path) -> None:
     start, _ = at_level(GRID, 4.0)
-    for most, wanted in ((1, {1}), (3, {1, 2, 3})):
+    for most, counts in ((1, {1}), (3, {1, 2, 3})):
         config = replace(CONFIG, generations=1, offspring=60, max_switches=most)
         _, fitness, _ = search(tmp_path / str(most), config)
         mutants = [genome for genome, stage in fitness.asked[1:] if stage == STAGES[0]]
         switches = {sum(max(0, a - b) for a, b in zip(m.levels, start.levels, strict=True)) for m in mutants}
-        assert switches == wanted
+        assert switches == counts
 
 
 def test_the_parent_joins_the_last_stage(tmp_path: Path) -> None:
-    """It stays where nothing is better, with the fitness it was chosen by, and is not scored again."""
+    """The parent stays if no offspring is better, with its old fitness, and is not scored again."""
     start, budget = at_level(GRID, 4.0)
     fitness = KnownFitness(start)
     history = evolve({"uniform": start}, budget, fitness, replace(CONFIG, generations=2), 0, tmp_path / "h").history
@@ -202,8 +202,8 @@ def test_a_stage_in_which_all_diverge_is_null_in_the_history(tmp_path: Path) -> 
             return 1.0 if genome == start else float("inf")
 
     def read() -> list[Generation]:
-        found = evolve({"uniform": start}, budget, Diverging(start), replace(CONFIG, generations=2), 0, tmp_path / "h")
-        return list(found.history)
+        result = evolve({"uniform": start}, budget, Diverging(start), replace(CONFIG, generations=2), 0, tmp_path / "h")
+        return list(result.history)
 
     history = read()
     assert history[1].stage_fitness == (float("inf"), float("inf"), 1.0)
@@ -246,20 +246,20 @@ def test_a_candidate_that_diverged_is_never_chosen(tmp_path: Path, capsys: pytes
 
 
 def test_what_diverged_takes_no_place_of_a_survivor(tmp_path: Path) -> None:
-    """Two of eight are finite in the first stage, of which four survive; one of the two diverges in the second."""
+    """In a first stage with four survivors, two of eight are finite, of which one diverges in the second stage."""
     start, budget = at_level(GRID, 4.0)
 
     class Diverging(KnownFitness):
         def scores(self, genomes: Sequence[Genome], stage: SelectionStage, parent: Genome | None = None) -> list[float]:
-            found = super().scores(genomes, stage, parent)
+            scores = super().scores(genomes, stage, parent)
             last = STAGES[-1] if parent is None else stage
             finite = {STAGES[0]: 2, STAGES[1]: 1, STAGES[2]: 9}[last]
-            return [score if index < finite else float("inf") for index, score in enumerate(found)]
+            return [score if index < finite else float("inf") for index, score in enumerate(scores)]
 
     fitness = Diverging(start)
     with console.capture() as said:
         evolve({"uniform": start}, budget, fitness, replace(CONFIG, generations=1), 0, tmp_path / "h")
-    assert [sum(stage == wanted for _, stage in fitness.asked[1:]) for wanted in STAGES] == [8, 2, 1]
+    assert [sum(stage == each for _, stage in fitness.asked[1:]) for each in STAGES] == [8, 2, 1]
     assert "generation 1: 7 of 8 candidates diverged and are out\n" in said.get()
 
 
@@ -291,15 +291,15 @@ def test_where_no_mutant_exists_the_search_ends_with_its_start(
 
 
 def test_priced_moves_find_what_level_switches_cannot(tmp_path: Path) -> None:
-    """A target that has given all attention back for MLP channels."""
+    """The optimum has levels of attention that were traded for MLP levels."""
     start, budget = at_level(GRID, 4.0)
     rng = Random(3)
-    wanted = start
+    target = start
     for _ in range(40):
-        wanted = priced(wanted, budget, rng, 3) or wanted
-    assert sum(wanted.levels[::2]) != sum(start.levels[::2])
-    found = {}
+        target = priced(target, budget, rng, 3) or target
+    assert sum(target.levels[::2]) != sum(start.levels[::2])
+    reached = {}
     for moves in ("priced", "within_kinds"):
         config = replace(CONFIG, moves=moves, generations=60)
-        found[moves] = evolve({"uniform": start}, budget, KnownFitness(wanted), config, 0, tmp_path / moves).fitness
-    assert found["priced"] < found["within_kinds"]
+        reached[moves] = evolve({"uniform": start}, budget, KnownFitness(target), config, 0, tmp_path / moves).fitness
+    assert reached["priced"] < reached["within_kinds"]

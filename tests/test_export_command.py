@@ -30,7 +30,7 @@ def export(*arguments: Path | str) -> int:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export with a block without attention and one without an MLP."""
+    """An export in which one block has no attention, and another no MLP."""
     case = Case("llama", {"vocab_size": 320})
     stitched, sizes = stitched_model(dense_model(case), case)
     return export_hf(stitched, sizes, byte_pair_tokenizer("qwen2"), tmp_path_factory.mktemp("source") / "model", CARD)
@@ -91,7 +91,7 @@ def test_what_cannot_be_exported_is_said_in_one_sentence(
 
 @pytest.mark.parametrize("flags", [("--no-verify",), ("--format", "gguf"), ("--compat", "vllm")])
 def test_full_disk(source: Path, flags: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No file may grow beyond some kilobytes, which the settings of a model take and its weights do not."""
+    """Limit the size of files to some kilobytes, enough for the settings of a model but not for its weights."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
@@ -118,7 +118,7 @@ def test_files_are_as_readable_as_any_that_the_user_makes(source: Path, form: st
 def test_damaged_sources_are_refused_and_never_filled_up(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """transformers makes up the weights that it misses."""
+    """transformers would fill missing weights with random numbers."""
 
     def refused(code: int, words: str) -> None:
         assert export(tmp_path / "model", "--no-verify", "--out", tmp_path / "out") == code

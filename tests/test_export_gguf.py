@@ -1,4 +1,4 @@
-"""Real llama.cpp runs the files: the tokens and log-probabilities of the Hugging Face export they are made from."""
+"""llama.cpp itself runs the files, and must give the log-probabilities of the Hugging Face exports they come from."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PROMPT = list(range(20, 32))
 
 @dataclass(frozen=True)
 class Kept:
-    """A model, what is kept of it, and the architecture that its file should have."""
+    """A model, the structures that it keeps, and the architecture that its file should have."""
 
     family: str
     architecture: str
@@ -120,8 +120,8 @@ def test_coarser_files_come_close(exports: dict[str, Path], tmp_path: Path) -> N
     directory = exports["qwen2-untied"]
     kinds: tuple[FileType, ...] = ("f16", "bf16", "q8_0")
     files = {kind: export_gguf(directory, tmp_path / f"{kind}.gguf", kind) for kind in kinds}
-    model, found = load(directory), llama_cpp.answers(files, PROMPT, tmp_path, tiny.VOCAB, 4)
-    differences = {kind: difference(model, PROMPT, answer)[1] for kind, answer in found.items()}
+    model, answers = load(directory), llama_cpp.answers(files, PROMPT, tmp_path, tiny.VOCAB, 4)
+    differences = {kind: difference(model, PROMPT, answer)[1] for kind, answer in answers.items()}
     assert 0 < differences["f16"] < 0.05, differences
     assert differences["f16"] < differences["bf16"] < 0.5, differences
     assert differences["f16"] < differences["q8_0"] < 0.5, differences
@@ -147,7 +147,7 @@ def rewrite_config(directory: Path, **changes: Any) -> None:
         ("mistral-head-width", {"sliding_window": 7}, "found a sliding window of 7"),
         ("llama-untied", {"hidden_act": "gelu"}, "expected the activation silu"),
         ("llama-3-rope", {"rope_parameters": LLAMA_3_ROPE | {"rope_type": "dynamic"}}, "found rope_type dynamic"),
-        ("qwen3-tied", {"tie_word_embeddings": False}, "uneven Qwen3, whose heads have norms, found a head of its own"),
+        ("qwen3-tied", {"tie_word_embeddings": False}, "heads have norms, found an output embedding of its own"),
         ("llama-untied", {"model_type": "gpt2", "auto_map": {}}, "found 'gpt2'"),
     ],
 )
@@ -172,7 +172,7 @@ def test_window_as_long_as_the_context_is_none(exports: dict[str, Path], tmp_pat
 def test_a_file_that_reads_otherwise_than_it_was_written_gets_no_name(
     exports: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bit that the disk turns in the last tensor, between writing and reading."""
+    """One bit of the last tensor changes on disk between writing and reading."""
     close = gguf.GGUFWriter.close
 
     def close_and_damage(writer: gguf.GGUFWriter) -> None:
@@ -216,7 +216,7 @@ def test_file_appears_whole_or_not_at_all(exports: dict[str, Path], tmp_path: Pa
 
 
 def random_case(blocks: int, seed: int = 0) -> Case:
-    """SmolLM2-135M with random parts of it kept, an attention and an MLP gone."""
+    """SmolLM2-135M keeps random structures, and has lost one attention and one MLP whole."""
     draw = random.Random(seed)
     kept = []
     for index in range(blocks):

@@ -55,7 +55,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
         result.stitched[name], result.sizes[name] = stitched_model(dense, case)
         export_hf(result.stitched[name], result.sizes[name], make_tokenizer(), result.directory(name), CARD)
     script = inspect.getsource(observe) + FRESH_PROCESS
-    # Two processes at once: with a thread each, for they would fight over the cores.
+    # Two processes run at once, with one thread each, so that they do not compete for the cores.
     environment = os.environ | {
         "HF_MODULES_CACHE": str(root / "modules"),
         "HF_HUB_OFFLINE": "1",
@@ -77,15 +77,17 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 
 @pytest.mark.parametrize("name", CASES)
 def test_fresh_process_gives_what_the_masked_dense_model_gives(outcome: Outcome, name: str) -> None:
-    expected, found = outcome.expected[name], outcome.found(name)
+    expected, outputs = outcome.expected[name], outcome.found(name)
     expected["logits-saved-again"] = expected["logits-sdpa"]
-    assert found.keys() == expected.keys()
+    assert outputs.keys() == expected.keys()
     for key, tensor in expected.items():
         if tensor.is_floating_point():
             scale = max(1.0, tensor.abs().max().item()) if key.startswith("gradient") else 1.0
-            torch.testing.assert_close(found[key], tensor, atol=1e-4 * scale, rtol=0, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(
+                outputs[key], tensor, atol=1e-4 * scale, rtol=0, msg=lambda m, k=key: f"{k}: {m}"
+            )
         else:
-            assert found[key].tolist() == tensor.tolist(), key
+            assert outputs[key].tolist() == tensor.tolist(), key
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -94,8 +96,8 @@ def test_directory_is_complete(outcome: Outcome, name: str) -> None:
     config = json.loads((directory / "config.json").read_text())
     code = directory / f"modeling_pruned_{case.family}.py"
     files = {path.name for path in directory.iterdir()}
-    wanted = {"config.json", "generation_config.json", "README.md", "model.safetensors", "tokenizer.json"}
-    assert wanted | {"tokenizer_config.json", "chat_template.jinja"} <= files
+    required = {"config.json", "generation_config.json", "README.md", "model.safetensors", "tokenizer.json"}
+    assert required | {"tokenizer_config.json", "chat_template.jinja"} <= files
     assert (directory / "README.md").read_text() == CARD
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     assert ("rope_scaling" in config) == (name == "llama-3-native")
@@ -130,7 +132,7 @@ def test_config_keeps_the_dense_sizes_and_lists_each_layers(outcome: Outcome) ->
 
 
 def test_block_without_attention_takes_the_kind_of_the_one_before(outcome: Outcome) -> None:
-    """Else the mask of sliding layers would take its length from a cache layer that is never filled."""
+    """Otherwise the mask of sliding layers would take its length from a cache layer that is never filled."""
     config = json.loads((outcome.directory("qwen2-windows") / "config.json").read_text())
     assert config["layer_types"] == ["full_attention"] * 2 + ["sliding_attention"] * 2
 
@@ -190,7 +192,7 @@ def test_export_leaves_the_model_as_it_was(outcome: Outcome, tmp_path: Path) -> 
 
 
 def test_bad_export_never_gets_its_name(outcome: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Even in bfloat16, where the fault is too small to be seen in logits of that precision."""
+    """A fault is found even in a bfloat16 export, although logits of that precision would not show it."""
     model: Any = load(outcome.directory("mistral"), dtype="bfloat16").eval()
     export = (model, outcome.sizes["mistral"], make_tokenizer())
     expected = Expected.of(model)
@@ -213,12 +215,12 @@ def test_weights_of_16_bits_are_run_in_float32_and_left_as_they_were(outcome: Ou
     for name in ("llama-gqa-tied", "qwen2"):
         model = copy.deepcopy(outcome.stitched[name]).bfloat16()
         before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-        found = float32_logits(model, outcome.token_ids)
+        logits = float32_logits(model, outcome.token_ids)
         assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
         assert model.dtype == torch.bfloat16
         rounded = model(outcome.token_ids).logits
         exact = model.float()(outcome.token_ids).logits
-        torch.testing.assert_close(found, exact, atol=1e-5, rtol=0)
+        torch.testing.assert_close(logits, exact, atol=1e-5, rtol=0)
         assert (rounded - exact).abs().max() > 1e-2
 
 
@@ -247,7 +249,7 @@ def test_first_block_has_to_keep_its_attention() -> None:
 
 
 def test_code_refuses_transformers_4(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which would not heed `rope_parameters`."""
+    """Older versions of transformers would ignore `rope_parameters`."""
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
     with pytest.raises(ImportError, match=r"expected transformers 5\.0 or newer, found 4\.57\.1"):
         exec(render("mistral"), {"__name__": "modeling_pruned_mistral"})

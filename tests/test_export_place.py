@@ -1,4 +1,4 @@
-"""An export has its name once it is whole; until then, and if its process is killed, nothing has."""
+"""An export gets its name only once it is whole, even if its process is killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`darwinlm export` of a run that has searched and not yet exported: stitched from its database, or one sentence."""
+"""`darwinlm export` of a run without an export: it stitches the model from the database, or says what is missing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def searched(checkpoints: dict[str, Path], text: Path, tmp_path_factory: pytest.
 
 @pytest.fixture
 def run(searched: RunConfig, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
+    """A copy of a run, which a test may damage."""
     return shutil.copytree(searched.out, tmp_path / "run")
 
 
@@ -42,7 +42,7 @@ def export(run: Path) -> int:
 
 
 def refused(run: Path, capsys: pytest.CaptureFixture[str], code: int, *words: str) -> None:
-    """An export that ends in one sentence and leaves everything as it was."""
+    """Run an export that must fail with one sentence and change nothing."""
     before = runs.files(run)
     capsys.readouterr()
     assert export(run) == code

@@ -58,8 +58,8 @@ def test_check_names_what_is_refused_and_the_cure(tmp_path: Path) -> None:
     del config["auto_map"]["AutoModel"]
     path.write_text(json.dumps(config))
     (after / "modeling_pruned_llama.py").unlink()
-    found = check_vllm(after)
-    assert [refusal.split(":")[0] for refusal in found] == [
+    refusals = check_vllm(after)
+    assert [refusal.split(":")[0] for refusal in refusals] == [
         "config.json has no complete auto_map, AutoModel above all",
         "modeling_pruned_llama.py is missing or not that of this darwinlm",
     ]
@@ -80,15 +80,15 @@ def test_check_names_groups_of_different_sizes(tmp_path: Path) -> None:
 
 
 def test_check_names_what_classes_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if transformers had classes without the attention interface."""
+    """Classes that lack the attention interface are named, with the cure."""
     directory = exported(zero_stubs(pruned("llama-gqa-tied")), tmp_path / "model")
     model: Any = load(directory)
     monkeypatch.setattr(type(model), "_supports_attention_backend", False)
     monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", Twice.forward)
-    found = check_vllm(directory)
-    assert "PrunedLlamaForCausalLM does not support attention backends" in found[0]
-    assert "model.layers.0.self_attn calls the attention interface 2 times, not once" in found[1]
-    assert all("install the transformers that this darwinlm was tested with" in refusal for refusal in found)
+    refusals = check_vllm(directory)
+    assert "PrunedLlamaForCausalLM does not support attention backends" in refusals[0]
+    assert "model.layers.0.self_attn calls the attention interface 2 times, not once" in refusals[1]
+    assert all("install the transformers that this darwinlm was tested with" in refusal for refusal in refusals)
 
 
 @pytest.mark.parametrize("name", ["llama-3-native", "llama-no-native"])
@@ -98,7 +98,7 @@ def test_blocks_that_are_all_there_pass(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", UNEVEN)
 def test_backend_like_vllms_sees_every_layer_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM hands its attention instances through the model and takes them out in its own attention function."""
+    """vLLM passes its attention instances through the model and uses them in its own attention function."""
     seen: list[tuple[int, int, int]] = []
 
     def attention(
@@ -110,7 +110,7 @@ def test_backend_like_vllms_sees_every_layer_once(name: str, tmp_path: Path, mon
         return mixed.transpose(1, 2), None
 
     model = load(exported(zero_stubs(pruned(name)), tmp_path / "model")).eval()
-    short = TOKEN_IDS[:, :6]  # within Mistral's window, of which this function knows nothing
+    short = TOKEN_IDS[:, :6]  # within Mistral's window, which this function ignores
     expected = model(short).logits
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "vllm_like", attention)
     model.config._attn_implementation = "vllm_like"
@@ -122,7 +122,7 @@ def test_backend_like_vllms_sees_every_layer_once(name: str, tmp_path: Path, mon
 
 
 class Twice(nn.Module):
-    """An attention that vLLM would not know what to do with."""
+    """An attention that calls the interface twice, which vLLM does not support."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         interface: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]

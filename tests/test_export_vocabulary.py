@@ -1,4 +1,4 @@
-"""llama.cpp splits a text as the tokenizer does that a file was written from, and as the one read back from it."""
+"""llama.cpp splits texts as the tokenizer that a file was written from, and as the one that is read back from it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Written:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
-    """A file for every tokenizer: of a model of the native architecture, which transformers reads too."""
+    """Write a file for every tokenizer, of a native architecture, which transformers reads too."""
     root = tmp_path_factory.mktemp("vocabularies")
     tokenizers = {name: byte_pair_tokenizer(name, ROWS, every_byte=True) for name in SPLITS.values()}
     tokenizers["llama"] = sentencepiece_tokenizer()
@@ -58,9 +58,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
 
 @needs_llama_cpp
 def test_llama_cpp_splits_as_the_tokenizer_does(written: Written, tmp_path: Path) -> None:
-    found = llama_cpp.token_ids(written.files, TEXTS, tmp_path)
+    answers = llama_cpp.token_ids(written.files, TEXTS, tmp_path)
     for name, tokenizer in written.tokenizers.items():
-        assert found[name] == [tokenizer(text)["input_ids"] for text in TEXTS], name
+        assert answers[name] == [tokenizer(text)["input_ids"] for text in TEXTS], name
 
 
 @pytest.mark.parametrize("name", SPLITS.values())
@@ -103,6 +103,6 @@ def test_smollm2_splits_as_llama_cpp_does(smollm2: Path, tmp_path: Path) -> None
     file = _packaged(next(iter(PACKAGED)))
     texts = [*TEXTS, *tiny.documents()]
     tokenizer = Checkpoint(smollm2).tokenizer
-    (found,) = llama_cpp.token_ids({"": file}, texts, tmp_path).values()
-    for text, ids in zip(texts, found, strict=True):
+    (answers,) = llama_cpp.token_ids({"": file}, texts, tmp_path).values()
+    for text, ids in zip(texts, answers, strict=True):
         assert ids == tokenizer(text)["input_ids"], text[:100]

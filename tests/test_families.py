@@ -1,4 +1,4 @@
-"""One conformance suite for every family and every attention structure, on tiny random models."""
+"""A conformance suite for every family and every attention structure, on tiny random models."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CASES = [
 def case(
     request: pytest.FixtureRequest, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Pruned:
-    """A tiny model of a family with its database."""
+    """A tiny model of a family, with its database."""
     model, structure = request.param
     return pruned.prune(checkpoints[model], tmp_path_factory.mktemp(f"{model}-{structure}"), structure)
 
@@ -68,10 +68,10 @@ def test_hessians_equal_those_of_the_whole_model(case: Pruned) -> None:
     # 6 sequences: a smaller last batch
     statistics = list(calibrate(case.checkpoint, pruned.token_ids(), batch_size=4, device=pruned.CPU))
     assert [s.unit for s in statistics] == list(case.checkpoint.units)
-    for found in statistics:
-        x = inputs[found.unit.name]
-        torch.testing.assert_close(found.hessian.double(), 2 / len(x) * x.T @ x, rtol=1e-4, atol=1e-5)
-        assert found.tokens == len(x) == 192
+    for calibrated in statistics:
+        x = inputs[calibrated.unit.name]
+        torch.testing.assert_close(calibrated.hessian.double(), 2 / len(x) * x.T @ x, rtol=1e-4, atol=1e-5)
+        assert calibrated.tokens == len(x) == 192
 
 
 def test_stitched_logits_equal_the_zero_masked_models(case: Pruned) -> None:
@@ -183,21 +183,21 @@ def test_without_grouped_queries_every_structure_is_the_head(structure: Structur
 
 
 def test_fewer_structures_than_levels_are_told() -> None:
-    """Ten levels of four groups: one a group, and a sentence instead of duplicates."""
-    told_of: dict[Structure, tuple[int, str]] = {
+    """Where ten levels are asked for, a unit of four groups has four, and one sentence says so."""
+    expected: dict[Structure, tuple[int, str]] = {
         "kv_group": (4, "4 structures"),
         "head": (8, "8 structures"),
         "balanced": (2, "8 structures to lose, 4 at a time"),
     }
-    for structure, (count, told) in told_of.items():
+    for structure, (count, capacity) in expected.items():
         grid = level_grid(units_of("qwen2", structure), 10, 4)
         assert grid.removed[0] == tuple(range(0, grid.units[0].structures + 1, grid.units[0].structures // count))
         (sentence,) = grid.fewer(10)
-        assert re.search(f"attention units have {count} levels instead of 10: they have {told}", sentence)
+        assert re.search(f"attention units have {count} levels instead of 10: they have {capacity}", sentence)
 
 
 def test_norms_over_all_heads_keep_their_projections() -> None:
-    """An OLMo 2 attention gives up V and O alone: its norms of Q and K must see every head."""
+    """Only V and O of an OLMo 2 attention shrink, because its norms of Q and K must see every head."""
     config = tiny.CONFIGS["olmo2"]
     unit = units_of("olmo2")[0]
     # a group: one V head of 4 rows with biases, and 8 columns of O

@@ -1,4 +1,4 @@
-"""Fitness against an independent computation, and what training before selection does."""
+"""Fitness equals an independent computation, and training before selection does what it should."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_other_metrics_are_those_of_the_stitched_model(stitcher: Stitcher, m
 
 
 def oracle(metric: MetricName, dense: Any, candidate: Any, ids: torch.Tensor, top_k: int = 20) -> float:
-    """The plain formulas, in float64."""
+    """The metrics equal their plain formulas in float64."""
     log_p, log_q = (model(ids).logits.double().log_softmax(-1) for model in (dense, candidate))
     if metric == "perplexity":
         return -log_q[:, :-1].gather(-1, ids[:, 1:, None]).mean().item()
@@ -98,7 +98,7 @@ def test_logits_are_scaled_and_capped_as_the_family_does(
 @pytest.mark.parametrize("vocabulary", [320, 5000])
 @pytest.mark.parametrize("metric", ["kl", "top-k-kl"])
 def test_divergences_hold_for_peaked_and_flat_distributions(vocabulary: int, metric: MetricName) -> None:
-    """Also where the candidate's logits are bfloat16: sums are float32 or better."""
+    """This holds for bfloat16 logits too, because sums are in float32 or better."""
     generator = torch.Generator().manual_seed(0)
     settings: dict[str, Any] = tiny.COMMON | {"vocab_size": vocabulary}
     model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**settings))
@@ -118,13 +118,13 @@ def test_divergences_hold_for_peaked_and_flat_distributions(vocabulary: int, met
         else:
             expected = (log_p.exp() * (log_p - log_q)).sum().item()
         with torch.inference_mode():
-            found = reference.total(other, Logits(model))
-        assert found / reference.tokens == pytest.approx(expected / 600, abs=1e-4, rel=1e-3)
+            total = reference.total(other, Logits(model))
+        assert total / reference.tokens == pytest.approx(expected / 600, abs=1e-4, rel=1e-3)
 
 
 @pytest.mark.parametrize("vocabulary", [49_152, 152_064])
 def test_the_many_small_probabilities_of_a_large_vocabulary_count(vocabulary: int) -> None:
-    """Logits of a standard deviation of 3, and a candidate whose logits are flatter."""
+    """The dense model's logits have a standard deviation of 3, and the candidate's are flatter."""
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         tie_word_embeddings=False,
@@ -137,8 +137,8 @@ def test_the_many_small_probabilities_of_a_large_vocabulary_count(vocabulary: in
         hidden = model.model(ids).last_hidden_state[0]
         log_p, log_q = (model.lm_head(states).double().log_softmax(-1) for states in (hidden, 0.7 * hidden))
         expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
-        found = Divergence.of(model, ids).total(0.7 * hidden, Logits(model)) / 8
-    assert found == pytest.approx(expected, abs=5e-5)
+        divergence = Divergence.of(model, ids).total(0.7 * hidden, Logits(model)) / 8
+    assert divergence == pytest.approx(expected, abs=5e-5)
 
 
 def test_a_score_does_not_depend_on_what_was_asked_before(stitcher: Stitcher) -> None:
@@ -158,7 +158,7 @@ def test_reuse_of_the_parents_pass_changes_nothing(stitcher: Stitcher) -> None:
 
 
 def test_training_lowers_the_divergence_on_the_text_trained_on(stitcher: Stitcher) -> None:
-    """It trains (a stage without training scores otherwise), deterministically, and leaves the candidate's weights."""
+    """Training changes the score, is deterministic, and leaves the candidate's own weights as they are."""
     genome = random_genomes(stitcher, 1)[0]
     plain, trained = SelectionStage(1, 256), SelectionStage(1, 256, training_tokens=256)
     scorer = fitness(stitcher, (plain, trained))
@@ -173,7 +173,7 @@ def test_training_lowers_the_divergence_on_the_text_trained_on(stitcher: Stitche
 
 @pytest.mark.parametrize("metric", ["kl", "top-k-kl", "perplexity"])
 def test_a_bfloat16_candidate_is_scored_in_float32(stitcher: Stitcher, metric: MetricName) -> None:
-    """Its logits are bfloat16, what is made of them is not: their own sums would be off by hundredths."""
+    """Logits are bfloat16, but sums over them are not: in bfloat16 these would be wrong by hundredths."""
     dense: Any = copy.deepcopy(stitcher.dense)
     dense.to(torch.bfloat16)
     low = Stitcher(dense, stitcher.family, stitcher.database)
@@ -196,7 +196,7 @@ TRAINED = tuple(SelectionStage(2, 64, tokens) for tokens in (64, 128, 256))
 def test_survivors_go_on_training_where_they_stood(
     stitcher: Stitcher, kept_bytes: int, trains: Literal["all", "consumers"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the last bit what training from scratch would have made of them, kept in memory or on disk."""
+    """Kept in memory or on disk, survivors equal those trained from scratch to the last bit."""
     monkeypatch.setattr(candidate_training, "KEPT_BYTES", kept_bytes)
     genomes = random_genomes(stitcher, 4)
 
@@ -205,8 +205,8 @@ def test_survivors_go_on_training_where_they_stood(
         return Fitness(stitcher, token_ids(1, 8), token_ids(2, 8), config)
 
     scorer, steps = anew(), list[int]()
-    step = scorer._tuner._step
-    monkeypatch.setattr(scorer._tuner, "_step", lambda *given: (steps.append(given[3]), step(*given)))
+    step = scorer._trainer._step
+    monkeypatch.setattr(scorer._trainer, "_step", lambda *given: (steps.append(given[3]), step(*given)))
     for count, stage in zip((4, 2, 2), TRAINED, strict=True):
         steps.clear()
         scores = scorer.scores(genomes[:count], stage)
@@ -216,7 +216,7 @@ def test_survivors_go_on_training_where_they_stood(
         if stage is TRAINED[0]:
             assert steps == [0, 1] * 4, "all candidates see the same sequences"
         assert scores == [anew().score(genome, stage) for genome in genomes[:count]]
-        assert len(scorer._tuner._kept) + len(scorer._tuner._spilled) <= stage.survivors
+        assert len(scorer._trainer._kept) + len(scorer._trainer._spilled) <= stage.survivors
         genomes = [genomes[i] for i in sorted(range(count), key=scores.__getitem__)]
     assert len(steps) == 2 * 4
 
@@ -225,13 +225,15 @@ def test_survivors_go_on_training_where_they_stood(
 def test_processes_of_a_machine_share_the_memory_for_trained_survivors(
     stitcher: Stitcher, neighbours: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is just enough for two processes, each with two survivors of a stage and a third to be judged."""
+    """The memory is just enough for two processes that each keep two survivors and one more candidate."""
     genomes, most = random_genomes(stitcher, 4), []
     keep = candidate_training.CandidateTrainer.keep
 
-    def noted(tuner: candidate_training.CandidateTrainer, genome: Genome, trained: candidate_training.Trained) -> None:
-        keep(tuner, genome, trained)
-        most.append(sum(state.bytes for state in tuner._kept.values()))
+    def noted(
+        trainer: candidate_training.CandidateTrainer, genome: Genome, trained: candidate_training.Trained
+    ) -> None:
+        keep(trainer, genome, trained)
+        most.append(sum(state.bytes for state in trainer._kept.values()))
 
     monkeypatch.setattr(candidate_training.CandidateTrainer, "keep", noted)
     fitness(stitcher, TRAINED).scores(genomes, TRAINED[0])
@@ -245,7 +247,7 @@ def test_processes_of_a_machine_share_the_memory_for_trained_survivors(
 
 
 def test_dropout_plays_no_part_in_a_score(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """It draws from a generator that no search keeps."""
+    """Dropout would draw random numbers that a resumed search could not repeat."""
     case = prune(checkpoints["llama-gqa"], tmp_path)
     for block in case.stitcher.dense.model.layers:  # pyright: ignore[reportAttributeAccessIssue]
         block.self_attn.attention_dropout = 0.5
@@ -264,21 +266,21 @@ def test_training_is_at_the_rate_and_on_the_tokens_given(stitcher: Stitcher) -> 
 
 def test_no_more_than_the_survivors_are_kept(stitcher: Stitcher) -> None:
     scorer, most = fitness(stitcher, TRAINED), 0
-    keep = scorer._tuner.keep
+    keep = scorer._trainer.keep
 
     def watched(genome: Genome, trained: candidate_training.Trained) -> None:
         nonlocal most
         keep(genome, trained)
-        most = max(most, len(scorer._tuner._kept))
+        most = max(most, len(scorer._trainer._kept))
 
-    scorer._tuner.keep = watched
+    scorer._trainer.keep = watched
     genomes = random_genomes(stitcher, 6)
     scores = scorer.scores(genomes, TRAINED[0])
     assert most == TRAINED[0].survivors + 1
     best = sorted(genomes, key=lambda genome: scores[genomes.index(genome)])[:2]
-    assert set(scorer._tuner._kept) == set(best)
+    assert set(scorer._trainer._kept) == set(best)
     scorer.scores(best, TRAINED[-1])
-    assert not scorer._tuner._kept
+    assert not scorer._trainer._kept
 
 
 def test_processes_share_candidates_and_keep_those_they_have_begun(
@@ -288,7 +290,7 @@ def test_processes_share_candidates_and_keep_those_they_have_begun(
     scorer, genomes = fitness(stitcher), random_genomes(stitcher, 6)
     assert scorer._assign(genomes) == [0, 1, 0, 1, 0, 1]
     assert scorer._assign([genomes[i] for i in (3, 2, 5, 4)]) == [1, 0, 1, 0]
-    # Three of one process: it keeps its share of two, the third begins anew elsewhere.
+    # One process has begun three: it keeps its share of two, and the third begins again in another process.
     assert scorer._assign([genomes[i] for i in (0, 2, 4)]) == [0, 0, 1]
 
 
@@ -317,7 +319,7 @@ def consumers_of(stitcher: Stitcher) -> list[str]:
 @pytest.mark.parametrize("loss", [plain_cross_entropy, plain_divergence])
 @pytest.mark.parametrize("all_train", [True, False])
 def test_a_step_is_that_of_the_plain_loss(stitcher: Stitcher, loss: Any, all_train: bool) -> None:
-    """The gradient taken a few tokens at a time, with a frozen head, is autograd's of the loss over whole logits."""
+    """The gradient made a few tokens at a time, with frozen output embedding, is autograd's for the whole logits."""
     model = stitcher.stitch(random_genomes(stitcher, 1)[0])
     ids = token_ids(2, 1)
     teacher = stitcher.dense if loss is plain_divergence else None
@@ -337,21 +339,21 @@ def test_a_step_is_that_of_the_plain_loss(stitcher: Stitcher, loss: Any, all_tra
 
 
 def test_a_search_can_train_by_distillation(stitcher: Stitcher) -> None:
-    """The setting reaches the training: the same tokens score otherwise, and a dense candidate stays what it is."""
+    """With distillation the score is lower, and training does not change the dense model."""
     stage = SelectionStage(1, 256, 256)
     genome = random_genomes(stitcher, 1)[0]
-    found = {}
+    scores = {}
     for loss in ("cross-entropy", "distillation"):
         config = SearchConfig(stages=(stage,), learning_rate=1e-3, loss=loss)
         scorer = Fitness(stitcher, token_ids(3, 8), token_ids(4, 8), config)
-        found[loss] = scorer.score(genome, stage), scorer.score(stitcher.grid.dense(), stage)
-    assert found["distillation"][0] < found["cross-entropy"][0]
-    assert found["distillation"][1] == pytest.approx(0, abs=1e-4)
-    assert found["cross-entropy"][1] > 1e-3
+        scores[loss] = scorer.score(genome, stage), scorer.score(stitcher.grid.dense(), stage)
+    assert scores["distillation"][0] < scores["cross-entropy"][0]
+    assert scores["distillation"][1] == pytest.approx(0, abs=1e-4)
+    assert scores["cross-entropy"][1] > 1e-3
 
 
 def test_a_search_can_train_consumers_alone(stitcher: Stitcher) -> None:
-    """They learn, everything else is the candidate's memory as it was, and the setting reaches the training."""
+    """Only the consumers change; all other weights share the candidate's memory."""
     genome, ids = random_genomes(stitcher, 1)[0], token_ids(4, 8)
     candidate = stitcher.stitch(genome)
     before = {name: weight.clone() for name, weight in candidate.named_parameters()}
@@ -364,11 +366,11 @@ def test_a_search_can_train_consumers_alone(stitcher: Stitcher) -> None:
             assert torch.equal(weight, before[name])
             assert torch.equal(scored[name], weight) == (name not in training)
             assert (scored[name].data_ptr() == weight.data_ptr()) == (name not in training)
-    stage, found = SelectionStage(1, 256, 256), {}
+    stage, scores = SelectionStage(1, 256, 256), {}
     for trains in ("all", "consumers"):
         config = SearchConfig(stages=(stage,), learning_rate=1e-3, trains=trains)
-        found[trains] = Fitness(stitcher, token_ids(3, 8), ids, config).score(genome, stage)
-    assert found["all"] != pytest.approx(found["consumers"], rel=1e-3)
+        scores[trains] = Fitness(stitcher, token_ids(3, 8), ids, config).score(genome, stage)
+    assert scores["all"] != pytest.approx(scores["consumers"], rel=1e-3)
 
 
 def token_embeddings(model: Any) -> torch.Tensor:
@@ -393,7 +395,7 @@ def test_embeddings_and_head_are_shared_and_stay(stitcher: Stitcher) -> None:
 
 
 def test_bfloat16_steps_of_a_small_learning_rate_are_not_lost() -> None:
-    """Masters are float32: rounding away each step would leave a bfloat16 candidate as it was."""
+    """Master weights are float32: in bfloat16, rounding would undo each step."""
     model: Any = tiny.build("llama-gqa")
     model.to(torch.bfloat16)
     before = {name: p.clone() for name, p in model.named_parameters()}

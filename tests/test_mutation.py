@@ -1,4 +1,4 @@
-"""Moves between genomes: what each keeps, whatever it is drawn from."""
+"""Mutations of genomes keep what they should, whatever genome they begin from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOVES = {"priced": priced, "within_kinds": within_kinds}
 
 
 def budget_of(genome: Genome, shape: tuple[int, int, int], below: float = 0.01, keep_attention: bool = False) -> Budget:
-    """The budget that a genome fills."""
+    """Return the budget that a genome fills."""
     grid = level_grid(units(*shape), 10, 32)
     costs = parameter_costs(grid, 10**5)
     limit = float(costs.of(genome))
@@ -97,7 +97,7 @@ def test_priced_moves_trade_between_kinds_and_level_switches_do_not() -> None:
 
 
 def test_every_neighbour_is_reached_by_priced_moves() -> None:
-    """Also the other way round: a unit that grew can shrink again."""
+    """Moves can be reversed: a unit that has grown can shrink again."""
     shape, rng = (2, 4, 128), Random(0)
     start = uniform_at(0.5, shape, rng)
     budget = budget_of(start, shape, below=0.5)
@@ -125,12 +125,12 @@ def test_spreading_only_removes_until_the_model_fits(
     rng = Random(seed)
     earlier, later = uniform_at(before, shape, rng), uniform_at(after, shape, rng)
     budget = budget_of(later, shape)
-    found = spread(earlier, budget, rng)
-    assert budget.fits(found)
+    smaller = spread(earlier, budget, rng)
+    assert budget.fits(smaller)
     # What is left over does not suffice to give any unit a level back.
-    for index in range(len(found.levels)):
-        level = budget.dearer(found, index)
-        assert level is None or not budget.fits(found.replace({index: level}))
+    for index in range(len(smaller.levels)):
+        level = budget.dearer(smaller, index)
+        assert level is None or not budget.fits(smaller.replace({index: level}))
 
 
 def test_spreading_keeps_the_earlier_result_and_is_random() -> None:
@@ -140,9 +140,9 @@ def test_spreading_keeps_the_earlier_result_and_is_random() -> None:
     levels[1], levels[3] = 9, 0  # not uniform any more
     earlier = Genome(tuple(levels))
     budget = budget_of(later, shape)
-    found = [spread(earlier, budget, Random(seed)) for seed in range(5)]
-    assert len(set(found)) == 5
-    for genome in found:
+    starts = [spread(earlier, budget, Random(seed)) for seed in range(5)]
+    assert len(set(starts)) == 5
+    for genome in starts:
         given_back = sum(max(0, a - b) for a, b in zip(earlier.levels, genome.levels, strict=True))
         assert given_back <= 1  # the last gap
         assert budget.cost(genome) >= 0.97 * budget.limit
@@ -155,6 +155,6 @@ def test_what_fits_is_given_back(shape: tuple[int, int, int], share: float, seed
     genome = uniform_at(share, shape, rng)
     budget = budget_of(genome, shape)
     smaller = budget.least
-    found = restore(smaller, budget, rng)
-    assert budget.fits(found)
-    assert all(a >= b for a, b in zip(smaller.levels, found.levels, strict=True))
+    restored = restore(smaller, budget, rng)
+    assert budget.fits(restored)
+    assert all(a >= b for a, b in zip(smaller.levels, restored.levels, strict=True))

@@ -1,4 +1,4 @@
-"""A model that darwinlm has pruned is itself a model that can be read, and later pruned further."""
+"""A model that darwinlm has pruned can be read like a dense one, and pruned further."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_an_export_is_read_like_a_dense_checkpoint(family: str, checkpoints: dic
 def test_a_pruned_model_is_pruned_further_from_each_units_own_level(
     structure: Structure, checkpoints: dict[str, Path], tmp_path: Path
 ):
-    """Level 0 is the model as it is; every other level leaves what one of the dense unit does."""
+    """Level 0 is the model as it is, and every other level leaves as much as a level of the dense unit."""
     dense = pruned.prune(checkpoints["llama-gqa"], tmp_path / "first", structure)
     grid = dense.database.grid
     rng = Random(1)
@@ -57,7 +57,7 @@ def test_a_pruned_model_is_pruned_further_from_each_units_own_level(
 def test_what_is_pruned_twice_computes_what_the_zero_masked_model_does(
     family: str, checkpoints: dict[str, Path], tmp_path: Path
 ):
-    """Stitched, exported and read again, it gives the logits of the first export with the removed columns at zero."""
+    """Its logits are those of the first export with removed columns set to zero, stitched or exported and read."""
     first = pruned.prune(checkpoints[family], tmp_path / "first")
     grid = first.database.grid
     once = Genome(tuple(grid.highest(i) if i in (2, 5) else 1 for i in range(len(grid.units))))

@@ -1,4 +1,4 @@
-"""The report: what the files hold, and what the pictures show."""
+"""The report of a run: the content of its files, and what its pictures show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The start of the search against exhaustive enumeration."""
+"""The start of the search equals the result of exhaustive enumeration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from darwinlm.types import Genome, SelectionStage
 from test_genome import units
 
 STAGE = SelectionStage(1, 100)
-DENSE = 3.0  # what the dense model scores: not nothing where the fitness is perplexity
+DENSE = 3.0  # the dense model's score, which is not 0 where the fitness is perplexity
 
 
 @settings(max_examples=30, deadline=None)
@@ -39,11 +39,11 @@ def test_it_is_the_best_of_all_genomes_within_the_budget(seed: int, share: float
 
     everything = (Genome(levels) for levels in itertools.product(*(range(len(removed)) for removed in grid.removed)))
     best = min((genome for genome in everything if budget.fits(genome)), key=total)
-    found = least_sensitive(budget, table)
-    assert budget.fits(found)
+    genome = least_sensitive(budget, table)
+    assert budget.fits(genome)
     # Costs are rounded up to cells, so a genome that fills the budget to the last parameter may be passed over.
     tight = replace(budget, limit=limit - 0.001 * (limit - costs.fixed))
-    assert total(found) == pytest.approx(total(best)) or not tight.fits(best)
+    assert total(genome) == pytest.approx(total(best)) or not tight.fits(best)
 
 
 @pytest.mark.parametrize("share", [1.0, 1.0005])
@@ -52,27 +52,27 @@ def test_where_rounding_leaves_no_room_it_is_the_cheapest_genome(share: float) -
     costs = parameter_costs(grid, 10**5)
     roomy = Budget(grid, costs, 1e9, 0.0, ceilings(grid))
     budget = replace(roomy, limit=share * costs.of(roomy.least))
-    found = least_sensitive(budget, [[float(level) for level in range(len(removed))] for removed in grid.removed])
-    assert budget.fits(found)
+    genome = least_sensitive(budget, [[float(level) for level in range(len(removed))] for removed in grid.removed])
+    assert budget.fits(genome)
 
 
 def test_a_start_that_is_smaller_than_asked_for_does_not_stand_in_for_one_that_is_not(tmp_path: Path) -> None:
     grid = level_grid(units(2, heads=3, channels=160), 5, 32)
     costs = parameter_costs(grid, 10**5)
-    even = Genome(tuple(grid.highest(index) // 2 for index in range(len(grid.units))))
-    limit = float(costs.of(even))
-    smaller, config = even.replace({0: grid.highest(0)}), SearchConfig(stages=(STAGE,))
+    uniform = Genome(tuple(grid.highest(index) // 2 for index in range(len(grid.units))))
+    limit = float(costs.of(uniform))
+    smaller, config = uniform.replace({0: grid.highest(0)}), SearchConfig(stages=(STAGE,))
     budget = Budget(grid, costs, limit, limit, ceilings(grid))
-    found = find_starts(even, budget, Counting(grid), config, 0, tmp_path)
-    assert found
-    assert all(budget.admits(genome) for genome in found.values())
+    starts = find_starts(uniform, budget, Counting(grid), config, 0, tmp_path)
+    assert starts
+    assert all(budget.admits(genome) for genome in starts.values())
     near, none = replace(budget, floor=0.99 * limit), replace(budget, limit=limit - 1)
     assert "uniform" not in find_starts(smaller, near, Counting(grid), config, 0, tmp_path)
     assert find_starts(smaller, none, Counting(grid), config, 0, tmp_path), "better than nothing"
 
 
 class Counting:
-    """Adds up what each unit's level costs; notes what it is asked."""
+    """Scores a genome by the sum of a cost for each unit's level, and records what it has scored."""
 
     def __init__(self, grid: Grid):
         self.grid, self.asked = grid, 0

@@ -1,4 +1,4 @@
-"""ShearedLLaMA's masks: on a model of which it is known what can go, and against the distribution's own formulas."""
+"""ShearedLLaMA's masks: they find structures that nothing reads, and follow their distribution's formulas."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from darwinlm.search.budget import Budget, parameter_costs
 from darwinlm.search.fitness import Fitness
 from darwinlm.search.uniform import ceilings
 from darwinlm.types import DarwinError
-from test_allocators import written_by
+from test_rivals import written_by
 
 THERE, IDLE = (4, 16, 4, 16), (1, 4, 2, 8)  # structures of each unit, and those of them that nothing reads
 LENGTH = 32
@@ -42,7 +42,7 @@ def idle() -> list[set[int]]:
 
 @pytest.fixture
 def problem(idle: list[set[int]], tmp_path: Path) -> Problem:
-    """To take out of a model of two blocks most of what nothing reads: a closed mask still counts for a twentieth."""
+    """The problem of removing most of what nothing reads from two blocks: a closed mask still counts a twentieth."""
     config = copy.deepcopy(tiny.CONFIGS["llama-mha"])
     config.num_hidden_layers, config.intermediate_size = 2, 16
     torch.manual_seed(0)
@@ -76,14 +76,14 @@ def test_masks_close_on_exactly_what_nothing_reads(problem: Problem, idle: list[
 
 
 def test_masks_settle_on_the_size_by_themselves(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From half of the steps on they stay within a twentieth of what has to go; the shift is the end's finish only."""
+    """In the second half of the steps, what masks remove is within 5 % of the target, before the final shift."""
     removed: list[float] = []
     loss = sheared._Lagrangian.loss
 
     def noted(self: Any, *arguments: Any) -> Tensor:
-        found = loss(self, *arguments)
+        penalty = loss(self, *arguments)
         removed.append(self.removed / self.target)
-        return found
+        return penalty
 
     monkeypatch.setattr(sheared._Lagrangian, "loss", noted)
     learn_masks(problem)
@@ -93,7 +93,7 @@ def test_masks_settle_on_the_size_by_themselves(problem: Problem, monkeypatch: p
 
 @pytest.mark.parametrize("share", [0.15, 0.5, 0.85])
 def test_the_genome_fits_every_budget_and_fills_it(problem: Problem, share: float) -> None:
-    """Though the masks had no time to come anywhere near it by themselves."""
+    """The shift meets the budget even if masks had too few steps to come near it."""
     costs, grid = problem.budget.costs, problem.budget.grid
     limit = costs.fixed + (1 - share) * (costs.of(grid.dense()) - costs.fixed)
     budget = replace(problem.budget, limit=limit)
@@ -114,7 +114,7 @@ def test_the_same_seed_learns_the_same(problem: Problem) -> None:
 
 
 def test_masks_are_hard_concrete() -> None:
-    """As often 0 as `kept` says, and as often 1 as the distribution does."""
+    """Masks are 0 as often as `kept` says, and 1 as often as the distribution says."""
     masks = HardConcrete([20_000, 20_000], 0, torch.device("cpu"))
     masks.log_alpha.data[:20_000] = -1.0
     masks.log_alpha.data[20_000:] = 0.7
@@ -141,10 +141,10 @@ def test_steps_without_a_finite_gradient_are_left_out(problem: Problem, capsys: 
 
 
 def test_by_default_it_takes_as_long_as_the_search(problem: Problem) -> None:
-    """A third of the tokens that the search scores on.
+    """Masks learn on a third of the tokens that the search scores on.
 
-    The dense model and each of four units at four or at three levels on 1,024 tokens, two starts on 8,192; 40
-    generations of 16 mutants on 1,024, and the survivors on what their stages add.
+    The search scores the dense model and each of four units at three levels on 1,024 tokens, two starts on 8,192, and
+    in 40 generations 16 mutants on 1,024 tokens each, and the survivors on those that their stages add.
     """
     assert [problem.budget.grid.highest(index) for index in range(4)] == [4, 4, 4, 4]
     scored = (1 + 4 * 3) * 1024 + 2 * 8192 + 40 * (16 * 1024 + 8 * 1024 + 4 * 2048 + 2 * 4096)

@@ -1,8 +1,8 @@
-"""Training tokens at scale: documents streamed, filtered, tokenised once, packed, and kept for any number of runs.
+"""Training tokens at scale: documents are streamed, filtered, tokenised and packed once, and kept for later runs.
 
-A source is split into lanes, a lane into parts. Processes fill lanes side by side, a part is written whole or not at
-all and remembers where in the source the next one begins, so filling resumes anywhere. Which sequences are drawn
-depends on the source, the filter and their number alone; the seed decides their order.
+A source is split into lanes, and a lane into parts. Processes fill different lanes at the same time. A part is written
+whole or not at all, and its record says where in the source the next part begins, so filling can resume anywhere. Which
+sequences are drawn depends only on the source, the filter and the number of sequences; the seed determines their order.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from darwinlm.runtime.files import open_tensors, read_json, sweep, write_json
 from darwinlm.runtime.progress import say
 from darwinlm.types import DarwinError, UsageError
 
-LANES = 64  # of a source at most, whatever the number of processes
+LANES = 64  # the most that a source has, whatever the number of processes
 
 
-FIRST_PART, LARGEST_PART = 64, 8192  # documents; each part of a lane is twice as large as the one before
+FIRST_PART, LARGEST_PART = 64, 8192  # in documents; each part of a lane is twice as large as the one before it
 
 
-OPEN_FILES = 512  # mapped into memory at a time: Linux allows a process 65,530 maps
+OPEN_FILES = 512  # that are mapped into memory at a time: Linux allows a process 65,530 maps
 
 
 LOADERS = {".jsonl": "json", ".parquet": "parquet"}
@@ -47,19 +47,19 @@ LOADERS = {".jsonl": "json", ".parquet": "parquet"}
 MANIFEST = "tokens.json"
 
 
-Place = tuple[int, int, int]  # lane, part of the lane, row of the part
+Place = tuple[int, int, int]  # where a sequence is: the lane, the part of the lane, the row of the part
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Packed sequences of one source on disk.
+    """The packed sequences of one source, on disk.
 
     Attributes:
-        path: directory of the store; its name holds the hash of what it is made from.
-        source: as the user named it.
-        tokenizer: of the model that will read the sequences.
-        config: filter and sequence length.
-        held_out: whether it holds the documents that are kept for evaluation, or the others.
+        path: the directory of the store, whose name contains a hash of what the sequences are made from.
+        source: the source as the user named it.
+        tokenizer: the tokenizer of the model that will read the sequences.
+        config: the filter and the sequence length.
+        held_out: whether the store holds the documents that are kept for evaluation; if not, it holds all others.
     """
 
     path: Path
@@ -87,13 +87,13 @@ class TokenStore:
         return store
 
     def fill(self, sequences: int) -> list[Place]:
-        """See that at least `sequences` are there, and return the places of the first ones.
+        """Fill the store until it has at least `sequences`, and return the places of the first ones.
 
-        All processes call it together, each fills its own lanes. The places do not depend on how many there are, nor
-        on what was there before, and those of fewer sequences come first among those of more.
+        All processes call this together, and each fills its own lanes. The places depend neither on the number of
+        processes nor on the sequences that the store had before, and a longer list of places begins with a shorter one.
 
         Raises:
-            UsageError: if the source has too little text, or cannot be read.
+            UsageError: if the source has too little text or cannot be read.
             PeerLostError: if another process dies.
         """
         with parallel.shared_directory(self.path, lambda: sweep(self.path)):
@@ -108,7 +108,7 @@ class TokenStore:
                 length = self.config.sequence_length
                 raise UsageError(
                     f"too little text in {self.source}: expected {sequences * length:,} tokens (sequences "
-                    f"of {length}), found {sum(counts.values()) * length:,} {self._kept}; give more text or "
+                    f"of {length}), found {sum(counts.values()) * length:,} {self._kept_share}; give more text or "
                     f"{'lower --training.evaluation-tokens' if self.held_out else 'ask for fewer tokens'}"
                 )
             quota += -(-missing // len(live))
@@ -117,12 +117,12 @@ class TokenStore:
                     self._extend(lane, quota)
             parallel.wait_for_all()
             counts = self._counts(lanes)
-        # Lanes in turn, so that a longer draw only adds to a shorter one.
+        # Places are taken from lanes in turn, so that a longer list only adds to a shorter one.
         rounds = zip_longest(*(islice(self._places(lane), quota) for lane in lanes))
         return list(islice((place for turn in rounds for place in turn if place is not None), sequences))
 
     def _counts(self, lanes: Iterable[int]) -> dict[int, int]:
-        """Sequences of each lane so far."""
+        """Return how many sequences each lane has so far."""
         return {lane: sum(part["sequences"] for part in self._parts(lane)) for lane in lanes}
 
     def _places(self, lane: int) -> Iterator[Place]:
@@ -130,13 +130,14 @@ class TokenStore:
             yield from ((lane, number, row) for row in range(part["sequences"]))
 
     @property
-    def _kept(self) -> str:
-        kept = "among held-out documents" if self.held_out else "beside the tenth that is held out"
+    def _kept_share(self) -> str:
+        """The part of the source that the store takes, for messages."""
+        share = "among held-out documents" if self.held_out else "beside the tenth that is held out"
         column, least = self.config.score_column, self.config.min_score
-        return kept if column is None else f"{kept} where {column} is at least {least:g}"
+        return share if column is None else f"{share} where {column} is at least {least:g}"
 
     def read(self, lane: int, part: int, row: int) -> Int[Tensor, " length"]:
-        """One sequence, read by memory map."""
+        """Read one sequence through a memory map."""
         file = self._file(lane, part)
         return mapped(file, delete=file.parent).get_slice("tokens")[row].long()
 
@@ -160,19 +161,24 @@ class TokenStore:
             say(f"tokens: {self.source}, part {len(parts)} of lane {lane}, {done:,} sequences in it")
 
     def _make_part(
-        self, lane: int, start: Any, number: int, wanted: int
+        self, lane: int, start: Any, number: int, most: int
     ) -> tuple[Int[Tensor, "sequences length"], dict[str, Any]]:
-        """Tokens of the documents after the state `start`, no more than `wanted` sequences, and what to remember."""
+        """Return the tokens of a lane's part, at most `most` sequences, and the record to keep beside them.
+
+        Args:
+            start: the state of the lane's documents at which the part begins; None for the first part.
+            number: the number of the part within its lane.
+        """
         documents = self._documents.shard(min(self._documents.num_shards, LANES), lane)
         if start is not None:
             documents.load_state_dict(start)
         size = min(FIRST_PART << number, LARGEST_PART)
-        with _told(self.source):
+        with _explained(self.source):
             kept = list(islice(self._kept_texts(documents), size))
         state = documents.state_dict()
-        # Neighbours in a source are often alike: in the order of their hashes they are not.
+        # Neighbouring documents are often alike, so they are put in the order of their hashes.
         kept.sort(key=lambda text: hashlib.sha256(text.encode()).digest())
-        tokens, whole = _pack(kept, self.tokenizer, self.config.sequence_length, wanted)
+        tokens, whole = _pack(kept, self.tokenizer, self.config.sequence_length, most)
         end = whole and len(kept) < size
         return tokens, {"sequences": len(tokens), "whole": whole, "end": end, "next": state}
 
@@ -210,7 +216,7 @@ class TokenStore:
         return [read_json(file, "sequences", "whole", "end", "next") for file in self._files(lane)]
 
     def _files(self, lane: int) -> list[Path]:
-        """Records of a lane's finished parts."""
+        """Return the files with the records of a lane's finished parts."""
         return sorted((self.path / f"lane-{lane:02d}").glob("*.json"))
 
     def _file(self, lane: int, number: int) -> Path:
@@ -219,10 +225,10 @@ class TokenStore:
 
 @dataclass(frozen=True)
 class Sequences(torch.utils.data.Dataset):
-    """Sequences of one or several stores in the order in which a model reads them.
+    """Sequences of one or several stores, in the order in which a model reads them.
 
     Attributes:
-        places: store, lane, part and row of each.
+        places: the store, lane, part and row of each sequence.
     """
 
     stores: tuple[TokenStore, ...]
@@ -237,7 +243,7 @@ class Sequences(torch.utils.data.Dataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of what the sequences are made from and of their order."""
+        """A hash of the order of the sequences and of what they are made from."""
         names = " ".join(store.path.name for store in self.stores)
         return hashlib.sha256(names.encode() + self.places.numpy().tobytes()).hexdigest()
 
@@ -251,10 +257,12 @@ def draw_sequences(
     seed: int,
     skip: int = 0,
 ) -> Sequences:
-    """Training sequences of `SOURCE` or a mixture `SOURCE=WEIGHT,SOURCE=WEIGHT`, shuffled by `seed`.
+    """Draw training sequences from `SOURCE` or a mixture `SOURCE=WEIGHT,SOURCE=WEIGHT`, and shuffle them by `seed`.
 
     Args:
-        skip: so many that come before these are for others, such as earlier stages of a recipe.
+        data: the source or the mixture.
+        sequences: how many to draw.
+        skip: how many sequences before these to leave out, because earlier stages of a recipe use them.
 
     Raises:
         UsageError: if a source cannot be read or has too little text.
@@ -267,30 +275,30 @@ def draw_sequences(
 def draw_held_out(
     data: str, sequences: int, tokenizer: PreTrainedTokenizerBase, config: StreamConfig, cache: Path
 ) -> Sequences:
-    """Sequences of documents that are kept for evaluation; the same for every seed. Raises as `draw_sequences`."""
+    """Draw sequences of documents that are kept for evaluation. Raises as `draw_sequences` does."""
     return _draw(data, sequences, tokenizer, config, cache, held_out=True)
 
 
 def _draw(
     data: str, sequences: int, tokenizer: PreTrainedTokenizerBase, config: StreamConfig, cache: Path, held_out: bool
 ) -> Sequences:
-    """The first sequences of a mixture, its sources in turn by their weights."""
+    """Draw the first sequences of a mixture, from its sources in turn according to their weights."""
     sources = [name_and_weight(part.strip()) for part in data.split(",")]
-    # Sequence k of a source stands at (k + 1/2) / weight: any beginning of the mixture has about its weights.
-    stands = [(torch.arange(sequences, dtype=torch.float64) + 0.5) / weight for _, weight in sources]
-    first = torch.cat(stands).argsort(stable=True)[:sequences] // sequences
+    # Sequence k of a source has the position (k + 1/2) / weight, so that any prefix has about the right weights.
+    positions = [(torch.arange(sequences, dtype=torch.float64) + 0.5) / weight for _, weight in sources]
+    first = torch.cat(positions).argsort(stable=True)[:sequences] // sequences
     stores, places = [], torch.empty(sequences, 4, dtype=torch.int32)
     for number, (source, _) in enumerate(sources):
         store = TokenStore.open(cache, source, tokenizer, config, held_out)
         stores.append(store)
         of_source = first == number
-        found = torch.tensor(store.fill(int(of_source.sum())), dtype=torch.int32).view(-1, 3)
-        places[of_source] = nn.functional.pad(found, (1, 0), value=number)
+        in_store = torch.tensor(store.fill(int(of_source.sum())), dtype=torch.int32).view(-1, 3)
+        places[of_source] = nn.functional.pad(in_store, (1, 0), value=number)
     return Sequences(tuple(stores), places)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of the vocabulary and of how text is split: two tokenizers share it if they give the same tokens."""
+    """Return a hash of a tokenizer's vocabulary and rules, which tokenizers that give the same tokens share."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = json.dumps(sorted(tokenizer.get_vocab().items()))
     if backend is not None:
@@ -301,26 +309,26 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _pack(
-    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, wanted: int
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, most: int
 ) -> tuple[Int[Tensor, "sequences length"], bool]:
-    """At most `wanted` sequences of the documents' tokens, and whether they leave none over."""
-    stream, whole = one_stream(documents, tokenizer, wanted * length)
-    count = min(len(stream) // length, wanted)
+    """Return at most `most` sequences of the documents' tokens, and whether these are all that the documents give."""
+    stream, whole = one_stream(documents, tokenizer, most * length)
+    count = min(len(stream) // length, most)
     tokens = torch.tensor(stream[: count * length], dtype=torch.int32).view(count, length)
-    return tokens, whole and len(stream) // length <= wanted
+    return tokens, whole and len(stream) // length <= most
 
 
 def _stream(source: str) -> IterableDataset:
-    """The documents of a source, as records, in shards of their own."""
+    """Return the documents of a source as records, in the shards that the source has."""
     files = _shards(source)
     if files and files[0].suffix in LOADERS:
-        with _told(source):
+        with _explained(source):
             names = [str(file) for file in files]
             return load_dataset(LOADERS[files[0].suffix], data_files=names, split="train", streaming=True)
     if source in PACKAGED or files:
         return IterableDataset.from_generator(_in_memory, gen_kwargs={"source": source})
     repository, subset, split = HUB.get(source, (source, None, "train"))
-    with _told(source):
+    with _explained(source):
         return load_dataset(repository, subset, split=split, streaming=True)
 
 
@@ -331,36 +339,36 @@ def _in_memory(source: str) -> Iterator[dict[str, str]]:
 
 
 def _shards(source: str) -> list[Path]:
-    """The local files that a user means by a file, a directory or a pattern with `*`.
+    """Return the local files of a source that is a file, a directory or a pattern with `*`, or none for other sources.
 
     Raises:
-        UsageError: if it is one of these and there are no such files.
+        UsageError: if the source is one of these, but there are no such files.
     """
     path = Path(source).expanduser()
     if "*" in source:
-        found = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+        files = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
     elif path.is_dir():
-        found = sorted(entry for entry in path.iterdir() if entry.suffix in LOADERS)
+        files = sorted(entry for entry in path.iterdir() if entry.suffix in LOADERS)
     elif path.suffix in (".txt", *LOADERS):
-        found = [path] if path.is_file() else []
+        files = [path] if path.is_file() else []
     else:
         return []
-    found = [file for file in found if file.stat().st_size]  # an empty shard has no columns
-    if not found or len({file.suffix for file in found}) > 1:
-        kinds = " and ".join(sorted({file.suffix for file in found})) or "none"
+    files = [file for file in files if file.stat().st_size]  # an empty shard has no columns
+    if not files or len({file.suffix for file in files}) > 1:
+        kinds = " and ".join(sorted({file.suffix for file in files})) or "none"
         raise UsageError(f"no text at {source}: expected .jsonl or .parquet files of one kind, found {kinds}; check it")
-    return found
+    return files
 
 
 def _identity(source: str) -> object:
-    """What a source is: local files by name, size and time, anything else by its name."""
+    """Return what identifies a source: name, size and time of each local file, or the name of any other source."""
     files = _shards(source)
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] or source
 
 
 @contextmanager
-def _told(source: str) -> Iterator[None]:
-    """What the reader of a source stumbles over becomes one sentence."""
+def _explained(source: str) -> Iterator[None]:
+    """Turn the errors of reading a source into a `UsageError` that explains them in one sentence."""
     try:
         yield
     except (DatasetNotFoundError, OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The model card of an export: what the model was pruned from, how, and how to load it."""
+"""The model card of an export: what the model was pruned from, how it was made, and how to load it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,14 @@ output: {parameters:,} parameters with these.
 
 
 def trained_card(card: str, model: str, settings: Mapping[str, str], parameters: int) -> str:
-    """The card of a model after training: that which it had before, or a new one, with the training added."""
+    """Return the card of a model after training.
+
+    Args:
+        card: the card before training, to which the training is added; a text that is no model card is replaced.
+        model: name or path of the model, for a new card.
+        settings: the settings of the training, by name.
+        parameters: the number of parameters, for a new card.
+    """
     if not card.startswith("---"):
         card = f"# {Path(model).name}, trained\n\n{parameters:,} parameters, trained by darwinlm.\n"
     listed = "\n".join(f"- {name}: {value}" for name, value in settings.items())
@@ -65,12 +72,19 @@ def trained_card(card: str, model: str, settings: Mapping[str, str], parameters:
 
 
 def stubbed_card(card: str, parameters: int) -> str:
-    """The card of a model with modules of zeros, which has `parameters` with these."""
+    """Return a card with a section on modules of zeros for vLLM; `parameters` is their model's number of parameters."""
     return card + STUBBED.format(parameters=parameters)
 
 
 def model_card(model: str, settings: Mapping[str, str], dense_parameters: int, parameters: int, table: str = "") -> str:
-    """The text of an export's README.md; `table` is what was measured of it, once it has been."""
+    """Return the text of an export's README.md.
+
+    Args:
+        model: name or path of the dense model.
+        settings: the settings of the pruning, by name.
+        dense_parameters, parameters: the numbers of parameters of the dense model and of the export.
+        table: the measured figures as Markdown; if empty, the card has no section for them.
+    """
     card = CARD.format(
         name=Path(model).name,
         lineage=f"base_model: {model}\n" if _is_hub_id(model) else "",
@@ -84,5 +98,5 @@ def model_card(model: str, settings: Mapping[str, str], dense_parameters: int, p
 
 
 def _is_hub_id(model: str) -> bool:
-    """Whether a hub could list the export below its parent: `owner/name`, and no path here."""
+    """Return whether a model's name is a hub id, `owner/name`, and not a local path."""
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", model)) and not Path(model).exists()

@@ -1,4 +1,4 @@
-"""One GGUF file, for llama.cpp and what is built on it (Ollama, LM Studio), written from a Hugging Face directory."""
+"""Export to a GGUF file, which llama.cpp and programs built on it (Ollama, LM Studio) load."""
 
 from __future__ import annotations
 
@@ -29,30 +29,31 @@ from darwinlm.types import BlockSizes, DarwinError, UsageError
 
 FileType = Literal["f32", "f16", "bf16", "q8_0"]
 PRECISIONS = {"f32": Precision.F32, "f16": Precision.F16, "bf16": Precision.BF16, "q8_0": Precision.Q8_0}
-STUB_CHANNELS = 32  # of zeros, where a block has no MLP: llama.cpp is silently wrong without one
-QUANTISED_ROWS = 4096  # at a time
-PERMUTED = ("llama", "deci")  # llama.cpp turns pairs of neighbours in these, transformers the two halves of a head
+STUB_CHANNELS = 32  # of an MLP of zeros, where a block has none: llama.cpp computes wrong logits without one
+QUANTISED_ROWS = 4096  # that are quantised at a time, to bound memory
+# For these, llama.cpp rotates pairs of neighbouring rows of a head, and transformers rows of its two halves.
+PERMUTED = ("llama", "deci")
 
 
 def export_gguf(directory: Path, out: Path, file_type: FileType = "f16", verify: bool = True) -> Path:
     """Write a model directory, pruned or dense, as a GGUF file with its tokenizer and chat template.
 
-    Blocks that are all alike give a file of the model's native architecture. Others become `deci`, which has sizes for
-    each block, or where heads have norms of their own (Qwen3) `openelm`. Vectors stay float32; what Q8_0 cannot hold,
-    rows that are no multiple of 32, becomes float16. Tensors are read and written one at a time.
+    A model whose blocks all have the same sizes gets its native architecture. Others get `deci`, which has sizes for
+    each block, or, where heads have norms (Qwen3), `openelm`. Vectors stay float32. Matrices that Q8_0 cannot hold,
+    because the length of their rows is not a multiple of 32, become float16. Tensors are read and written one by one.
 
     Args:
-        directory: what `export_hf` wrote, or a dense checkpoint.
+        directory: an export that `export_hf` wrote, or a dense checkpoint.
         out: the file, named `*.gguf`; or a directory, in which it is named after that directory and `file_type`.
-        verify: read the file in a fresh process before it gets its name.
+        verify: whether a fresh process reads the file and compares its tensors before it gets its name.
 
     Returns:
-        The file. It appears whole or not at all.
+        The path of the file, which appears whole or not at all.
 
     Raises:
-        UsageError: if `out` exists, or the directory holds no model that llama.cpp could run as it is.
-        DarwinError: if weights are missing, damaged, or too large for `file_type`, or the disk does not take them, or
-            the file that was written does not hold them.
+        UsageError: if `out` exists, or if the directory holds no model that llama.cpp can run unchanged.
+        DarwinError: if weights are missing, damaged or too large for `file_type`, if the disk is full, or if the
+            written file does not hold the tensors.
     """
     if file_type not in get_args(FileType):
         raise UsageError(f"expected one of {', '.join(get_args(FileType))}, found {file_type!r}; choose one of them")
@@ -76,7 +77,7 @@ def export_gguf(directory: Path, out: Path, file_type: FileType = "f16", verify:
 
 
 class _Model:
-    """What a GGUF file says of a model before its weights."""
+    """The description of a model in a GGUF file, which precedes its weights."""
 
     def __init__(self, config: PreTrainedConfig):
         self.config: Any = config
@@ -91,13 +92,13 @@ class _Model:
         alike = len(set(self.sizes)) == 1 and first.intermediate
         if self.name in ("llama", "mistral"):
             return "llama" if alike else "deci"
-        if self.name == "qwen2":  # llama.cpp may take the hidden size for the width of all heads
+        if self.name == "qwen2":  # llama.cpp may take the hidden size as the width of all heads together
             return "qwen2" if alike and first.query_heads * self.head_dim == self.config.hidden_size else "deci"
         return "qwen3" if alike else "openelm"
 
     @property
     def rope(self) -> dict[str, Any]:
-        """Rotary embedding: `rope_type`, `rope_theta` and what the type wants."""
+        """The settings of the rotary embedding: `rope_type`, `rope_theta` and the parameters of that type."""
         return self.config.rope_parameters
 
     def check(self) -> None:
@@ -117,18 +118,18 @@ class _Model:
         if self.rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise _refused("rotary embedding of whole heads", "of a part", "use the Hugging Face directory")
         if self.rope["rope_type"] not in ("default", "linear", "llama3"):
-            found = f"rope_type {self.rope['rope_type']}"
-            raise _refused("default, linear or llama3 rotary embedding", found, "use the Hugging Face directory")
+            rope_type = f"rope_type {self.rope['rope_type']}"
+            raise _refused("default, linear or llama3 rotary embedding", rope_type, "use the Hugging Face directory")
         if self.architecture == "openelm" and not (config.tie_word_embeddings and self.rope["rope_type"] == "default"):
-            found = "others" if config.tie_word_embeddings else "a head of its own"
+            difference = "others" if config.tie_word_embeddings else "an output embedding of its own"
             raise _refused(
-                "tied embeddings and default rotary embedding in an uneven Qwen3, whose heads have norms", found,
+                "tied embeddings and default rotary embedding in an uneven Qwen3, whose heads have norms", difference,
                 "use the Hugging Face directory, or a genome whose blocks are all alike",
             )  # fmt: skip
         for index, block in enumerate(self.sizes):
             if block.query_heads and block.query_heads % block.key_value_heads:
-                found = f"{block.query_heads} for {block.key_value_heads} in block {index}"
-                raise _refused("as many query heads for every KV head", found, "prune by KV groups")
+                heads = f"{block.query_heads} for {block.key_value_heads} in block {index}"
+                raise _refused("as many query heads for every KV head", heads, "prune by KV groups")
         if not self.sizes[0].query_heads:
             raise _refused("attention in the first block", "none", "choose a genome that keeps it")
 
@@ -152,7 +153,7 @@ def _read(directory: Path) -> tuple[PreTrainedConfig, Any]:
 
 
 class _Weights:
-    """The tensors of a directory, read when asked for."""
+    """The tensors of a model directory, each of which is read only when it is used."""
 
     def __init__(self, shards: dict[str, Any]):
         self.shards = shards
@@ -161,13 +162,13 @@ class _Weights:
         return name in self.shards
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it. Raises `DarwinError` if it is missing."""
+        """Return the shape of a tensor without reading it. Raises `DarwinError` if it is missing."""
         if name not in self.shards:
             raise DarwinError(f"expected a tensor {name}, found none; the directory is incomplete, export it again")
         return tuple(self.shards[name].get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
-        """A tensor as stored."""
+        """Read a tensor, in the precision in which it is stored."""
         return self.shards[name].get_tensor(name)
 
 
@@ -198,7 +199,7 @@ def _add_settings(writer: gguf.GGUFWriter, model: _Model, name: str, file_type: 
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(len(sizes))
-    stub = 1 if model.architecture == "openelm" else 0  # heads of zeros, where a block has no attention
+    stub = 1 if model.architecture == "openelm" else 0  # head of zeros, where a block has no attention
     heads = [(block.query_heads or stub, block.key_value_heads or stub) for block in sizes]
     channels = [block.intermediate or STUB_CHANNELS for block in sizes]
     per_block = model.architecture in ("deci", "openelm")
@@ -217,7 +218,7 @@ def _add_settings(writer: gguf.GGUFWriter, model: _Model, name: str, file_type: 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor of the file: its shape is known, it itself is made when it is written."""
+    """A tensor of the file. Its shape is known beforehand, its values are made only when it is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -229,7 +230,7 @@ def _tensors(model: _Model, weights: _Weights) -> Iterator[_Tensor]:
     yield _stored("token_embd.weight", weights, f"{family.embedding}.weight")
     yield _stored("output_norm.weight", weights, f"{family.final_norm}.weight")
     if not model.config.tie_word_embeddings:
-        yield _stored("output.weight", weights, f"{family.head}.weight")
+        yield _stored("output.weight", weights, f"{family.output_embedding}.weight")
     if model.rope["rope_type"] == "llama3":
         yield _Tensor("rope_freqs.weight", (model.head_dim // 2,), partial(_rope_factors, model.config))
     for index, block in enumerate(model.sizes):
@@ -302,13 +303,13 @@ def _stacked(weights: _Weights, names: Sequence[str]) -> Tensor:
 
 
 def _permuted(tensor: Tensor, heads: int) -> Tensor:
-    """Rows in the order in which llama.cpp rotates them: of each head 0, d/2, 1, d/2 + 1, and so on."""
+    """Return rows in the order in which llama.cpp rotates them: 0, d/2, 1, d/2 + 1 and so on of each head."""
     rows, *rest = tensor.shape
     return tensor.view(heads, 2, rows // heads // 2, *rest).transpose(1, 2).reshape(rows, *rest)
 
 
 def _rope_factors(config: Any) -> Tensor:
-    """What llama.cpp divides each rotary frequency by."""
+    """Return the factors by which llama.cpp divides the rotary frequencies, `[head_dim / 2]`."""
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device=torch.device("cpu"))
     dimension = head_dim(config)
     plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, dimension, 2, dtype=torch.float64) / dimension)
@@ -316,7 +317,7 @@ def _rope_factors(config: Any) -> Tensor:
 
 
 def _write(writer: gguf.GGUFWriter, tensors: Sequence[_Tensor], precision: Precision) -> dict[str, str]:
-    """Write the file, and return the SHA-256 of every tensor's bytes."""
+    """Write all of the file, and return the SHA-256 of every tensor's bytes by its name."""
     chosen = [_precision_of(tensor, precision) for tensor in tensors]
     for tensor, stored in zip(tensors, chosen, strict=True):
         block, size = gguf.GGML_QUANT_SIZES[stored]
@@ -331,7 +332,7 @@ def _write(writer: gguf.GGUFWriter, tensors: Sequence[_Tensor], precision: Preci
         digests[tensor.name] = hashlib.sha256(values.data).hexdigest()
         try:
             writer.write_tensor_data(values)
-        except OSError as error:  # numpy says how much was written, not why no more
+        except OSError as error:  # the message from numpy has no reason, only a number of bytes
             raise DarwinError(
                 f"expected room for the whole file, found that {tensor.name} could not be written ({error}); "
                 "free some of the disk or choose another place"
@@ -339,11 +340,11 @@ def _write(writer: gguf.GGUFWriter, tensors: Sequence[_Tensor], precision: Preci
     return digests
 
 
-def _precision_of(tensor: _Tensor, wanted: Precision) -> Precision:
+def _precision_of(tensor: _Tensor, precision: Precision) -> Precision:
     if len(tensor.shape) == 1:
         return Precision.F32
-    fits = tensor.shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] == 0
-    return wanted if fits else Precision.F16
+    fits = tensor.shape[-1] % gguf.GGML_QUANT_SIZES[precision][0] == 0
+    return precision if fits else Precision.F16
 
 
 def _encoded(tensor: _Tensor, precision: Precision) -> np.ndarray:

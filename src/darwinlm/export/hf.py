@@ -1,4 +1,4 @@
-"""The Hugging Face directory: a pruned model that loads where transformers does, without darwinlm."""
+"""Export to a Hugging Face directory, which transformers loads without darwinlm."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def export_hf(
 ) -> Path:
     """Write a stitched model as a directory that `AutoModelForCausalLM` loads, and return `out`.
 
-    It holds the weights in the model's own precision, the config, the tokenizer, the generation config, `card` as
-    README.md, and the code of the model unless a stock class will do. The directory appears whole or not at all: where
-    `expected` is given, once a fresh process has loaded it and found those logits.
+    It holds the weights in the model's own precision, the config, the tokenizer, the generation config, the model card
+    `card` as README.md, and the code of the model unless a stock class can load it. The directory appears whole or not
+    at all. If `expected` is given, it appears only after a fresh process has loaded it and computed those logits.
 
     Raises:
-        UsageError: if the family cannot be exported, or as `new_directory`.
-        DarwinError: if the weights of `model` do not have the sizes `sizes`, or as `verify_export`.
+        UsageError: if the family cannot be exported, or as `new_directory` does.
+        DarwinError: if the weights of `model` do not have the sizes `sizes`, or as `verify_export` does.
     """
     exported = pruned_model(model, sizes)
     with new_directory(out) as directory:
         with quiet_transformers():
             exported.save_pretrained(directory)
-        for weights in directory.glob("*.safetensors"):  # which safetensors 0.8 lets only their owner read
+        for weights in directory.glob("*.safetensors"):  # safetensors 0.8 lets only their owner read them
             shutil.copymode(directory / "config.json", weights)
         tokenizer.save_pretrained(directory)
         (directory / "README.md").write_text(card, encoding="utf-8")
@@ -54,9 +54,9 @@ def export_hf(
 
 
 def _complete_config(path: Path, full_auto_map: dict[str, str]) -> None:
-    """Add to config.json what `save_pretrained` leaves out: the whole `auto_map`, and RoPE by its names of old.
+    """Add to config.json what `save_pretrained` leaves out: the whole `auto_map`, and RoPE under its older names.
 
-    Without these, transformers 4 and what was built on it load a stock model and are silently wrong.
+    Without these, transformers 4 and programs built on it load a stock model, which computes wrong logits.
     """
     config = json.loads(path.read_text())
     rope = dict(config["rope_parameters"])
@@ -64,6 +64,6 @@ def _complete_config(path: Path, full_auto_map: dict[str, str]) -> None:
     if full_auto_map:
         config["auto_map"] = full_auto_map
     elif rope.get("rope_type", "default") != "default":
-        # Not for an unknown model type: where no code is trusted, AutoTokenizer in transformers 5.23 trips over it.
+        # With an unknown model type, it makes AutoTokenizer of transformers 5.23 fail where no code is trusted.
         config["rope_scaling"] = rope
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

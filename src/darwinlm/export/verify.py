@@ -1,4 +1,4 @@
-"""Proof of an export: a fresh process, without darwinlm, loads it and finds the same logits, or the same tensors."""
+"""Verification of exports: a fresh process without darwinlm loads one and compares its logits, or its tensors."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from transformers import PreTrainedModel
 
 from darwinlm.types import DarwinError
 
-VERIFIED_SHAPE = (2, 64)  # sequences and tokens that an export is verified on
-TOLERANCE = 1e-4  # of the largest logit: what float32 loses on another device
+VERIFIED_SHAPE = (2, 64)  # sequences, and tokens of each, that an export is verified on
+TOLERANCE = 1e-4  # as a share of the largest logit: how far float32 arithmetic of two devices may differ
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What an export must give: the logits, in float32, of the model that it was made from."""
+    """The logits that an export must give: those of the model that it was made from, in float32."""
 
     token_ids: Int[Tensor, "sequences length"]
     logits: Float[Tensor, "sequences length vocab"]
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Expected:
-        """What `model` gives on random tokens, always the same ones."""
+        """Return the logits of `model` on random tokens, which are the same for every call."""
         generator = torch.Generator().manual_seed(0)
         token_ids = torch.randint(model.config.vocab_size, VERIFIED_SHAPE, generator=generator)
         return cls(token_ids, float32_logits(model, token_ids))
 
 
 def float32_logits(model: Any, token_ids: Any) -> Any:
-    """Logits, on the CPU, in float32 arithmetic, in which weights of 16 bits are exact.
+    """Return logits on the CPU, computed in float32, in which weights of 16 bits are exact.
 
-    Rounding to 16 bits hides a fault: it moved logits of a randomly pruned SmolLM2 by 28 % of the largest. A module's
-    weights are widened while it runs, one module at a time, so that no model is held twice. This source also runs in
-    the fresh process: it uses torch alone.
+    Arithmetic in 16 bits would hide faults: it moved logits of a randomly pruned SmolLM2 by 28 % of the largest. The
+    weights of a module are converted only while it runs, so that the model is never in memory twice. This source also
+    runs in the fresh process and therefore uses only torch.
     """
     stored: dict[nn.Module, list[Tensor]] = {}
 
@@ -69,7 +69,7 @@ def float32_logits(model: Any, token_ids: Any) -> Any:
             hook.remove()
 
 
-# Runs where darwinlm cannot be imported: arguments are the export, the file with the inputs, the file for the outputs.
+# A program without darwinlm, whose arguments are the export, the file with the inputs and the file for the outputs.
 _FRESH_PROCESS = f"""
 from __future__ import annotations
 import sys
@@ -94,12 +94,12 @@ save_file({{"logits": logits.contiguous()}}, outputs)
 
 
 def verify_export(directory: Path, expected: Expected) -> float:
-    """Load an export in a fresh process without darwinlm and return how far its logits are from `expected` at most.
+    """Load an export in a fresh process without darwinlm, and return the largest difference of its logits.
 
-    Both are computed in float32, whatever the export is stored in, and may differ by `TOLERANCE`.
+    Logits are computed in float32, whatever precision the export is stored in, and may differ by `TOLERANCE`.
 
     Raises:
-        DarwinError: if the export does not load or its logits differ by more.
+        DarwinError: if the export does not load, or if its logits differ from `expected` by more.
     """
     logits = expected.logits
     allowed = TOLERANCE * logits.abs().max().item()
@@ -107,14 +107,14 @@ def verify_export(directory: Path, expected: Expected) -> float:
         inputs, outputs = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
         save_file({"token_ids": expected.token_ids.contiguous()}, inputs)
         _run_apart(_FRESH_PROCESS, Path(scratch), directory.absolute(), inputs, outputs)
-        found = load_file(outputs)["logits"]
-    if found.shape != logits.shape:
+        actual = load_file(outputs)["logits"]
+    if actual.shape != logits.shape:
         raise DarwinError(
-            f"expected logits of shape {tuple(logits.shape)} from the export, found {tuple(found.shape)}; "
+            f"expected logits of shape {tuple(logits.shape)} from the export, found {tuple(actual.shape)}; "
             "export the model again"
         )
-    difference = (found - logits).abs().max().item()
-    if not difference <= allowed:  # not a number is wrong too
+    difference = (actual - logits).abs().max().item()
+    if not difference <= allowed:  # NaN must fail too
         raise DarwinError(
             f"expected the export to give the model's logits within {allowed:.2g}, found a difference of "
             f"{difference:.2g}; do not use it, and report this as a fault of darwinlm"
@@ -126,26 +126,26 @@ _READ_GGUF = """
 import hashlib, json, sys
 import gguf
 
-file, wanted = sys.argv[1:]
-with open(wanted) as lines:
-    wanted = json.load(lines)
-found = {tensor.name: hashlib.sha256(tensor.data.tobytes()).hexdigest() for tensor in gguf.GGUFReader(file).tensors}
-wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+file, digests = sys.argv[1:]
+with open(digests) as lines:
+    expected = json.load(lines)
+actual = {tensor.name: hashlib.sha256(tensor.data.tobytes()).hexdigest() for tensor in gguf.GGUFReader(file).tensors}
+wrong = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
 if wrong:
     sys.exit(f"{len(wrong)} tensors that are not what was written, {wrong[0]} first")
 """
 
 
 def verify_gguf(file: Path, digests: Mapping[str, str]) -> None:
-    """Read a GGUF file in a fresh process without darwinlm, and compare the SHA-256 of every tensor.
+    """Read a GGUF file in a fresh process without darwinlm, and compare the SHA-256 of every tensor with `digests`.
 
     Raises:
-        DarwinError: if it cannot be read, or a tensor is missing, not asked for, or not what was written.
+        DarwinError: if the file cannot be read, or if a tensor is missing, is not in `digests`, or differs.
     """
     with tempfile.TemporaryDirectory(prefix="darwinlm-verify-") as scratch:
-        wanted = Path(scratch, "digests.json")
-        wanted.write_text(json.dumps(digests))
-        _run_apart(_READ_GGUF, Path(scratch), file.absolute(), wanted)
+        expected = Path(scratch, "digests.json")
+        expected.write_text(json.dumps(digests))
+        _run_apart(_READ_GGUF, Path(scratch), file.absolute(), expected)
 
 
 def _run_apart(script: str, scratch: Path, *arguments: Path) -> None:

@@ -1,6 +1,6 @@
-"""What vLLM's Transformers backend would refuse of an export, and the zeros that make a pruned model acceptable.
+"""Exports for vLLM: a check for what its Transformers backend would refuse, and modules of zeros where it needs some.
 
-The rules were read in vLLM 0.33 (`vllm/model_executor/models/transformers`); vLLM itself is not run here.
+The rules are those in the source of vLLM 0.33 (`vllm/model_executor/models/transformers`); vLLM itself is not run here.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ from darwinlm.model.pruned import (
 from darwinlm.runtime.files import read_json
 from darwinlm.types import BlockSizes, UsageError
 
-STUB = BlockSizes(query_heads=1, key_value_heads=1, intermediate=32)
-INTERFACE = "ALL_ATTENTION_FUNCTIONS"
-LARGEST_PARALLEL = 8
+STUB = BlockSizes(query_heads=1, key_value_heads=1, intermediate=32)  # sizes of the modules of zeros
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # the table of attention functions in transformers
+LARGEST_PARALLEL = 8  # devices
 
 
 def zero_stubs(model: PreTrainedModel) -> PreTrainedModel:
-    """The same function with attention and MLP in every block: where one is gone, a small one of zeros.
+    """Return a model with the same outputs that has an attention and an MLP in every block.
 
-    It shares the weights of `model`, which is of the class that an export loads into. An attention of zeros has one
-    query head and one KV head, an MLP 32 channels.
+    Where `model` lacks one of them, the result has a small one of zeros: an attention with one query head and one KV
+    head, or an MLP with 32 channels. It shares all other weights with `model`, which must be of the class that an
+    export loads into.
     """
     sizes = block_sizes_of(model.config)
     full = tuple(
@@ -59,10 +60,12 @@ def zero_stubs(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def check_vllm(directory: Path) -> list[str]:
-    """What vLLM's Transformers backend would refuse of an export, each with its cure; nothing if it would serve it.
+    """Return what vLLM's Transformers backend would refuse of an export, each with its cure.
+
+    The list is empty if vLLM would serve the export.
 
     Raises:
-        UsageError: if there is no model of a supported family in the directory.
+        UsageError: if the directory holds no model of a supported family.
     """
     if not (directory / "config.json").is_file():
         raise UsageError(f"no model in {directory}: expected config.json in it; name an export")
@@ -92,13 +95,13 @@ def check_vllm(directory: Path) -> list[str]:
 
 
 def tensor_parallel_sizes(sizes: Sequence[BlockSizes]) -> tuple[int, ...]:
-    """How many devices tensor parallelism may split a model among: they divide the sizes of every block."""
+    """Return the numbers of devices that a model can be split among: those that divide the sizes of every block."""
     numbers = [number for block in sizes for number in (block.query_heads, block.key_value_heads, block.intermediate)]
     return tuple(size for size in range(1, LARGEST_PARALLEL + 1) if all(number % size == 0 for number in numbers))
 
 
 def _check_classes(model: PreTrainedModel) -> list[str]:
-    """What the classes of this version of transformers lack; none of the tested versions lacks anything."""
+    """Return what the classes of the installed transformers lack; no version that was tested lacks anything."""
     cure = "install the transformers that this darwinlm was tested with"
     refusals: list[str] = []
     if not model._supports_attention_backend:
@@ -114,20 +117,20 @@ def _check_classes(model: PreTrainedModel) -> list[str]:
 
 
 def _interface_calls(cls: type[nn.Module]) -> int:
-    """How often `forward` calls what it has looked up in the table of attention functions: vLLM wants once."""
+    """Return how often `forward` calls a function from the table of attention functions; vLLM requires once."""
     source = textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward)))
     nodes = list(ast.walk(ast.parse(source)))
-    found: set[str] = set()
+    functions: set[str] = set()
     for node in nodes:
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None and _is_lookup(node.value):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            found |= {target.id for target in targets if isinstance(target, ast.Name)}
+            functions |= {target.id for target in targets if isinstance(target, ast.Name)}
     return sum(
-        isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in found for node in nodes
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in functions for node in nodes
     )
 
 
 def _is_lookup(node: ast.expr) -> bool:
-    """Whether an expression is `ALL_ATTENTION_FUNCTIONS.get_interface(...)` or `ALL_ATTENTION_FUNCTIONS[...]`."""
-    found = node.func if isinstance(node, ast.Call) else node
-    return isinstance(found, ast.Attribute | ast.Subscript) and ast.unparse(found.value) == INTERFACE
+    """Return whether a node is `ALL_ATTENTION_FUNCTIONS.get_interface(...)` or `ALL_ATTENTION_FUNCTIONS[...]`."""
+    lookup = node.func if isinstance(node, ast.Call) else node
+    return isinstance(lookup, ast.Attribute | ast.Subscript) and ast.unparse(lookup.value) == INTERFACE

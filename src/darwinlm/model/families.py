@@ -1,4 +1,7 @@
-"""Where each model family keeps its units: a row each. Nothing else in the package knows a family's module names."""
+"""Where each model family keeps its units: one row for each family.
+
+No other module of the package knows the names of a family's modules.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +15,28 @@ from darwinlm.config.run import DatabaseConfig
 from darwinlm.genome import Grid, level_grid
 from darwinlm.types import BlockSizes, DarwinError, Genome, Kind, Producer, Structure, Unit, UsageError
 
-PRUNED = "pruned_"  # before the model type of an export
+PRUNED = "pruned_"  # prefix of the model type of an export
 
 
 @dataclass(frozen=True)
 class Family:
-    """Module paths of a family; those of a unit are relative to its decoder block.
+    """The module paths of a family. Paths of a unit's modules are relative to its decoder block.
 
-    A module that is named twice in a row is fused: it holds the rows of the one, then those of the other. A `query` or
-    `key` that is a norm is taken over all heads at once, so it must see them all: its projection stays whole, and only
-    the outputs of the norm are selected.
+    A module that is named by two consecutive fields is a fused projection: its output holds the rows of the first
+    field, then those of the second. Where `query` or `key` names a norm, that norm is taken over all heads at once and
+    must see all of them: its projection stays whole, and only the outputs of the norm are selected.
 
     Attributes:
-        attention_norms, mlp_norms: norms before and after the unit, which leave the model with it.
-        query_count, key_value_count: what the attention's forward reads its numbers of heads from, where it does:
-            an attribute of the module, or of its config (`config.NAME`).
+        attention_norms, mlp_norms: the norms before and after the unit, which are removed together with it.
+        query_count, key_value_count: where the attention's `forward` reads its numbers of heads from an attribute, that
+            attribute: one of the module, or of its config (`config.NAME`).
     """
 
     backbone: str = "model"
     embedding: str = "model.embed_tokens"
     blocks: str = "model.layers"
     final_norm: str = "model.norm"
-    head: str = "lm_head"
+    output_embedding: str = "lm_head"
     attention: str = "self_attn"
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
@@ -48,11 +51,11 @@ class Family:
     mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
 
     def block(self, index: int) -> str:
-        """Path of a decoder block."""
+        """The path of the decoder block with this index."""
         return f"{self.blocks}.{index}"
 
 
-# Norms before and after both units.
+# A norm before and a norm after each of the two units.
 _SANDWICH = Family(
     attention_norms=("input_layernorm", "post_attention_layernorm"),
     mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
@@ -76,7 +79,7 @@ FAMILIES = {
         key_value_count="num_key_value_heads",
         mlp_inputs=("mlp.gate_up_proj", "mlp.gate_up_proj"),
     ),
-    # Q and K are normed over the width of all heads together.
+    # Its norms of Q and K are taken over the width of all heads together.
     "olmo2": Family(
         query="self_attn.q_norm",
         key="self_attn.k_norm",
@@ -88,74 +91,81 @@ FAMILIES = {
 
 
 def find_family(config: PretrainedConfig) -> Family:
-    """The row of a model's family. What darwinlm has pruned is still of its family.
+    """Return the row of a model's family. A model that darwinlm has pruned belongs to the family it was pruned from.
 
     Raises:
-        UsageError: if the family has no row.
+        UsageError: if `FAMILIES` has no row for it.
     """
     name = config.model_type.removeprefix(PRUNED)
     if name not in FAMILIES:
         raise UsageError(
             f"unsupported model family {name!r}: darwinlm prunes {', '.join(sorted(FAMILIES))}; "
-            "convert the model to one of these, or add a row to families.py"
+            "convert the model to one of these, or add a row to model/families.py"
         )
     return FAMILIES[name]
 
 
 def head_dim(config: PretrainedConfig) -> int:
-    """Width of one attention head: the config's own figure where it has one."""
+    """The width of one attention head: `head_dim` of the config, or if it has none, hidden size over query heads."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def find_units(model: nn.Module, config: PretrainedConfig, structure: Structure = "kv_group") -> tuple[Unit, ...]:
-    """Every attention and MLP of the model, block by block; a model on the meta device will do.
+    """Return every attention and MLP of the model, block by block. The model may be on the meta device.
 
-    Those of a pruned model are as small as they are, and know what they have lost.
+    A unit of a pruned model has the structures that are left in it, and its field `lost` counts those already removed.
 
     Args:
-        structure: what an attention loses at a time: a KV head with the query heads that read it (`kv_group`), any
-            query head, its KV head staying while another reads it (`head`, the paper's), or a query head of every KV
-            group in turn (`balanced`). Without grouped queries all three are the paper's single head.
+        structure: what an attention loses at a time: a KV head with the query heads that read it (`kv_group`); any
+            query head, while its KV head stays as long as another query head reads it (`head`, as in the paper); or a
+            query head of each KV group in turn (`balanced`). Without grouped queries, all three are one head.
 
     Raises:
-        UsageError: if the family has no row.
-        DarwinError: if a module of the family's row is not in the model, or has not the size that the config says.
+        UsageError: if `FAMILIES` has no row for the model's family.
+        DarwinError: if a module of the family's row is missing from the model, or differs from the size in the config.
     """
     family = find_family(config)
     units: list[Unit] = []
     for block in range(config.num_hidden_layers):
-        found, layer = _Block(model, family, block), layer_config(config, block)
-        lost = getattr(layer, "skip", ())
-        units += [_attention(found, layer, config, structure)] if "attention" not in lost else []
-        units += [_mlp(found, layer, config)] if "mlp" not in lost else []
+        modules, layer = _Block(model, family, block), layer_config(config, block)
+        absent = getattr(layer, "skip", ())
+        units += [_attention(modules, layer, config, structure)] if "attention" not in absent else []
+        units += [_mlp(modules, layer, config)] if "mlp" not in absent else []
     return tuple(units)
 
 
 def layer_config(config: PretrainedConfig, block: int) -> PretrainedConfig:
-    """What a decoder block is built from: in a pruned model each has sizes of its own, the whole has the dense ones."""
+    """Return the config that a decoder block is built from.
+
+    In a pruned model each block has a config with its own sizes, while the model's config has those of the dense model.
+    """
     return config.layer(block) if hasattr(config, "layer") else config
 
 
 def find_grid(model: nn.Module, config: PretrainedConfig, settings: DatabaseConfig) -> Grid:
-    """The levels of every unit of the model. Raises as `find_units` and `level_grid`."""
+    """Return the levels of every unit of the model. Raises what `find_units` and `level_grid` raise."""
     units = find_units(model, config, settings.structure)
     return level_grid(units, settings.levels, settings.granularity)
 
 
 def _attention(block: _Block, layer: PretrainedConfig, dense: PretrainedConfig, structure: Structure) -> Unit:
-    family, head = block.family, head_dim(layer)
+    family, width = block.family, head_dim(layer)
     readers = layer.num_attention_heads // layer.num_key_value_heads
-    together = readers if structure == "kv_group" else 1  # query heads in one structure
-    sharers = readers // together
-    structures = layer.num_attention_heads // together
+    heads = readers if structure == "kv_group" else 1  # query heads in one structure
+    sharers = readers // heads  # structures that share a KV head
+    structures = layer.num_attention_heads // heads
     return block.unit(
         "attention",
-        inputs=[(family.query, together * head, 1), (family.key, head, sharers), (family.value, head, sharers)],
+        inputs=[
+            _Input(family.query, heads * width),
+            _Input(family.key, width, sharers),
+            _Input(family.value, width, sharers),
+        ],
         output=family.attention_output,
         members=(family.attention, *family.attention_norms),
-        width=together * head,
+        width=heads * width,
         structures=structures,
-        lost=(dense.num_attention_heads if together == 1 else dense.num_key_value_heads) - structures,
+        lost=(dense.num_attention_heads if heads == 1 else dense.num_key_value_heads) - structures,
         readers=sharers,
         in_turns=structure == "balanced" and sharers > 1,
     )
@@ -165,7 +175,7 @@ def _mlp(block: _Block, layer: PretrainedConfig, dense: PretrainedConfig) -> Uni
     family = block.family
     return block.unit(
         "mlp",
-        inputs=[(name, 1, 1) for name in family.mlp_inputs],
+        inputs=[_Input(name, 1) for name in family.mlp_inputs],
         output=family.mlp_output,
         members=(family.mlp, *family.mlp_norms),
         width=1,
@@ -175,8 +185,23 @@ def _mlp(block: _Block, layer: PretrainedConfig, dense: PretrainedConfig) -> Uni
 
 
 @dataclass(frozen=True)
+class _Input:
+    """A module whose output rows feed the structures of a unit.
+
+    Attributes:
+        module: its path, relative to the decoder block.
+        rows: how many of its output rows a structure reads.
+        readers: how many structures read the same rows.
+    """
+
+    module: str
+    rows: int
+    readers: int = 1
+
+
+@dataclass(frozen=True)
 class _Block:
-    """One decoder block, in which units are found."""
+    """One decoder block of a model, from whose modules units are built."""
 
     model: nn.Module
     family: Family
@@ -186,7 +211,7 @@ class _Block:
         self,
         kind: Kind,
         *,
-        inputs: Sequence[tuple[str, int, int]],
+        inputs: Sequence[_Input],
         output: str,
         members: Sequence[str],
         width: int,
@@ -195,17 +220,22 @@ class _Block:
         readers: int = 1,
         in_turns: bool = False,
     ) -> Unit:
-        """The unit that `inputs` feed, as (module, rows of a structure, structures that share them)."""
+        """Return the unit whose structures read the rows of `inputs`, and are read by the linear module `output`.
+
+        Raises:
+            DarwinError: if one of these modules is missing, or its width is not that of `structures` structures.
+        """
         path = self.family.block(self.index)
         producers: list[Producer] = []
         ends: dict[str, int] = {}
         own, shared = width * linear_at(self.model, f"{path}.{output}").out_features, 0
-        for name, rows, sharers in inputs:
-            producer = Producer(f"{path}.{name}", ends.get(name, 0), rows, sharers)
-            ends[name] = producer.start + rows * structures // sharers
+        for source in inputs:
+            start = ends.get(source.module, 0)  # where the rows of the input before it end, in a fused projection
+            producer = Producer(f"{path}.{source.module}", start, source.rows, source.readers)
+            ends[source.module] = start + source.rows * structures // source.readers
             producers.append(producer)
-            parameters = rows * _row_parameters(self.model, producer.module)
-            own, shared = (own + parameters, shared) if sharers == 1 else (own, shared + parameters)
+            parameters = source.rows * _row_parameters(self.model, producer.module)
+            own, shared = (own + parameters, shared) if source.readers == 1 else (own, shared + parameters)
         for name, end in ends.items():
             self._check(f"{path}.{name}", _rows(_module(self.model, f"{path}.{name}")), end)
         self._check(f"{path}.{output}", linear_at(self.model, f"{path}.{output}").in_features, width * structures)
@@ -226,46 +256,46 @@ class _Block:
             lost=lost,
         )
 
-    def _check(self, path: str, found: int, expected: int) -> None:
-        if found != expected:
+    def _check(self, path: str, width: int, expected: int) -> None:
+        if width != expected:
             raise DarwinError(
-                f"cannot prune {path}: expected a width of {expected} from the config, found {found}; "
-                "its family's row in families.py does not fit it"
+                f"cannot prune {path}: expected a width of {expected} from the config, found {width}; "
+                "its family's row in model/families.py does not fit it"
             )
 
 
 def block_sizes(grid: Grid, genome: Genome, config: PretrainedConfig) -> tuple[BlockSizes, ...]:
-    """What the genome leaves of each decoder block, as an export writes it.
+    """Return what the genome leaves of each decoder block, in the form in which an export writes it.
 
-    An export cannot say which KV head a query head reads. Where groups may have become uneven (`head`), every query
-    head gets a KV head of its own.
+    An export cannot say which KV head a query head reads. So where KV groups may have come to differ in size (the
+    structure `head`), every query head gets a KV head of its own.
     """
-    left = {
+    remainders = {
         (unit.block, unit.kind): (unit, unit.structures - removed[level])
         for unit, removed, level in zip(grid.units, grid.removed, genome.levels, strict=True)
     }
     sizes = []
     for block in range(config.num_hidden_layers):
         heads, intermediate = (0, 0), 0
-        if (block, "attention") in left:  # an earlier pruning may have removed it
-            unit, remaining = left[block, "attention"]
+        if (block, "attention") in remainders:  # an earlier pruning may have removed it
+            unit, remaining = remainders[block, "attention"]
             queries = remaining * unit.structure_width // head_dim(config)
             heads = queries, key_value_heads(unit, remaining, queries)
-        if (block, "mlp") in left:
-            intermediate = left[block, "mlp"][1]
+        if (block, "mlp") in remainders:
+            intermediate = remainders[block, "mlp"][1]
         sizes.append(BlockSizes(*heads, intermediate))
     return tuple(sizes)
 
 
 def key_value_heads(unit: Unit, remaining: int, queries: int) -> int:
-    """KV heads that an attention with `remaining` structures, of `queries` query heads in all, works with."""
+    """How many KV heads an export gives an attention of which `remaining` structures, with `queries` heads, remain."""
     if unit.uneven and remaining < unit.structures:
         return queries
     return min(unit.groups, remaining)
 
 
 def linear_at(model: nn.Module, path: str) -> nn.Linear:
-    """The linear module at a path. Raises `DarwinError` if there is none."""
+    """Return the linear module at a path. Raises `DarwinError` if there is none."""
     module = _module(model, path)
     if not isinstance(module, nn.Linear):
         raise DarwinError(f"cannot prune {path}: expected a linear module, found {type(module).__name__}")
@@ -278,17 +308,17 @@ def _module(model: nn.Module, path: str) -> nn.Module:
     except AttributeError:
         raise DarwinError(
             f"cannot prune {type(model).__name__}: expected a module {path}, found none; "
-            "its family's row in families.py does not fit it"
+            "its family's row in model/families.py does not fit it"
         ) from None
 
 
 def _rows(module: nn.Module) -> int:
-    """Width of a module's output."""
+    """How many output rows a module has: its output's width."""
     return next(module.parameters()).shape[0]
 
 
 def _row_parameters(model: nn.Module, path: str) -> int:
-    """Parameters that leave with one output row: none where the module stays whole."""
+    """How many parameters are removed with one output row: none where the module is no linear one and stays whole."""
     module = _module(model, path)
     return _count(module) // module.out_features if isinstance(module, nn.Linear) else 0
 

@@ -1,8 +1,8 @@
-"""The per-layer-sized model classes that travel with a checkpoint, and how a stitched model becomes one of them.
+"""Pruned models: classes whose layers each have sizes of their own, and how a stitched model becomes one of them.
 
-`modeling_pruned_llama.py` is the one source of those classes. Other families differ from it in names alone, so
-theirs is the same text with the names exchanged. An export carries that text and so needs no darwinlm; a program that
-has called `register` needs no `trust_remote_code`.
+`modeling_pruned_llama.py` is the only source of these classes. Other families differ from it only in names, so their
+source is the same text with the names replaced. An export contains this text and therefore does not need darwinlm; a
+program that has called `register` loads exports without `trust_remote_code`.
 """
 
 from __future__ import annotations
@@ -39,18 +39,15 @@ from darwinlm.types import BlockSizes, DarwinError, UsageError
 
 EXPORTABLE = ("llama", "mistral", "qwen2", "qwen3")
 
-
 CLASS_PREFIXES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-
-
 TEMPLATE = Path(__file__).with_name("modeling_pruned_llama.py")
 
 
 def family_of(config: PreTrainedConfig) -> str:
-    """The family of a model, pruned or not.
+    """Return the name of the family of a model, pruned or dense.
 
     Raises:
-        UsageError: if its pruned form cannot be written.
+        UsageError: if a pruned model of this family cannot be exported.
     """
     family = config.model_type.removeprefix(PRUNED)
     if family not in EXPORTABLE:
@@ -62,12 +59,12 @@ def family_of(config: PreTrainedConfig) -> str:
 
 
 def module_name(family: str) -> str:
-    """Name of the remote-code module of a family."""
+    """Return the name of the Python module that an export of a family contains."""
     return f"modeling_pruned_{family}"
 
 
 def auto_map(family: str) -> dict[str, str]:
-    """Where the Auto classes find the pruned classes of a family. vLLM needs `AutoModel` too."""
+    """Return where the Auto classes of transformers find the pruned classes of a family. vLLM needs `AutoModel` too."""
     auto_classes = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
     return {
         auto: f"{module_name(family)}.{name}" for auto, name in zip(auto_classes, _class_names(family), strict=True)
@@ -80,18 +77,18 @@ def _class_names(family: str) -> tuple[str, str, str]:
 
 
 def render(family: str) -> str:
-    """Source of a family's remote-code module."""
+    """Return the source of the Python module that an export of a family contains."""
     text = TEMPLATE.read_text()
     return text.replace("Llama", CLASS_PREFIXES[family]).replace("llama", family)
 
 
 @cache
 def pruned_classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]:
-    """The config, the model and the causal language model class of a family, its layers each of its own size.
+    """Return the config, model and causal language model classes of a family's pruned models.
 
-    Their `save_pretrained` writes the remote-code file beside the weights.
+    Their `save_pretrained` writes the Python module beside the weights.
     """
-    # A real file: transformers reads the source of a model's module, and copies its file on `save_pretrained`.
+    # The module is a real file, because transformers reads its source and `save_pretrained` copies it.
     path = _module_directory() / f"{module_name(family)}.py"
     path.write_text(render(family))
     name = f"{__name__}.{module_name(family)}"
@@ -115,7 +112,7 @@ def _module_directory() -> Path:
 
 @cache
 def register() -> None:
-    """Make the Auto classes of this process know the pruned classes. Calling it again does nothing."""
+    """Register the pruned classes with the Auto classes of this process. Further calls do nothing."""
     for family in EXPORTABLE:
         config, model, causal_lm = pruned_classes(family)
         AutoConfig.register(config.model_type, config)
@@ -124,12 +121,12 @@ def register() -> None:
 
 
 def remaining_blocks(sizes: Sequence[BlockSizes]) -> tuple[int, ...]:
-    """The blocks that have something left. The others do nothing at all and are left out of a checkpoint."""
+    """Return the blocks of which anything remains. The others compute nothing and are left out of a checkpoint."""
     return tuple(i for i, block in enumerate(sizes) if block.query_heads or block.intermediate)
 
 
 def renumber_blocks(state: Mapping[str, Tensor], remaining: Sequence[int]) -> dict[str, Tensor]:
-    """A state dict in which the blocks `remaining` are numbered from 0 and the others are gone."""
+    """Return a state dict with only the blocks `remaining`, numbered from 0, and all that is outside of blocks."""
     number = {str(old): str(new) for new, old in enumerate(remaining)}
     result: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -142,14 +139,18 @@ def renumber_blocks(state: Mapping[str, Tensor], remaining: Sequence[int]) -> di
 
 
 def pruned_config(config: PreTrainedConfig, sizes: Sequence[BlockSizes]) -> PreTrainedConfig:
-    """The config of a model of which `sizes` is left, one entry a block of the model that `config` describes.
+    """Return the config of a pruned model.
 
-    It is of the stock class where every block that remains has the same size and the stock class can say so, and else
-    of the pruned class. Blocks that lost everything are not in it.
+    The stock class of transformers is used where all remaining blocks have the same sizes and it can express them, or
+    else the pruned class. Blocks that have lost everything are not in it.
+
+    Args:
+        config: describes the model before pruning.
+        sizes: what pruning has left of each block of that model.
 
     Raises:
-        UsageError: if the family cannot be exported, or the first block that remains has no attention: caches take
-            their length from it.
+        UsageError: if the family cannot be exported, or if the first remaining block has no attention, from which
+            caches take their length.
     """
     family = family_of(config)
     if len(sizes) != config.num_hidden_layers:
@@ -157,18 +158,18 @@ def pruned_config(config: PreTrainedConfig, sizes: Sequence[BlockSizes]) -> PreT
             f"expected sizes for {config.num_hidden_layers} blocks, found {len(sizes)}; use the sizes of this model"
         )
     remaining = remaining_blocks(sizes)
-    left = [sizes[i] for i in remaining]
-    if not left or not left[0].query_heads:
+    blocks = [sizes[i] for i in remaining]
+    if not blocks or not blocks[0].query_heads:
         raise UsageError(
             "expected attention in the first block that remains, on which every cache relies, found none; "
             "choose a model that keeps it"
         )
     fields = _shared_fields(config)
-    fields["num_hidden_layers"] = len(left)
+    fields["num_hidden_layers"] = len(blocks)
     if fields.get("layer_types"):
-        fields["layer_types"] = _layer_types([fields["layer_types"][i] for i in remaining], left)
-    if len(set(left)) == 1 and left[0].intermediate:
-        native = _native_config(family, fields | _layer_fields(left[0]))
+        fields["layer_types"] = _layer_types([fields["layer_types"][i] for i in remaining], blocks)
+    if len(set(blocks)) == 1 and blocks[0].intermediate:
+        native = _native_config(family, fields | _layer_fields(blocks[0]))
         if native is not None:
             return native
     config_class: Any = pruned_classes(family)[0]
@@ -177,12 +178,12 @@ def pruned_config(config: PreTrainedConfig, sizes: Sequence[BlockSizes]) -> PreT
         architectures=[_class_names(family)[2]],
         auto_map=auto_map(family),
         allow_global_per_layer_attribute_access=True,
-        per_layer_config={str(i): _layer_fields(block) for i, block in enumerate(left)},
+        per_layer_config={str(i): _layer_fields(block) for i, block in enumerate(blocks)},
     )
 
 
 def block_sizes_of(config: PreTrainedConfig) -> tuple[BlockSizes, ...]:
-    """What each block of a model has: the inverse of `pruned_config`, and of any config of a family."""
+    """Return the sizes of each block of a model, pruned or dense, from its config."""
     layer_of = getattr(config, "layer", lambda _: config)
     return tuple(_block_sizes(layer_of(index)) for index in range(config.num_hidden_layers))
 
@@ -194,7 +195,7 @@ def _block_sizes(layer: PreTrainedConfig) -> BlockSizes:
 
 
 def _shared_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """What the pruned model's config takes from the original's."""
+    """Return the fields that a pruned model's config takes over from the config of the model before pruning."""
     replaced = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
     per_layer = ("per_layer_config", "allow_global_per_layer_attribute_access")
     fields = {key: value for key, value in config.to_dict().items() if key not in replaced + per_layer}
@@ -212,27 +213,27 @@ def _layer_fields(block: BlockSizes) -> dict[str, Any]:
     return fields | ({"skip": skip} if skip else {})
 
 
-def _layer_types(types: list[str], left: Sequence[BlockSizes]) -> list[str]:
-    """Each block's kind of attention, where a block without takes that of the block before it.
+def _layer_types(types: list[str], blocks: Sequence[BlockSizes]) -> list[str]:
+    """Return the layer type of each block; a block without attention takes that of the block before it.
 
-    Masks for a kind take their length from the first cache layer of that kind, which must therefore be in use.
+    The masks of a type take their length from the first cache layer of that type, which must therefore be in use.
     """
     result: list[str] = []
-    for kind, block in zip(types, left, strict=True):
+    for kind, block in zip(types, blocks, strict=True):
         result.append(kind if block.query_heads else result[-1])
     return result
 
 
 def _native_config(family: str, fields: dict[str, Any]) -> PreTrainedConfig | None:
-    """The stock config with these fields, or None if the family's has no room for them."""
+    """Return the family's stock config with these fields, or None if it cannot express them."""
     stock = CONFIG_MAPPING[family]
     implied = fields["hidden_size"] == fields["num_attention_heads"] * fields["head_dim"]
-    # Only a declared `head_dim` is heeded everywhere: Qwen2 in vLLM divides the hidden size by the heads.
+    # Where the config class does not declare `head_dim`, not all programs read it: for Qwen2, vLLM computes it.
     if not implied and not hasattr(stock(), "head_dim"):
         return None
     try:
         config = stock(**fields)
-    except StrictDataclassError:  # Llama wants a number of heads that divides the hidden size
+    except StrictDataclassError:  # Llama requires a number of heads that divides the hidden size
         return None
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[stock].__name__]
     return config
@@ -241,14 +242,15 @@ def _native_config(family: str, fields: dict[str, Any]) -> PreTrainedConfig | No
 def pruned_model(
     model: PreTrainedModel, sizes: Sequence[BlockSizes], weights: Mapping[str, Tensor] | None = None
 ) -> PreTrainedModel:
-    """The stitched `model` as the class that its checkpoint loads into. It shares the weights of `model`.
+    """Return a stitched model as an instance of the class that its checkpoint loads into, with shared weights.
 
     Args:
+        sizes: the sizes of each block of `model`.
         weights: a state dict to use instead of that of `model`.
 
     Raises:
-        UsageError: as `pruned_config`.
-        DarwinError: if the weights of `model` do not have these sizes.
+        UsageError: as `pruned_config` does.
+        DarwinError: if the weights do not have these sizes.
     """
     config = pruned_config(model.config, sizes)
     config_class, _, causal_lm = pruned_classes(family_of(config))
@@ -271,10 +273,12 @@ def pruned_model(
 
 
 def load(directory: Path | str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """A causal language model from a directory, pruned or dense, in evaluation mode. Code in it is never run.
+    """Load a causal language model, pruned or dense, from a directory, in evaluation mode.
+
+    Python code in the directory is never run.
 
     Raises:
-        DarwinError: if weights are missing, unreadable or not of the shapes that the config says.
+        DarwinError: if weights are missing or unreadable, or do not have the shapes that the config gives.
     """
     register()
     try:
@@ -286,7 +290,7 @@ def load(directory: Path | str, dtype: torch.dtype | str = "auto") -> PreTrained
         raise DarwinError(f"the weights in {directory} cannot be read ({error}); fetch the model again") from None
     model, report = loaded
     wrong = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])
-    if wrong:  # transformers fills them with random numbers
+    if wrong:  # transformers would fill these with random numbers
         raise DarwinError(
             f"{directory} lacks {wrong[0]} in the shape that config.json says ({len(wrong)} such tensors); "
             "the checkpoint is incomplete, fetch it again"

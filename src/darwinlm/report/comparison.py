@@ -1,4 +1,4 @@
-"""What a comparison finds: its cells, the table on the screen and in Markdown, and the picture."""
+"""The result of a comparison of methods: its cells, the table for the screen and in Markdown, and the picture."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HELD_OUT = "held-out documents"
 CELLS = "cells.jsonl"
 
 
-# As many as there are methods. The first seven remain apart for the colour-blind (Okabe and Ito), the rest by markers.
+# One for each method. The colour-blind can tell the first seven apart (Okabe and Ito), and the rest by their markers.
 COLOURS = (
     "#333333", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2", "#d55e00", "#882255", "#999933", "#44aa99",
 )  # fmt: skip
@@ -40,16 +40,16 @@ MARKERS = "osv^Dx*P+h"
 
 @dataclass(frozen=True)
 class Cell:
-    """One method at one size.
+    """The figures of one method at one size.
 
     Attributes:
-        target: share of the prunable parameters that the model had to lose; 0 for the dense model.
-        refused: why the method has no model of this size, instead of figures.
-        kl: KL(dense || model) in nats a token, on held-out documents like the perplexity.
-        speedup: of prefill and of decoding, over the dense model in the same run.
-        seconds: that it took to find the genome, the database not counted.
-        texts: the same qualities on further texts, by name.
-        scores: in tasks.
+        target: the share of the prunable parameters that the model had to lose; 0 for the dense model.
+        refused: if the method gives no model of this size, the reason; the figures are then missing.
+        perplexity, kl: the perplexity, and KL(dense || model) in nats a token, on held-out documents.
+        speedup: the speeds of prefill and of decoding, as multiples of the dense model's in the same run.
+        seconds: the time that the method took to find the genome, without that for the database.
+        texts: perplexity and KL on further texts, by name.
+        scores: the scores in tasks.
     """
 
     method: str
@@ -68,42 +68,49 @@ class Cell:
 
     @classmethod
     def of(cls, line: Mapping[str, Any]) -> Cell:
-        """A cell from its line of JSON."""
-        found: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in line.items()}
-        found["texts"] = {text: Quality(**quality) for text, quality in line.get("texts", {}).items()}
-        found["scores"] = tuple(Score(**score) for score in line.get("scores", ()))
-        return cls(**found)
+        """Return the cell that an object of JSON describes."""
+        fields: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in line.items()}
+        fields["texts"] = {text: Quality(**quality) for text, quality in line.get("texts", {}).items()}
+        fields["scores"] = tuple(Score(**score) for score in line.get("scores", ()))
+        return cls(**fields)
 
     @property
     def line(self) -> str:
-        """A line of JSON, without the figures that a refused cell has not."""
+        """The cell as a line of JSON, without figures that are NaN."""
         return json.dumps({name: value for name, value in asdict(self).items() if value == value}) + "\n"
 
     def perplexity_on(self, text: str) -> float:
-        """On the held-out documents or on a further text."""
+        """Return the perplexity on a text, which may be `HELD_OUT`."""
         return self.perplexity if text == HELD_OUT else self.texts[text].perplexity
 
 
 def read_cells(directory: Path) -> list[Cell]:
-    """The cells that `darwinlm compare --out DIRECTORY` has finished so far, the dense model among them."""
+    """Return the cells that `darwinlm compare --out DIRECTORY` has finished so far, including the dense model's."""
     file = directory / CELLS
     return [Cell.of(line) for line in read_json_lines(file, "method", "target")] if file.exists() else []
 
 
 def print_table(cells: Sequence[Cell]) -> None:
-    """Print the table, the dense model first, and what methods refused below it."""
+    """Print the table, with the dense model first, and below it what methods refused."""
     titles = _titles(cells[0])
-    tables.show(titles, [[_columns(cell, titles) for cell in of] for _, of in groupby(cells, lambda cell: cell.target)])
+    tables.show(
+        titles, [[_columns(cell, titles) for cell in group] for _, group in groupby(cells, lambda cell: cell.target)]
+    )
     for refusal in _refusals(cells):
         print(refusal)
 
 
 def markdown(cells: Sequence[Cell], protocol: Sequence[str], picture: str) -> str:
-    """The table, the dense model first, below it how it was measured and what methods refused, and the picture."""
+    """Return Markdown with the table, with the dense model first, notes on how it was measured, and the picture.
+
+    Args:
+        protocol: notes on how the figures were measured.
+        picture: the path of the picture, as the Markdown refers to it.
+    """
     titles = _titles(cells[0])
-    asked = [f"{s.task}: {s.questions:,} questions from {s.source}, {s.shots}-shot; per cent" for s in cells[0].scores]
+    tasks = [f"{s.task}: {s.questions:,} questions from {s.source}, {s.shots}-shot; per cent" for s in cells[0].scores]
     table = tables.markdown(titles, [_columns(cell, titles) for cell in cells])
-    notes = [f"- {note}" for note in [*protocol, *asked, *_refusals(cells)]]
+    notes = [f"- {note}" for note in [*protocol, *tasks, *_refusals(cells)]]
     return "\n".join([table, "", *notes, "", f"![Perplexity at every size]({picture})"]) + "\n"
 
 
@@ -136,31 +143,34 @@ def _columns(cell: Cell, titles: Sequence[str]) -> list[str]:
 
 
 def save_picture(path: Path, cells: Sequence[Cell]) -> None:
-    """Perplexity over the share removed, a panel a text and in it a line a method (Figure 4 of the paper)."""
+    """Save a picture of the perplexity over the share removed (Figure 4 of the paper) as a PNG file.
+
+    It has a panel for each text, and in it a line for each method.
+    """
     save_figure(path, figure(cells))
 
 
 def figure(cells: Sequence[Cell]) -> Figure:
-    """The picture, the dense model being the first cell."""
+    """Return the figure of `save_picture`; the first cell is the dense model's."""
     texts = [HELD_OUT, *cells[0].texts]
-    drawn = Figure(figsize=(1 + 6 * len(texts), 4.5), layout="constrained")
-    FigureCanvasAgg(drawn)
-    panels: list[Axes] = list(drawn.subplots(1, len(texts), squeeze=False)[0])
+    result = Figure(figsize=(1 + 6 * len(texts), 4.5), layout="constrained")
+    FigureCanvasAgg(result)
+    panels: list[Axes] = list(result.subplots(1, len(texts), squeeze=False)[0])
     for axis, text in zip(panels, texts, strict=True):
         _draw(axis, cells, text)
         if len(texts) > 1:
             axis.set_title(Path(text).name, fontsize=10)
     panels[0].set_ylabel("perplexity")
     panels[0].legend(frameon=False, fontsize="small")
-    return drawn
+    return result
 
 
 def _draw(axis: Axes, cells: Sequence[Cell], text: str) -> None:
     for number, method in enumerate(dict.fromkeys(cell.method for cell in cells if cell.method != DENSE)):
-        found = sorted((c for c in cells if c.method == method and c.refused is None), key=lambda cell: cell.target)
+        plotted = sorted((c for c in cells if c.method == method and c.refused is None), key=lambda cell: cell.target)
         axis.plot(
-            [100 * cell.target for cell in found],
-            [cell.perplexity_on(text) for cell in found],
+            [100 * cell.target for cell in plotted],
+            [cell.perplexity_on(text) for cell in plotted],
             label=method,
             color=COLOURS[number % len(COLOURS)],
             marker=MARKERS[number % len(MARKERS)],

@@ -1,4 +1,4 @@
-"""Pictures of a run: what is left of each unit, and how the search went."""
+"""Pictures of a run: how much is left of each unit, and the course of the search."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from darwinlm.types import KINDS, Curve, Generation, Genome, Kind
 DOTS_PER_INCH = 200
 
 
-# Colours that remain apart in print and for the colour-blind (Okabe and Ito).
+# Colours that can be told apart in print and by the colour-blind (Okabe and Ito).
 KIND_COLOURS: dict[Kind, str] = {"attention": "#56b4e9", "mlp": "#e69f00"}
 
 
@@ -45,7 +45,11 @@ INK = "#333333"
 
 
 def levels_figure(grid: Grid, genomes: Mapping[str, Genome]) -> Figure:
-    """What is left of each unit, attention above MLP: the last genome as bars, the others as lines."""
+    """Return a figure of how much is left of each unit, with attention above MLP.
+
+    Args:
+        genomes: by name; the last one is drawn as bars, the others as lines.
+    """
     figure = _figure(4.6)
     axes: list[Axes] = list(figure.subplots(2, 1, sharex=True))
     *others, result = genomes
@@ -55,18 +59,18 @@ def levels_figure(grid: Grid, genomes: Mapping[str, Genome]) -> Figure:
     for axis, kind in zip(axes, KINDS, strict=True):
         members = [i for i, unit in enumerate(grid.units) if unit.kind == kind]
         blocks = [grid.units[i].block for i in members]
-        left = {name: _percent_left(grid, genome, members) for name, genome in genomes.items()}
-        bars.append(axis.bar(blocks, left[result], width=0.8, color=KIND_COLOURS[kind], zorder=2))
-        gone = [block for block, percent in zip(blocks, left[result], strict=True) if percent == 0]
-        if gone:
+        shares = {name: _percent_left(grid, genome, members) for name, genome in genomes.items()}
+        bars.append(axis.bar(blocks, shares[result], width=0.8, color=KIND_COLOURS[kind], zorder=2))
+        removed = [block for block, percent in zip(blocks, shares[result], strict=True) if percent == 0]
+        if removed:
             crosses["removed"] = axis.scatter(
-                gone, [4] * len(gone), marker="x", s=20, linewidths=1.3, color=INK, zorder=4
+                removed, [4] * len(removed), marker="x", s=20, linewidths=1.3, color=INK, zorder=4
             )
         for number, name in enumerate(others):
-            # Every unit has a flat piece of its own, as wide as its block.
+            # The line is flat over each block.
             edges = [block - 0.5 for block in blocks] + [block + 0.5 for block in blocks[-1:]]
             colour = LINE_COLOURS[number % len(LINE_COLOURS)]
-            lines[name] = axis.stairs(left[name], edges, baseline=None, color=colour, linewidth=1.5, zorder=3)
+            lines[name] = axis.stairs(shares[name], edges, baseline=None, color=colour, linewidth=1.5, zorder=3)
         axis.set_ylabel(UNIT_LABELS[kind], fontsize=9)
         axis.set_ylim(0, 104)
         axis.set_yticks([0, 25, 50, 75, 100])
@@ -91,27 +95,32 @@ def levels_figure(grid: Grid, genomes: Mapping[str, Genome]) -> Figure:
 
 
 def _with_size(grid: Grid, name: str, genome: Genome) -> str:
-    """A genome's name, and what it leaves of the parameters of all units."""
+    """Return a genome's name, with the share of the units' parameters that it leaves."""
     share = prunable_parameters(grid, genome) / prunable_parameters(grid, grid.dense())
     return f"{name} ({100 * share:.1f} % left overall)"
 
 
 def _percent_left(grid: Grid, genome: Genome, members: Sequence[int]) -> list[float]:
-    """Structures that are left of each of these units, in per cent."""
+    """Return the share of structures that is left of each of these units, in per cent."""
     return [100 * (1 - grid.removed[i][genome.levels[i]] / grid.units[i].structures) for i in members]
 
 
 def search_figure(history: Sequence[Generation], metric: str, curves: Mapping[str, Curve]) -> Figure:
-    """The parent's fitness after each generation, its KL on other texts, and the time that the search had taken."""
+    """Return a figure of the parent's fitness after each generation, with the time that the search had taken.
+
+    Args:
+        metric: the name of what the search minimised.
+        curves: the parent's KL divergence on other texts, by text.
+    """
     figure = _figure(3.3)
     axis: Axes = figure.subplots()
     numbers = [line.generation for line in history]
     fitness = [line.fitness for line in history]
     axis.step(numbers, fitness, where="post", color=SEARCH_COLOUR, linewidth=1.5, zorder=2)
-    better = [i for i in range(len(history)) if i == 0 or history[i].genome != history[i - 1].genome]
-    axis.scatter([numbers[i] for i in better], [fitness[i] for i in better], s=18, color=SEARCH_COLOUR, zorder=3)
+    improved = [i for i in range(len(history)) if i == 0 or history[i].genome != history[i - 1].genome]
+    axis.scatter([numbers[i] for i in improved], [fitness[i] for i in improved], s=18, color=SEARCH_COLOUR, zorder=3)
     for i in {0, len(history) - 1}:
-        place = (0, -16) if curves else (0, 8)  # where no curve runs: those of other texts are higher
+        place = (0, -16) if curves else (0, 8)  # below the line where there are curves, which are above it
         label = axis.annotate(f"{fitness[i]:.3f}", (numbers[i], fitness[i]), place, textcoords="offset points")
         label.set(ha="center", fontsize=8, color=INK)
         label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
@@ -141,7 +150,7 @@ def search_figure(history: Sequence[Generation], metric: str, curves: Mapping[st
 
 
 def _figure(height: float) -> Figure:
-    """A figure as wide as two columns of a paper, with a canvas of its own: pyplot's global state is not touched."""
+    """Return an empty figure as wide as two columns of a paper, without a change to pyplot's global state."""
     figure = Figure(figsize=(7.0, height), dpi=DOTS_PER_INCH, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure

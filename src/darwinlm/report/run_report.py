@@ -1,4 +1,4 @@
-"""A run's figures and pictures: on the terminal, in `table.json`, and in `report.md` with what it shows."""
+"""The report of a run: a table on the terminal, and `report.md` with its pictures and `table.json`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,23 @@ from darwinlm.report.figures import levels_figure, save_figure, search_figure
 from darwinlm.runtime.files import write_json, write_text
 from darwinlm.types import Curve, Generation, Genome
 
-WIDTH = 100  # columns of what models write
+WIDTH = 100  # columns that the continuations of models take
 
 
 @dataclass(frozen=True)
 class _Column:
+    """One column of the table.
+
+    Attributes:
+        value: its figure in a row.
+        text: the figure as it is written.
+        ratio: the format of the figure's ratio to the dense model's; if empty, no ratio is written.
+    """
+
     title: str
     value: Callable[[Row], float]
     text: Callable[[Row], str]
     ratio: str = ""
-    """How the ratio to the dense model is written, if at all."""
 
 
 COLUMNS = (
@@ -42,7 +49,7 @@ COLUMNS = (
 
 
 def _columns(rows: Sequence[Row]) -> list[_Column]:
-    """All columns: those of further texts stand after the figures on held-out documents."""
+    """Return all columns; those of further texts follow the figures on held-out documents."""
     columns, place = list(COLUMNS), [column.title for column in COLUMNS].index("KL") + 1
     for text in reversed(rows[0].texts):
         columns[place:place] = _of_text(text)
@@ -75,16 +82,16 @@ def _cells(row: Row, dense: Row, columns: Sequence[_Column]) -> list[str]:
         cell = column.text(row)
         if column.ratio:
             share = column.value(row) / column.value(dense) if column.value(dense) else 1.0
-            # Padded to one width, so that the numbers of a right-aligned column stand below each other.
+            # Ratios are padded to one width, so that the figures before them line up.
             cell += f"{'(' + column.ratio.format(share).replace('%', ' %') + ')':>8}"
         cells.append(cell)
     return cells
 
 
 def print_table(rows: Sequence[Row]) -> None:
-    """Print the table on standard output, and below it what each model makes of each prompt.
+    """Print the table on standard output, and below it each model's continuation of each prompt.
 
-    The first row is the dense model; what follows a figure in brackets is its ratio to that model's.
+    The first row is the dense model's. A figure's ratio to the dense model's follows it in brackets.
     """
     columns = _columns(rows)
     tables.show(_titles(columns), [[[row.model, *_cells(row, rows[0], columns)] for row in rows]])
@@ -100,7 +107,7 @@ def print_table(rows: Sequence[Row]) -> None:
 
 
 def _by_prompt(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """For each prompt, what each model made of it, on one line."""
+    """Return, for each prompt, each model's continuation on one line."""
     return [
         tuple(" ".join(text.split()) for text in texts) for texts in zip(*(r.continuations for r in rows), strict=True)
     ]
@@ -117,15 +124,17 @@ def write_report(
     metric: str,
     curves: Mapping[str, Curve],
 ) -> list[Path]:
-    """Write a run's report to the directory `out`, and return the files: `report.md` and what it refers to.
+    """Write a run's report to the directory `out`, and return its files: `report.md`, `table.json` and the pictures.
+
+    A picture for which there is no data is not written.
 
     Args:
-        rows: one a model, the dense one first.
-        genomes: by name; the last is the result, those before it are drawn as lines to compare it with.
-        history: the search, or nothing. A picture of which there is nothing to show is not written.
-        settings: what made this run, as it should be read.
-        metric: what the search minimised, for people.
-        curves: KL of its parents on other texts, by text.
+        rows: one for each model, the dense model first.
+        genomes: by name; the last one is the result, and the others are drawn for comparison.
+        history: the generations of the search, if there was one.
+        settings: the settings of the run, as the report shows them.
+        metric: the name of what the search minimised.
+        curves: the KL divergence of the search's parents on other texts, by text.
     """
     out.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, str] = {}
@@ -159,7 +168,7 @@ Speeds are medians of alternating runs of the models on one machine, one sequenc
 {dense}."""
 
 
-NOTE_ON_TEXTS = ", and over as many from the beginning of each text that is named, which no stage has seen"
+NOTE_ON_TEXTS = ", and over as many from the beginning of each named text, which no stage has seen"
 
 
 LOADING = """\
@@ -174,8 +183,8 @@ model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("model")
 ```
 
-`trust_remote_code` reads `modeling_pruned_*.py` beside the weights, which gives each block its own sizes. It needs
-torch and transformers, not `darwinlm`. Where all blocks have one size there is no such file, and no need of it.
+With `trust_remote_code`, transformers reads `modeling_pruned_*.py` beside the weights, which gives each block its own
+sizes. It needs torch and transformers, but not `darwinlm`. If all blocks have the same sizes, there is no such file.
 """
 
 
@@ -186,11 +195,11 @@ def _markdown(title: str, rows: Sequence[Row], settings: Mapping[str, str], pict
     lines += ["## Models", "", models_table(rows), ""]
     for name, caption in pictures.items():
         lines += [f"![{caption}]({name})", ""]
-    written = _by_prompt(rows)
-    if written:
+    continuations = _by_prompt(rows)
+    if continuations:
         lines += ["## Continuations", "", "Greedy, each from the same prompt.", ""]
     indent = max(len(row.model) for row in rows) + 2
-    for texts in written:
+    for texts in continuations:
         lines.append("```text")
         for row, text in zip(rows, texts, strict=True):
             first = row.model.ljust(indent)
@@ -202,7 +211,7 @@ def _markdown(title: str, rows: Sequence[Row], settings: Mapping[str, str], pict
 
 
 def models_table(rows: Sequence[Row]) -> str:
-    """The models' figures as a Markdown table, and what they are."""
+    """Return the models' figures as a Markdown table, followed by a note that explains them."""
     columns = _columns(rows)
     table = tables.markdown(_titles(columns), [[row.model, *_cells(row, rows[0], columns)] for row in rows])
     note = NOTE.format(dense=rows[0].model, texts=NOTE_ON_TEXTS if rows[0].texts else "")

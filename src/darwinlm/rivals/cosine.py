@@ -1,4 +1,4 @@
-"""Gromov et al. (2024, arXiv 2403.17887): consecutive blocks leave together where the stream turns least."""
+"""Gromov et al. (2024, arXiv 2403.17887): remove the consecutive blocks that turn the hidden state least."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from darwinlm.rivals.depth import removable_blocks, streams, too_large, without_
 from darwinlm.rivals.problem import Problem
 from darwinlm.types import Genome
 
-SEQUENCES = 64
+SEQUENCES = 64  # of the calibration text that angles are measured on
 
 
 def cosine(problem: Problem) -> Genome:
-    """The dense model without the window of consecutive blocks over which the stream turns least.
+    """Return the dense model without the window of consecutive blocks that turns the hidden state least.
 
     The window is as short as the budget allows (section 3.1).
 
     Raises:
-        UsageError: if no window is long enough for the budget.
+        UsageError: if the model is too large for the budget even without the longest window.
     """
     budget, stitcher = problem.budget, problem.stitcher
     removable = set(removable_blocks(budget))
-    # A token a sequence counts, so it takes many: the text of the search has a few.
+    # Only one token of each sequence counts, so this needs more sequences than the text of the search has.
     distance = angular_distances(stitcher.dense, stitcher.family, problem.calibration[:SEQUENCES])
     for length in range(len(removable) + 1):
         windows = [range(start, start + length) for start in range(len(distance) - length)]
@@ -39,12 +39,12 @@ def cosine(problem: Problem) -> Genome:
 def angular_distances(
     model: PreTrainedModel, family: Family, token_ids: Int[Tensor, "sequences length"]
 ) -> Float[Tensor, "boundaries boundaries"]:
-    """`d(l, m) = E[arccos(cos(x_l, x_m))] / pi` between the streams into blocks `l` and `m` (equation 7).
+    """Return `d(l, m) = E[arccos(cos(x_l, x_m))] / pi` for hidden states that enter blocks `l` and `m` (equation 7).
 
-    Of the last token of each sequence, in float64; the last boundary is the stream out of the last block.
+    The mean is over the last token of each sequence, in float64. The last index is for the output of the last block.
     """
     total = 0
-    for found in streams(model, family, token_ids):
-        last = F.normalize(torch.stack([stream[-1] for stream in found]).double(), dim=-1)
+    for states in streams(model, family, token_ids):
+        last = F.normalize(torch.stack([state[-1] for state in states]).double(), dim=-1)
         total = total + torch.arccos((last @ last.T).clamp(-1, 1)) / torch.pi
     return torch.as_tensor(total).float() / len(token_ids)

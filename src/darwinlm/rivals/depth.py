@@ -1,4 +1,4 @@
-"""What the depth methods share: whole decoder blocks leave, until the model fits, and streams between blocks."""
+"""Shared parts of the methods that remove whole decoder blocks: removal by importance, and states between blocks."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from darwinlm.types import Genome, UsageError
 
 
 def removable_blocks(budget: Budget) -> tuple[int, ...]:
-    """The blocks that may vanish whole, in the model's order. The first is not among them: its attention stays."""
+    """Return the blocks that may be removed whole, in order: not the first one, because its attention must stay."""
     kept = {unit.block for i, unit in enumerate(budget.grid.units) if budget.ceilings[i] < budget.grid.highest(i)}
     return tuple(dict.fromkeys(unit.block for unit in budget.grid.units if unit.block not in kept))
 
 
 def without_blocks(budget: Budget, blocks: Iterable[int]) -> Genome:
-    """The dense model without these blocks."""
-    gone = set(blocks)
+    """Return the genome of the dense model without these blocks."""
+    removed = set(blocks)
     units = enumerate(budget.grid.units)
-    return Genome(tuple(budget.grid.highest(i) if unit.block in gone else 0 for i, unit in units))
+    return Genome(tuple(budget.grid.highest(i) if unit.block in removed else 0 for i, unit in units))
 
 
 def remove_until_it_fits(budget: Budget, importance: Sequence[float]) -> Genome:
-    """The dense model without its least important blocks, as few of them as the budget allows.
+    """Return the dense model without its least important blocks, as few of them as the budget allows.
 
     Args:
-        importance: of every block of the model.
+        importance: the importance of every block of the model, in order.
 
     Raises:
-        UsageError: if the model is too large even without all blocks that may vanish.
+        UsageError: if the model is too large even without all blocks that may be removed.
     """
     order = sorted(removable_blocks(budget), key=importance.__getitem__)
     for count in range(len(order) + 1):
@@ -46,10 +46,11 @@ def remove_until_it_fits(budget: Budget, importance: Sequence[float]) -> Genome:
 
 
 def too_large(budget: Budget, least: Genome | None = None) -> UsageError:
-    """What is wrong with a budget that no removal reaches.
+    """Return the error for a budget that no removal of whole blocks or modules reaches.
 
     Args:
-        least: the smallest model that there is; if not given, that without all blocks that may vanish.
+        least: the smallest model of a method that removes modules; if None, the message is about blocks, and the
+            smallest model lacks all blocks that may be removed.
     """
     smallest = budget.cost(least or without_blocks(budget, removable_blocks(budget)))
     return UsageError(
@@ -63,22 +64,25 @@ def too_large(budget: Budget, least: Genome | None = None) -> UsageError:
 def streams(
     model: PreTrainedModel, family: Family, token_ids: Int[Tensor, "sequences length"]
 ) -> Iterator[list[Tensor]]:
-    """What flows into each block and out of the last, of one sequence at a time: `blocks + 1` of `[length, hidden]`."""
+    """Yield, for one sequence at a time, the hidden states that enter each block, and those that leave the last.
+
+    They are `blocks + 1` float32 tensors `[length, d_out]`.
+    """
     blocks: Any = model.get_submodule(family.blocks)
     for ids in token_ids.split(1):
-        found: list[Tensor] = []
+        states: list[Tensor] = []
 
-        def note_input(_: nn.Module, arguments: tuple[Tensor, ...], found: list[Tensor] = found) -> None:
-            found.append(arguments[0][0].float())
+        def record_input(_: nn.Module, arguments: tuple[Tensor, ...], states: list[Tensor] = states) -> None:
+            states.append(arguments[0][0].float())
 
-        def note_output(_: nn.Module, __: object, output: Any, found: list[Tensor] = found) -> None:
-            found.append((output[0] if isinstance(output, tuple) else output)[0].float())
+        def record_output(_: nn.Module, __: object, output: Any, states: list[Tensor] = states) -> None:
+            states.append((output[0] if isinstance(output, tuple) else output)[0].float())
 
-        hooks = [block.register_forward_pre_hook(note_input) for block in blocks]
-        hooks.append(blocks[-1].register_forward_hook(note_output))
+        hooks = [block.register_forward_pre_hook(record_input) for block in blocks]
+        hooks.append(blocks[-1].register_forward_hook(record_output))
         try:
             model.get_decoder()(ids.to(model.device), use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
-        yield found
+        yield states

@@ -1,4 +1,4 @@
-"""EvoPress for depth (Sieberling et al., 2024, arXiv 2410.14649): evolution over whole attention and MLP modules."""
+"""EvoPress (Sieberling et al., 2024, arXiv 2410.14649): evolutionary search over whole attention and MLP modules."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from darwinlm.types import KINDS, Genome, SelectionStage
 
 
 def evopress(problem: Problem) -> Genome:
-    """The fittest model found that lacks whole modules: a step brings one back and removes another of its kind.
+    """Return the fittest model found among those that lack whole modules.
 
-    It starts from the best of as many random removals as a generation has offspring, and scores on as many tokens as
-    our search does.
+    A mutation brings one module back and removes another of its kind. The search starts from the best of as many random
+    removals as a generation has offspring, and scores on as many tokens as the search of this package.
 
     Raises:
         UsageError: if no removal of whole modules fits the budget.
@@ -30,8 +30,8 @@ def evopress(problem: Problem) -> Genome:
     untrained = tuple(replace(stage, training_tokens=0) for stage in problem.config.stages)
     config = problem.config
     starts = {f"random {n}": _random(budget, rng) for n in range(config.offspring)}
-    left = problem.scored_tokens - len(starts) * config.stages[-1].fitness_tokens
-    generations = max(config.generations, left // config.generation_tokens)
+    remaining = problem.scored_tokens - len(starts) * config.stages[-1].fitness_tokens
+    generations = max(config.generations, remaining // config.generation_tokens)
     config = replace(config, stages=untrained, moves="within_kinds", generations=generations)
     if not all(map(budget.fits, starts.values())):
         raise too_large(problem.budget, _whole(grid, Genome(budget.ceilings)))
@@ -40,7 +40,7 @@ def evopress(problem: Problem) -> Genome:
 
 
 def _of_modules(budget: Budget) -> Budget:
-    """The same budget for genomes of two levels: there, and gone. What it must not fall below cannot be met."""
+    """Return the budget for genomes of two levels, present and removed. Their steps are too large for a floor."""
     grid = Grid(budget.grid.units, tuple((0, unit.structures) for unit in budget.grid.units))
     costs = replace(budget.costs, units=tuple((costs[0], costs[-1]) for costs in budget.costs.units))
     ceilings = tuple(int(top == budget.grid.highest(i)) for i, top in enumerate(budget.ceilings))
@@ -48,13 +48,13 @@ def _of_modules(budget: Budget) -> Budget:
 
 
 def _whole(grid: Grid, genome: Genome) -> Genome:
-    """A genome of modules as one of the database's levels."""
-    return Genome(tuple(gone * grid.highest(i) for i, gone in enumerate(genome.levels)))
+    """Return a genome of modules as a genome of the database's levels."""
+    return Genome(tuple(removed * grid.highest(i) for i, removed in enumerate(genome.levels)))
 
 
 @dataclass(frozen=True)
 class _OfModules:
-    """Scores genomes of modules."""
+    """Scores genomes of modules with a scorer for genomes of the database's levels."""
 
     scorer: Scorer
     grid: Grid
@@ -65,7 +65,7 @@ class _OfModules:
 
 
 def _random(budget: Budget, rng: Random) -> Genome:
-    """Random modules gone, of both kinds in turn, until the model fits; what room is left is given back."""
+    """Return a genome from which random modules are removed, of both kinds in turn, and as few as the budget allows."""
     members = [[i for i, u in enumerate(budget.grid.units) if u.kind == kind and budget.ceilings[i]] for kind in KINDS]
     orders = [rng.sample(indices, len(indices)) for indices in members]
     genome = budget.grid.dense()

@@ -1,10 +1,10 @@
-"""ShearedLLaMA's allocation (Xia et al., 2023, arXiv 2310.06694): masks over structures, learned within a size.
+"""ShearedLLaMA's allocation (Xia et al., 2023, arXiv 2310.06694): masks over structures, learned under a size limit.
 
-Every structure has a hard-concrete mask (Louizos et al., 2018, arXiv 1712.01312) that multiplies what its consumer
-reads. The masks minimise the language-model loss under a Lagrangian for the size, whose multipliers maximise it. In the
-paper the weights train too, on 0.4 B tokens, and masks of layers and of the hidden size lead to one given shape; here
-weights are frozen, the size alone is given, and what the masks decide is how much each unit keeps: which structures
-those are, and their weights, are the database's, as for all methods.
+Every structure has a hard-concrete mask (Louizos et al., 2018, arXiv 1712.01312), by which the consumer's input is
+multiplied. The masks minimise the language-model loss plus a Lagrangian for the size, whose multipliers maximise it. In
+the paper the weights are trained too, on 0.4 B tokens, and masks of layers and of the hidden size lead to one given
+shape. Here the weights are frozen, only the size is given, and the masks decide how much each unit keeps. Which
+structures a unit keeps, and their weights, come from the database, as for all methods.
 """
 
 from __future__ import annotations
@@ -30,34 +30,35 @@ from darwinlm.search.mutation import restore
 from darwinlm.search.sensitivity import least_sensitive
 from darwinlm.types import DarwinError, Genome, Unit
 
-BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # temperature, and the ends of the stretched interval (Louizos et al., section 4)
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # temperature, and ends of the stretched interval (Louizos et al., section 4)
 
 
-OPEN = math.log(100)  # log alpha stays between this, at which masks start, and its negative
+OPEN = math.log(100)  # the largest log alpha, at which masks start; its negative is the smallest
 
 
 WARM_UP = 0.2  # share of the steps in which the target grows from nothing
 
 
-# Of Adam; the paper's is 1 for both. In the hundreds of steps here, a tenth of its own, masks that move as fast follow
-# the noise, and multipliers that grow from 0 overshoot, unless the quadratic one is where theirs is after 300 steps.
+# Adam's learning rates, which are 1 in the paper, and the first quadratic multiplier, which is 0 there. Training here
+# takes hundreds of steps, a tenth of the paper's: at its rates masks would follow the noise, and multipliers that grow
+# from 0 would overshoot. The quadratic multiplier starts where the paper's is after 300 steps.
 MASK_RATE, MULTIPLIER_RATE, QUADRATIC = 0.2, 0.1, 300.0
 
 
 def sheared_llama(problem: Problem) -> Genome:
-    """The genome that learned masks come nearest to. Raises `DarwinError` as `learn_masks`."""
+    """Return the genome nearest to the learned masks. Raises `DarwinError` as `learn_masks` does."""
     genome = nearest_genome(problem.budget, learn_masks(problem))
     return restore(genome, problem.budget, Random(problem.seed))
 
 
 def learn_masks(problem: Problem) -> tuple[Float[Tensor, " _"], ...]:
-    """The probability to stay of each structure, unit by unit, learned on `config.mask_tokens` tokens.
+    """Return the probability that each structure stays, unit by unit, learned on `config.mask_tokens` tokens.
 
-    A step is a sequence of the calibration text. What the last one leaves between the expected cost and the budget, and
-    tells, is made up by a shift that is the same for all masks.
+    Each step takes one sequence of the calibration text. After the last step, all log alphas are shifted by the same
+    amount, so that the expected cost meets the budget.
 
     Raises:
-        DarwinError: if the gradient is not finite at any step.
+        DarwinError: if the gradient is finite at no step.
     """
     units, dense, text = problem.budget.grid.units, problem.stitcher.dense, problem.calibration
     masks = HardConcrete([unit.structures for unit in units], problem.seed, dense.device)
@@ -90,16 +91,20 @@ def learn_masks(problem: Problem) -> tuple[Float[Tensor, " _"], ...]:
 
 
 def nearest_genome(budget: Budget, kept: Sequence[Float[Tensor, " _"]]) -> Genome:
-    """The genome within the budget whose units cost what the masks keep of them in expectation, by least squares."""
+    """Return the genome within the budget whose units' costs are nearest to those expected, by least squares.
+
+    Args:
+        kept: for each unit, the probability that each of its structures stays, from which a unit's cost is expected.
+    """
     rows = zip(budget.costs.units, _expected_costs(budget, kept), strict=True)
-    return least_sensitive(budget, [[(cost - wanted.item()) ** 2 for cost in costs] for costs, wanted in rows])
+    return least_sensitive(budget, [[(cost - expected.item()) ** 2 for cost in costs] for costs, expected in rows])
 
 
 class HardConcrete:
-    """Random masks from 0 to 1, both included, that let a gradient through: one a structure.
+    """Random masks, one for each structure, that take values from 0 to 1, both included, and are differentiable.
 
     Attributes:
-        log_alpha: of all units, one after another.
+        log_alpha: the parameters of the masks of all units, one unit after another.
     """
 
     def __init__(self, structures: Sequence[int], seed: int, device: torch.device):
@@ -108,20 +113,21 @@ class HardConcrete:
         self._generator = torch.Generator().manual_seed(seed)
 
     def sample(self) -> tuple[Float[Tensor, " _"], ...]:
-        """Masks, unit by unit (Louizos et al., equations 10 and 11)."""
+        """Draw masks and return them unit by unit (Louizos et al., equations 10 and 11)."""
         uniform = torch.rand(len(self.log_alpha), generator=self._generator).clamp(1e-6, 1 - 1e-6)
         concrete = torch.sigmoid((uniform.logit().to(self.log_alpha.device) + self.log_alpha) / BETA)
         return (concrete * (ZETA - GAMMA) + GAMMA).clamp(0, 1).split(self.structures)
 
     def kept(self) -> tuple[Float[Tensor, " _"], ...]:
-        """The probability that a mask is not 0, unit by unit (Louizos et al., equation 12)."""
+        """Return the probability that each mask is not 0, unit by unit (Louizos et al., equation 12)."""
         return torch.sigmoid(self.log_alpha - BETA * math.log(-GAMMA / ZETA)).split(self.structures)
 
 
 class _Lagrangian:
-    """`a (s - t) + b (s - t)^2` with multipliers `a` and `b` (section 2.1 of the paper, which has one for each size).
+    """The penalty `a (s - t) + b (s - t)^2` with multipliers `a` and `b` (section 2.1 of the paper).
 
-    `s` is the share of what can be pruned that is removed in expectation, `t` its target, which grows from 0.
+    `s` is the expected share of the prunable cost that is removed, and `t` its target, which grows from 0. The paper
+    has one such penalty for each size that it fixes.
     """
 
     def __init__(self, budget: Budget, device: torch.device):
@@ -135,7 +141,7 @@ class _Lagrangian:
         return f"{self.removed:.1%} of {self.target:.1%} removed"
 
     def loss(self, kept: Sequence[Tensor], progress: float) -> Tensor:
-        """At this share of all steps."""
+        """Return the penalty for these probabilities to stay, when `progress` is the share of all steps done."""
         removed = 1 - torch.stack(_expected_costs(self.budget, kept)).sum() / self.prunable
         excess = removed - self.target * min(1.0, progress / WARM_UP)
         self.removed = removed.item()
@@ -144,7 +150,7 @@ class _Lagrangian:
 
 
 def _shift(masks: HardConcrete, budget: Budget) -> None:
-    """Add to all log alphas, by bisection, what the expected cost lacks to be the budget's limit."""
+    """Shift all log alphas by the same amount, found by bisection, so that the expected cost meets the budget."""
     learned, low, high = masks.log_alpha.clone(), -4 * OPEN, 4 * OPEN
     for _ in range(40):
         middle = (low + high) / 2
@@ -154,20 +160,20 @@ def _shift(masks: HardConcrete, budget: Budget) -> None:
 
 
 def _expected_costs(budget: Budget, kept: Sequence[Tensor]) -> list[Tensor]:
-    """What each unit costs at its expected number of structures: between two levels, in proportion."""
+    """Return each unit's cost at its expected number of structures, interpolated linearly between two levels."""
     costs = []
     for index, probability in enumerate(kept):
         removed, levels = budget.grid.removed[index], budget.costs.units[index]
         lost = len(probability) - probability.sum()
         above = next((level for level, count in enumerate(removed) if count > lost.item()), len(removed) - 1)
-        slope = (levels[above] - levels[above - 1]) / (removed[above] - removed[above - 1])
-        costs.append(levels[above] + (lost - removed[above]) * slope)
+        per_structure = (levels[above] - levels[above - 1]) / (removed[above] - removed[above - 1])
+        costs.append(levels[above] + (lost - removed[above]) * per_structure)
     return costs
 
 
 @contextmanager
 def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """No gradients of weights: they would cost a sixth of a step, and a copy of the model."""
+    """Disable the gradients of weights, which would cost a sixth of a step and the memory of a second model."""
     trainable = {weight: weight.requires_grad for weight in model.parameters()}
     model.requires_grad_(False)
     try:
@@ -179,7 +185,7 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _multiplied(model: PreTrainedModel, units: Sequence[Unit], masks: Sequence[Tensor]) -> Iterator[None]:
-    """Each structure's columns of what its consumer reads are multiplied by its mask."""
+    """Multiply the input columns of every consumer by the masks of the structures that they belong to."""
     hooks = []
     for unit, mask in zip(units, masks, strict=True):
         columns = mask.repeat_interleave(unit.structure_width).to(model.dtype)
@@ -196,7 +202,7 @@ def _multiplied(model: PreTrainedModel, units: Sequence[Unit], masks: Sequence[T
 
 
 def _add_gradient(model: Any, ids: Int[Tensor, "1 length"]) -> bool:
-    """Backpropagate the language-model loss on a sequence; False, and nothing is, where that is not finite."""
+    """Backpropagate the language-model loss on a sequence; if its gradient is not finite, do not, and return False."""
     hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state[0, :-1]
     gradient = Logits(model).gradient(hidden, CrossEntropyGradient(ids[0, 1:]))
     if not gradient.isfinite().all():

@@ -1,4 +1,4 @@
-"""Shortened LLaMA (Kim et al., 2024, arXiv 2402.02834): blocks leave by their perplexity or Taylor importance."""
+"""Shortened LLaMA (Kim et al., 2024, arXiv 2402.02834): remove blocks by their perplexity or Taylor importance."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from darwinlm.runtime.progress import track
 from darwinlm.search.fitness import Fitness
 from darwinlm.types import Genome, SelectionStage
 
-KEPT_FIRST, KEPT_LAST = 4, 2  # blocks that Taylor+ keeps, as removing them hurts more than the score says
+KEPT_FIRST, KEPT_LAST = 4, 2  # blocks that Taylor+ keeps, as their removal does more harm than their importance says
 
 
 def shortened_llama(problem: Problem) -> Genome:
-    """The dense model without the blocks whose removal, of each alone, raises perplexity least (equation 2).
+    """Return the dense model without the blocks whose removal, each alone, raises perplexity least (equation 2).
 
     Raises:
-        UsageError: if that cannot fit the budget.
+        UsageError: if no removal of whole blocks fits the budget.
     """
     budget, stitcher, text = problem.budget, problem.stitcher, problem.token_ids
     blocks, stage = removable_blocks(budget), SelectionStage(survivors=1, fitness_tokens=text.numel())
@@ -36,12 +36,12 @@ def shortened_llama(problem: Problem) -> Genome:
 
 
 def shortened_llama_taylor(problem: Problem) -> Genome:
-    """The dense model without the blocks of least Taylor+ importance.
+    """Return the dense model without the blocks of least Taylor+ importance.
 
-    The first four blocks and the last two leave only once no others are left.
+    The first four blocks and the last two are removed only after all others.
 
     Raises:
-        UsageError: if that cannot fit the budget.
+        UsageError: if no removal of whole blocks fits the budget.
     """
     stitcher = problem.stitcher
     importance = taylor_importance(stitcher.dense, stitcher.family, problem.token_ids)
@@ -54,7 +54,7 @@ def shortened_llama_taylor(problem: Problem) -> Genome:
 def taylor_importance(
     model: PreTrainedModel, family: Family, token_ids: Int[Tensor, "sequences length"]
 ) -> list[float]:
-    """`sum |dL/dW * W|` over the weight matrices of every block, `L` being the language-model loss on the text."""
+    """Return `sum |dL/dW * W|` over the weight matrices of each block, where `L` is the language-model loss."""
     blocks: Any = model.get_submodule(family.blocks)
     weights = [[m.weight for m in block.modules() if isinstance(m, nn.Linear)] for block in blocks]
     every = [weight for block in weights for weight in block]

@@ -1,4 +1,4 @@
-"""ShortGPT (Men et al., 2024, arXiv 2403.03853): blocks that change their input least leave first."""
+"""ShortGPT (Men et al., 2024, arXiv 2403.03853): remove the blocks that change their input least."""
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ from darwinlm.types import Genome
 
 
 def shortgpt(problem: Problem) -> Genome:
-    """The dense model without the blocks of least influence. Raises `UsageError` if that cannot fit the budget."""
+    """Return the dense model without its blocks of least influence.
+
+    Raises:
+        UsageError: if no removal of whole blocks fits the budget.
+    """
     stitcher = problem.stitcher
     influence = block_influence(stitcher.dense, stitcher.family, problem.token_ids)
     return remove_until_it_fits(problem.budget, influence)
 
 
 def block_influence(model: PreTrainedModel, family: Family, token_ids: Int[Tensor, "sequences length"]) -> list[float]:
-    """`BI_i = 1 - E[cos(x_i, x_(i+1))]` of every block (equation 1), `x_i` being the stream into block `i`."""
+    """Return `BI_i = 1 - E[cos(x_i, x_(i+1))]` of each block (equation 1), where `x_i` enters block `i`."""
     totals = [
         torch.stack([F.cosine_similarity(a, b, dim=-1).double().sum() for a, b in pairwise(s)])
         for s in streams(model, family, token_ids)

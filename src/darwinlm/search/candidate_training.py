@@ -1,4 +1,4 @@
-"""Training before selection (section 3.2 of the paper): candidates a little, survivors on from where they stood."""
+"""Training of candidates before selection (section 3.2 of the paper), which survivors of a stage continue."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from darwinlm.runtime import parallel
 from darwinlm.training.optimizer_state import set_state, state_of
 from darwinlm.types import Genome
 
-KEPT_BYTES = 8 << 30  # of trained states in a GPU, or in all processes of a machine; the rest goes to temporary files
+# Trained states up to this size stay on a GPU, or in the memory of one machine; others go to temporary files.
+KEPT_BYTES = 8 << 30
 
 
 @dataclass
 class Trained:
-    """A candidate in training, and how many sequences it has seen.
+    """A candidate in training, and the number of sequences that it has been trained on.
 
-    Weights that train are float32: at 1e-5 a bfloat16 step rounds away. All others are the candidate's, shared and
-    frozen; embeddings and head always are.
+    Weights that train are float32, because at a learning rate of 1e-5 rounding to bfloat16 would undo a step. All other
+    weights are frozen and shared with the candidate; input and output embeddings always are.
     """
 
     model: PreTrainedModel
@@ -38,22 +39,22 @@ class Trained:
 
     @property
     def bytes(self) -> int:
-        """Of the weights that train and of their two moments."""
+        """The size of the weights that train and of their two moments."""
         return 3 * sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
 
 
 class CandidateTrainer:
-    """Trains candidates on prefixes of the same sequences, one AdamW step a sequence.
+    """Trains candidates on prefixes of the same sequences, with one AdamW step for each sequence.
 
-    A candidate trained on 10 and then on 50 sequences is, to the last bit, one that was trained on 50 at once. So what
-    is kept saves time and decides nothing.
+    A candidate that is trained on 10 sequences and later up to 50 equals, to the last bit, one that is trained on 50 at
+    once. The states that `keep` stores therefore save time and never change a result.
 
     Args:
-        token_ids: to train on.
-        learning_rate: constant.
-        device: of the candidates.
-        teacher: whose distribution they learn; None: the text's next tokens.
-        trains: modules whose weights train; None: all of the blocks and the last norm.
+        token_ids: the sequences to train on.
+        learning_rate: the constant learning rate.
+        device: where the candidates are.
+        teacher: the model whose distribution the candidates learn; if None, they learn the text's next tokens.
+        trains: paths of the modules whose weights train; if None, all weights of the blocks and of the final norm do.
     """
 
     def __init__(
@@ -69,22 +70,22 @@ class CandidateTrainer:
         self.device = device
         self.teacher = teacher
         self.trains = trains
-        self._wanted: dict[int, Tensor] = {}  # the teacher's last hidden states, by sequence: all candidates need them
+        self._teacher_states: dict[int, Tensor] = {}  # its last hidden states by sequence, which all candidates need
         self._kept: dict[Genome, Trained] = {}
         self._spilled: dict[Genome, tuple[IO[bytes], int]] = {}
 
     def train(self, genome: Genome, candidate: PreTrainedModel, sequences: int) -> Trained:
-        """The candidate after training on the first `sequences` sequences. Its own weights stay as they are."""
+        """Return the candidate trained on the first `sequences` sequences. The weights of `candidate` do not change."""
         trained = self._resume(genome, candidate, sequences)
         model: Any = trained.model.eval()  # no dropout: a score depends on the genome alone
-        head = Logits(model)
+        logits = Logits(model)
         for sequence in range(trained.sequences, min(sequences, len(self.token_ids))):
-            self._step(model, head, trained.optimizer, sequence, candidate.dtype)
+            self._step(model, logits, trained.optimizer, sequence, candidate.dtype)
         trained.sequences = sequences
         return trained
 
     def keep(self, genome: Genome, trained: Trained) -> None:
-        """Remember where a candidate stands."""
+        """Keep the state of a candidate's training, so that a later `train` can continue from it."""
         held = sum(state.bytes for state in self._kept.values())
         sharing = parallel.neighbours() if self.device.type == "cpu" else 1
         if held + trained.bytes <= KEPT_BYTES // sharing:
@@ -93,14 +94,14 @@ class CandidateTrainer:
             self._spill(genome, trained)
 
     def forget_all_but(self, genomes: Iterable[Genome]) -> None:
-        """Forget where all other candidates stand."""
-        wanted = set(genomes)
-        self._kept = {genome: state for genome, state in self._kept.items() if genome in wanted}
-        for genome in self._spilled.keys() - wanted:
+        """Drop the kept states of all candidates other than these."""
+        survivors = set(genomes)
+        self._kept = {genome: state for genome, state in self._kept.items() if genome in survivors}
+        for genome in self._spilled.keys() - survivors:
             self._spilled.pop(genome)[0].close()
 
     def _resume(self, genome: Genome, candidate: PreTrainedModel, sequences: int) -> Trained:
-        """Where the genome stood, if that is kept and is no further than `sequences`; else where it starts."""
+        """Return the genome's kept state if it has seen at most `sequences` sequences, or else an untrained one."""
         kept = self._kept.pop(genome, None)
         if kept is None and genome in self._spilled:
             kept = self._unspill(genome, candidate)
@@ -111,31 +112,33 @@ class CandidateTrainer:
         weights = [p for p in model.parameters() if p.requires_grad]
         return Trained(model, torch.optim.AdamW(weights, lr=self.learning_rate, weight_decay=0.0, fused=True), 0)
 
-    def _step(self, model: Any, head: Logits, optimizer: torch.optim.AdamW, sequence: int, dtype: torch.dtype) -> None:
+    def _step(
+        self, model: Any, logits: Logits, optimizer: torch.optim.AdamW, sequence: int, dtype: torch.dtype
+    ) -> None:
         ids, low = self.token_ids[sequence : sequence + 1].to(self.device), dtype == torch.bfloat16
-        slope = self._slope(ids, sequence)
+        loss_gradient = self._loss_gradient(ids, sequence)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low):
             hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state
             states = hidden[:, :-1].flatten(0, 1)
-            gradient = head.gradient(states, slope)
+            gradient = logits.gradient(states, loss_gradient)
         states.backward(gradient)
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def _slope(self, ids: Int[Tensor, "one length"], sequence: int) -> CrossEntropyGradient | KLGradient:
-        """Of the mean loss over the tokens that have a next one."""
+    def _loss_gradient(self, ids: Int[Tensor, "one length"], sequence: int) -> CrossEntropyGradient | KLGradient:
+        """Return the gradient, for logits, of the mean loss over all tokens of a sequence but the last."""
         if self.teacher is None:
             return CrossEntropyGradient(ids[:, 1:].flatten())
-        if sequence not in self._wanted:
+        if sequence not in self._teacher_states:
             with torch.no_grad():
                 hidden = self.teacher.get_decoder()(ids, use_cache=False).last_hidden_state
-            self._wanted[sequence] = hidden[:, :-1].flatten(0, 1)
-        wanted = self._wanted[sequence]
-        return KLGradient(Logits(self.teacher), wanted, len(wanted))
+            self._teacher_states[sequence] = hidden[:, :-1].flatten(0, 1)
+        states = self._teacher_states[sequence]
+        return KLGradient(Logits(self.teacher), states, len(states))
 
     def _spill(self, genome: Genome, trained: Trained) -> None:
-        file = tempfile.TemporaryFile()  # noqa: SIM115, it has no name and is gone with the process
+        file = tempfile.TemporaryFile()  # noqa: SIM115, it has no name and disappears with the process
         weakref.finalize(self, file.close)
         torch.save(state_of(_training(trained.model), trained.optimizer), file)
         self._spilled[genome] = file, trained.sequences
@@ -155,11 +158,15 @@ def _training(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def trainable_copy(candidate: PreTrainedModel, trains: Collection[str] | None = None) -> PreTrainedModel:
-    """A copy with float32 weights of its own where it trains (`CandidateTrainer`); the rest shared and frozen."""
+    """Return a copy of a candidate whose training weights are its own and float32; others are shared and frozen.
+
+    Args:
+        trains: as for `CandidateTrainer`.
+    """
     ends = (candidate.get_input_embeddings(), candidate.get_output_embeddings())
     shared = {id(weight) for module in ends if module is not None for weight in module.parameters()}
-    wanted = None if trains is None else {f"{path}.weight" for path in trains}
-    shared |= {id(weight) for name, weight in candidate.named_parameters() if wanted is not None and name not in wanted}
+    names = None if trains is None else {f"{path}.weight" for path in trains}
+    shared |= {id(weight) for name, weight in candidate.named_parameters() if names is not None and name not in names}
     copies = {
         id(weight): nn.Parameter(weight.detach(), requires_grad=False)
         if id(weight) in shared
@@ -171,7 +178,7 @@ def trainable_copy(candidate: PreTrainedModel, trains: Collection[str] | None = 
 
 @contextmanager
 def rounded(trained: PreTrainedModel, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
-    """The trained model as it is scored, in the precision of the search; afterwards it has its own weights again."""
+    """Round the trained weights of a model to `dtype`, as it is scored, and restore the exact weights afterwards."""
     exact = [(weight, weight.data) for weight in trained.parameters() if weight.requires_grad]
     try:
         for weight, data in exact:

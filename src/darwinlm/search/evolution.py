@@ -24,22 +24,25 @@ from darwinlm.types import DarwinError, Generation, Genome, SearchResult
 MOVES: dict[str, Move] = {"priced": priced, "within_kinds": within_kinds}
 
 
-DUPLICATE_TRIES = 100
+DUPLICATE_TRIES = 100  # draws beyond the number of offspring, as mutants may repeat
 
 
 def evolve(
     starts: Mapping[str, Genome], budget: Budget, fitness: Scorer, config: SearchConfig, seed: int, history_path: Path
 ) -> SearchResult:
-    """Find a genome within the budget that is close to the dense model.
+    """Search for the genome within the budget whose candidate is closest to the dense model (Algorithm 1).
 
-    The first parent is the best of `starts`, by name. Each generation draws offspring of the parent; stages train and
-    score them and keep the best; the parent joins the last stage with the fitness that it was chosen by, so the best is
-    never lost. A generation's randomness comes from the seed and its number alone. So the history, rewritten after each
-    generation, is all that a search needs to go on from it, on any number of processes with as many threads each, as if
-    it had never stopped. (Sums depend on the number of threads in their last bits.)
+    The first parent is the best of `starts`, which maps names to genomes. Each generation draws offspring of the
+    parent, and selection stages train and score them and keep the best. The parent joins the last stage with the
+    fitness by which it was chosen, so that the best genome is never lost.
+
+    The random numbers of a generation depend only on the seed and the generation's number. The history, which is
+    rewritten after each generation, is therefore all that an interrupted search needs to continue as if it had never
+    stopped. The number of processes may change in between, but not the threads of each: the last bits of sums depend
+    on these.
 
     Raises:
-        DarwinError: if every start diverges.
+        DarwinError: if the fitness of every start is NaN or infinite.
     """
     history = _read(history_path)
     if not history:
@@ -71,7 +74,7 @@ def evolve(
 
 
 def _begin(starts: Mapping[str, Genome], fitness: Scorer, config: SearchConfig) -> Generation:
-    """The best of the starts, scored as the last stage scores."""
+    """Return generation 0, whose parent is the best of the starts, scored as in the last stage."""
     began, last = time.monotonic(), config.stages[-1]
     names: dict[Genome, str] = {}
     for name, genome in starts.items():
@@ -89,7 +92,7 @@ def _begin(starts: Mapping[str, Genome], fitness: Scorer, config: SearchConfig) 
 
 
 def _offspring(parent: Genome, budget: Budget, config: SearchConfig, rng: Random) -> list[Genome]:
-    """Distinct mutants of the parent; fewer than asked for, or none, where the grid has no more."""
+    """Return distinct mutants of the parent: fewer than the setting asks for, or none, where the grid has no more."""
     mutants: dict[Genome, None] = {}
     for _ in range(config.offspring + DUPLICATE_TRIES):
         mutant = MOVES[config.moves](parent, budget, rng, config.max_switches)
@@ -104,7 +107,7 @@ def _offspring(parent: Genome, budget: Budget, config: SearchConfig, rng: Random
 def _generation(
     number: int, before: Generation, offspring: Sequence[Genome], fitness: Scorer, config: SearchConfig
 ) -> Generation:
-    """The best of offspring and parent after all stages. What diverges leaves at once."""
+    """Return the generation that the selection stages make of parent and offspring; candidates that diverge leave."""
     began = time.monotonic()
     candidates, trained, scored, diverged = list(offspring), 0, 0, 0
     by_stage: list[float] = []
@@ -112,7 +115,7 @@ def _generation(
     fitness_tokens = training_tokens = 0
     for stage in config.stages:
         scores = fitness.scores(candidates, stage, before.genome) if candidates else []
-        # Untrained candidates keep what they were scored on, trained ones what they were trained on.
+        # Training counts only the tokens that a stage adds; so does scoring where nothing is trained.
         fitness_tokens += len(candidates) * max(0, stage.fitness_tokens - (0 if stage.training_tokens else scored))
         training_tokens += len(candidates) * (stage.training_tokens - trained)
         trained, scored = stage.training_tokens, stage.fitness_tokens
@@ -132,20 +135,20 @@ def _generation(
 
 
 def _write(path: Path, history: Sequence[Generation]) -> None:
-    """One line of JSON a generation, the genome's levels among them."""
+    """Write the history as JSON lines, one for each generation."""
     if parallel.first():
         write_text(path, "".join(json.dumps(_line(generation), allow_nan=False) + "\n" for generation in history))
 
 
 def _line(generation: Generation) -> dict[str, Any]:
-    """As JSON has it, where what diverged is null."""
+    """Return a generation as JSON holds it, with null where a stage left no finite fitness."""
     by_stage = [score if isfinite(score) else None for score in generation.stage_fitness]
     return asdict(generation) | {"genome": generation.genome.levels, "stage_fitness": by_stage}
 
 
 def _read(path: Path) -> list[Generation]:
     lines = read_json_lines(path, *(field.name for field in fields(Generation))) if path.exists() else []
-    parallel.wait_for_all()  # all have read it before the first process writes
+    parallel.wait_for_all()  # every process has read the file before the first one writes it
     history = []
     for line in lines:
         by_stage = tuple(inf if score is None else score for score in line["stage_fitness"])

@@ -1,4 +1,4 @@
-"""Fitness: how far a stitched candidate is from the dense model, after training it a little (section 3.2)."""
+"""The fitness of a genome: how far its candidate is from the dense model after a little training (section 3.2)."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from darwinlm.runtime import parallel
 from darwinlm.search.candidate_training import CandidateTrainer, rounded
 from darwinlm.types import Genome, SelectionStage
 
-BATCH_TOKENS = 2048  # in one forward pass: allocations of more cost twice the time on a CPU
+BATCH_TOKENS = 2048  # in one forward pass: with more, its allocations take twice the time on a CPU
 
 
 @runtime_checkable
 class Scorer(Protocol):
-    """What an allocator needs of a fitness."""
+    """What an allocator needs to score genomes."""
 
     def scores(self, genomes: Sequence[Genome], stage: SelectionStage, parent: Genome | None = None) -> list[float]:
-        """How bad genomes are after the stage's training, on its fitness tokens: lower is better, infinity is diverged.
+        """Score genomes after the stage's training on its fitness tokens; lower is better, infinity means divergence.
 
-        `parent` is a hint: a genome that all of these, and others scored next, differ little from.
+        `parent` is a hint that saves time: a genome from which these, and those scored next, differ little.
         """
         ...
 
@@ -39,18 +39,18 @@ class Scorer(Protocol):
 class Fitness:
     """Scores genomes by a metric on fixed tokens; lower is better.
 
-    Every candidate sees the same tokens, and a stage with more of them extends those of the stage before it. So what
-    was computed for a genome is not computed again: a later stage adds its own sequences, to the score where nothing is
-    trained and to the training where it is, and without training a forward pass begins at the first block in which the
-    candidate differs from its parent. None of this changes a score.
+    Every candidate sees the same tokens, and a stage with more of them extends those of the stage before it. Therefore
+    nothing is computed twice for a genome. Without training, a later stage scores only the sequences that it adds; with
+    training, it trains only on the sequences that it adds. Without training, a forward pass also begins at the first
+    block in which the candidate differs from its parent. None of this changes a score.
 
-    Processes share the candidates. A score does not depend on who computes it.
+    Candidates are split among processes. A score does not depend on which process computes it.
 
     Args:
         stitcher: makes the candidates; its dense model is the reference.
-        token_ids: on which the metric is taken; stages take prefixes of it.
-        training_ids: on which candidates are trained before they are scored; stages take prefixes of it.
-        config: its stages decide the batches, so that a score does not depend on what was asked before.
+        token_ids: the tokens that the metric is computed on; a stage takes a prefix of them.
+        training_ids: the tokens that candidates are trained on before they are scored; a stage takes a prefix of them.
+        config: settings whose stages determine the batches, so that a score does not depend on earlier calls.
     """
 
     def __init__(
@@ -71,37 +71,37 @@ class Fitness:
         self._config = config
         teacher = stitcher.dense if config.loss == "distillation" else None
         consumers = [unit.consumer for unit in stitcher.grid.units] if config.trains == "consumers" else None
-        self._tuner = CandidateTrainer(training_ids, config.learning_rate, self.device, teacher, consumers)
-        self._sums: dict[Genome, list[float]] = {}  # of untrained candidates, a batch each
+        self._trainer = CandidateTrainer(training_ids, config.learning_rate, self.device, teacher, consumers)
+        self._sums: dict[Genome, list[float]] = {}  # of untrained candidates, one sum for each batch
         self._trained: dict[tuple[Genome, SelectionStage], float] = {}
-        self._owners: dict[Genome, int] = {}  # the process that has computed something of a genome
+        self._owners: dict[Genome, int] = {}  # the process that holds earlier results for a genome
         self._parent: Genome | None = None
         self._traces: dict[int, _Trace] = {}
 
     @cached_property
     def _metrics(self) -> list[Metric]:
-        """Of every batch. The dense model runs once something is scored, not for a search that is finished."""
+        """The metric on every batch. The dense model runs only when a genome is scored first."""
         config = self._config
         return [metric(config.metric, self.stitcher.dense, batch, config.top_k) for batch in self._batches]
 
     def scores(self, genomes: Sequence[Genome], stage: SelectionStage, parent: Genome | None = None) -> list[float]:
-        """The metric in nats a token over the stage's fitness tokens, shared out over all processes."""
-        found = [0.0] * len(genomes)
-        best: list[tuple[float, int]] = []  # so far, of mine: these may go on training
+        """Return the metric of each genome, in nats a token, on the stage's fitness tokens; all processes take part."""
+        scores = [0.0] * len(genomes)
+        best: list[tuple[float, int]] = []  # of this process so far: these may be trained further
         for index, owner in enumerate(self._assign(genomes)):
             if owner != parallel.rank():
                 continue
-            found[index] = self._score(genomes[index], stage, parent)
-            best = sorted([*best, (found[index], index)])[: stage.survivors]
-            self._tuner.forget_all_but([*(genomes[i] for _, i in best), *genomes[index + 1 :]])
-        return parallel.sums_everywhere(found)
+            scores[index] = self._score(genomes[index], stage, parent)
+            best = sorted([*best, (scores[index], index)])[: stage.survivors]
+            self._trainer.forget_all_but([*(genomes[i] for _, i in best), *genomes[index + 1 :]])
+        return parallel.sums_everywhere(scores)
 
     def score(self, genome: Genome, stage: SelectionStage, parent: Genome | None = None) -> float:
-        """The score of one genome."""
+        """Return the score of one genome, as `scores` does for several."""
         return self.scores([genome], stage, parent)[0]
 
     def _assign(self, genomes: Sequence[Genome]) -> list[int]:
-        """Which process scores each genome: the one that has some of it already, unless that has its share."""
+        """Return which process scores each genome: the one that holds earlier results, unless it has its full share."""
         count = parallel.processes()
         share = -(-len(genomes) // count)
         loads = [0] * count
@@ -129,22 +129,22 @@ class Fitness:
 
     def _score_trained(self, genome: Genome, stage: SelectionStage) -> float:
         candidate = self.stitcher.stitch(genome)
-        trained = self._tuner.train(genome, candidate, self._sequences(stage.training_tokens))
+        trained = self._trainer.train(genome, candidate, self._sequences(stage.training_tokens))
         with rounded(trained.model, candidate.dtype) as model:
             score = self._mean([self._total(model, index) for index in range(self._count(stage))])
         if stage.training_tokens < self._last_training:
-            self._tuner.keep(genome, trained)
+            self._trainer.keep(genome, trained)
         return score
 
     def _sequences(self, tokens: int) -> int:
         return -(-tokens // self.length)
 
     def _count(self, stage: SelectionStage) -> int:
-        """Batches that make up a stage's fitness tokens."""
-        wanted, reached = self._sequences(stage.fitness_tokens), 0
+        """Return how many batches make up a stage's fitness tokens."""
+        sequences, reached = self._sequences(stage.fitness_tokens), 0
         for count, batch in enumerate(self._batches, 1):
             reached += len(batch)
-            if reached >= wanted:
+            if reached >= sequences:
                 return count
         raise AssertionError("a stage asks for more fitness tokens than any stage given to Fitness")
 
@@ -154,7 +154,7 @@ class Fitness:
 
     @torch.inference_mode()
     def _total(self, model: PreTrainedModel, index: int, trace: _Trace | None = None, fork: int = 0) -> float:
-        """Sum over a batch's tokens; with the parent's trace only the blocks from `fork` on are run."""
+        """Return the metric's sum over a batch's tokens; with the parent's trace, only blocks from `fork` on run."""
         if trace is None:
             hidden = model.get_decoder()(self._batches[index], use_cache=False).last_hidden_state
         else:
@@ -166,7 +166,7 @@ class Fitness:
         return self._metrics[index].total(hidden.flatten(0, 1), Logits(model))
 
     def _fork(self, genome: Genome, parent: Genome) -> int:
-        """The first block in which two genomes differ."""
+        """Return the first block in which two genomes differ."""
         units = zip(self.stitcher.grid.units, genome.levels, parent.levels, strict=True)
         return next((unit.block for unit, level, other in units if level != other), 0)
 
@@ -181,7 +181,12 @@ class Fitness:
 
 @dataclass(frozen=True)
 class _Trace:
-    """What every block of a model was called with on a batch: the stream into it, and masks and angles."""
+    """The inputs of every block of a model on one batch.
+
+    Attributes:
+        states: the hidden states that enter each block, `[sequences, length, d_out]`.
+        arguments: the keyword arguments of each block, such as masks and rotary angles.
+    """
 
     states: list[Tensor]
     arguments: list[dict[str, Any]]
@@ -191,13 +196,13 @@ class _Trace:
     def of(cls, model: PreTrainedModel, blocks: str, token_ids: Int[Tensor, "sequences length"]) -> _Trace:
         trace = cls([], [])
 
-        def note(_: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
+        def record(_: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
             trace.states.append(arguments[0])
             trace.arguments.append(keywords)
 
         modules: Any = model.get_submodule(blocks)
-        # A stitched model's blocks are its own, so these hooks touch no other model.
-        hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in modules]
+        # A stitched model shares no block with another model, so these hooks affect no other.
+        hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in modules]
         model.get_decoder()(token_ids, use_cache=False)
         for hook in hooks:
             hook.remove()

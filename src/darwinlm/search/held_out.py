@@ -1,4 +1,4 @@
-"""KL of a search's parents on texts that it never saw: does what it gains on its own tokens hold elsewhere?"""
+"""KL of a search's parents on held-out texts, which shows whether gains on the search's tokens carry over."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from darwinlm.runtime.progress import track
 from darwinlm.search.fitness import BATCH_TOKENS
 from darwinlm.types import Curve, Generation
 
-POINTS = 8  # of a curve, at most
+POINTS = 8  # the most that a curve has
 
 
-TOKENS = 4096  # of each text
+TOKENS = 4096  # that are taken of each text
 
 
 class HeldOut:
-    """Mean KL divergence of models from a dense one on several texts, in nats a token, in the models' precision."""
+    """Measures the mean KL divergence of models from the dense model on several texts, in nats a token.
+
+    Hidden states are computed in the models' own precision. Each text is a tensor of token ids, `[sequences, length]`.
+    """
 
     def __init__(self, dense: PreTrainedModel, texts: Mapping[str, Int[Tensor, "_ length"]]):
         self._batches = {
@@ -38,10 +41,10 @@ class HeldOut:
 
     @torch.inference_mode()
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
-        head = Logits(model)
+        logits = Logits(model)
         return {
             name: sum(
-                dense.total(model.get_decoder()(ids, use_cache=False).last_hidden_state.flatten(0, 1), head)
+                dense.total(model.get_decoder()(ids, use_cache=False).last_hidden_state.flatten(0, 1), logits)
                 for ids, dense in batches
             )
             / sum(dense.tokens for _, dense in batches)
@@ -55,10 +58,10 @@ def curves(
     texts: Mapping[str, Int[Tensor, "_ length"]],
     file: Path,
 ) -> dict[str, Curve]:
-    """A curve for each text: generations, and the KL of their parents with the database's weights.
+    """Return a curve for each text: the KL divergence of the parents of some generations, stitched and untrained.
 
-    Of the generations that found a better genome a few are taken, the first and the last among them. `file` keeps what
-    is found, and a later call only reads it.
+    Only generations that improved on the parent are considered; at most `POINTS` of them are measured, among them the
+    first and the last. The curves are kept in `file`, which a later call only reads.
     """
     if file.exists():
         return {name: tuple(map(tuple, curve)) for name, curve in read_json(file).items()}
@@ -66,7 +69,8 @@ def curves(
     count = min(POINTS, len(better))
     points = [better[round(i * (len(better) - 1) / max(count - 1, 1))] for i in range(count)]
     held_out = HeldOut(stitcher.dense, {name: text[: -(-TOKENS // text.shape[1])] for name, text in texts.items()})
-    found = [held_out(stitcher.stitch(line.genome)) for line in track(points, "curves", count)]
-    drawn = {name: tuple((line.generation, at[name]) for line, at in zip(points, found, strict=True)) for name in texts}
-    write_json(file, drawn)
-    return drawn
+    divergences = [held_out(stitcher.stitch(line.genome)) for line in track(points, "curves", count)]
+    measured = list(zip(points, divergences, strict=True))
+    result = {name: tuple((line.generation, by_text[name]) for line, by_text in measured) for name in texts}
+    write_json(file, result)
+    return result

@@ -1,4 +1,4 @@
-"""Moves between genomes within a budget: level-switch mutation (section 3.2 of the paper), priced moves, spreading."""
+"""Mutations of genomes within a budget: level-switch mutation (section 3.2 of the paper) and trades by cost."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ TRIES = 1000
 
 
 Move = Callable[[Genome, Budget, Random, int], Genome | None]
+"""Maps a genome, its budget, a generator and the most steps to a mutant, or to None if there is none."""
 
 
 def within_kinds(genome: Genome, budget: Budget, rng: Random, max_switches: int) -> Genome | None:
-    """Level-switch mutation: within a kind, one unit a level up and another a level down.
+    """Mutate a genome by level switches: within a kind, one unit goes a level up and another a level down.
 
-    `min(U{1..max}, U{1..max})` switches (Algorithm 1), so that small steps are the most frequent. A switch keeps the
-    sum of levels within the kind; mutants outside the budget, or equal to the parent, are drawn again.
+    There are `min(U{1..max}, U{1..max})` switches (Algorithm 1), so that small steps are the most frequent. A switch
+    keeps the sum of levels within the kind. Mutants outside the budget, or equal to the parent, are drawn again.
 
     Returns:
-        The mutant, or None if none was found: the level grid is too coarse for the budget.
+        The mutant, or None if none was found because the level grid is too coarse for the budget.
     """
     for _ in range(TRIES):
         mutant = genome
@@ -33,10 +34,10 @@ def within_kinds(genome: Genome, budget: Budget, rng: Random, max_switches: int)
 
 
 def priced(genome: Genome, budget: Budget, rng: Random, max_switches: int) -> Genome | None:
-    """A mutation that trades by cost, between kinds too.
+    """Mutate a genome by moves that trade cost between units of any kind.
 
-    `min(U{1..max}, U{1..max})` times a random unit is given a level back; others lose levels at random until the model
-    fits again; what room is left then goes to units that lost nothing.
+    A random unit is given a level back, `min(U{1..max}, U{1..max})` times. Other units then lose levels at random until
+    the model fits again, and the room that remains goes to units that have lost nothing in this mutation.
 
     Returns:
         The mutant, or None if none was found.
@@ -57,12 +58,12 @@ def priced(genome: Genome, budget: Budget, rng: Random, max_switches: int) -> Ge
 
 
 def spread(genome: Genome, budget: Budget, rng: Random) -> Genome:
-    """A start for a smaller model from an earlier result: it loses further levels at random units until it fits.
+    """Return a start genome for a smaller model, made from an earlier result, as gradual pruning needs (section 4.1).
 
-    Gradual pruning (section 4.1 of the paper). What room is left is given back at random.
+    Random units lose further levels until the model fits; then levels are given back at random while it still does.
 
     Raises:
-        AssertionError: if nothing fits the budget, which `limit_of` refuses.
+        AssertionError: if no genome fits the budget; `limit_of` refuses such budgets.
     """
     capped = Genome(tuple(min(level, top) for level, top in zip(genome.levels, budget.ceilings, strict=True)))
     smaller = _prune_until_it_fits(budget.worth(capped), budget, range(len(genome.levels)), rng)
@@ -71,7 +72,7 @@ def spread(genome: Genome, budget: Budget, rng: Random) -> Genome:
 
 
 def restore(genome: Genome, budget: Budget, rng: Random, indices: Sequence[int] | None = None) -> Genome:
-    """Give single levels back to random units, of `indices` or of all, while the model fits."""
+    """Give single levels back to random units while the model fits; if `indices` is given, only to those units."""
     indices = range(len(genome.levels)) if indices is None else indices
     while (larger := _restore(genome, budget, indices, rng, fitting=True)) is not None:
         genome = larger
@@ -83,7 +84,7 @@ def _count(rng: Random, most: int) -> int:
 
 
 def _switch(genome: Genome, budget: Budget, rng: Random) -> Genome:
-    """One unit a level up and another of its kind a level down, where the grid allows it."""
+    """Move one random unit a level up and another of its kind a level down, where the grid allows it."""
     kind = rng.choice(KINDS)
     members = [i for i, unit in enumerate(budget.grid.units) if unit.kind == kind]
     lowerable = [i for i in members if genome.levels[i] > 0]
@@ -98,7 +99,7 @@ def _switch(genome: Genome, budget: Budget, rng: Random) -> Genome:
 
 
 def _restore(genome: Genome, budget: Budget, indices: Sequence[int], rng: Random, fitting: bool) -> Genome | None:
-    """A random unit of `indices` a level down, or None if no unit can take it; `fitting`: within the limit."""
+    """Move a random unit of `indices` a level down, within the limit if `fitting`; None if no unit allows it."""
     room = budget.limit - budget.cost(genome)
     options = []
     for i in indices:
@@ -109,7 +110,7 @@ def _restore(genome: Genome, budget: Budget, indices: Sequence[int], rng: Random
 
 
 def _prune_until_it_fits(genome: Genome, budget: Budget, indices: Sequence[int], rng: Random) -> Genome | None:
-    """Random units of `indices` lose levels until the model fits; None if it never does."""
+    """Remove levels from random units of `indices` until the model fits; return None if it never does."""
     while budget.cost(genome) > budget.limit:
         options = [(i, level) for i in indices if (level := budget.cheaper(genome, i)) is not None]
         if not options:

@@ -1,7 +1,7 @@
-"""The start of the search: least summed sensitivity within the budget, by dynamic programming.
+"""The start of the search: the genome of least summed sensitivity within the budget, by dynamic programming.
 
-A unit's sensitivity at a level is what the fitness rises by when that unit alone is pruned. Summed over units it is a
-first guess of a genome's fitness, and the genome of least guess is a far better start than a uniform one.
+A unit's sensitivity at a level is the rise of the fitness when that unit alone is pruned. The sum over units estimates
+a genome's fitness, and the genome with the least estimate is a far better start than the uniform genome.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from darwinlm.search.fitness import Scorer
 from darwinlm.search.mutation import restore
 from darwinlm.types import Genome, SelectionStage
 
-MEASURED = 3  # levels of a unit that are measured, and the first; those between are interpolated
+MEASURED = 3  # levels of a unit that are measured besides level 1; those between are interpolated
 
 
-LEAST = 1e-6  # nats a token: what no level costs less than
+LEAST = 1e-6  # nats a token: the least sensitivity of a level above 0
 
 
-WORST = 1e6  # nats a token: what a unit's removal costs that leaves no finite fitness
+WORST = 1e6  # nats a token: the sensitivity of a level at which the fitness is not finite
 
 
-CELLS = 20_000  # of the budget, into which costs are rounded up
+CELLS = 20_000  # into which the budget is divided; costs are rounded up to whole cells
 
 
 def find_starts(
-    even: Genome, budget: Budget, scorer: Scorer, config: SearchConfig, seed: int, directory: Path
+    uniform: Genome, budget: Budget, scorer: Scorer, config: SearchConfig, seed: int, directory: Path
 ) -> dict[str, Genome]:
-    """The genomes by name, as large as the budget allows, of which the best is to be a search's first parent.
+    """Return start genomes by name, as large as the budget allows; the best becomes a search's first parent.
 
     Args:
-        even: the uniform genome of the budget.
-        directory: keeps the sensitivities that are measured.
+        uniform: the uniform genome of the budget.
+        directory: where the measured sensitivities are kept.
     """
-    starts = {"uniform": even}
+    starts = {"uniform": uniform}
     if config.start == "sensitivity":
         stage = SelectionStage(1, config.stages[0].fitness_tokens)
         table = sensitivities(budget.grid, scorer, stage, directory / "sensitivities.json")
@@ -53,18 +53,18 @@ def find_starts(
 
 
 def start_tokens(grid: Grid, config: SearchConfig) -> int:
-    """Tokens that finding the first parent scores genomes on."""
+    """Return how many tokens are scored, over all genomes, to find the first parent of a search."""
     if config.start != "sensitivity":
         return config.stages[-1].fitness_tokens
-    alone = sum(len(measured_levels(grid.highest(index))) for index in range(len(grid.units)))
-    return (1 + alone) * config.stages[0].fitness_tokens + 2 * config.stages[-1].fitness_tokens
+    single = sum(len(measured_levels(grid.highest(index))) for index in range(len(grid.units)))
+    return (1 + single) * config.stages[0].fitness_tokens + 2 * config.stages[-1].fitness_tokens
 
 
 def sensitivities(grid: Grid, scorer: Scorer, stage: SelectionStage, state: Path) -> list[list[float]]:
-    """Rise of the fitness with one unit at one level and all others dense: `result[unit][level]`.
+    """Return by how much the fitness rises with one unit at one level and all others dense: `result[unit][level]`.
 
-    The file `state` keeps what is measured, unit by unit; a later call goes on from it, unless it is of another grid.
-    Processes share the levels of each unit.
+    The file `state` keeps the rows that are measured, unit by unit. A later call continues from it unless the file
+    belongs to another grid. The levels of each unit are split among processes.
     """
     dense = grid.dense()
     table = _kept(grid, state)
@@ -75,11 +75,11 @@ def sensitivities(grid: Grid, scorer: Scorer, stage: SelectionStage, state: Path
     for index in track(indices, "sensitivities", len(grid.units), len(table)):
         highest = grid.highest(index)
         levels = measured_levels(highest)
-        alone = [dense.replace({index: level}) for level in levels]
-        found = [min(max(score - before, LEAST), WORST) for score in scorer.scores(alone, stage, dense)]
-        # More is never better than less: what noise says otherwise is flattened.
-        rising = np.maximum.accumulate(found)
-        # Every level multiplies it, roughly; straight lines would be too high between the measured levels.
+        genomes = [dense.replace({index: level}) for level in levels]
+        rises = [min(max(score - before, LEAST), WORST) for score in scorer.scores(genomes, stage, dense)]
+        # Removing more cannot help: where noise says so, the value of the lower level is taken.
+        rising = np.maximum.accumulate(rises)
+        # The rise grows roughly by a factor with each level, so it is interpolated on a logarithmic scale.
         between = np.exp(np.interp(range(1, highest + 1), levels, np.log(rising)))
         table.append([0.0, *between.tolist()])
         if parallel.first():
@@ -88,16 +88,16 @@ def sensitivities(grid: Grid, scorer: Scorer, stage: SelectionStage, state: Path
 
 
 def measured_levels(highest: int) -> list[int]:
-    """Of a unit whose highest level this is, rising."""
+    """Return, in ascending order, the levels that are measured of a unit whose highest level is `highest`."""
     return sorted({round(highest * i / MEASURED) for i in range(MEASURED + 1)} - {0} | {1})
 
 
 def _kept(grid: Grid, state: Path) -> list[list[float]]:
-    """What an earlier call has measured of this grid."""
+    """Return the rows that an earlier call has measured of this grid, or none."""
     table: Any = read_json(state) if state.exists() else []
     rows: list[Any] = table if isinstance(table, list) and len(table) <= len(grid.units) else [None]
     if all(isinstance(row, list) and len(row) == grid.highest(index) + 1 for index, row in enumerate(rows)):
-        parallel.wait_for_all()  # all have read it before the first writes
+        parallel.wait_for_all()  # every process has read the file before the first one writes it
         return list(rows)
     say(f"{state} is of another model or other levels: its sensitivities are measured again")
     parallel.wait_for_all()
@@ -105,13 +105,13 @@ def _kept(grid: Grid, state: Path) -> list[list[float]]:
 
 
 def least_sensitive(budget: Budget, table: list[list[float]]) -> Genome:
-    """The genome within the budget's limit whose sensitivities sum up to least.
+    """Return the genome within the budget's limit whose sensitivities have the least sum.
 
-    Dynamic programming over units, the cost so far rounded up to one of `CELLS` cells, so the limit is never passed.
+    This is dynamic programming over units. Costs are rounded up to whole cells, so the limit is never exceeded.
     """
     cell = (budget.limit - budget.costs.fixed) / CELLS
-    best = np.zeros(CELLS + 1)  # least sum of sensitivities at each cost, over the units so far
-    chosen = []
+    best = np.zeros(CELLS + 1)  # the least sum of sensitivities over the units so far, for each cost in cells
+    choices = []
     cells = [[int(np.ceil(cost / cell)) for cost in costs] for costs in budget.costs.units]
     for index, sensitivity in enumerate(table):
         options = np.full((len(sensitivity), CELLS + 1), np.inf)
@@ -119,13 +119,13 @@ def least_sensitive(budget: Budget, table: list[list[float]]) -> Genome:
             needed = cells[index][level]
             if needed <= CELLS:
                 options[level, needed:] = best[: CELLS + 1 - needed] + sensitivity[level]
-        chosen.append(options.argmin(axis=0))
+        choices.append(options.argmin(axis=0))
         best = options.min(axis=0)
-    if np.isinf(best[CELLS]):  # costs are rounded up: only the cheapest genome may be left
+    if np.isinf(best[CELLS]):  # rounded up, even the cheapest genome may exceed the limit
         return budget.least
-    levels, left = [], CELLS
+    levels, remaining = [], CELLS
     for index in reversed(range(len(table))):
-        level = int(chosen[index][left])
+        level = int(choices[index][remaining])
         levels.append(level)
-        left -= cells[index][level]
+        remaining -= cells[index][level]
     return Genome(tuple(reversed(levels)))

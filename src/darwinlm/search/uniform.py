@@ -1,4 +1,4 @@
-"""Uniform allocation: every unit loses the same share. The baseline, and the paper's start of the search."""
+"""Uniform allocation: every unit loses the same share. It is the baseline, and the paper's start of the search."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from darwinlm.search.budget import BELOW, Budget, Costs, Target, amount_of, limi
 from darwinlm.search.mutation import restore
 from darwinlm.types import KINDS, Genome, UsageError
 
-FILLINGS = 32  # ways to give back single levels, of which the one that fills the budget best is taken
+FILLINGS = 32  # random ways to give back single levels, of which the one that uses most of the budget is taken
 
 
 def uniform(grid: Grid, costs: Costs, config: RunConfig) -> tuple[Genome, Budget]:
-    """The uniform genome at a run's target, and the budget within which other genomes are sought.
+    """Return the uniform genome at a run's target, and the budget within which a search looks for others.
 
-    At a target level the cost of the genome of that level is the limit. Where that keeps less attention than it must,
-    and at `--target`, it is the largest uniform genome that fits, with single levels given back.
+    For a target level, the cost of the genome of that level is the limit. For `--target`, and where that genome removes
+    attention that must stay, the uniform genome is the largest one that fits, with single levels given back.
 
     Raises:
         UsageError: if the target cannot be reached, or is no smaller than the dense model.
@@ -37,30 +37,38 @@ def uniform(grid: Grid, costs: Costs, config: RunConfig) -> tuple[Genome, Budget
 def _largest(budget: Budget, config: RunConfig) -> tuple[Genome, Budget]:
     grid, levels = budget.grid, config.database.levels
     count = len(grid.units)
-    # From the dense model downwards, one unit's step at a time.
+    # From the dense model towards smaller ones, by one unit's level at a time.
     targets = (step / count for step in range(1, levels * count))
-    even = (uniform_genome(grid, target, levels, Random(config.seed), config.keep_attention) for target in targets)
-    start = next((genome for genome in map(budget.worth, even) if budget.fits(genome)), budget.least)
+    genomes = (uniform_genome(grid, target, levels, Random(config.seed), config.keep_attention) for target in targets)
+    start = next((genome for genome in map(budget.worth, genomes) if budget.fits(genome)), budget.least)
     return fullest(lambda rng: restore(start, budget, rng), budget, config.seed)
 
 
 def fullest(draw: Callable[[Random], Genome], budget: Budget, seed: int) -> tuple[Genome, Budget]:
-    """The dearest of several random genomes that fit the budget, and the budget, down to it if that is too cheap."""
+    """Return the most expensive of several random genomes within the budget, and the budget.
+
+    Where that genome costs less than the budget's floor, the floor is lowered to its cost, and the user is told so.
+
+    Args:
+        draw: draws one genome that fits the budget.
+    """
     genome = max((draw(Random(f"{seed} {way}")) for way in range(FILLINGS)), key=budget.cost)
     if not budget.admits(genome):
-        found = budget.cost(genome)
+        closest = budget.cost(genome)
         say(
             f"the level grid is too coarse to come within {BELOW:.0%} of {amount_of(budget.limit)} "
-            f"{budget.costs.measure}: {amount_of(found)} is the closest found below it; raise --database.levels"
+            f"{budget.costs.measure}: {amount_of(closest)} is the closest found below it; raise --database.levels"
         )
     return genome, budget.down_to(genome)
 
 
 def ceilings(grid: Grid, keep_attention: bool = False) -> tuple[int, ...]:
-    """The highest level of each unit: all may vanish but the first block's attention, on which every cache relies.
+    """Return the highest level that each unit may take.
+
+    Every unit may be removed whole, except the attention of the first block, on which every cache relies.
 
     Args:
-        keep_attention: no attention vanishes at all.
+        keep_attention: whether no attention may be removed whole.
     """
     attentions = [i for i, unit in enumerate(grid.units) if unit.kind == "attention"]
     kept = attentions if keep_attention else attentions[:1]
@@ -68,10 +76,11 @@ def ceilings(grid: Grid, keep_attention: bool = False) -> tuple[int, ...]:
 
 
 def uniform_genome(grid: Grid, target_level: float, levels: int, rng: Random, keep_attention: bool = False) -> Genome:
-    """Every unit at the same fraction of its levels; a fraction between two levels is a random mix of both.
+    """Return the genome in which every unit has lost the same fraction of its levels.
 
-    `target_level` is out of `levels`; a kind with fewer levels takes the same fraction of its own. Within a kind the
-    number of units at the higher level is exact, so every seed gives a genome of the same level sum.
+    The fraction is `target_level / levels`; a unit with fewer levels takes the same fraction of its own. Where that is
+    between two levels, random units of the kind get the higher one. Their number is fixed, so the sum of levels does
+    not depend on the seed.
 
     Raises:
         UsageError: if `target_level` is not strictly between 0 and `levels`.
@@ -86,10 +95,9 @@ def uniform_genome(grid: Grid, target_level: float, levels: int, rng: Random, ke
         members = [i for i, unit in enumerate(grid.units) if unit.kind == kind]
         if not members:
             continue
-        wanted = sum(target_level / levels * grid.highest(i) for i in members)
+        total = sum(target_level / levels * grid.highest(i) for i in members)
         floors = {i: int(target_level / levels * grid.highest(i)) for i in members}
-        # Rounded down: the model never ends up with less removed in one kind than another start would have.
-        missing = round(wanted - sum(floors.values()))
+        missing = round(total - sum(floors.values()))  # levels that rounding down has lost
         raisable = [i for i in members if floors[i] < top[i]]
         raised = set(rng.sample(raisable, min(missing, len(raisable))))
         result.update({i: min(floors[i] + (i in raised), top[i]) for i in members})

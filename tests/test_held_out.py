@@ -1,4 +1,4 @@
-"""The KL of a search's parents on other texts, against whole logits in float64."""
+"""The KL of a search's parents on other texts equals that of whole logits in float64."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def test_a_few_better_genomes_are_judged_on_every_text(
     order = [0, 0, 1, 2, 2, 3, 3, 4, 4]
     history = [Generation(number, 1.0, genomes[i], 1, 0.0) for number, i in enumerate(order)]
     texts = {"one": token_ids(3, 4), "other": token_ids(4, 2)}
-    found = curves(stitcher, history, texts, tmp_path / "curves.json")
-    assert list(found) == ["one", "other"]
+    measured = curves(stitcher, history, texts, tmp_path / "curves.json")
+    assert list(measured) == ["one", "other"]
     for name, ids in texts.items():
-        assert [generation for generation, _ in found[name]] == [0, 3, 7]
-        for generation, divergence in found[name]:
+        assert [generation for generation, _ in measured[name]] == [0, 3, 7]
+        for generation, divergence in measured[name]:
             models = (stitcher.dense, stitcher.stitch(genomes[order[generation]]))
             log_p, log_q = (model(ids[:2]).logits.double().log_softmax(-1) for model in models)
             expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
             assert divergence == pytest.approx(expected, abs=1e-4)
-    monkeypatch.setattr(module, "HeldOut", None)  # what is found is not measured again
-    assert curves(stitcher, history, texts, tmp_path / "curves.json") == found
+    monkeypatch.setattr(module, "HeldOut", None)  # kept curves are not measured again
+    assert curves(stitcher, history, texts, tmp_path / "curves.json") == measured
 
 
 def test_a_search_that_found_nothing_better_has_one_point(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     pruned = prune(checkpoints["llama-gqa"], tmp_path / "database")
     history = [Generation(number, 1.0, pruned.genomes()[0], 1, 0.0) for number in range(3)]
-    found = curves(pruned.stitcher, history, {"text": token_ids(3, 2)}, tmp_path / "curves.json")
-    assert [generation for generation, _ in found["text"]] == [0]
+    measured = curves(pruned.stitcher, history, {"text": token_ids(3, 2)}, tmp_path / "curves.json")
+    assert [generation for generation, _ in measured["text"]] == [0]

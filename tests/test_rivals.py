@@ -60,7 +60,7 @@ def model_of(idle_attention: Sequence[int], idle_mlp: Sequence[int]) -> PreTrain
 
 
 def written_by(model: Any, sequences: int = 12) -> Tensor:
-    """Text that the model wrote itself: on average no other model finds it likelier."""
+    """Return text that the model wrote itself, to which, on average, no other model gives a higher likelihood."""
     with torch.no_grad():
         start = torch.randint(1, tiny.VOCAB, (sequences, 1), generator=torch.Generator().manual_seed(1))
         torch.manual_seed(0)
@@ -70,7 +70,7 @@ def written_by(model: Any, sequences: int = 12) -> Tensor:
 
 
 def problem_of(model: PreTrainedModel, path: Path, blocks_gone: int, **changes: Any) -> Problem:
-    """To make the model as small as it is without some blocks."""
+    """Return the problem of making a model as small as it would be without some blocks."""
     grid = level_grid(find_units(model, model.config), 4, 8)
     costs = parameter_costs(grid, parameter_count(model))
     of_a_block = sum(row[0] for row in costs.units[:2])
@@ -79,19 +79,19 @@ def problem_of(model: PreTrainedModel, path: Path, blocks_gone: int, **changes: 
     stitcher = Stitcher(model, FAMILIES["llama"], Database(path / "database", grid, {}))
     text = written_by(model)
     fitness = Fitness(stitcher, text, text[:2], SEARCH)
-    even = uniform_genome(grid, 4 * blocks_gone / BLOCKS, 4, Random(0))
-    return replace(Problem(stitcher, budget, even, fitness, text, text, SEARCH, 0, path), **changes)
+    uniform = uniform_genome(grid, 4 * blocks_gone / BLOCKS, 4, Random(0))
+    return replace(Problem(stitcher, budget, uniform, fitness, text, text, SEARCH, 0, path), **changes)
 
 
 def blocks_gone(problem: Problem, genome: Genome) -> list[int]:
-    """Which blocks have nothing left. All others must be whole."""
+    """Return the blocks that have nothing left; all others must be whole."""
     levels = list(zip(genome.levels[::2], genome.levels[1::2], strict=True))
     whole = (problem.budget.grid.highest(0), problem.budget.grid.highest(1))
     assert all(pair in ((0, 0), whole) for pair in levels)
     return [block for block, pair in enumerate(levels) if pair == whole]
 
 
-# Taylor+ keeps the last two.
+# Taylor+ keeps the last two blocks, so it is not tested on these.
 IDLE = [*itertools.product(DEPTH, [(5, 6)]), *itertools.product(DEPTH[:-1], [(7, 8)])]
 
 
@@ -116,13 +116,13 @@ def test_shortened_llama_removes_the_block_without_which_the_text_is_likeliest(t
 
 
 def test_taylor_importance_is_that_of_gradients_and_weights() -> None:
-    """Of the summed loss."""
+    """The gradients are those of the loss summed over sequences."""
     model: Any = model_of([], [])
     ids = written_by(model, 4)
-    found = taylor_importance(model, FAMILIES["llama"], ids)
+    importances = taylor_importance(model, FAMILIES["llama"], ids)
     model.requires_grad_(True)
     sum(model(row[None], labels=row[None]).loss for row in ids).backward()
-    for block, importance in zip(model.model.layers, found, strict=True):
+    for block, importance in zip(model.model.layers, importances, strict=True):
         matrices: list[Any] = [m.weight for m in block.modules() if isinstance(m, torch.nn.Linear)]
         expected = sum((weight * weight.grad).abs().sum().item() for weight in matrices)
         assert importance == pytest.approx(expected, rel=1e-4)
@@ -142,7 +142,7 @@ def test_the_first_block_stays_though_it_does_nothing(method: str, tmp_path: Pat
 
 
 def test_cosine_takes_a_window_and_shortgpt_does_not(tmp_path: Path) -> None:
-    """Blocks 3 and 4 undo each other: each turns the stream, both together do not."""
+    """Blocks 3 and 4 undo each other: each turns the hidden state, but both together do not."""
     model: Any = model_of([3, 4], [])
     for block, sign in ((3, 1.0), (4, -1.0)):  # a constant step, and the same one back
         mlp = model.model.layers[block].mlp
@@ -172,7 +172,7 @@ def test_taylor_keeps_the_first_blocks_and_the_last_while_others_are_left(tmp_pa
 
 
 def test_influence_and_distance_are_those_of_hidden_states() -> None:
-    """Against transformers' own hidden states, of which the last is normed and left out."""
+    """They equal those of transformers' own hidden states, without the last one, which is normed."""
     model, ids = model_of([2], [2]), token_ids().clamp(min=1)  # 0 pads: its embedding is zero
     with torch.no_grad():
         states = model(ids, output_hidden_states=True).hidden_states[:-1]
@@ -203,7 +203,7 @@ def test_evopress_finds_the_modules_that_do_nothing(tmp_path: Path) -> None:
 
 
 def test_evopress_may_score_as_much_as_our_start_and_generations_do(tmp_path: Path) -> None:
-    """Ours: the dense model and 18 units at three levels on 64 tokens, two starts on 128. Its own: six on 128."""
+    """Our start scores the dense model and 18 units at three levels on 64 tokens, and two starts on 128 tokens."""
     search = replace(SEARCH, start="sensitivity", offspring=4, generations=2)
     problem = problem_of(model_of([], []), tmp_path, 1, config=search)
     a_generation = 4 * 64 + 3 * 64
@@ -219,7 +219,7 @@ def test_evopress_may_score_as_much_as_our_start_and_generations_do(tmp_path: Pa
 
 @dataclass(frozen=True)
 class Weighted:
-    """A model whose loss is a weighted sum of its units' errors: what ziplm takes every model for."""
+    """A model whose loss is a weighted sum of its units' errors, as ZipLM assumes."""
 
     errors: list[list[float]]
     weights: list[float]
@@ -246,18 +246,18 @@ def test_ziplm_is_the_best_of_all_genomes_and_its_search_finds_weights(
     def best(weights: list[float]) -> float:
         return min(Weighted(relative, weights).scores(fitting, SEARCH.stages[0]), default=inf)
 
-    even, uneven = [1.0] * 6, [1.0, 0.1, 1.0, 0.2, 0.15, 1.0]
+    equal, unequal = [1.0] * 6, [1.0, 0.1, 1.0, 0.2, 0.15, 1.0]
     text = token_ids()
-    problem = Problem(case.stitcher, budget, grid.dense(), Weighted(relative, even), text, text, SEARCH, 0, tmp_path)
+    problem = Problem(case.stitcher, budget, grid.dense(), Weighted(relative, equal), text, text, SEARCH, 0, tmp_path)
     plain = ALLOCATORS["ziplm"](replace(problem, config=replace(SEARCH, generations=0)))
     assert budget.fits(plain)
-    assert Weighted(relative, even).scores([plain], SEARCH.stages[0]) == [pytest.approx(best(even))]
-    truth = Weighted(relative, uneven)
-    found = ALLOCATORS["ziplm"](replace(problem, fitness=truth, config=replace(SEARCH, generations=50)))
-    assert budget.fits(found)
-    found_loss, plain_loss = truth.scores([found, plain], SEARCH.stages[0])
-    assert plain_loss > 1.05 * best(uneven)  # so that there is something to find
-    assert found_loss == pytest.approx(best(uneven), rel=0.02)
+    assert Weighted(relative, equal).scores([plain], SEARCH.stages[0]) == [pytest.approx(best(equal))]
+    truth = Weighted(relative, unequal)
+    chosen = ALLOCATORS["ziplm"](replace(problem, fitness=truth, config=replace(SEARCH, generations=50)))
+    assert budget.fits(chosen)
+    found_loss, plain_loss = truth.scores([chosen, plain], SEARCH.stages[0])
+    assert plain_loss > 1.05 * best(unequal)  # so that there is something to find
+    assert found_loss == pytest.approx(best(unequal), rel=0.02)
 
 
 def test_evolution_is_no_worse_than_its_start_with_training_and_without(
@@ -265,21 +265,21 @@ def test_evolution_is_no_worse_than_its_start_with_training_and_without(
 ) -> None:
     case = prune(checkpoints["mistral"], tmp_path / "database")
     grid = case.database.grid
-    even = uniform_genome(grid, 2.0, 4, Random(0))
+    uniform = uniform_genome(grid, 2.0, 4, Random(0))
     costs = parameter_costs(grid, parameter_count(case.dense))
-    limit = float(costs.of(even))
+    limit = float(costs.of(uniform))
     budget = Budget(grid, costs, limit, 0.97 * limit, ceilings(grid))
     for method, stage in (("evolution", SelectionStage(1, 128)), ("training-aware", SEARCH.stages[-1])):
         fitness = Fitness(case.stitcher, token_ids(), token_ids(1)[:1], SEARCH)
         state = tmp_path / method
-        problem = Problem(case.stitcher, budget, even, fitness, token_ids(), token_ids(), SEARCH, 0, state)
+        problem = Problem(case.stitcher, budget, uniform, fitness, token_ids(), token_ids(), SEARCH, 0, state)
         genome = ALLOCATORS[method](problem)
         assert budget.fits(genome)
-        assert fitness.score(genome, stage) < fitness.score(even, stage)
+        assert fitness.score(genome, stage) < fitness.score(uniform, stage)
         history = read_json_lines(state / "history.jsonl")
         assert any(line["training_tokens"] for line in history) == (method == "training-aware")
 
 
-def test_uniform_is_the_even_genome(tmp_path: Path) -> None:
+def test_uniform_is_the_given_uniform_genome(tmp_path: Path) -> None:
     problem = problem_of(model_of([], []), tmp_path, 3)
     assert ALLOCATORS["uniform"](problem) == problem.even

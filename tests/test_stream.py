@@ -1,4 +1,4 @@
-"""Training text at scale: shards with scores, filtered, packed once, whoever and whenever does it."""
+"""Training text at scale: shards with scores are filtered and packed once, whichever process does it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def records(shard: int) -> list[dict[str, object]]:
 
 @pytest.fixture(scope="module", params=["jsonl", "parquet"])
 def shards(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of shards with the columns of FineWeb-Edu that count."""
+    """A directory of shards with the columns of FineWeb-Edu that matter here."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -62,7 +62,7 @@ def rows(sequences: Sequences) -> list[tuple[int, ...]]:
 
 
 def test_only_documents_of_the_score_are_there_and_none_that_is_held_out(shards: Path, tmp_path: Path):
-    """Every whole document between two end-of-text tokens is one that should be there, and many of them are."""
+    """Each whole document between two end-of-text tokens passes the filter, and many documents are whole."""
     every = [record for shard in range(SHARDS) for record in records(shard)]
     good = {str(r["text"]) for r in every if isinstance(r["language_score"], float) and r["language_score"] >= 0.9}
     tokenizer = tiny.tokenizer()
@@ -70,22 +70,22 @@ def test_only_documents_of_the_score_are_there_and_none_that_is_held_out(shards:
         (False, draw(shards, 1200, tmp_path)),
         (True, draw_held_out(str(shards), 100, tokenizer, SCORED, tmp_path)),
     ):
-        wanted = {text for text in good if is_held_out(text) == held_out}
+        expected = {text for text in good if is_held_out(text) == held_out}
         store, *_ = drawn.stores
-        found: set[str] = set()
+        packed: set[str] = set()
         for lane, part in {(lane, part) for _, lane, part, _ in drawn.places.tolist()}:
             count = sum((lane, part) == tuple(place[1:3]) for place in drawn.places.tolist())
             stream = torch.cat([store.read(lane, part, row) for row in range(count)]).tolist()
             text = tokenizer.decode(stream)
-            found |= set(str(text).split("<end>")[1:-1])
-        assert found <= wanted
-        assert len(found) > 0.25 * len(wanted)
+            packed |= set(str(text).split("<end>")[1:-1])
+        assert packed <= expected
+        assert len(packed) > 0.25 * len(expected)
 
 
 def test_what_is_drawn_depends_on_neither_processes_nor_what_was_there(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The same sequences from one process; from three that take turns at the lanes; and after a smaller draw."""
+    """One process, three that share the lanes, and a draw after a smaller one give the same sequences."""
     expected = draw(shards, 300, tmp_path / "one")
     draw(shards, 7, tmp_path / "grown")
     grown = draw(shards, 300, tmp_path / "grown")
@@ -123,7 +123,7 @@ def test_what_is_there_is_not_tokenised_again(shards: Path, tmp_path: Path, monk
 def test_an_interrupted_filling_goes_on_from_its_last_part(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """What a kill leaves: whole parts, a half one, one without its record. Small parts, so that a lane has several."""
+    """A killed process leaves whole parts, a partial one and one without a record. Lanes here have several parts."""
     monkeypatch.setattr(stream, "FIRST_PART", 4)
     monkeypatch.setattr(stream, "LARGEST_PART", 8)
     expected = draw(shards, 1000, tmp_path / "whole")
@@ -192,7 +192,7 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path):
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_what_is_skipped_is_what_a_shorter_draw_has(shards: Path, text: Path, tmp_path: Path, mixed: bool):
-    """So stages of a recipe, one after another, see no sequence twice."""
+    """Consecutive stages of a recipe therefore see no sequence twice."""
     plain = StreamConfig(sequence_length=32)
     data = f"{shards}/*{next(shards.iterdir()).suffix}=3,{text}=1" if mixed else str(shards)
     stages, start = [], 0
