@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from darwinlm.database.stitch import Stitcher
 from darwinlm.losses.logits import Logits
 from darwinlm.losses.metrics import Divergence
-from darwinlm.runtime.files import read_json, write_json
+from darwinlm.runtime.files import read_record, write_record
 from darwinlm.runtime.progress import track
 from darwinlm.search.fitness import BATCH_TOKENS
 from darwinlm.types import Curve, Generation
@@ -61,12 +61,12 @@ def curves(
     is found, and a later call only reads it.
     """
     if file.exists():
-        return {name: tuple(map(tuple, curve)) for name, curve in read_json(file).items()}
+        return {name: tuple(map(tuple, curve)) for name, curve in read_record(file)["curves"].items()}
     better = [line for i, line in enumerate(history) if i == 0 or line.genome != history[i - 1].genome]
     count = min(POINTS, len(better))
     points = [better[round(i * (len(better) - 1) / max(count - 1, 1))] for i in range(count)]
     held_out = HeldOut(stitcher.dense, {name: text[: -(-TOKENS // text.shape[1])] for name, text in texts.items()})
     found = [held_out(stitcher.stitch(line.genome)) for line in track(points, "curves", count)]
     drawn = {name: tuple((line.generation, at[name]) for line, at in zip(points, found, strict=True)) for name in texts}
-    write_json(file, drawn)
+    write_record(file, {"curves": drawn}, {"genomes": [line.genome.levels for line in points]})
     return drawn
