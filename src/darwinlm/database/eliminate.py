@@ -138,10 +138,9 @@ def _eliminate_channels(pair: _Pair, until: int, queue: int) -> tuple[list[int],
     Removing `j`, with `p = P_jj` and `m = S_jj / p`: `u = P_j / sqrt(p)`, `t = S_j / sqrt(p) - m u / 2`, then
     `P <- P - u u^T`, `S <- S - u t^T - t u^T`.
     """
-    n = pair.n
-    names = list(range(n))
+    names = list(range(pair.n))
     diagonals = pair.diagonals().clone()
-    queued = diagonals.new_empty(2, queue, n)  # U and T
+    queued = diagonals.new_empty(2, queue, pair.n)  # U and T
     diagonals[1] /= 2  # P_jj and S_jj / 2: one product then updates both
     gone = torch.stack([diagonals[0].max(), diagonals.new_tensor(math.inf)])  # a score that is never the least again
     scores = torch.empty_like(diagonals[0])
@@ -149,20 +148,9 @@ def _eliminate_channels(pair: _Pair, until: int, queue: int) -> tuple[list[int],
     for _ in range(until):
         q = len(holes)
         if q == queue:
-            n -= queue
-            taken = set(holes)
-            hollow = sorted(hole for hole in holes if hole < n)
-            solid = [position for position in range(n, n + queue) if position not in taken]
-            for hole, survivor in zip(hollow, solid, strict=True):
-                names[hole] = names[survivor]
-            empty, full = (torch.tensor(some, dtype=torch.int64, device=gone.device) for some in (hollow, solid))
-            queued, diagonals = (_moved(each, empty, full)[..., :n] for each in (queued, diagonals))
-            diagonals[0].clamp_(min=pair.floor)
-            diagonals[1].clamp_(min=0)
-            pair.shrink(n, empty, full)
-            pair.subtract(*queued)
-            holes, q = [], 0
+            queued, diagonals = _compact(pair, names, holes, queued, diagonals)
             scores = torch.empty_like(diagonals[0])
+            holes, q = [], 0
         j = int(torch.div(diagonals[1], diagonals[0], out=scores).argmin())
         diagonal = diagonals[:, j]
         p, half_s = diagonal.tolist()
@@ -186,6 +174,29 @@ def _eliminate_channels(pair: _Pair, until: int, queue: int) -> tuple[list[int],
         diagonals.addcmul_(u, new, value=-1)
         diagonal.copy_(gone)
     return order, errors
+
+
+def _compact(
+    pair: _Pair, names: list[int], holes: list[int], queued: Tensor, diagonals: Tensor
+) -> tuple[Float[Tensor, "2 queue n"], Float[Tensor, "2 n"]]:
+    """Apply the queued updates to the pair once its `holes`, the positions of removed columns, are filled.
+
+    Survivors from the end move into the holes, so that what is left of the pair, of its diagonals and of the queue is
+    their beginning. The last two are returned; `names` is changed in place.
+    """
+    n = pair.n - len(holes)
+    taken = set(holes)
+    hollow = sorted(hole for hole in holes if hole < n)
+    solid = [position for position in range(n, pair.n) if position not in taken]
+    for hole, survivor in zip(hollow, solid, strict=True):
+        names[hole] = names[survivor]
+    empty, full = (torch.tensor(positions, dtype=torch.int64, device=queued.device) for positions in (hollow, solid))
+    queued, diagonals = (_moved(each, empty, full)[..., :n] for each in (queued, diagonals))
+    diagonals[0].clamp_(min=pair.floor)
+    diagonals[1].clamp_(min=0)
+    pair.shrink(n, empty, full)
+    pair.subtract(*queued)
+    return queued, diagonals
 
 
 def _eliminate_blocks(unit: Unit, pair: _Pair, until: int) -> tuple[list[int], list[float]]:
