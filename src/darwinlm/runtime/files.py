@@ -25,20 +25,20 @@ class DamagedError(DarwinError):
 
 
 def check_new(out: Path, directory: bool = True) -> None:
-    """Raise `UsageError` unless `out` is free: not there yet, or for a directory an empty one."""
+    """Raise `UsageError` unless `out` is free: it does not exist or, for a directory, is empty."""
     if out.exists() and not (directory and out.is_dir() and not any(out.iterdir())):
         expected = "new or empty" if directory else "new"
-        found = "a file" if out.is_file() else "a directory with files in it" if any(out.iterdir()) else "a directory"
-        raise UsageError(f"expected {out} to be {expected}, found {found}; choose another name or remove it")
+        actual = "a file" if out.is_file() else "a directory with files in it" if any(out.iterdir()) else "a directory"
+        raise UsageError(f"expected {out} to be {expected}, found {actual}; choose another name or remove it")
 
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """A directory beside `out` to write in, which takes its name in the end and is removed on any failure.
+    """A temporary directory beside `out` to write in, which is renamed to `out` in the end and removed on any failure.
 
     Raises:
-        UsageError: if `out` is there already and not an empty directory, its place cannot be written to, or another
-            process writes it.
+        UsageError: if `out` exists and is not an empty directory, if its parent cannot be written to, or if another
+            process is writing `out`.
     """
     check_new(out)
     with _partial(out, directory=True) as partial:
@@ -48,10 +48,10 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(out: Path) -> Iterator[Path]:
-    """A name beside `out` to write to, which becomes `out` in the end and is removed on any failure.
+    """A temporary file beside `out` to write to, which is renamed to `out` in the end and removed on any failure.
 
     Raises:
-        UsageError: if `out` is there already, its place cannot be written to, or another process writes it.
+        UsageError: if `out` exists, if its parent cannot be written to, or if another process is writing `out`.
     """
     check_new(out, directory=False)
     with _partial(out, directory=False) as partial:
@@ -61,32 +61,32 @@ def new_file(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _partial(out: Path, directory: bool) -> Iterator[Path]:
-    """A hidden name beside `out`, held by this process. What a killed process left there is removed."""
+    """A hidden name beside `out`, locked by this process. What a killed process left under it is removed."""
     partial = out.absolute().with_name(f".{out.absolute().name}.partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         if directory:
             partial.mkdir(exist_ok=True)
-        held = os.open(partial, os.O_RDONLY if directory else os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(partial, os.O_RDONLY if directory else os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise UsageError(f"cannot write to {out.parent}: {error.strerror}; choose another place") from None
     try:
-        _lock(held, partial, out)
+        _lock(descriptor, partial, out)
         try:
-            for left in partial.iterdir() if directory else ():
-                _remove(left)
+            for leftover in partial.iterdir() if directory else ():
+                _remove(leftover)
             yield partial
         finally:
             _remove(partial)
     finally:
-        os.close(held)
+        os.close(descriptor)
 
 
-def _lock(held: int, partial: Path, out: Path) -> None:
+def _lock(descriptor: int, partial: Path, out: Path) -> None:
     """Raise `UsageError` if another process writes `out`, or has just finished it."""
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        mine = os.path.samestat(os.fstat(held), partial.stat())
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = os.path.samestat(os.fstat(descriptor), partial.stat())
     except (BlockingIOError, FileNotFoundError):
         mine = False
     if not mine:
@@ -94,7 +94,7 @@ def _lock(held: int, partial: Path, out: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or a directory with all that is in it, if it is there."""
+    """Remove a file, or a directory and its contents, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -298,20 +298,17 @@ def _record_of(opened: Any) -> dict[str, Any]:
 
 
 def sweep(path: Path) -> None:
-    """Remove what a killed process left under temporary names in a directory that this process holds."""
-    for left in [*path.glob("*.partial"), *path.glob("*/*.partial")]:
-        if left.is_dir():
-            shutil.rmtree(left)
-        else:
-            left.unlink()
+    """Remove the temporary files that a killed process left in a directory that this process has locked."""
+    for leftover in [*path.glob("*.partial"), *path.glob("*/*.partial")]:
+        _remove(leftover)
 
 
 @contextmanager
 def locked_directory(path: Path) -> Iterator[None]:
-    """Create `path` and hold it for this process. If it was not there and stays empty, it is removed in the end.
+    """Create the directory `path` and lock it for this process. A new one that stays empty is removed in the end.
 
     Raises:
-        UsageError: if it cannot be written to, or another process holds it.
+        UsageError: if `path` cannot be written to, or if another process has locked it.
     """
     created = not path.exists()
     try:
