@@ -71,7 +71,7 @@ class TokenStore:
     def open(
         cls, cache: Path, source: str, tokenizer: PreTrainedTokenizerBase, config: StreamConfig, held_out: bool = False
     ) -> TokenStore:
-        """The store of these documents in a cache directory, with what earlier runs have put there."""
+        """The store of these documents in a cache directory, with the parts that earlier runs have written."""
         provenance = {
             "source": _identity(source),
             "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -143,10 +143,10 @@ class TokenStore:
         return mapped(file, delete=file.parent).get_slice("tokens")[row].long()
 
     def _extend(self, lane: int, sequences: int) -> None:
-        """Add parts to a lane until it has `sequences`, or its documents are at an end."""
+        """Add parts to a lane until it has `sequences` sequences or its documents are exhausted."""
         parts = self._parts(lane)
         if parts and not parts[-1]["whole"] and sum(part["sequences"] for part in parts) < sequences:
-            parts.pop()  # it was cut off where an earlier run had enough
+            parts.pop()  # an earlier run needed no more of it
         done = sum(part["sequences"] for part in parts)
         while done < sequences and not (parts and parts[-1]["end"]):
             start = parts[-1]["next"] if parts else None
@@ -370,7 +370,7 @@ def _told(source: str) -> Iterator[None]:
 
 
 def mapped(file: Path, delete: Path | None = None) -> Any:
-    """A safetensors file, mapped into memory once for each process, and again if it was rewritten.
+    """An open safetensors file, mapped into memory once in each process, and again if the file has been replaced.
 
     Raises:
         DarwinError: as `open_tensors`.

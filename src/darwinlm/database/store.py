@@ -24,10 +24,11 @@ MANIFEST = "database.json"
 
 
 class Database:
-    """Levels of every unit of one model, made from one set of calibration tokens.
+    """The levels of every unit of one model, computed from one set of calibration tokens.
 
     Raises:
-        UsageError: if `path` holds a database that was made from something else.
+        UsageError: if `path` holds a database of another provenance.
+        DarwinError: if its manifest is damaged or of another format version.
     """
 
     def __init__(self, path: Path, grid: Grid, provenance: dict[str, Any]):
@@ -51,7 +52,7 @@ class Database:
         return {unit.name for unit in self.grid.units if self._file(unit.name).exists()}
 
     def add(self, elimination: Elimination, levels: list[Level], dtype: torch.dtype) -> None:
-        """Write a unit's levels, weights rounded to `dtype`, under their final name only once they are whole."""
+        """Write a unit's levels, with weights rounded to `dtype`, as one file that appears only when it is complete."""
         tensors = {f"weight.{level.level}": level.weight.to(dtype).contiguous().cpu() for level in levels}
         tensors["order"] = elimination.order.to(torch.int32).cpu()
         tensors["errors"] = elimination.errors.double().cpu()
@@ -61,7 +62,8 @@ class Database:
         """Unit `index` at a level that is neither dense nor empty.
 
         Raises:
-            DarwinError: if the unit's file is missing, truncated, or was altered since it was written.
+            UsageError: if there is no such level.
+            DarwinError: if the unit's file is missing, or was truncated or altered since it was written.
         """
         if not 0 < level < self.grid.highest(index):
             raise UsageError(
@@ -73,12 +75,12 @@ class Database:
         return Level(unit, level, kept, tensors[f"weight.{level}"], float(tensors["errors"][removed - 1]))
 
     def errors(self, index: int) -> list[float]:
-        """Squared output error of unit `index` at each level from 0 to the highest."""
+        """The squared output error of unit `index` at each level from 0 to the highest."""
         errors = [0.0, *self._tensors(index)["errors"].tolist()]
         return [errors[count] for count in self.grid.removed[index]]
 
     def _tensors(self, index: int) -> dict[str, Tensor]:
-        """A unit's tensors, verified when they are first read."""
+        """A unit's tensors, whose checksum is verified when they are first read."""
         if index not in self._units:
             name = self.grid.units[index].name
             file = self._file(name)

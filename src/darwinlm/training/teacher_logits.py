@@ -43,7 +43,7 @@ class TeacherLogits:
 
     @classmethod
     def open(cls, cache: Path, teacher_fingerprint: str, top_k: int, temperature: float) -> TeacherLogits:
-        """The logits of this teacher in a cache directory, with what earlier trainings have put there."""
+        """The logits of this teacher in a cache directory, with the files that earlier trainings have written."""
         provenance = {"teacher": teacher_fingerprint, "top_k": top_k, "temperature": temperature}
         key = hashlib.sha256(json.dumps(provenance).encode()).hexdigest()[:16]
         return cls(cache / f"logits-{key}", provenance)
@@ -82,7 +82,7 @@ class TeacherLogits:
         parallel.wait_for_all()
 
     def _count(self, sequences: Sequences, group: tuple[int, ...]) -> int:
-        """Rows that a file has. An earlier training may have needed fewer of them."""
+        """The number of rows in a file: an earlier training may have needed fewer than this one."""
         file = self._file(sequences, group)
         return mapped(file).get_slice("values").get_shape()[0] if file.exists() else 0
 
