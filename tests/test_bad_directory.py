@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import runs
 from darwinlm.commands import compress
 from darwinlm.config.run import RunConfig
-from darwinlm.runtime.files import locked_directory
+from darwinlm.runtime.files import locked_directory, write_record
 from refusals import as_if_nothing_had_happened, copied_model, only_sentence, refused
 
 
@@ -128,18 +128,22 @@ def test_damaged_manifest(measured: Path, config: RunConfig, capsys: pytest.Capt
     changed = json.loads(whole)
     changed["provenance"]["model"] = "another"
     manifest.write_text(json.dumps(changed))
+    refused(config, capsys, 1, "database.json", "is damaged", "checksum")
+    write_record(manifest, {}, changed["provenance"])
     refused(config, capsys, 2, "made from another model", "choose another --out")
     for nonsense in ("[]", "{}"):
         manifest.write_text(nonsense)
         refused(config, capsys, 1, "database.json", "is damaged", "lacks provenance")
 
 
-def test_damaged_record_of_a_unit(measured: Path, config: RunConfig, capsys: pytest.CaptureFixture[str]):
-    record = measured / "block-01-mlp.json"
-    record.write_text(json.dumps({"sha256": "0" * 64}))
-    refused(config, capsys, 1, "block-01-mlp.safetensors", "altered")
-    record.write_text("{}")
-    refused(config, capsys, 1, "block-01-mlp.json", "is damaged", "delete it")
+def test_run_of_another_version(measured: Path, config: RunConfig, capsys: pytest.CaptureFixture[str]):
+    """Version 0.1.0 wrote no format and no checksum."""
+    manifest = measured / "database.json"
+    whole = json.loads(manifest.read_text())
+    for version, content in ((1, {"provenance": whole["provenance"]}), (3, whole | {"format": 3})):
+        manifest.write_text(json.dumps(content))
+        words = f"written by another version of darwinlm (format {version}, expected 2)", "start a new run"
+        refused(config, capsys, 1, "database.json", *words)
 
 
 def test_damaged_search(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -226,7 +226,7 @@ def test_device_that_is_not_there(config: RunConfig, capsys: pytest.CaptureFixtu
         ("[1, 1, 1, 1, 1, 9]", ["level out of range", "block-02-mlp", "9"]),
         ("[1, 1, 1, 1, 1, -1]", ["level out of range", "-1"]),
         ("[4, 1, 1, 1, 1, 1]", ["attention in the first block"]),
-        ('{"levels": [1, 1, 1, 1, 1, 1], "provenance": {"model": "abc"}}', ["another model", "abc"]),
+        ('{"levels": [1, 1, 1, 1, 1, 1], "provenance": {}}', ["--genome", "format 1, expected 2", "as a JSON list"]),
     ],
 )
 def test_genome_for_another_model(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from darwinlm.config.run import DatabaseConfig, LatencyConfig
 from darwinlm.genome import Grid, level_grid
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import find_units
-from darwinlm.runtime.files import read_json
+from darwinlm.runtime.files import read_json, write_record
 from darwinlm.search import latency
 from darwinlm.search.latency import latency_costs
 from darwinlm.types import Structure, UsageError
@@ -75,12 +74,13 @@ def test_a_table_of_something_else_is_refused(checkpoints: dict[str, Path], tmp_
         latency_costs(*opened(checkpoints["mistral"]), given, CPU, path)
     with pytest.raises(UsageError, match=r"of another level grid"):
         latency_costs(*opened(checkpoints["llama-gqa"], "head"), given, CPU, path)
-    made_for = read_json(path)["made_for"]
-    path.write_text(json.dumps(read_json(path) | {"made_for": made_for | {"threads": 99}}))
+    table = read_json(path)
+    content = {"units": table["units"], "rest": table["rest"]}
+    write_record(path, content, table["provenance"] | {"threads": 99})
     latency_costs(checkpoint, grid, QUICK, CPU, path)  # a run's own, resumed with another number of threads
     with pytest.raises(UsageError, match=r"of another threads: expected \d+, found 99"):
         latency_costs(checkpoint, grid, given, CPU, tmp_path / "new.json")
-    path.write_text(json.dumps(read_json(path) | {"made_for": made_for | {"device": "cuda"}}))
+    write_record(path, content, table["provenance"] | {"device": "cuda"})
     with pytest.raises(UsageError, match=r"of another device: expected cpu: .*, found cuda"):
         latency_costs(checkpoint, grid, given, CPU, path)
     with pytest.raises(UsageError, match=r"--latency.table: expected a file .* none at .*nowhere"):
@@ -92,8 +92,8 @@ def test_a_search_stays_within_its_latency(checkpoints: dict[str, Path], text: P
     costs = latency_costs(checkpoint, grid, QUICK, CPU, tmp_path / "latency.json")
     # Timings of such small modules are noise: whole milliseconds instead.
     whole = [[1_000_000 * (len(row) - 1 - level) for level in range(len(row))] for row in costs.units]
-    table = read_json(tmp_path / "latency.json") | {"units": whole, "rest": 5_000_000}
-    (tmp_path / "latency.json").write_text(json.dumps(table))
+    provenance = read_json(tmp_path / "latency.json")["provenance"]
+    write_record(tmp_path / "latency.json", {"units": whole, "rest": 5_000_000}, provenance)
     config = runs.short(
         checkpoints["llama-gqa"], text, tmp_path / "run", target="latency=17.1ms",
         latency=replace(QUICK, table=str(tmp_path / "latency.json")), database=DatabaseConfig(levels=4, granularity=8),

@@ -1,4 +1,4 @@
-"""Two real processes under torchrun build the database that one builds, and end together."""
+"""Two real processes under torchrun build the same database as one process, and end together."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from darwinlm.types import SelectionStage
 
 DIE = """
 import os, signal, sys
-from darwinlm import database
-whole = database.Database.add
+from darwinlm.database.store import Database
+whole = Database.add
 def add(self, elimination, levels, dtype):
     if elimination.unit.block == 1:
         {how}
     whole(self, elimination, levels, dtype)
-database.Database.add = add
+Database.add = add
 from darwinlm.cli import main
 raise SystemExit(main())
 """
@@ -69,7 +69,7 @@ def alone(checkpoints: dict[str, Path], text: Path, tmp_path_factory: pytest.Tem
 def test_two_processes_keep_what_one_keeps(
     checkpoints: dict[str, Path], text: Path, tmp_path: Path, alone: Path
 ) -> None:
-    """Each took half of the tokens, and at least one block each."""
+    """Each process calibrates on half of the tokens, and eliminates at least one block."""
     out = tmp_path / "run"
     done = torchrun("-m", "darwinlm", *runs.command(runs.short(checkpoints["llama-gqa"], text, out), name="database"))
     assert done.returncode == 0, done.stderr

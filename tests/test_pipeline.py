@@ -162,7 +162,6 @@ def test_the_run_directory_holds_what_the_design_says_and_nothing_else(compresse
         "refit/searched.safetensors",
         "database/database.json",
         *(f"database/{unit.name}.safetensors" for unit in _grid(compressed).units),
-        *(f"database/{unit.name}.json" for unit in _grid(compressed).units),
         "model/README.md",
         "model/config.json",
         "model/generation_config.json",

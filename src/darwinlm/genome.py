@@ -1,4 +1,4 @@
-"""Genomes: the level grid, and the uniform genome (section 3.1 of the paper). No torch."""
+"""The level grid, which says what the levels of a genome mean (section 3.1 of the paper)."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from darwinlm.types import Genome, Unit, UsageError
 
 @dataclass(frozen=True)
 class Grid:
-    """How many structures each unit has lost at each of its levels.
+    """The number of structures that each unit has lost at each of its levels.
 
-    `removed[u][i]` is the count for unit `u` at level `i`: 0 at level 0, all of them at the last.
+    `removed[u][i]` is the number for unit `u` at level `i`: 0 at level 0, all structures at the highest level.
     """
 
     units: tuple[Unit, ...]
     removed: tuple[tuple[int, ...], ...]
 
     def highest(self, index: int) -> int:
-        """The level at which nothing of a unit is left."""
+        """The highest level of a unit, at which the whole unit is removed."""
         return len(self.removed[index]) - 1
 
     def fewer(self, levels: int) -> tuple[str, ...]:
-        """A sentence for each kind of unit that has fewer levels than the `levels` that were asked for."""
+        """A sentence for each kind of unit that has fewer than the requested `levels`."""
         counts = {(unit.kind, self.highest(index)): unit for index, unit in enumerate(self.units)}
         return tuple(
             f"{kind} units have {count} levels instead of {levels}: they have {unit.structures} structures to lose"
@@ -32,7 +32,7 @@ class Grid:
         )
 
     def dense(self) -> Genome:
-        """The genome of the unpruned model."""
+        """The genome of the dense model."""
         return Genome((0,) * len(self.units))
 
     def check(self, genome: Genome) -> None:
@@ -54,9 +54,9 @@ def level_grid(units: tuple[Unit, ...], levels: int, granularity: int) -> Grid:
     """Spread `levels` equal steps over every unit's structures (section 3.1).
 
     A unit at level `i` of `N` has lost `Round(i * S / N)` of its `S` steps, where a step is one attention structure
-    (one of every group, if they leave in turns) or `granularity` MLP channels. A unit with fewer steps than levels has
-    one level a step. A unit that an earlier pruning has made smaller starts where it stands, and goes on with those
-    levels of the dense unit at which it loses more.
+    (one of every group, if structures leave in turns) or `granularity` MLP channels. A unit with fewer steps than
+    levels has one level for each step. A unit that an earlier pruning has made smaller is at level 0 as it is; its
+    further levels are those levels of the dense unit at which more structures are lost.
 
     Raises:
         UsageError: if `levels` is not positive or the granularity does not divide the number of MLP channels.
@@ -75,12 +75,12 @@ def _removed(unit: Unit, levels: int, granularity: int) -> tuple[int, ...]:
     steps = (unit.structures + unit.lost) // step
     count = min(levels, steps)
     # Round half up, unlike Python's round, so that equal fractions of different units round alike.
-    ladder = (step * ((2 * level * steps + count) // (2 * count)) for level in range(count + 1))
-    return (0, *(removed - unit.lost for removed in ladder if removed > unit.lost))
+    of_dense = (step * ((2 * level * steps + count) // (2 * count)) for level in range(count + 1))
+    return (0, *(removed - unit.lost for removed in of_dense if removed > unit.lost))
 
 
 def prunable_parameters(grid: Grid, genome: Genome) -> int:
-    """Parameters of all units at the genome's levels; embeddings, the final norm and the head are not in it."""
+    """Parameters of all units at the genome's levels, without the embeddings, the final norm and the output matrix."""
     return sum(
         unit.parameters(removed[level])
         for unit, removed, level in zip(grid.units, grid.removed, genome.levels, strict=True)

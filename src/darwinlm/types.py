@@ -1,6 +1,6 @@
-"""The frozen types that stages hand to each other, and the legend of shape letters.
+"""The frozen types that stages pass to each other, and the names of tensor dimensions.
 
-Shape letters, used in annotations and docstrings throughout:
+Dimensions, as named in annotations and docstrings:
 
     d_in      input columns of a consumer (query heads x head_dim, or MLP channels)
     d_out     output rows of a consumer (the model's hidden size)
@@ -25,7 +25,7 @@ MetricName = Literal["kl", "top-k-kl", "perplexity"]
 
 
 class DarwinError(ValueError):
-    """A failure that is explained to the user in one sentence: expected, found, what to do. Exit code 1."""
+    """A failure that one sentence explains to the user: what was expected, found, and to be done. Exit code 1."""
 
 
 class UsageError(DarwinError):
@@ -36,9 +36,10 @@ class UsageError(DarwinError):
 class Producer:
     """Output rows of a module that feed a unit's structures.
 
-    Structure `s` reads the rows `start + g * width` up to `start + (g + 1) * width` with `g = s // readers`: each
-    `readers` structures in a row share theirs, as query heads share a KV head. A fused projection is several producers
-    with one `module`, in the order of their rows. A module that is not linear stays whole, its outputs are selected.
+    Structure `s` reads the rows from `start + g * width` up to `start + (g + 1) * width`, where `g = s // readers`:
+    `readers` consecutive structures share rows, as query heads share a KV head. A fused projection is described by
+    several producers with one `module`, in the order of their rows. A module that is not linear is kept whole, and some
+    of its outputs are selected.
     """
 
     module: str
@@ -49,20 +50,20 @@ class Producer:
 
 @dataclass(frozen=True)
 class Unit:
-    """The attention or the MLP of one decoder block: what is pruned together.
+    """The attention or the MLP of one decoder block, which a genome gives one level.
 
     Attributes:
-        name: unique and usable as a file name, for example `block-03-attention`.
+        name: unique, and usable as a file name, for example `block-03-attention`.
         consumer: the linear module that reads the structures (`o_proj`, `down_proj`), by its path in the model.
-        producers: the linear rows that write them.
-        structure_width: consumer columns that one structure owns.
-        structures: how many there are in the dense unit.
+        producers: the rows of modules that write the structures.
+        structure_width: columns of the consumer that belong to one structure.
+        structures: the number of structures.
         structure_parameters: parameters that leave the model with one structure.
-        fixed_parameters: parameters that leave it only with the whole unit (its norms, the consumer's bias).
-        readers: structures in a row that form a group and share rows (K and V).
+        fixed_parameters: parameters that leave the model only with the whole unit (its norms, the consumer's bias).
+        readers: the number of consecutive structures that form a group and share rows (of K and V).
         shared_parameters: parameters of a group's shared rows. They leave the model with the group's last structure.
-        in_turns: no group loses a structure before all others have lost as many, so that groups stay even.
-        lost: structures that an earlier pruning has removed from the dense unit; they are not in `structures`.
+        in_turns: whether groups lose structures in turns, so that their sizes differ by one at most.
+        lost: the number of structures that an earlier pruning has removed, which `structures` does not count.
     """
 
     name: str
@@ -81,19 +82,19 @@ class Unit:
 
     @property
     def groups(self) -> int:
-        """Groups of structures that share rows."""
+        """The number of groups of structures that share rows."""
         return self.structures // self.readers
 
     @property
     def uneven(self) -> bool:
-        """Whether groups can differ in size once structures have left."""
+        """Whether groups can differ in size at a level."""
         return self.readers > 1 and not self.in_turns
 
     def parameters(self, removed: int) -> int:
         """Parameters of the unit after `removed` structures have left it.
 
-        Exact unless the unit is `uneven`: which groups are empty is not known from a number, so it is the most that can
-        be left, with the survivors spread over as many groups as possible.
+        If the unit is `uneven`, this is an upper bound: a number does not say which groups are empty, so the remaining
+        structures are taken to be spread over as many groups as possible.
         """
         remaining = self.structures - removed
         if not remaining:
@@ -104,7 +105,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class UnitStatistics:
-    """What calibration learns of a unit: `hessian = 2/tokens * sum x x^T` over its consumer's inputs, undamped."""
+    """A unit's statistics from calibration: `hessian = 2/tokens * sum x x^T` over its consumer's inputs, undamped."""
 
     unit: Unit
     weight: Float[Tensor, "d_out d_in"]
@@ -114,9 +115,9 @@ class UnitStatistics:
 
 @dataclass(frozen=True)
 class Elimination:
-    """The greedy order in which a unit loses its structures, and the error piled up after each.
+    """The greedy order in which a unit loses its structures, and the accumulated error after each removal.
 
-    `order[i]` is the structure removed as number `i + 1`; `errors[i]` is the squared output error of the unit,
+    `order[i]` is the structure that is removed as number `i + 1`; `errors[i]` is the squared output error of the unit,
     `tr((W - W') H (W - W')^T)`, once it is gone. Both have length `structures`.
     """
 
@@ -152,7 +153,7 @@ class Genome:
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """What is left of one decoder block. 0 query heads: no attention; 0 intermediate channels: no MLP."""
+    """The sizes of one decoder block. 0 query heads mean no attention; 0 intermediate channels mean no MLP."""
 
     query_heads: int
     key_value_heads: int
@@ -161,13 +162,13 @@ class BlockSizes:
 
 @dataclass(frozen=True)
 class SelectionStage:
-    """One round of selection (Algorithm 1): train each candidate, score it, keep the best.
+    """One stage of selection (Algorithm 1): train each candidate, score it, keep the best.
 
     Attributes:
-        survivors: how many candidates go on to the next stage.
-        fitness_tokens: tokens on which fitness is measured.
-        training_tokens: tokens each candidate has been trained on by then, those of earlier stages included; 0 trains
-            nothing.
+        survivors: the number of candidates that the stage keeps.
+        fitness_tokens: the number of tokens on which fitness is measured.
+        training_tokens: the number of tokens on which each candidate has been trained, including earlier stages; 0
+            for no training.
     """
 
     survivors: int
@@ -180,11 +181,13 @@ class Generation:
     """One line of a search's history.
 
     Attributes:
-        fitness: the parent's after selection: lower is better.
-        scored: distinct offspring, or starts.
-        origin: where the parent comes from: the name of a start, the kind of mutation, or `parent` where it stayed.
-        stage_fitness: the best after each stage of selection.
-        fitness_tokens, training_tokens: what its candidates were scored and trained on, summed over candidates.
+        fitness: the fitness of the parent after selection; lower is better.
+        scored: the number of distinct offspring, or of start genomes in generation 0.
+        origin: where the parent comes from: the name of a start genome, the kind of mutation, or `parent` if it is
+            that of the generation before.
+        stage_fitness: the best fitness after each stage of selection.
+        fitness_tokens, training_tokens: the number of tokens on which candidates were scored and trained, summed over
+            candidates.
     """
 
     generation: int
@@ -199,12 +202,12 @@ class Generation:
 
 
 Curve = tuple[tuple[int, float], ...]
-"""Points of a curve: a generation, and a figure of its parent."""
+"""Points of a curve: a generation, and a value that was measured on its parent."""
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best genome found, its fitness (by default KL(dense || model) in nats a token), and how it was found."""
+    """The best genome of a search, its fitness (by default KL(dense || model) in nats a token), and its history."""
 
     best: Genome
     fitness: float

@@ -21,7 +21,7 @@ from darwinlm.config.run import RunConfig, read_config
 from darwinlm.genome import Grid
 from darwinlm.model import pruned
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
-from darwinlm.runtime.files import read_json, sweep, write_json, write_text
+from darwinlm.runtime.files import check_record, read_json, read_record, sweep, write_record, write_text
 from darwinlm.types import DarwinError, Genome, SearchResult, UsageError
 
 SETTINGS, TRAIN_SETTINGS, GRADUAL_SETTINGS = "run.yaml", "train.yaml", "recipe.yaml"
@@ -29,6 +29,9 @@ SETTINGS, TRAIN_SETTINGS, GRADUAL_SETTINGS = "run.yaml", "train.yaml", "recipe.y
 
 # Settings that may change when something is resumed: it may be moved, and may need less memory or another disk.
 FREE = ("out", "verify", "cache", "training.micro_batch_size", "training.gradient_checkpointing", "training.report_to")
+
+
+AS_A_LIST = "search one on this model and these levels, or give its levels as a JSON list"
 
 
 ARCHIVE = ("PytorchStreamReader", "PytorchStreamWriter", "inline_container")  # torch's own words for a bad file
@@ -110,15 +113,15 @@ class Run:
     def save_search(self, result: SearchResult, grid: Grid, provenance: dict[str, Any]) -> None:
         """Write the genome that the search found, with the names of its units and what it was made from."""
         levels = dict(zip((unit.name for unit in grid.units), result.best.levels, strict=True))
-        found = {"fitness": result.fitness, "levels": result.best.levels, "level_of": levels, "provenance": provenance}
-        write_json(self._result_path, found)
+        content = {"fitness": result.fitness, "levels": result.best.levels, "level_of": levels}
+        write_record(self._result_path, content, provenance)
 
     def check_database(self) -> None:
         """Raise `DarwinError` unless the database has every unit of the genome that was found."""
         for unit in self._result()["level_of"]:
-            for file in (self.database / f"{unit}.safetensors", self.database / f"{unit}.json"):
-                if not file.exists():
-                    raise DarwinError(f"{file} is missing; run darwinlm compress again, which measures that unit alone")
+            file = self.database / f"{unit}.safetensors"
+            if not file.exists():
+                raise DarwinError(f"{file} is missing; run darwinlm compress again, which measures that unit alone")
 
     @property
     def _result_path(self) -> Path:
@@ -127,7 +130,7 @@ class Run:
     def _result(self) -> dict[str, Any]:
         if not self.searched:
             raise DarwinError(f"the search in {self.path} has not finished; run darwinlm compress again to go on")
-        return read_json(self._result_path, "levels", "level_of")
+        return read_record(self._result_path, "levels", "level_of")
 
 
 def claim(path: Path, settings: str, config: Any, own: Sequence[str] = (), open_to: Sequence[str] = ()) -> None:
@@ -219,12 +222,15 @@ def read_genome(path: Path, grid: Grid, provenance: Mapping[str, Any], flag: str
             f"{flag}: no genome in {path}: expected a JSON list of whole numbers, one a unit, or a "
             "search/result.json that has them; name another file"
         )
-    origin = found.get("provenance", {}) if isinstance(found, dict) else {}
+    try:
+        origin = check_record(path, found, cure=AS_A_LIST)["provenance"] if isinstance(found, dict) else {}
+    except DarwinError as error:
+        raise UsageError(f"{flag}: {error}") from None
     for what, key in (("model", "model"), ("level grid", "grid")):
         if key in origin and key in provenance and origin[key] != provenance[key]:
             raise UsageError(
                 f"{flag}: the genome in {path} is for another {what}: expected {provenance[key]}, found "
-                f"{origin[key]}; search one on this model and these levels, or give its levels as a JSON list"
+                f"{origin[key]}; {AS_A_LIST}"
             )
     genome = Genome(tuple(levels))
     grid.check(genome)

@@ -30,7 +30,7 @@ from darwinlm.model.pruned import block_sizes_of, family_of
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime import parallel
 from darwinlm.runtime.device import resolve_device, resolve_dtype
-from darwinlm.runtime.files import read_json, write_json
+from darwinlm.runtime.files import read_json, write_record
 from darwinlm.runtime.progress import quiet_transformers, say
 from darwinlm.training.directory import Training
 from darwinlm.training.teacher_logits import CachedTeacher, TaughtSequences, TeacherLogits
@@ -385,7 +385,7 @@ def _conclude(work: _Work, last: Path) -> None:
     history = read_json(last / "trainer_state.json", "log_history")["log_history"]
     evaluations = [line for line in history if "eval_perplexity" in line]
     before, after = (_figures(evaluations[i]) for i in (0, -1))
-    write_json(work.this.result_path, {"before": before, "after": after, "provenance": work.provenance})
+    write_record(work.this.result_path, {"before": before, "after": after}, work.provenance)
     for name, figures in (("before", before), ("after", after)):
         say(f"{name}: " + ", ".join(f"{what} {value:.4g}" for what, value in figures.items()))
     print(work.this.exported)

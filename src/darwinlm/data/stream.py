@@ -21,14 +21,13 @@ import torch
 from datasets import IterableDataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from jaxtyping import Int
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from darwinlm.config.training import StreamConfig
 from darwinlm.data.corpus import HUB, PACKAGED, is_held_out, name_and_weight, one_stream, read_documents, text_of
 from darwinlm.runtime import parallel
-from darwinlm.runtime.files import open_tensors, read_json, sweep, write_json
+from darwinlm.runtime.files import open_tensors, read_record, sweep, write_record, write_tensors
 from darwinlm.runtime.progress import say
 from darwinlm.types import DarwinError, UsageError
 
@@ -72,7 +71,7 @@ class TokenStore:
     def open(
         cls, cache: Path, source: str, tokenizer: PreTrainedTokenizerBase, config: StreamConfig, held_out: bool = False
     ) -> TokenStore:
-        """The store of these documents in a cache directory, with what earlier runs have put there."""
+        """The store of these documents in a cache directory, with the parts that earlier runs have written."""
         provenance = {
             "source": _identity(source),
             "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -81,8 +80,11 @@ class TokenStore:
         }
         key = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:16]
         store = cls(cache / f"{'held-out' if held_out else 'tokens'}-{key}", source, tokenizer, config, held_out)
-        if parallel.first() and not (store.path / MANIFEST).exists():
-            write_json(store.path / MANIFEST, {"provenance": provenance})
+        manifest = store.path / MANIFEST
+        if parallel.first() and manifest.exists():
+            read_record(manifest)  # refuses one of another format version
+        elif parallel.first():
+            write_record(manifest, {}, provenance)
         parallel.wait_for_all()
         return store
 
@@ -142,20 +144,17 @@ class TokenStore:
         return mapped(file, delete=file.parent).get_slice("tokens")[row].long()
 
     def _extend(self, lane: int, sequences: int) -> None:
-        """Add parts to a lane until it has `sequences`, or its documents are at an end."""
+        """Add parts to a lane until it has `sequences` sequences or its documents are exhausted."""
         parts = self._parts(lane)
         if parts and not parts[-1]["whole"] and sum(part["sequences"] for part in parts) < sequences:
-            parts.pop()  # it was cut off where an earlier run had enough
+            parts.pop()  # an earlier run needed no more of it
         done = sum(part["sequences"] for part in parts)
         while done < sequences and not (parts and parts[-1]["end"]):
             start = parts[-1]["next"] if parts else None
             tokens, record = self._make_part(lane, start, len(parts), sequences - done)
-            file = self._file(lane, len(parts))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_suffix(".partial")
-            save_file({"tokens": tokens}, temporary)
-            temporary.rename(file)
-            write_json(file.with_suffix(".json"), record)
+            file, provenance = self._file(lane, len(parts)), {"store": self.path.name}
+            write_tensors(file, {"tokens": tokens}, provenance)
+            write_record(file.with_suffix(".json"), record, provenance)
             parts.append(record)
             done += record["sequences"]
             say(f"tokens: {self.source}, part {len(parts)} of lane {lane}, {done:,} sequences in it")
@@ -213,7 +212,7 @@ class TokenStore:
         return bool(parts) and parts[-1]["end"]
 
     def _parts(self, lane: int) -> list[dict[str, Any]]:
-        return [read_json(file, "sequences", "whole", "end", "next") for file in self._files(lane)]
+        return [read_record(file, "sequences", "whole", "end", "next") for file in self._files(lane)]
 
     def _files(self, lane: int) -> list[Path]:
         """Return the files with the records of a lane's finished parts."""
@@ -379,7 +378,7 @@ def _explained(source: str) -> Iterator[None]:
 
 
 def mapped(file: Path, delete: Path | None = None) -> Any:
-    """A safetensors file, mapped into memory once for each process, and again if it was rewritten.
+    """An open safetensors file, mapped into memory once in each process, and again if the file has been replaced.
 
     Raises:
         DarwinError: as `open_tensors`.

@@ -1,7 +1,7 @@
 """Calibration: one pass of the dense model over the calibration tokens, block by block (section 3.1).
 
-Never more than one block's weights, its statistics and the activations in flight are held; activations too large for
-memory wait in a file. Several processes share the tokens, and each gets the statistics of its own share of the blocks.
+Memory holds one block's weights, its statistics and the activations between two blocks; activations that are too large
+are kept in a file. Several processes share the tokens, and each gets the statistics of its own share of the blocks.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from darwinlm.model.families import linear_at
 from darwinlm.runtime import parallel
 from darwinlm.types import DarwinError, Unit, UnitStatistics
 
-PANEL = 512  # rows of a Hessian that are summed together
+PANEL = 512  # rows of a Hessian that are summed in one matrix product
 
 
-SPILL_BYTES = 4 << 30  # activations beyond this size wait in a file
+SPILL_BYTES = 4 << 30  # activations that take more bytes are kept in a file
 
 
 @torch.no_grad()
@@ -42,12 +42,11 @@ def calibrate(
 ) -> Iterator[UnitStatistics]:
     """Yield the statistics of each unit of the dense model, in order: `H = 2/tokens * sum x x^T` in float32.
 
-    Units named in `finished` are passed through without being measured; blocks after the last unfinished one are not
-    run at all. Of several processes, each runs its own sequences, and block `b` is yielded by process
-    `b % processes` alone.
+    Units named in `finished` run without being measured, and blocks after the last unfinished one do not run. Of
+    several processes, each runs its own sequences, and only process `b % processes` yields the units of block `b`.
 
     Args:
-        units: those of the model, all of `checkpoint.units` by default.
+        units: the units to measure, all of `checkpoint.units` by default.
         dtype: of the forward pass; sums are float32 in any case.
         spill_bytes: activations of more bytes than this are kept in a temporary file instead of memory.
 
@@ -104,7 +103,7 @@ class _Gram:
         self.tokens += x.shape[0]
 
     def share(self, owner: int) -> None:
-        """Let process `owner` have the sum over all processes."""
+        """Add up the sums of all processes on process `owner`."""
         if parallel.processes() == 1:
             return
         count = torch.tensor([self.tokens], dtype=torch.int64, device=self.sum.device)
@@ -145,7 +144,7 @@ class _Stream:
         return states.to(self.device)
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the temporary file, if there is one."""
         if self.file is not None:
             self.file.close()
 
@@ -164,7 +163,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder block: keeps what it was last called with and passes the stream on."""
+    """Takes the place of a decoder block: records its input and arguments, and returns the input unchanged."""
 
     def __init__(self, block: nn.Module):
         super().__init__()
@@ -194,10 +193,10 @@ def _embed(
 ) -> tuple[_Stream, list[dict[int, dict[str, Any]]]]:
     """The stream into block 0 for every batch, and what each block is called with (masks, rotary angles) by batch size.
 
-    The model's own forward runs over stand-ins for its blocks, so that no family's masks are rebuilt here.
+    The model's own forward pass runs with recorders in place of its blocks, so that it computes its family's masks.
     """
     family = checkpoint.family
-    # Only the rows that are looked up: a whole embedding can be larger than a block.
+    # Only the rows that are looked up are loaded: a whole embedding can be larger than a block.
     used, ids = torch.cat(list(batches)).unique(return_inverse=True)
     rows = checkpoint.tensor(f"{family.embedding}.weight")[used].to(device, dtype)
     embedding: Any = model.get_submodule(family.embedding)

@@ -1,6 +1,6 @@
-"""Optimal Brain Surgeon in structures: which ones leave a linear module, in what order, and what the others become.
+"""Optimal Brain Surgeon for structures: the order in which they leave a linear module, and the weights that remain.
 
-Pure maths on a consumer's weight `W` `[d_out, d_in]` and its damped Hessian `H` `[d_in, d_in]`; no model and no files.
+The functions compute on a consumer's weight `W` `[d_out, d_in]` and its damped Hessian `H` `[d_in, d_in]` alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def dampen(hessian: Float[Tensor, "d_in d_in"], damping: float = 0.01) -> Float[
     An all-zero Hessian, of a unit that never fired, gets `damping * I`.
 
     Raises:
-        DarwinError: the Hessian has entries that are not finite.
+        DarwinError: if the Hessian has entries that are not finite.
     """
     if not _finite(hessian):
         raise DarwinError(
@@ -53,23 +53,23 @@ def eliminate(
 ) -> Elimination:
     """The greedy order in which the unit's structures leave, and the squared output error after each.
 
-    At every step the structure `J` of least `tr(W_J P_JJ^-1 W_J^T)`, `P = H^-1`, is removed and the rest makes up for
-    it: `W <- W - W_J P_JJ^-1 P_J:`, `P <- P - P_:J P_JJ^-1 P_J:` (DESIGN, The method, 2). `W` itself is never touched:
-    its Gram matrix `S = W^T W` says all that the scores need.
+    At every step the structure `J` of least `tr(W_J P_JJ^-1 W_J^T)`, `P = H^-1`, is removed, and the others are updated
+    to compensate: `W <- W - W_J P_JJ^-1 P_J:`, `P <- P - P_:J P_JJ^-1 P_J:` (section 3.1 of the paper). `W` itself is
+    not computed: the scores depend only on its Gram matrix `S = W^T W`.
 
     Args:
         hessian: damped (`dampen`); its dtype, float32 or float64, is that of the computation.
-        until: stop after so many removals; all of them by default. `order` and `errors` have this length.
-        queue: how many single channels are removed between two matrix products; changes speed, not the result.
+        until: the number of removals, all structures by default. `order` and `errors` have this length.
+        queue: the number of single channels that are removed between two matrix products; it affects speed alone.
 
     Raises:
-        DarwinError: the weight or the Hessian is not finite, or the Hessian is too far from positive definite.
+        DarwinError: if the weight or the Hessian is not finite, or the Hessian is too far from positive definite.
     """
     d_in, width = hessian.shape[0], unit.structure_width
     assert width * unit.structures == d_in == weight.shape[1]
     until = unit.structures if until is None else until
     names = torch.arange(d_in, device=hessian.device)
-    if width == 1:  # with those at the end that will probably leave first, fewer of the others have to move later
+    if width == 1:  # columns that will probably leave first go to the end, so that fewer others must move later
         names = (weight.to(hessian).square().sum(0) * hessian.diagonal()).argsort(descending=True)
         weight = weight.index_select(1, names)
         hessian = hessian.index_select(0, names).index_select(1, names)
@@ -102,26 +102,28 @@ def solve_levels(
     before.
 
     Args:
-        hessian: damped, the one that `elimination` had.
-        removed: for each level, how many structures have left, ascending. Levels that keep all or none yield nothing.
+        hessian: the damped Hessian that `elimination` was computed from.
+        removed: for each level, the number of structures that have left, ascending. Levels that keep all structures or
+            none are skipped.
 
     Raises:
         DarwinError: as `eliminate`.
     """
     width, structures = unit.structure_width, unit.structures
-    wanted = [(level, count) for level, count in enumerate(removed) if 0 < count < structures]
-    if not wanted:
+    partial = [(level, count) for level, count in enumerate(removed) if 0 < count < structures]
+    if not partial:
         return []
     eliminated = elimination.order.tolist()
     assert list(removed) == sorted(removed)
-    assert wanted[-1][1] <= len(eliminated)
+    assert partial[-1][1] <= len(eliminated)
     gone = set(eliminated)
-    last_first = torch.tensor([s for s in range(structures) if s not in gone] + eliminated[::-1], device=hessian.device)
+    never_removed = [structure for structure in range(structures) if structure not in gone]
+    last_first = torch.tensor(never_removed + eliminated[::-1], device=hessian.device)
     columns = columns_of(last_first, width)
     factor = _cholesky(unit, hessian.index_select(0, columns).index_select(1, columns))
     solved = weight.to(hessian).index_select(1, columns)
     levels = []
-    for level, count in wanted:
+    for level, count in partial:
         k = (structures - count) * width
         L_KK, L_RK = factor[:k, :k], factor[k : solved.shape[1], :k]
         solution = torch.linalg.solve_triangular(L_KK, L_RK, upper=False, left=False)
@@ -133,15 +135,14 @@ def solve_levels(
 
 
 def _eliminate_channels(pair: _Pair, until: int, queue: int) -> tuple[list[int], list[float]]:
-    """Structures of one column, whose updates queue up; only the diagonals of `P` and `S` are kept up to date.
+    """Eliminate structures of one column: updates are queued, and only the diagonals of `P` and `S` are kept current.
 
     Removing `j`, with `p = P_jj` and `m = S_jj / p`: `u = P_j / sqrt(p)`, `t = S_j / sqrt(p) - m u / 2`, then
     `P <- P - u u^T`, `S <- S - u t^T - t u^T`.
     """
-    n = pair.n
-    names = list(range(n))
+    names = list(range(pair.n))
     diagonals = pair.diagonals().clone()
-    queued = diagonals.new_empty(2, queue, n)  # U and T
+    queued = diagonals.new_empty(2, queue, pair.n)  # U and T
     diagonals[1] /= 2  # P_jj and S_jj / 2: one product then updates both
     gone = torch.stack([diagonals[0].max(), diagonals.new_tensor(math.inf)])  # a score that is never the least again
     scores = torch.empty_like(diagonals[0])
@@ -149,20 +150,9 @@ def _eliminate_channels(pair: _Pair, until: int, queue: int) -> tuple[list[int],
     for _ in range(until):
         q = len(holes)
         if q == queue:
-            n -= queue
-            taken = set(holes)
-            hollow = sorted(hole for hole in holes if hole < n)
-            solid = [position for position in range(n, n + queue) if position not in taken]
-            for hole, survivor in zip(hollow, solid, strict=True):
-                names[hole] = names[survivor]
-            empty, full = (torch.tensor(some, dtype=torch.int64, device=gone.device) for some in (hollow, solid))
-            queued, diagonals = (_moved(each, empty, full)[..., :n] for each in (queued, diagonals))
-            diagonals[0].clamp_(min=pair.floor)
-            diagonals[1].clamp_(min=0)
-            pair.shrink(n, empty, full)
-            pair.subtract(*queued)
-            holes, q = [], 0
+            queued, diagonals = _compact(pair, names, holes, queued, diagonals)
             scores = torch.empty_like(diagonals[0])
+            holes, q = [], 0
         j = int(torch.div(diagonals[1], diagonals[0], out=scores).argmin())
         diagonal = diagonals[:, j]
         p, half_s = diagonal.tolist()
@@ -188,8 +178,31 @@ def _eliminate_channels(pair: _Pair, until: int, queue: int) -> tuple[list[int],
     return order, errors
 
 
+def _compact(
+    pair: _Pair, names: list[int], holes: list[int], queued: Tensor, diagonals: Tensor
+) -> tuple[Float[Tensor, "2 queue n"], Float[Tensor, "2 n"]]:
+    """Apply the queued updates to the pair once its `holes`, the positions of removed columns, are filled.
+
+    Survivors from the end move into the holes, so that what is left of the pair, of its diagonals and of the queue is
+    their beginning. The last two are returned; `names` is changed in place.
+    """
+    n = pair.n - len(holes)
+    taken = set(holes)
+    hollow = sorted(hole for hole in holes if hole < n)
+    solid = [position for position in range(n, pair.n) if position not in taken]
+    for hole, survivor in zip(hollow, solid, strict=True):
+        names[hole] = names[survivor]
+    empty, full = (torch.tensor(positions, dtype=torch.int64, device=queued.device) for positions in (hollow, solid))
+    queued, diagonals = (_moved(each, empty, full)[..., :n] for each in (queued, diagonals))
+    diagonals[0].clamp_(min=pair.floor)
+    diagonals[1].clamp_(min=0)
+    pair.shrink(n, empty, full)
+    pair.subtract(*queued)
+    return queued, diagonals
+
+
 def _eliminate_blocks(unit: Unit, pair: _Pair, until: int) -> tuple[list[int], list[float]]:
-    """Structures of several columns: one matrix product a removal, and all scores afresh from the diagonal blocks.
+    """Eliminate structures of several columns: a matrix product each, and all scores anew from the diagonal blocks.
 
     With `C = chol(P_JJ)`: `U = P_:J C^-T`, `G = S_:J C^-T`, `M = C^-1 S_JJ C^-T`, `T = G - U M / 2`, score `tr M`.
     """
@@ -220,7 +233,7 @@ def _eliminate_blocks(unit: Unit, pair: _Pair, until: int) -> tuple[list[int], l
 
 
 def _block_factors(blocks: Float[Tensor, "structures width width"], floor: float) -> Tensor:
-    """Their Cholesky factors; where rounding has left one indefinite, all diagonals rise a little until none is."""
+    """The Cholesky factors of the blocks, with all diagonals raised until rounding leaves no block indefinite."""
     factors, failed = torch.linalg.cholesky_ex(blocks)
     ridge = max(torch.finfo(blocks.dtype).eps * float(blocks.diagonal(dim1=1, dim2=2).max()), floor)
     while bool(failed.any()) and math.isfinite(ridge):
@@ -230,7 +243,7 @@ def _block_factors(blocks: Float[Tensor, "structures width width"], floor: float
 
 
 def _waiting(unit: Unit, alive: Sequence[int]) -> Tensor:
-    """For each structure that is alive, whether its group has lost one more than another group has."""
+    """For each structure that is left, whether its group has lost one more structure than another group."""
     groups = torch.tensor(alive) // unit.readers
     sizes = groups.bincount(minlength=unit.groups)
     return (sizes < sizes.max())[groups]
@@ -242,7 +255,7 @@ def _moved(matrix: Tensor, empty: Tensor, full: Tensor) -> Tensor:
 
 
 class _Pair:
-    """`P` and `S`, symmetric; what is alive is the leading `n` rows and columns.
+    """The symmetric matrices `P` and `S` of the columns that are left, in their leading `n` rows and columns.
 
     Only the lower half is kept, in panels of rows: a panel holds everything up to the last column of its diagonal
     block. Products then cost about half, and a row to the right of its panel is read from a column.
@@ -277,7 +290,7 @@ class _Pair:
         return held if right == self.n else torch.cat([held, self.both[:, right : self.n, start:stop].mT], dim=2)
 
     def shrink(self, n: int, empty: Tensor, full: Tensor) -> None:
-        """Only `n` rows and columns stay: survivors beyond them, `full`, move into the holes `empty`; both ascend."""
+        """Keep `n` rows and columns: those beyond them at `full` move to the positions `empty`; both are ascending."""
         rows = self.both.index_select(1, full)
         corner = rows[:, :, full].tril()
         rows[:, :, empty] = corner + corner.tril(-1).mT
@@ -316,9 +329,9 @@ def _cholesky(unit: Unit, hessian: Tensor) -> Tensor:
 
 
 def _factorise(matrix: Tensor) -> bool:
-    """Overwrites the lower triangle by its Cholesky factor, in halves: twice as fast as LAPACK on one thread.
+    """Overwrite the lower triangle by its Cholesky factor, in halves: twice as fast as LAPACK on one thread.
 
-    What is left above the diagonal means nothing.
+    Returns whether the matrix is positive definite. The entries above the diagonal become undefined.
     """
     half = len(matrix) // 2
     if half < 128:
@@ -338,11 +351,11 @@ def _finite(matrix: Tensor) -> bool:
 
 
 def _scale(hessian: Tensor) -> float:
-    """The mean of the diagonal, 1 where that is not positive."""
+    """The mean of the diagonal, or 1 if that is not positive."""
     mean = float(hessian.diagonal().mean())
     return mean if mean > 0 else 1.0
 
 
 def columns_of(structures: Tensor, width: int) -> Tensor:
-    """The consumer's columns that these structures own."""
+    """The consumer's columns that belong to these structures."""
     return (structures[:, None] * width + torch.arange(width, device=structures.device)).flatten()

@@ -1,9 +1,9 @@
-"""Surgery: a genome and the database make a physically smaller model. Weights are never zeroed, they are left out."""
+"""Stitching: a genome and the database make a physically smaller model. Weights are left out, never zeroed."""
 
 from __future__ import annotations
 
 import copy
-from functools import lru_cache
+from collections import OrderedDict
 from typing import Any, TypeVar
 
 import torch
@@ -17,15 +17,18 @@ from darwinlm.types import Genome, Level, Producer, Unit
 Module = TypeVar("Module", bound=nn.Module)
 
 
+LEVELS_KEPT = 4  # of each unit, on average: a mutant differs from its parent by a level or two
+
+
 class NoAttn(nn.Module):
-    """What is left where a block's attention was removed; the block adds its zero to the stream."""
+    """Takes the place of an attention that was removed: its output, which the block adds to the stream, is zero."""
 
     def forward(self, hidden_states: Tensor, **_: object) -> tuple[Tensor, None]:
         return torch.zeros_like(hidden_states), None
 
 
 class NoMLP(nn.Module):
-    """What is left where a block's MLP was removed."""
+    """Takes the place of an MLP that was removed: its output is zero."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return torch.zeros_like(hidden_states)
@@ -34,11 +37,11 @@ class NoMLP(nn.Module):
 class Selected(nn.Module):
     """Some outputs of a module, in any order and any number of times.
 
-    Where query heads that share a KV head have become unevenly many, each gets the outputs of its own, and no weight is
-    held twice.
+    Where KV heads have become unequal in how many query heads read them, it repeats each KV head's outputs for the
+    query heads that read it, without holding a weight twice.
 
     Attributes:
-        index: the output that each output of this module is, `[outputs]`.
+        index: for each output of this module, which output of the inner module it is, `[outputs]`.
     """
 
     def __init__(self, module: nn.Module, index: Tensor):
@@ -54,8 +57,8 @@ class Selected(nn.Module):
 class Stitcher:
     """Stitches narrow models from a dense one and its database.
 
-    A stitched model is an ordinary model of its family. It shares every weight that no genome changes with the dense
-    model, and narrow modules with other stitched models: copy it before training it.
+    A stitched model is an ordinary model of its family. It shares with the dense model every weight that its genome
+    leaves alone, and narrow modules with other stitched models: copy it before training it.
     """
 
     def __init__(self, dense: PreTrainedModel, family: Family, database: Database):
@@ -63,8 +66,7 @@ class Stitcher:
         self.family = family
         self.database = database
         self.grid = database.grid
-        # Mutants differ from their parent by a level or two: a few levels a unit are in use at a time.
-        self._narrow = lru_cache(maxsize=4 * len(self.grid.units))(self._narrow_modules)
+        self._narrow: OrderedDict[tuple[int, int], dict[str, nn.Module]] = OrderedDict()  # the latest used last
 
     def stitch(self, genome: Genome) -> PreTrainedModel:
         """The model that `genome` describes. Raises `UsageError` if the genome is for another model."""
@@ -74,7 +76,7 @@ class Stitcher:
             if level == self.grid.highest(index):
                 self._remove(model, unit)
             elif level > 0:
-                for path, module in self._narrow(index, level).items():
+                for path, module in self._narrow_modules(index, level).items():
                     model.set_submodule(path, module)
                 if unit.kind == "attention":
                     self._count_heads(model, unit, unit.structures - self.grid.removed[index][level])
@@ -83,15 +85,15 @@ class Stitcher:
     def _remove(self, model: PreTrainedModel, unit: Unit) -> None:
         block = self.family.block(unit.block)
         if unit.kind == "attention":
-            gone, stub, norms = self.family.attention, NoAttn(), self.family.attention_norms
+            name, stub, norms = self.family.attention, NoAttn(), self.family.attention_norms
         else:
-            gone, stub, norms = self.family.mlp, NoMLP(), self.family.mlp_norms
-        model.set_submodule(f"{block}.{gone}", stub)
+            name, stub, norms = self.family.mlp, NoMLP(), self.family.mlp_norms
+        model.set_submodule(f"{block}.{name}", stub)
         for norm in norms:
             model.set_submodule(f"{block}.{norm}", nn.Identity())
 
     def _count_heads(self, model: PreTrainedModel, unit: Unit, remaining: int) -> None:
-        """Tell a narrow attention how many heads it has, wherever its forward looks."""
+        """Set a narrow attention's numbers of heads wherever its forward pass reads them."""
         attention: Any = model.get_submodule(f"{self.family.block(unit.block)}.{self.family.attention}")
         queries = remaining * unit.structure_width // head_dim(model.config)
         keys = key_value_heads(unit, remaining, queries)
@@ -104,18 +106,29 @@ class Stitcher:
                 setattr(attention, name, count)
 
     def _narrow_modules(self, index: int, level: int) -> dict[str, nn.Module]:
-        """The modules of a unit at a level, by path: producers lose rows, the consumer is the database's."""
-        found = self.database.level(index, level)
-        rows: dict[str, list[Tensor]] = {}
-        for producer in found.unit.producers:
-            rows.setdefault(producer.module, []).append(_rows_read(producer, found))
-        narrow = {path: _select(self.dense.get_submodule(path), torch.cat(parts)) for path, parts in rows.items()}
-        narrow[found.unit.consumer] = _with_weight(linear_at(self.dense, found.unit.consumer), found.weight)
-        return narrow
+        """The modules of a unit at a level, by path, made once while they stay among the latest used."""
+        key = index, level
+        if key in self._narrow:
+            self._narrow.move_to_end(key)
+        else:
+            self._narrow[key] = _narrow_modules(self.dense, self.database.level(index, level))
+            if len(self._narrow) > LEVELS_KEPT * len(self.grid.units):
+                self._narrow.popitem(last=False)
+        return self._narrow[key]
+
+
+def _narrow_modules(dense: PreTrainedModel, level: Level) -> dict[str, nn.Module]:
+    """The modules of a unit at a level, by path: producers lose rows, the consumer is the database's."""
+    rows: dict[str, list[Tensor]] = {}
+    for producer in level.unit.producers:
+        rows.setdefault(producer.module, []).append(_rows_read(producer, level))
+    narrow = {path: _select(dense.get_submodule(path), torch.cat(parts)) for path, parts in rows.items()}
+    narrow[level.unit.consumer] = _with_weight(linear_at(dense, level.unit.consumer), level.weight)
+    return narrow
 
 
 def repeat_shared(model: PreTrainedModel) -> PreTrainedModel:
-    """Write out, in place, the rows that query heads share unevenly: a checkpoint cannot hold `Selected`."""
+    """Replace, in place, each `Selected` linear module by one that holds the repeated rows, as a checkpoint needs."""
     for path, module in list(model.named_modules()):
         if isinstance(module, Selected) and isinstance(module.module, nn.Linear):
             model.set_submodule(path, _take_rows(module.module, module.index))
@@ -123,7 +136,7 @@ def repeat_shared(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _rows_read(producer: Producer, level: Level) -> Tensor:
-    """The producer's rows that a level's structures read, once a structure, or once a group where groups are even."""
+    """The producer's rows that a level's structures read: once a structure, or once a group if groups stay equal."""
     owners = level.kept // producer.readers
     if producer.readers > 1 and not level.unit.uneven:
         owners = owners.unique()
@@ -164,9 +177,9 @@ def _open_up(dense: PreTrainedModel, family: Family) -> PreTrainedModel:
     paths = {family.blocks[:at] for at, letter in enumerate(family.blocks) if letter == "."} | {family.blocks}
     for block in range(dense.config.num_hidden_layers):
         root = family.block(block)
-        parts = (family.attention, family.mlp)  # of which an earlier pruning may have left None
-        here = model.get_submodule(root)
-        paths |= {root, *(f"{root}.{part}" for part in parts if getattr(here, part, None) is not None)}
+        module = model.get_submodule(root)
+        parts = (family.attention, family.mlp)  # either is None if an earlier pruning has removed it
+        paths |= {root, *(f"{root}.{part}" for part in parts if getattr(module, part, None) is not None)}
     for path in sorted(paths, key=lambda path: path.count(".")):
         model.set_submodule(path, _shallow(model.get_submodule(path)))
     return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, cycle
 from pathlib import Path
@@ -17,6 +16,7 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.ticker import MaxNLocator
 
 from darwinlm.genome import Grid, prunable_parameters
+from darwinlm.runtime.files import replaced
 from darwinlm.types import KINDS, Curve, Generation, Genome, Kind
 
 DOTS_PER_INCH = 200
@@ -165,7 +165,6 @@ def _style(axis: Axes) -> None:
 
 def save_figure(path: Path, figure: Figure) -> None:
     """Write a PNG file, whole or not at all."""
-    temporary = path.with_name(path.name + ".partial")
-    # The version of matplotlib, which it would note, is no part of the picture.
-    figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
-    os.replace(temporary, path)
+    with replaced(path) as temporary:
+        # The version of matplotlib, which it would note, is no part of the picture.
+        figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})

@@ -1,4 +1,4 @@
-"""Where to compute, and in which precision."""
+"""The device and the precision of computations, by the names that users give."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises `UsageError` for a device that is not there."""
+    """The device of this name; `auto` is the GPU if there is one. Raises `UsageError` if there is no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError):
         device = torch.device("meta")
-    if device.type == "meta":  # which computes nothing
+    if device.type == "meta":  # no such device, or torch's own `meta`, which computes nothing
         raise UsageError(f"no device {name!r}: expected auto, cpu, or cuda on a machine that has it; check --device")
     return device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device multiplies it faster than float32.
+    """The precision of this name; `auto` is bfloat16 if the device multiplies it faster than float32, else float32.
 
     Raises:
         UsageError: if there is no such precision.

@@ -1,36 +1,44 @@
-"""How artifacts reach the disk: whole or not at all, and with what made them."""
+"""Files that are written whole or not at all, and the record of format, checksum and provenance in those of a run."""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from darwinlm.types import DarwinError, UsageError
 
 
+class DamagedError(DarwinError):
+    """A file was cut off or altered after it was written."""
+
+
 def check_new(out: Path, directory: bool = True) -> None:
-    """Raise `UsageError` unless `out` is free: not there yet, or for a directory an empty one."""
+    """Raise `UsageError` unless `out` is free: it does not exist or, for a directory, is empty."""
     if out.exists() and not (directory and out.is_dir() and not any(out.iterdir())):
         expected = "new or empty" if directory else "new"
-        found = "a file" if out.is_file() else "a directory with files in it" if any(out.iterdir()) else "a directory"
-        raise UsageError(f"expected {out} to be {expected}, found {found}; choose another name or remove it")
+        actual = "a file" if out.is_file() else "a directory with files in it" if any(out.iterdir()) else "a directory"
+        raise UsageError(f"expected {out} to be {expected}, found {actual}; choose another name or remove it")
 
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """A directory beside `out` to write in, which takes its name in the end and is removed on any failure.
+    """A temporary directory beside `out` to write in, which is renamed to `out` in the end and removed on any failure.
 
     Raises:
-        UsageError: if `out` is there already and not an empty directory, its place cannot be written to, or another
-            process writes it.
+        UsageError: if `out` exists and is not an empty directory, if its parent cannot be written to, or if another
+            process is writing `out`.
     """
     check_new(out)
     with _partial(out, directory=True) as partial:
@@ -40,10 +48,10 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(out: Path) -> Iterator[Path]:
-    """A name beside `out` to write to, which becomes `out` in the end and is removed on any failure.
+    """A temporary file beside `out` to write to, which is renamed to `out` in the end and removed on any failure.
 
     Raises:
-        UsageError: if `out` is there already, its place cannot be written to, or another process writes it.
+        UsageError: if `out` exists, if its parent cannot be written to, or if another process is writing `out`.
     """
     check_new(out, directory=False)
     with _partial(out, directory=False) as partial:
@@ -53,32 +61,32 @@ def new_file(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _partial(out: Path, directory: bool) -> Iterator[Path]:
-    """A hidden name beside `out`, held by this process. What a killed process left there is removed."""
+    """A hidden name beside `out`, locked by this process. What a killed process left under it is removed."""
     partial = out.absolute().with_name(f".{out.absolute().name}.partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         if directory:
             partial.mkdir(exist_ok=True)
-        held = os.open(partial, os.O_RDONLY if directory else os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(partial, os.O_RDONLY if directory else os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise UsageError(f"cannot write to {out.parent}: {error.strerror}; choose another place") from None
     try:
-        _lock(held, partial, out)
+        _lock(descriptor, partial, out)
         try:
-            for left in partial.iterdir() if directory else ():
-                _remove(left)
+            for leftover in partial.iterdir() if directory else ():
+                _remove(leftover)
             yield partial
         finally:
             _remove(partial)
     finally:
-        os.close(held)
+        os.close(descriptor)
 
 
-def _lock(held: int, partial: Path, out: Path) -> None:
+def _lock(descriptor: int, partial: Path, out: Path) -> None:
     """Raise `UsageError` if another process writes `out`, or has just finished it."""
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        mine = os.path.samestat(os.fstat(held), partial.stat())
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = os.path.samestat(os.fstat(descriptor), partial.stat())
     except (BlockingIOError, FileNotFoundError):
         mine = False
     if not mine:
@@ -86,7 +94,7 @@ def _lock(held: int, partial: Path, out: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or a directory with all that is in it, if it is there."""
+    """Remove a file, or a directory and its contents, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -96,16 +104,39 @@ def _remove(path: Path) -> None:
 LOCK = ".lock"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it, so that a reader sees the old one or the new one whole."""
+FORMAT_VERSION = 2  # of the files of a run; those that version 0.1.0 wrote do not name theirs, which counts as 1
+
+
+RECORD = "darwinlm"  # the key of a safetensors file's metadata that holds its record
+
+
+REFUSED = "start a new run in another --out, or use the version that wrote it"
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to, which then takes its place: a reader sees the old file or the new.
+
+    The temporary file is removed on any failure; what a killed process leaves is removed by `sweep`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically."""
+    """Write JSON atomically, without a record: for tables that users read."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
@@ -120,7 +151,7 @@ def read_json(path: Path, *keys: str) -> Any:
     except FileNotFoundError:
         raise DarwinError(f"{path} is missing; run the stage that writes it first") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DarwinError(f"{path} is damaged ({error}); delete it and run the command again") from None
+        raise _damaged(path, error) from None
     _expect_keys(path, value, keys)
     return value
 
@@ -134,48 +165,150 @@ def read_json_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
     try:
         values = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DarwinError(f"{path} is damaged ({error}); delete it and run the command again") from None
+        raise _damaged(path, error) from None
     for value in values:
         _expect_keys(path, value, keys)
     return values
 
 
-def _expect_keys(path: Path, value: Any, keys: tuple[str, ...]) -> None:
+def _expect_keys(path: Path, value: Any, keys: Sequence[str]) -> None:
     missing = [key for key in keys if not isinstance(value, dict) or key not in value]
     if missing:
-        raise DarwinError(f"{path} is damaged (it lacks {missing[0]}); delete it and run the command again")
+        raise _damaged(path, f"it lacks {missing[0]}")
+
+
+def _damaged(path: Path, reason: object, delete: Path | None = None) -> DamagedError:
+    return DamagedError(f"{path} is damaged ({reason}); delete {delete or 'it'} and run the command again")
+
+
+def as_json(value: Any) -> Any:
+    """The value as it comes back from a JSON file: lists for tuples, strings for all keys."""
+    return json.loads(json.dumps(value))
+
+
+def write_record(path: Path, content: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+    """Write an artifact as JSON, atomically: `content` beside the format version, a checksum and the provenance.
+
+    Args:
+        provenance: what the content was made from.
+    """
+    value = as_json({"provenance": provenance, **content})
+    write_json(path, {"format": FORMAT_VERSION, "sha256": _checksum(value), **value})
+
+
+def read_record(path: Path, *keys: str) -> dict[str, Any]:
+    """What `write_record` wrote: the content, and the provenance under `provenance`.
+
+    Raises:
+        DarwinError: if the file is missing, damaged, lacks one of `keys`, or is of another format version.
+    """
+    return check_record(path, read_json(path), *keys)
+
+
+def check_record(path: Path, value: Any, *keys: str, cure: str = REFUSED) -> dict[str, Any]:
+    """The content and provenance in `value`, a record that was read from `path`.
+
+    Args:
+        cure: what to do where the record is of another format version.
+
+    Raises:
+        DarwinError: as `read_record`.
+    """
+    version = value.get("format") if isinstance(value, dict) else None
+    if version is None:  # by 0.1.0, or no record at all
+        _expect_keys(path, value, keys)
+    _check_version(path, version or 1, cure)
+    _expect_keys(path, value, ("sha256", "provenance", *keys))
+    content = {key: item for key, item in value.items() if key not in ("format", "sha256")}
+    if _checksum(content) != value["sha256"]:
+        raise _damaged(path, "its checksum does not match")
+    return content
+
+
+def _check_version(path: Path, version: object, cure: str = REFUSED) -> None:
+    if version != FORMAT_VERSION:
+        raise DarwinError(
+            f"{path} was written by another version of darwinlm (format {version}, expected {FORMAT_VERSION}): {cure}"
+        )
+
+
+def _checksum(record: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> str:
+    """SHA-256 of a record in canonical JSON, then of the tensors in the order of their names."""
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for name, tensor in sorted((tensors or {}).items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any], **notes: Any) -> None:
+    """Write contiguous tensors on the CPU to a safetensors file, atomically, with its record in the metadata.
+
+    Args:
+        provenance: what the tensors were made from.
+        notes: more to remember, as JSON holds it.
+    """
+    record = as_json({"provenance": provenance, **notes})
+    record = {"format": FORMAT_VERSION, "sha256": _checksum(record, tensors), **record}
+    with replaced(path) as temporary:
+        save_file(dict(tensors), temporary, {RECORD: json.dumps(record)})
 
 
 def open_tensors(path: Path, delete: Path | None = None) -> Any:
-    """Open a safetensors file by memory map.
+    """Open a file of `write_tensors` by memory map, without reading it whole: its checksum is not verified.
 
     Args:
         delete: what is to be deleted where the file is damaged, for the next run to make it again; the file if None.
 
     Raises:
-        DarwinError: if it is missing, no such file, or cut off.
+        DarwinError: if it is missing, no such file, cut off, or of another format version.
     """
     try:
-        return safe_open(path, framework="pt")
+        opened = safe_open(path, framework="pt")
     except (SafetensorError, FileNotFoundError) as error:
-        raise DarwinError(f"{path} is damaged ({error}); delete {delete or 'it'} and run the command again") from None
+        raise _damaged(path, error, delete) from None
+    _check_version(path, _record_of(opened).get("format", 1))
+    return opened
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `write_tensors` wrote: the provenance and the notes, and the tensors.
+
+    The tensors are mapped into memory: each takes memory of its own only where it is changed.
+
+    Raises:
+        DarwinError: as `open_tensors`, and if the checksum does not match.
+    """
+    with open_tensors(path) as opened:
+        record = _record_of(opened)
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    content = {key: item for key, item in record.items() if key not in ("format", "sha256")}
+    if _checksum(content, tensors) != record.get("sha256"):
+        raise _damaged(path, "its checksum does not match")
+    return content, tensors
+
+
+def _record_of(opened: Any) -> dict[str, Any]:
+    """The record in the metadata of a safetensors file, an empty one if it has none that can be read."""
+    try:
+        record = json.loads((opened.metadata() or {}).get(RECORD, "{}"))
+    except json.JSONDecodeError:
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def sweep(path: Path) -> None:
-    """Remove what a killed process left under temporary names in a directory that this process holds."""
-    for left in [*path.glob("*.partial"), *path.glob("*/*.partial")]:
-        if left.is_dir():
-            shutil.rmtree(left)
-        else:
-            left.unlink()
+    """Remove the temporary files that a killed process left in a directory that this process has locked."""
+    for leftover in [*path.glob("*.partial"), *path.glob("*/*.partial")]:
+        _remove(leftover)
 
 
 @contextmanager
 def locked_directory(path: Path) -> Iterator[None]:
-    """Create `path` and hold it for this process. If it was not there and stays empty, it is removed in the end.
+    """Create the directory `path` and lock it for this process. A new one that stays empty is removed in the end.
 
     Raises:
-        UsageError: if it cannot be written to, or another process holds it.
+        UsageError: if `path` cannot be written to, or if another process has locked it.
     """
     created = not path.exists()
     try:

@@ -1,6 +1,7 @@
-"""The little that torch.distributed needs: who am I, sums over processes, and one clear end if a process dies.
+"""Work shared by several processes: their ranks, sums over all of them, and one clear message if one of them dies.
 
-Everything works in a single process too, where it does nothing. `torchrun --nproc-per-node N -m darwinlm` starts many.
+All functions work in a single process too, where there is nothing to exchange. Several processes are started by
+`torchrun --nproc-per-node N -m darwinlm`.
 """
 
 from __future__ import annotations
@@ -24,76 +25,76 @@ from darwinlm.runtime.files import locked_directory
 from darwinlm.runtime.progress import console
 from darwinlm.types import DarwinError, UsageError
 
-SPOKEN = "darwinlm/spoken"  # counts the processes of a run that have failed
+FAILURES = "darwinlm/failures"  # key of the number of processes of a run that have failed
 
 
-GRACE = 2.0  # seconds
+GRACE = 2.0  # seconds that a process which fails later gives the first one to report why
 
 
-PATIENCE = timedelta(hours=6)  # one process may eliminate a large unit while the others wait for it
+TIMEOUT = timedelta(hours=6)  # one process may eliminate a large unit while the others wait for it
 
 
 class PeerLostError(DarwinError):
-    """Another process of the run has gone; it has said why, if it could."""
+    """Another process of the run has ended; if it could, it has reported why."""
 
 
 def processes() -> int:
-    """How many processes share the work."""
+    """The number of processes that share the work."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def neighbours() -> int:
-    """How many of them are on this machine, and share its memory."""
+    """The number of these processes that run on this machine and share its memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def first() -> bool:
-    """Whether this is the process that speaks, and writes what is common to all."""
+    """Whether this is the process that prints messages and writes the files that are common to all."""
     return rank() == 0
 
 
 def owner(block: int) -> int:
-    """Which process eliminates a block's structures."""
+    """The rank of the process that eliminates a block's structures."""
     return block % processes()
 
 
 def is_mine(block: int) -> bool:
-    """Whether it is this one."""
+    """Whether this process eliminates the block's structures."""
     return owner(block) == rank()
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Join the other processes that torchrun has started, if any, and part from them in the end.
+    """Connect this process to the others that torchrun has started, if any, for the length of a `with` block.
 
-    Whatever ends one process ends all. One of them says why: the one that failed, or, if it could not, another.
+    If one process fails, all of them end. One reports why: the one that failed or, if it could not, another.
 
     Raises:
-        PeerLostError: if another process died without a word.
+        PeerLostError: if another process died without reporting why.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    store, me, world = next(iter(rendezvous("env://", timeout=PATIENCE)))
+    store, this_rank, world = next(iter(rendezvous("env://", timeout=TIMEOUT)))
     # Gloo beside NCCL: a collective on the host is one that the host waits for.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=me, world_size=world, timeout=PATIENCE)
+    dist.init_process_group(backend, store=store, rank=this_rank, world_size=world, timeout=TIMEOUT)
     console.quiet = not first()
-    before = signal.signal(signal.SIGTERM, _told_to_end)
+    before = signal.signal(signal.SIGTERM, _end_on_signal)
     try:
         yield
         wait_for_all()
     except BaseException as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends as it is
-        if store.add(SPOKEN, 1) > 1 and isinstance(error, DarwinError | OSError):
-            time.sleep(GRACE)  # torchrun ends the others once one is gone: let the other say why
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending already
+        if store.add(FAILURES, 1) > 1 and isinstance(error, DarwinError | OSError):
+            time.sleep(GRACE)  # torchrun ends all processes once one has ended: let the first report why
             raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
         raise
     finally:
@@ -104,7 +105,7 @@ def together() -> Iterator[None]:
 
 @contextmanager
 def first_before_others() -> Iterator[None]:
-    """The first process does this alone, then the others, who find what it has left on the disk."""
+    """Let the first process run the `with` block alone, and then the others, which read what it wrote to the disk."""
     if not first():
         wait_for_all()
     yield
@@ -114,7 +115,7 @@ def first_before_others() -> Iterator[None]:
 
 @contextmanager
 def shared_directory(path: Path, prepare: Callable[[], object]) -> Iterator[None]:
-    """The first process holds a directory for all, and prepares it before any of them works in it.
+    """Let the first process lock a directory for all, and prepare it before any of them works in it.
 
     Raises:
         UsageError: on the first process, as `locked_directory`.
@@ -130,10 +131,10 @@ def shared_directory(path: Path, prepare: Callable[[], object]) -> Iterator[None
 
 
 def sum_at(tensor: Tensor, owner: int) -> None:
-    """Replace `tensor` on process `owner` by the sum over all processes. Elsewhere it means nothing afterwards.
+    """Replace `tensor` on process `owner` by its sum over all processes. On other processes it becomes undefined.
 
     Raises:
-        PeerLostError: if a process has gone.
+        PeerLostError: if another process has ended.
     """
     if processes() > 1:
         with _peers():
@@ -141,7 +142,7 @@ def sum_at(tensor: Tensor, owner: int) -> None:
 
 
 def sums_everywhere(values: Sequence[float]) -> list[float]:
-    """The sums over all processes of what each gives, the same everywhere. Raises `PeerLostError` if one has gone."""
+    """The sums of each value over all processes, the same on all. Raises `PeerLostError` if a process has ended."""
     if processes() == 1:
         return list(values)
     sums = torch.tensor(values, dtype=torch.float64)
@@ -151,7 +152,7 @@ def sums_everywhere(values: Sequence[float]) -> list[float]:
 
 
 def wait_for_all() -> None:
-    """Return once every process has come here. Raises `PeerLostError` if one has gone."""
+    """Return once every process has called this. Raises `PeerLostError` if one has ended."""
     if processes() > 1:
         with _peers():
             dist.all_reduce(torch.zeros(1))  # on the host: NCCL would only queue it, and the host would run ahead
@@ -159,7 +160,7 @@ def wait_for_all() -> None:
 
 @contextmanager
 def _peers() -> Iterator[None]:
-    """What the backend raises when a connection breaks becomes one sentence."""
+    """Turn the backend's error at a broken connection into one sentence."""
     try:
         yield
     except RuntimeError as error:
@@ -167,8 +168,8 @@ def _peers() -> Iterator[None]:
         raise _peer_lost(reason) from None
 
 
-def _told_to_end(_signal: int, _frame: FrameType | None) -> NoReturn:
-    """torchrun ends all processes once one is gone, maybe before its absence is felt here."""
+def _end_on_signal(_signal: int, _frame: FrameType | None) -> NoReturn:
+    """Handle SIGTERM, which torchrun sends once another process has ended, maybe before this one notices."""
     raise _peer_lost("torchrun ended this one")
 
 

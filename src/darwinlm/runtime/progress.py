@@ -1,4 +1,4 @@
-"""Progress of long work: a live bar with the time left on a terminal, log lines elsewhere."""
+"""Progress of long work: a live bar with the remaining time on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ LOG_EVERY = 10.0  # seconds between log lines where there is no terminal
 
 
 def say(message: str) -> None:
-    """One line for whoever watches the run."""
+    """Print one line on standard error."""
     console.print(message, markup=False)
 
 
 def track(
     items: Iterable[Item], description: str, total: int, done: int = 0, status: Callable[[], str] = str
 ) -> Iterator[Item]:
-    """Yield `items`, showing how many of `total` are done, an estimate of what is left, and what `status` says.
+    """Yield `items`, showing how many of `total` are done, an estimate of the remaining time, and a status.
 
-    `done` items were finished by an earlier run; they count as progress but not towards the speed.
+    Args:
+        done: items that an earlier run has finished; they count as progress but not towards the speed.
+        status: returns the text that is shown after each item.
     """
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -54,15 +56,15 @@ def _log(items: Iterable[Item], description: str, total: int, done: int, status:
         now = time.monotonic()
         if now - last >= LOG_EVERY or finished == total:
             left = (now - start) / (finished - done) * (total - finished)
-            told = f", {status()}" if status() else ""
-            say(f"{description}: {finished}/{total}, {now - start:.0f} s, {left:.0f} s left{told}")
+            suffix = f", {status()}" if status() else ""
+            say(f"{description}: {finished}/{total}, {now - start:.0f} s, {left:.0f} s left{suffix}")
             sys.stderr.flush()
             last = now
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No loading bars and advice from transformers: this package shows its own progress."""
+    """Silence the loading bars and warnings of transformers: this package shows its own progress."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

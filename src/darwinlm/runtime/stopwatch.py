@@ -1,4 +1,4 @@
-"""How long work takes that may be killed and go on: a file keeps the seconds."""
+"""The time that interrupted and resumed work takes in all, kept in a file."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from types import TracebackType
 
 from darwinlm.runtime.files import read_json, write_json
 
-BEAT = 2.0  # seconds that a kill may hide
+BEAT = 2.0  # seconds between two writes of the file, which a kill loses at most
 
 
 class Stopwatch:
-    """Counts the seconds of a `with` block, on top of those that earlier, killed processes spent in it.
+    """Counts the seconds of a `with` block, and adds those that earlier, killed processes spent in it.
 
     Args:
-        file: keeps them.
-        go_on: whether what those processes did is still there; else it is all to be done, and timed, anew.
+        file: holds the seconds.
+        go_on: whether the results of those processes still exist. If not, counting starts from zero.
     """
 
     def __init__(self, file: Path, go_on: bool):

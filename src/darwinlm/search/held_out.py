@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from darwinlm.database.stitch import Stitcher
 from darwinlm.losses.logits import Logits
 from darwinlm.losses.metrics import Divergence
-from darwinlm.runtime.files import read_json, write_json
+from darwinlm.runtime.files import read_record, write_record
 from darwinlm.runtime.progress import track
 from darwinlm.search.fitness import BATCH_TOKENS
 from darwinlm.types import Curve, Generation
@@ -64,7 +64,7 @@ def curves(
     first and the last. The curves are kept in `file`, which a later call only reads.
     """
     if file.exists():
-        return {name: tuple(map(tuple, curve)) for name, curve in read_json(file).items()}
+        return {name: tuple(map(tuple, curve)) for name, curve in read_record(file)["curves"].items()}
     better = [line for i, line in enumerate(history) if i == 0 or line.genome != history[i - 1].genome]
     count = min(POINTS, len(better))
     points = [better[round(i * (len(better) - 1) / max(count - 1, 1))] for i in range(count)]
@@ -72,5 +72,5 @@ def curves(
     divergences = [held_out(stitcher.stitch(line.genome)) for line in track(points, "curves", count)]
     measured = list(zip(points, divergences, strict=True))
     result = {name: tuple((line.generation, by_text[name]) for line, by_text in measured) for name in texts}
-    write_json(file, result)
+    write_record(file, {"curves": result}, {"genomes": [line.genome.levels for line in points]})
     return result

@@ -21,7 +21,7 @@ from darwinlm.database.store import Database
 from darwinlm.genome import Grid
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import linear_at
-from darwinlm.runtime.files import read_json, write_json
+from darwinlm.runtime.files import read_record, write_record
 from darwinlm.runtime.progress import track
 from darwinlm.search.budget import Costs
 from darwinlm.types import Genome, Level, Unit, UsageError
@@ -44,15 +44,15 @@ def latency_costs(checkpoint: Checkpoint, grid: Grid, config: LatencyConfig, dev
         raise UsageError(f"--latency.table: expected a file that an earlier run wrote, found none at {table}; check it")
     if not table.exists():
         units, rest = measure(checkpoint, grid, config, device)
-        write_json(path, {"made_for": made_for, "units": units, "rest": rest})
-    found = read_json(table, "made_for", "units", "rest")
-    other = [name for name, value in made_for.items() if found["made_for"].get(name) != value]
+        write_record(path, {"units": units, "rest": rest}, made_for)
+    found = read_record(table, "units", "rest")
+    other = [name for name, value in made_for.items() if found["provenance"].get(name) != value]
     if config.table is None:
         other = [name for name in other if name != "threads"]  # a resumed run's own, which decided its budget
     if other:
         raise UsageError(
             f"the latency table in {table} is of another {other[0]}: expected {made_for[other[0]]}, found "
-            f"{found['made_for'].get(other[0])}; leave --latency.table out and it is measured"
+            f"{found['provenance'].get(other[0])}; leave --latency.table out and it is measured"
         )
     return Costs("ns a forward pass", tuple(map(tuple, found["units"])), found["rest"])
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from darwinlm.runtime.files import read_json
+from darwinlm.runtime.files import read_record
 from darwinlm.training.trainer import FINISHED
 from darwinlm.types import UsageError
 
@@ -39,7 +39,7 @@ class Training:
     @property
     def result(self) -> dict[str, Any]:
         """Held-out figures before and after. Raises `DarwinError` if it has not finished."""
-        return read_json(self.result_path, "before", "after")
+        return read_record(self.result_path, "before", "after")
 
     def last_checkpoint(self, provenance: Mapping[str, Any]) -> Path | None:
         """The newest whole checkpoint. Raises `UsageError` if it is of another training."""
@@ -51,7 +51,7 @@ class Training:
         if not whole:
             return None
         newest = whole[max(whole)]
-        found = read_json(newest, "provenance")["provenance"]
+        found = read_record(newest, "provenance")["provenance"]
         changed = [name for name in provenance if found.get(name) != provenance[name]]
         if changed:
             raise UsageError(

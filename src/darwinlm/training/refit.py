@@ -8,7 +8,6 @@ fresh tokens, which changes only the matrices that elimination has already re-so
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import asdict
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,7 +24,7 @@ from darwinlm.database.stitch import Stitcher
 from darwinlm.losses.gradients import KLGradient
 from darwinlm.losses.logits import Logits
 from darwinlm.model.families import linear_at
-from darwinlm.runtime.files import open_tensors
+from darwinlm.runtime.files import as_json, read_tensors, write_tensors
 from darwinlm.runtime.progress import say, track
 from darwinlm.training.optimizer_state import set_state, state_of
 from darwinlm.types import DarwinError, Genome
@@ -55,7 +53,7 @@ def refit(
     Raises:
         DarwinError: if `file` is of another refit.
     """
-    identity = json.dumps(provenance | {"genome": genome.levels, "refit": asdict(config)}, sort_keys=True)
+    identity = as_json(provenance | {"genome": genome.levels, "refit": asdict(config)})
     done, tensors = _read(file, identity)
     steps = -(-len(token_ids) // config.batch_size)
     if done == steps:
@@ -143,21 +141,21 @@ def _mean(values: list[float]) -> float:
     return sum(values) / max(len(values), 1)
 
 
-def _read(file: Path, identity: str) -> tuple[int, dict[str, Tensor]]:
-    """Steps that are done, and the tensors of a refit that has begun."""
+def _read(file: Path, identity: dict[str, Any]) -> tuple[int, dict[str, Tensor]]:
+    """The steps that an earlier call has done and the tensors that it saved, none if it saved nothing."""
     if not file.exists():
         return 0, {}
-    with open_tensors(file) as opened:
-        about = opened.metadata()
-        if about.get("provenance") != identity:
-            raise DarwinError(f"{file} is of another refit: expected this run's; delete it and run the command again")
-        return int(about["steps"]), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    record, tensors = read_tensors(file)
+    if record["provenance"] != identity:
+        raise DarwinError(f"{file} is of another refit: expected this run's; delete it and run the command again")
+    return record["steps"], tensors
 
 
 def _write(
-    file: Path, weights: dict[str, nn.Parameter], optimizer: torch.optim.AdamW | None, steps: int, identity: str
+    file: Path,
+    weights: dict[str, nn.Parameter],
+    optimizer: torch.optim.AdamW | None,
+    steps: int,
+    identity: dict[str, Any],
 ) -> None:
-    temporary = file.with_suffix(".partial")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state_of(weights, optimizer), temporary, {"steps": str(steps), "provenance": identity})
-    temporary.rename(file)
+    write_tensors(file, state_of(weights, optimizer), identity, steps=steps)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 from darwinlm.data.stream import Sequences, mapped
 from darwinlm.losses.distillation import Target, TopKTarget, teacher_target
 from darwinlm.runtime import parallel
-from darwinlm.runtime.files import sweep, write_json
+from darwinlm.runtime.files import read_record, sweep, write_record, write_tensors
 from darwinlm.runtime.progress import track
 
 ROWS = 16  # sequences in a file
@@ -40,15 +39,14 @@ class TeacherLogits:
     """
 
     path: Path
-    top_k: int
-    temperature: float
+    provenance: dict[str, Any]
 
     @classmethod
     def open(cls, cache: Path, teacher_fingerprint: str, top_k: int, temperature: float) -> TeacherLogits:
-        """The logits of this teacher in a cache directory, with what earlier trainings have put there."""
+        """The logits of this teacher in a cache directory, with the files that earlier trainings have written."""
         provenance = {"teacher": teacher_fingerprint, "top_k": top_k, "temperature": temperature}
         key = hashlib.sha256(json.dumps(provenance).encode()).hexdigest()[:16]
-        return cls(cache / f"logits-{key}", top_k, temperature)
+        return cls(cache / f"logits-{key}", provenance)
 
     def fill(self, sequences: Sequences, load_teacher: Callable[[], PreTrainedModel]) -> None:
         """Write what is missing for these sequences; all processes call it together and share the work.
@@ -61,8 +59,11 @@ class TeacherLogits:
 
     def _prepare(self) -> None:
         sweep(self.path)
-        if not (self.path / MANIFEST).exists():
-            write_json(self.path / MANIFEST, {"top_k": self.top_k, "temperature": self.temperature})
+        manifest = self.path / MANIFEST
+        if manifest.exists():
+            read_record(manifest)  # refuses one of another format version
+        else:
+            write_record(manifest, {}, self.provenance)
 
     def _fill(self, sequences: Sequences, load_teacher: Callable[[], PreTrainedModel]) -> None:
         rows: dict[tuple[int, ...], int] = {}  # how many rows of each file are needed
@@ -77,15 +78,11 @@ class TeacherLogits:
             first = number * ROWS
             ids = torch.stack([sequences.stores[store].read(lane, part, first + i) for i in range(count)])
             assert teacher is not None
-            file = self._file(sequences, group)
-            file.parent.mkdir(exist_ok=True)
-            temporary = file.with_suffix(".partial")
-            save_file(self._top_k(teacher, ids), temporary)
-            temporary.rename(file)
+            write_tensors(self._file(sequences, group), self._top_k(teacher, ids), self.provenance)
         parallel.wait_for_all()
 
     def _count(self, sequences: Sequences, group: tuple[int, ...]) -> int:
-        """Rows that a file has. An earlier training may have needed fewer of them."""
+        """The number of rows in a file: an earlier training may have needed fewer than this one."""
         file = self._file(sequences, group)
         return mapped(file).get_slice("values").get_shape()[0] if file.exists() else 0
 
@@ -97,8 +94,8 @@ class TeacherLogits:
         """One sequence at a time, a few tokens' logits at a time."""
         found: dict[str, list[Tensor]] = {"indices": [], "values": []}
         for ids in token_ids:
-            target = teacher_target(teacher, ids[None].to(teacher.device), self.temperature)
-            values, indices = target.top_k(self.top_k)
+            target = teacher_target(teacher, ids[None].to(teacher.device), self.provenance["temperature"])
+            values, indices = target.top_k(self.provenance["top_k"])
             found["indices"].append(indices.to("cpu", torch.int32))
             found["values"].append(values.to("cpu", torch.float16))
         return {name: torch.stack(tensors) for name, tensors in found.items()}

@@ -27,7 +27,7 @@ from transformers import (
 from darwinlm.config.training import DistillationConfig
 from darwinlm.evaluation.quality import perplexity_of
 from darwinlm.losses.distillation import Losses, Target, chunked_loss, hidden_for_logits
-from darwinlm.runtime.files import write_json, write_text
+from darwinlm.runtime.files import write_record, write_text
 from darwinlm.runtime.progress import say
 from darwinlm.types import DarwinError
 
@@ -185,7 +185,7 @@ class RecoveryTrainer(Trainer):
         if self.is_world_process_zero():
             step = self.state.global_step
             directory = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
-            write_json(directory / FINISHED, {"step": step, "provenance": self.provenance})
+            write_record(directory / FINISHED, {"step": step}, self.provenance)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in the Trainer; sharded weights are gathered one by one, tied ones once, which it (5.23) fails at."""
