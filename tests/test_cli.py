@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,23 @@ def test_flags_are_the_settings(ran: list[tuple[RunConfig, str]]):
     assert until == "report"
 
 
-def test_every_setting_has_a_flag_with_help(capsys: pytest.CaptureFixture[str]):
+def test_the_help_shows_what_people_use(capsys: pytest.CaptureFixture[str]):
     assert runs.call("compress", "--help") == 0
+    text = capsys.readouterr().out
+    assert set(re.findall(r"^  (?:-h, )?(--[\w.-]+)", text, re.MULTILINE)) == {
+        "--help", "--help-all", "--preset", "--config", "--data", "--out", "--target", "--target-level", "--seed",
+        "--device", "--dtype", "--genome",
+    }  # fmt: skip
+    assert "--help-all shows every setting" in text
+
+
+def test_a_flag_is_not_guessed_from_its_beginning(capsys: pytest.CaptureFixture[str]):
+    assert runs.call("compress", "M", "--data", "D", "--out", "O", "--target-lev", "4") == 2
+    assert "has no flag --target-lev: did you mean --target-level?" in capsys.readouterr().err
+
+
+def test_every_setting_has_a_flag_with_help(capsys: pytest.CaptureFixture[str]):
+    assert runs.call("compress", "--help-all") == 0
     text = " ".join(capsys.readouterr().out.split())
 
     def flags(config: type, prefix: str = "") -> list[str]:

@@ -161,8 +161,24 @@ def test_the_command_prints_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture
     qwen_2_5_14b().save_pretrained(tmp_path)
     assert main(["plan", str(tmp_path / "config.json"), "--database.structure", "head"]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"^parameters +14\.77 B$", printed, re.MULTILINE)
-    assert re.search(r"^at level 5 of 10, head +9\.17 B$", printed, re.MULTILINE)
+    assert re.search(r"^parameters +14\.77 B, ", printed, re.MULTILINE)
+    assert re.search(r"^at level 5 of 10, head +9\.17 B, 18\.34 GB, params=0\.621$", printed, re.MULTILINE)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_plan_to_a_share_of_the_parameters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The uniform model of that size is planned for: the first below it, by less than a step of the levels."""
+    llama_2_7b().save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--target", "params=0.6"]) == 0
+    printed = capsys.readouterr().out
+    dense, pruned = (
+        float(re.search(rf"^{row} +([\d.]+) B", printed, re.MULTILINE)[1])  # pyright: ignore[reportOptionalSubscript]
+        for row in ("parameters", r"pruned to level [\d.]+")
+    )
+    assert 0.59 < pruned / dense <= 0.6 + 1e-3
+    shares = [float(share) for share in re.findall(r"params=([\d.]+)$", printed, re.MULTILINE)]
+    assert len(shares) == 9
+    assert shares == sorted(shares, reverse=True), "a row for each level"
 
 
 @pytest.mark.usefixtures("quick")
@@ -170,6 +186,10 @@ def test_the_command_prints_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture
     ("flags", "told"),
     [
         (["--target-level", "10"], "--target-level: expected a level between 0 and 10"),
+        (["--target", "params=0.5", "--target-level", "5"], "name one size in two ways"),
+        (["--target", "params=half"], "--target: expected params"),
+        (["--target", "latency=0.5"], "found latency"),
+        (["--target-le", "5"], "has no flag --target-le: did you mean --target-level?"),
         (["--database.structure", "column"], "structure"),
         (["--database.granularity", "48"], "granularity must divide the 11008 channels"),
     ],
@@ -207,7 +227,7 @@ def test_every_recipe_is_priced(
     config().save_pretrained(tmp_path)
     assert main(["plan", str(tmp_path), "--config", str(RECIPES / f"{recipe}.yaml")]) == 0
     printed = capsys.readouterr().out
-    assert re.search(rf"^at level 5 of 10, head +{size}$", printed, re.MULTILINE)
+    assert re.search(rf"^at level 5 of 10, head +{size}, ", printed, re.MULTILINE)
     assert re.search(rf"^training at level 5, 10,000,000,000 tokens +{steps} steps, ", printed, re.MULTILINE)
 
 

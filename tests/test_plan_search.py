@@ -41,9 +41,9 @@ def case(
 
 
 def at(case: Pruned, config: SearchConfig = SEARCH, tokens: int = 256) -> tuple[Genome, SearchPlan]:
-    even = uniform_genome(case.database.grid, 2.0, CONFIG.levels, Random(0))
+    uniform = uniform_genome(case.database.grid, 2.0, CONFIG.levels, Random(0))
     settings = config, RefitConfig(tokens=tokens, batch_size=2)
-    return even, plan_search(parameter_count(case.dense), case.dense.config, case.database.grid, even, *settings)
+    return uniform, plan_search(parameter_count(case.dense), case.dense.config, case.database.grid, uniform, *settings)
 
 
 def moving(model: Any) -> int:
@@ -57,14 +57,14 @@ def weights_of(model: Any, modules: set[str]) -> int:
 
 
 def test_start_and_generations_are_what_is_computed(case: Pruned, tmp_path: Path) -> None:
-    even, planned = at(case)
+    uniform, planned = at(case)
     grid = case.database.grid
     costs = parameter_costs(grid, parameter_count(case.dense))
-    budget = Budget(grid, costs, float(costs.of(even)), 0.0, ceilings(grid))
+    budget = Budget(grid, costs, float(costs.of(uniform)), 0.0, ceilings(grid))
     scorer, found = Fitness(case.stitcher, token_ids(1, 8), token_ids(2, 8), SEARCH), dict[str, Genome]()
 
     def start() -> None:
-        found.update(find_starts(even, budget, scorer, SEARCH, 0, tmp_path))
+        found.update(find_starts(uniform, budget, scorer, SEARCH, 0, tmp_path))
         evolve(found, budget, scorer, replace(SEARCH, generations=0), 0, tmp_path / "history.jsonl")
 
     # Beside the products of weights there are the scores of attention.
@@ -79,8 +79,8 @@ def test_training_is_counted_by_what_trains(case: Pruned, trains: str) -> None:
     """By hand: 6 offspring see 32 tokens, 2 of them 32 more, and are scored anew on 64 and on 128."""
     stages = (SelectionStage(2, 64, 32), SelectionStage(1, 128, 64))
     config = replace(SEARCH, stages=stages, trains=trains)
-    even, planned = at(case, config)
-    model, small = case.stitcher.stitch(even), moving(case.stitcher.stitch(even))
+    uniform, planned = at(case, config)
+    model, small = case.stitcher.stitch(uniform), moving(case.stitcher.stitch(uniform))
     blocks = {name.rpartition(".")[0] for name, _ in model.named_parameters() if ".layers." in name}
     trained = weights_of(model, blocks if trains == "all" else {unit.consumer for unit in case.database.grid.units})
     steps = 6 * 32 + 2 * 32
@@ -91,8 +91,8 @@ def test_training_is_counted_by_what_trains(case: Pruned, trains: str) -> None:
 
 def test_the_refit_is_counted_for_two_models(case: Pruned) -> None:
     """By hand: both models forwards, one backwards, and the gradients of the consumers that are left."""
-    even, planned = at(case)
-    dense, small = (moving(model) for model in (case.dense, case.stitcher.stitch(even)))
-    consumers = weights_of(case.stitcher.stitch(even), {unit.consumer for unit in case.database.grid.units})
+    uniform, planned = at(case)
+    dense, small = (moving(model) for model in (case.dense, case.stitcher.stitch(uniform)))
+    consumers = weights_of(case.stitcher.stitch(uniform), {unit.consumer for unit in case.database.grid.units})
     expected = (2 * 256 * 2 * dense, 2 * 256 * (4 * small + 2 * consumers))
     assert astuple(planned.refit) == pytest.approx(expected, rel=0.02)

@@ -1,70 +1,261 @@
-"""The command line: one subcommand a stage. The dataclasses of config.py are its flags and its YAML."""
+"""The command line: a row of `COMMANDS` for each subcommand, whose flags are the fields of its settings."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
 
-from darwinlm.config.checks import expect_level
 from darwinlm.config.evaluation import METHODS, UNTRAINED, CompareConfig, EvaluateConfig, SpeedConfig
 from darwinlm.config.run import DEMO, ExportConfig, RunConfig
-from darwinlm.config.training import GradualConfig, GradualStage, TrainConfig
+from darwinlm.config.training import GradualConfig, TrainConfig
 from darwinlm.types import DarwinError, UsageError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 PROG = "darwinlm"
 DESCRIPTION = "Compress a large language model: a smaller dense model by one command (DarwinLM, arXiv 2502.07780)."
-STAGES = {
-    "compress": "everything, from a model and text to a smaller model; stops and resumes anywhere",
-    "database": "only measure the model and build its database of levels",
-    "search": "the database, then the search for the best genome",
-    "demo": "the same as compress, on a real model and corpus that come as packages",
-}
-TRAIN = "a pruned model on text, alone or with the dense model as its teacher; stops and resumes anywhere"
-GRADUAL = "a recipe: a model pruned and trained, in one stage or several; stops and resumes anywhere"
-PLAN = "what a run on a model takes, from its config alone: parameters, time, memory and disk"
-EXPORT = "a run's model, or a model directory, in another form"
-EVALUATE = "any model by one protocol: perplexity, KL, tasks, what it writes, and speed beside the dense one"
-COMPARE = "ways to choose what is removed, each at several sizes over one database; stops and resumes anywhere"
-UNTIL: dict[str, Literal["database", "search"]] = {"database": "database", "search": "search"}
-
-
 PRESETS = Path(__file__).parent / "presets"
+DENSE_MODEL = "a hub id, a directory, a .gguf file, or smollm2-135m"
+ALWAYS_SHOWN = ("help", "help_all", "config", "preset", "data", "out")
+CONFIG_HELP = "a YAML file of settings; flags win over it"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag that is no field of the settings, with what the parser takes for it."""
+
+    name: str
+    parser_arguments: Mapping[str, Any]
+
+
+def _switch(name: str, default: bool, help_text: str) -> Flag:
+    """A flag `--NAME` with its opposite, `--no-NAME`."""
+    shown = f"{help_text} (default: {'yes' if default else 'no'})"
+    return Flag(f"--{name}", {"action": ActionYesNo(no_prefix="no-"), "default": default, "help": shown})
+
+
+VERIFY = _switch("verify", True, "load an hf export in a fresh process without darwinlm and compare its logits")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Attributes:
+        settings: classes whose fields are its flags; an instance of each is what `function` is called with.
+        function: `module:name` under `darwinlm.commands`, imported once the command runs, for torch is slow to import.
+        positional: the argument without a flag, and its help.
+        fixed: settings that are no flags of this command.
+        defaults: defaults that differ from those of the settings.
+        flags: further flags. Those that are no field of the settings are keyword arguments of `function`.
+        arguments: further keyword arguments of `function`.
+        shown: settings that `--help` shows; `--help-all` shows all. Nothing here: all are shown.
+        presets: whether `--preset` names settings that come with darwinlm.
+        recipe: whether `--config` reads settings from a file.
+    """
+
+    name: str
+    summary: str
+    settings: tuple[type, ...]
+    function: str
+    positional: tuple[str, str] | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    flags: tuple[Flag, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    shown: tuple[str, ...] = ()
+    presets: bool = False
+    recipe: bool = True
+
+
+def _compression(name: str, summary: str, until: str = "report", **others: Any) -> Command:
+    """A command that runs the stages of a run up to `until`."""
+    keep_attention = _switch("keep-attention", False, "let no block lose all of its attention, which vLLM wants")
+    settings: dict[str, Any] = {
+        "positional": ("model", DENSE_MODEL),
+        "flags": (VERIFY, keep_attention),
+        "arguments": {"until": until},
+        "shown": ("target", "target_level", "seed", "device", "dtype", "genome"),
+        "presets": True,
+    }
+    return Command(name, summary, (RunConfig,), "compress:run", **settings | others)
+
+
+DEMO_DEFAULTS = {key: value for key, value in dataclasses.asdict(DEMO).items() if key not in ("model", "data")}
+COMMANDS = (
+    _compression("compress", "everything, from a model and text to a smaller model; stops and resumes anywhere"),
+    _compression("database", "only measure the model and build its database of levels", until="database"),
+    _compression("search", "the database, then the search for the best genome", until="search"),
+    _compression(
+        "demo",
+        "the same as compress, on a real model and corpus that come as packages",
+        positional=None,
+        fixed={"model": DEMO.model, "data": DEMO.data},
+        defaults=DEMO_DEFAULTS,
+    ),
+    Command(
+        "train",
+        "a pruned model on text, alone or with the dense model as its teacher; stops and resumes anywhere",
+        (TrainConfig,),
+        "train:train",
+        positional=("model", "a run directory, an export, or a dense model as for compress"),
+        flags=(VERIFY,),
+        shown=("tokens", "teacher", "seed", "device", "cache"),
+    ),
+    Command(
+        "gradual",
+        "a recipe: a model pruned and trained, in one stage or several; stops and resumes anywhere",
+        (GradualConfig,),
+        "gradual:gradual",
+        flags=(VERIFY,),
+        shown=("model", "stages", "seed", "device", "cache"),
+    ),
+    Command(
+        "plan",
+        "what a run on a model takes, from its config alone: parameters, time, memory and disk",
+        (GradualConfig,),
+        "plan.show:plan_command",
+        positional=("model", "a hub id, a directory or a file with a config, or smollm2-135m"),
+        fixed={"verify": True},
+        defaults={"data": "-", "out": "-"},  # which a plan does not read
+        flags=(
+            Flag("--target", {"type": str | None, "help": "one pruning to this size, as for compress: params=0.6"}),
+            Flag("--target-level", {"type": float | None, "help": "one pruning to this uniform level"}),
+        ),
+        shown=("target", "target_level", "stages"),
+    ),
+    Command(
+        "export",
+        "a run's model, or a model directory, in another form",
+        (ExportConfig,),
+        "export:export_command",
+        positional=("source", "a run directory, an export or a dense model directory"),
+        flags=(
+            Flag(
+                "--out",
+                {"type": str, "required": True, "help": "a new directory, or for gguf a file named *.gguf"},
+            ),
+            VERIFY,
+        ),
+        recipe=False,
+    ),
+    Command(
+        "evaluate",
+        "any model by one protocol: perplexity, KL, tasks, what it writes, and speed beside the dense one",
+        (EvaluateConfig, SpeedConfig),
+        "evaluate:evaluate",
+        positional=("model", "a run or training directory, an export, or a dense model"),
+        flags=(
+            Flag("--speed", {"action": "store_true", "help": "time prefill and decoding; needs --against"}),
+            Flag("--generation", {"action": "store_true", "help": "what greedy continuations repeat, and get right"}),
+        ),
+    ),
+    Command(
+        "compare",
+        "ways to choose what is removed, each at several sizes over one database; stops and resumes anywhere",
+        (CompareConfig,),
+        "compare:compare",
+        positional=("model", DENSE_MODEL),
+        flags=(
+            Flag(
+                "--methods",
+                {
+                    "nargs": "+",
+                    "choices": METHODS,
+                    "default": list(UNTRAINED),
+                    "help": "by default those that train nothing",
+                },
+            ),
+            Flag(
+                "--targets",
+                {
+                    "type": float,
+                    "nargs": "+",
+                    "default": list(CompareConfig.targets),
+                    "help": "shares of the prunable parameters that are removed",
+                },
+            ),
+        ),
+        shown=("methods", "targets", "seed", "device", "dtype", "tasks", "tasks_data", "limit"),
+    ),
+)
+
+
+class _HelpAll(argparse._HelpAction):
+    def __call__(self, parser: Any, *others: Any) -> None:
+        parser.shown = ()
+        super().__call__(parser, *others)
 
 
 class Parser(ArgumentParser):
-    """Flags with dashes, as the field writes them, for dataclass fields with underscores; errors are one sentence."""
+    """A parser of flags with dashes for fields with underscores, whose errors are one sentence.
 
-    def __init__(self, **kwargs: Any):
-        super().__init__(print_config="--print-config", **kwargs)
+    Attributes:
+        shown: the settings that `--help` shows beside positional arguments; all of them if there are none here.
+    """
+
+    shown: tuple[str, ...] = ()
+
+    def __init__(self, **settings: Any):
+        super().__init__(print_config="--print-config", allow_abbrev=False, **settings)
 
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
+        """Add a class as in the parent; lists of dataclasses get a default that `--print-config` can write."""
         added = super().add_class_arguments(*args, **kwargs)
-        for action in self._actions:  # lists of dataclasses: as YAML has them, or --print-config cannot write them
+        for action in self._actions:
             if isinstance(action.default, tuple) and any(map(dataclasses.is_dataclass, action.default)):
                 action.default = [dataclasses.asdict(item) for item in action.default]
         return added
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """Add an argument as in the parent, with dashes for underscores in its flag."""
         return super().add_argument(*(a.replace("_", "-") if a.startswith("--") else a for a in args), **kwargs)
 
+    def format_help(self) -> str:
+        """The help, without the settings that are not shown."""
+        hidden = [a for a in self._actions if self.shown and a.option_strings and a.dest not in self.shown]
+        texts, groups = [action.help for action in hidden], self._action_groups
+        for action in hidden:
+            action.help = argparse.SUPPRESS
+        self._action_groups = [g for g in groups if any(a.help != argparse.SUPPRESS for a in g._group_actions)]
+        try:
+            return super().format_help()
+        finally:
+            self._action_groups = groups
+            for action, text in zip(hidden, texts, strict=True):
+                action.help = text
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        prog = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
+        """End with exit code 2 and one sentence on standard error."""
+        parser: ArgumentParser = getattr(ex, "subcommand_parser", None) or self
+        prog = parser.prog.replace(" [options]", "")
         prog = prog if prog.startswith(PROG) else PROG  # the parser of a list's item has another
-        missing = re.search(r"required: (\w+)\.", message)  # of the command; the parser above it tells
+        missing = re.search(r"required: (\w+)\.", message)  # of the command; the parser above it says so
         if missing:
             prog, message = f"{PROG} {missing[1]}", re.sub(r"(\w+)\.(\w+)", _as_typed, message)
+        unknown = re.search(r"unrecognized arguments: (--[\w.-]+)", message)
+        if unknown:
+            message = f"{prog} has no flag {unknown[1]}" + _closest(unknown[1], parser)
         message = re.sub(r'Parser key "([^"]+)":', lambda key: f"--{key[1].replace('_', '-')}:", message)
-        sys.exit(_fail(f"{message}; {prog} --help lists what there is", 2))
+        everything = "--help-all" if "--help-all" in parser._option_string_actions else "--help"
+        sys.exit(_fail(f"{message}; {prog} {everything} lists what there is", 2))
+
+
+def _closest(flag: str, parser: ArgumentParser) -> str:
+    """A question after the flag that was probably meant, if one is close."""
+    close = get_close_matches(flag, parser._option_string_actions, n=1)
+    return f": did you mean {close[0]}?" if close else ""
 
 
 def _as_typed(key: re.Match[str]) -> str:
@@ -81,8 +272,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     try:
-        settings = parser.instantiate(parser.parse_args(_files_first(sys.argv[1:] if arguments is None else arguments)))
-        _run(settings.command, settings[settings.command])
+        values = parser.instantiate(parser.parse_args(_files_first(sys.argv[1:] if arguments is None else arguments)))
+        _run(next(command for command in COMMANDS if command.name == values.command), values[values.command])
     except UsageError as error:
         return _fail(str(error), 2)
     except (DarwinError, OSError) as error:
@@ -107,136 +298,53 @@ def _files_first(arguments: Sequence[str]) -> list[str]:
 def _parser() -> ArgumentParser:
     parser = Parser(prog=PROG, description=DESCRIPTION, version=version("darwinlm"))
     commands = parser.add_subcommands(required=True, dest="command")
-    for name, help_text in STAGES.items():
-        stage = Parser(description=help_text)
-        given = {"model", "data"} if name == "demo" else {"model"}
-        if name != "demo":
-            stage.add_argument("model", type=str, help="a hub id, a directory, a .gguf file, or smollm2-135m")
-        presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
-        stage.add_argument("--preset", choices=presets, help="settings that come with darwinlm; --config wins over it")
-        stage.add_argument("--config", action="config", help="a YAML file of settings; flags win over it")
-        stage.add_class_arguments(RunConfig, skip={*given, "verify", "keep_attention"})
-        _add_verify(stage)
-        _add_switch(stage, "keep-attention", False, "let no block lose all of its attention, which vLLM wants")
-        if name == "demo":
-            stage.set_defaults({key: value for key, value in dataclasses.asdict(DEMO).items() if key not in given})
-        commands.add_subcommand(name, stage, help=help_text)
-    train = Parser(description=TRAIN)
-    train.add_argument("model", type=str, help="a run directory, an export, or a dense model as for compress")
-    train.add_argument("--config", action="config", help="a YAML file of settings; flags win over it")
-    train.add_class_arguments(TrainConfig, skip={"model", "verify"})
-    _add_verify(train)
-    commands.add_subcommand("train", train, help=TRAIN)
-    gradual = Parser(description=GRADUAL)
-    gradual.add_argument("--config", action="config", help="a YAML file of settings, such as one of recipes/")
-    gradual.add_class_arguments(GradualConfig, skip={"verify"})
-    _add_verify(gradual)
-    commands.add_subcommand("gradual", gradual, help=GRADUAL)
-    plan = Parser(description=PLAN)
-    plan.add_argument("model", type=str, help="a hub id, a directory or a file with a config, or smollm2-135m")
-    plan.add_argument("--config", action="config", help="a YAML file of settings; flags win over it")
-    plan.add_argument("--target-level", type=float | None, help="instead of stages: one pruning and no training")
-    plan.add_class_arguments(GradualConfig, skip={"model", "verify"})
-    plan.set_defaults(data="-", out="-")  # which it reads of no recipe
-    commands.add_subcommand("plan", plan, help=PLAN)
-    export = Parser(description=EXPORT)
-    export.add_argument("source", type=str, help="a run directory, an export or a dense model directory")
-    export.add_argument("--out", type=str, required=True, help="a new directory, or for gguf a file named *.gguf")
-    export.add_class_arguments(ExportConfig, skip={"verify"})
-    _add_verify(export)
-    commands.add_subcommand("export", export, help=EXPORT)
-    evaluate = Parser(description=EVALUATE)
-    evaluate.add_argument("model", type=str, help="a run or training directory, an export, or a dense model")
-    evaluate.add_argument("--config", action="config", help="a YAML file of settings; flags win over it")
-    evaluate.add_argument("--speed", action="store_true", help="time prefill and decoding; needs --against")
-    evaluate.add_argument("--generation", action="store_true", help="what greedy continuations repeat, and get right")
-    evaluate.add_class_arguments(EvaluateConfig, skip={"model", "generation"})
-    evaluate.add_class_arguments(SpeedConfig)
-    commands.add_subcommand("evaluate", evaluate, help=EVALUATE)
-    compare = Parser(description=COMPARE)
-    compare.add_argument("model", type=str, help="a hub id, a directory, a .gguf file, or smollm2-135m")
-    compare.add_argument("--config", action="config", help="a YAML file of settings; flags win over it")
-    untrained = "by default those that train nothing, all but the last two"
-    compare.add_argument("--methods", nargs="+", choices=METHODS, default=list(UNTRAINED), help=untrained)
-    targets = "shares of the prunable parameters that are removed"
-    compare.add_argument("--targets", type=float, nargs="+", default=list(CompareConfig.targets), help=targets)
-    compare.add_class_arguments(CompareConfig, skip={"model", "methods", "targets"})
-    commands.add_subcommand("compare", compare, help=COMPARE)
+    for command in COMMANDS:
+        commands.add_subcommand(command.name, _command_parser(command), help=command.summary)
     return parser
 
 
-def _add_verify(parser: ArgumentParser) -> None:
-    _add_switch(parser, "verify", True, "load an hf export in a fresh process without darwinlm and compare its logits")
+def _command_parser(command: Command) -> Parser:
+    epilog = "--help-all shows every setting." if command.shown else None
+    parser = Parser(description=command.summary, epilog=epilog)
+    if command.shown:
+        parser.add_argument("--help-all", action=_HelpAll, help="show every setting and exit")
+    if command.positional:
+        name, help_text = command.positional
+        parser.add_argument(name, type=str, help=help_text)
+    if command.presets:
+        names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+        parser.add_argument("--preset", choices=names, help="settings that come with darwinlm; --config wins over it")
+    if command.recipe:
+        parser.add_argument("--config", action="config", help=CONFIG_HELP)
+    for flag in command.flags:
+        parser.add_argument(flag.name, **flag.parser_arguments)
+    separate = {flag.name.lstrip("-").replace("-", "_") for flag in command.flags} | set(command.fixed)
+    separate |= {command.positional[0]} if command.positional else set()
+    for settings in command.settings:
+        names = {each.name for each in dataclasses.fields(settings)}
+        parser.add_class_arguments(settings, skip=separate & names)
+    parser.set_defaults(dict(command.defaults))
+    parser.shown = (*ALWAYS_SHOWN, *command.shown) if command.shown else ()
+    return parser
 
 
-def _add_switch(parser: ArgumentParser, name: str, default: bool, help_text: str) -> None:
-    told = f"{help_text} (default: {'yes' if default else 'no'})"
-    parser.add_argument(f"--{name}", action=ActionYesNo(no_prefix="no-"), default=default, help=told)
+def _run(command: Command, values: Namespace) -> None:
+    """Call the function of a command with its settings, and with the values that are no field of them."""
+    module, _, name = command.function.partition(":")
+    # torch and transformers come with it, which nobody should wait for to read --help.
+    function: Callable[..., object] = getattr(import_module(f"darwinlm.commands.{module}"), name)
+    given = vars(values) | dict(command.fixed)
+    settings = [_settings(kind, given) for kind in command.settings]
+    fields = {each.name for kind in command.settings for each in dataclasses.fields(kind)}
+    own = [flag.name for flag in command.flags] + ([command.positional[0]] if command.positional else [])
+    others = {key: given[key] for key in (name.lstrip("-").replace("-", "_") for name in own) if key not in fields}
+    function(*settings, **others, **command.arguments)
 
 
-def _run(command: str, fields: Namespace) -> None:
-    # torch and transformers, which no one should wait for to read --help
-    from darwinlm.commands import compress
-    from darwinlm.commands.export import convert, export
-    from darwinlm.commands.plan.show import show
-    from darwinlm.commands.run_directory import explain_failures
-    from darwinlm.runtime.files import check_new
-
-    if command == "plan":
-        recipe = _settings(GradualConfig, fields)
-        if fields.target_level is not None:
-            expect_level(fields.target_level, recipe.database.levels)
-            recipe = dataclasses.replace(recipe, stages=(GradualStage(fields.target_level, 0),))
-        show(recipe)
-        return
-    if command == "export":
-        config = _settings(ExportConfig, fields)
-        check_new(Path(fields.out), directory=config.format == "hf")  # before a model is stitched
-        with explain_failures(f"the export to {fields.out}", "--no-verify needs half as much"):
-            print(convert(export(Path(fields.source), fields.verify), Path(fields.out), config))
-        return
-    if command == "evaluate":
-        _evaluate(fields)
-        return
-    if command == "compare":
-        from darwinlm.commands.compare import compare
-
-        compare(_settings(CompareConfig, fields, methods=tuple(fields.methods), targets=tuple(fields.targets)))
-        return
-    if command == "train":
-        from darwinlm.commands.train import train
-
-        train(_settings(TrainConfig, fields))
-        return
-    if command == "gradual":
-        from darwinlm.commands.gradual import gradual
-
-        gradual(_settings(GradualConfig, fields))
-        return
-    default = {"model": DEMO.model, "data": DEMO.data} if command == "demo" else {}
-    compress.run(_settings(RunConfig, fields, **default), until=UNTIL.get(command, "report"))
-
-
-def _settings(kind: Any, fields: Namespace, **others: Any) -> Any:
-    """The settings of a command, a `kind`, with those that are no flags of it from `others`, or by their default."""
-    names = {field.name for field in dataclasses.fields(kind)}
-    return kind(**{name: value for name, value in vars(fields).items() if name in names} | others)
-
-
-def _evaluate(fields: Namespace) -> None:
-    from darwinlm.commands import evaluate
-    from darwinlm.commands.run_directory import open_model
-
-    config = _settings(EvaluateConfig, fields)
-    timing = _settings(SpeedConfig, fields)
-    if fields.speed and config.against is None:
-        raise UsageError("--speed is beside the dense model: expected --against, found none; name it")
-    with tempfile.TemporaryDirectory(prefix="darwinlm-evaluate-") as workspace:
-        timed = open_model(fields.model, Path(workspace)).path if fields.speed else None
-        cards = evaluate.evaluate_models(config) if config.asks_for_something or not fields.speed else []
-        if timed is not None:
-            found = evaluate.compare_speed(timed, str(config.against), timing, config.device, config.dtype)
-            evaluate.save(cards, config, found)
+def _settings(kind: type, given: Mapping[str, Any]) -> Any:
+    """An instance of `kind` from what was given; lists of single values are tuples in it."""
+    values = {each.name: given[each.name] for each in dataclasses.fields(kind) if each.name in given}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def _fail(message: str, code: int) -> int:

@@ -56,6 +56,22 @@ class Card:
     scores: list[Score]
 
 
+def evaluate(config: EvaluateConfig, timing: SpeedConfig, speed: bool = False) -> None:
+    """Measure what `config` asks for and, if `speed` is set, how fast the model is beside the dense one.
+
+    Raises:
+        UsageError: if speed is to be measured without a dense model; else as `evaluate_models` and `compare_speed`.
+        DarwinError: as `evaluate_models`.
+    """
+    if speed and config.against is None:
+        raise UsageError("--speed is beside the dense model: expected --against, found none; name it")
+    with tempfile.TemporaryDirectory(prefix="darwinlm-evaluate-") as workspace:
+        timed = open_model(config.model, Path(workspace)).path if speed else None
+        cards = evaluate_models(config) if config.asks_for_something or not speed else []
+        if timed is not None:
+            save(cards, config, compare_speed(timed, str(config.against), timing, config.device, config.dtype))
+
+
 def evaluate_models(config: EvaluateConfig) -> list[Card]:
     """Measure the models that `config` names, print a table, and write the JSON that it asks for.
 

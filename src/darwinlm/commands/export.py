@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from darwinlm.commands.compress import run
-from darwinlm.commands.run_directory import Run, find_export
+from darwinlm.commands.run_directory import Run, explain_failures, find_export
 from darwinlm.config.run import ExportConfig
 from darwinlm.export.card import stubbed_card
 from darwinlm.export.gguf import export_gguf
@@ -32,6 +32,18 @@ def export(path: Path, verify: bool = True) -> Path:
         this.check_database()
         run(replace(this.config, out=str(path), verify=verify), until="export")
     return find_export(path)
+
+
+def export_command(config: ExportConfig, source: str, out: str) -> None:
+    """Write the model of a run, or a model directory, in the form that `config` names, and print where it is.
+
+    Raises:
+        UsageError: as `export` and `convert`.
+        DarwinError: as `export` and `convert`.
+    """
+    check_new(Path(out), directory=config.format == "hf")  # before a model is stitched
+    with explain_failures(f"the export to {out}", "--no-verify needs half as much"):
+        print(convert(export(Path(source), config.verify), Path(out), config))
 
 
 def convert(directory: Path, out: Path, config: ExportConfig) -> Path:

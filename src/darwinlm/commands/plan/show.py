@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from darwinlm.commands.plan.rates import block_rates, measure_rates
-from darwinlm.commands.plan.work import plan, plan_search, plan_training
-from darwinlm.config.training import GradualConfig
-from darwinlm.model.checkpoint import PACKAGED, find_checkpoint
-from darwinlm.model.families import find_family
+from darwinlm.commands.plan.rates import BlockRates, block_rates, measure_rates
+from darwinlm.commands.plan.work import Plan, plan, plan_search, plan_training
+from darwinlm.config.checks import expect_level
+from darwinlm.config.training import GradualConfig, GradualStage
+from darwinlm.genome import Grid
+from darwinlm.model.checkpoint import PACKAGED, find_checkpoint, skeleton
+from darwinlm.model.families import find_family, find_grid
+from darwinlm.model.size import parameter_count
 from darwinlm.report import tables
 from darwinlm.runtime.device import DTYPES, resolve_dtype
+from darwinlm.search.budget import Target, cache_costs, flop_costs, limit_of, parameter_costs
+from darwinlm.search.uniform import ceilings, uniform_genome
 from darwinlm.types import UsageError
+
+Row = tuple[str, str]  # what is counted, and how much it is
 
 
 def find_config(model: str) -> PretrainedConfig:
@@ -29,7 +38,7 @@ def find_config(model: str) -> PretrainedConfig:
         with tempfile.TemporaryDirectory() as directory:
             return find_checkpoint(model, Path(directory)).config
     try:
-        return AutoConfig.from_pretrained(path if path.exists() else model)
+        return AutoConfig.from_pretrained(path if path.exists() else model, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UsageError(
@@ -37,56 +46,122 @@ def find_config(model: str) -> PretrainedConfig:
         ) from None
 
 
+def plan_command(config: GradualConfig, target: str | None = None, target_level: float | None = None) -> None:
+    """Print what a recipe takes on this machine, or one pruning to a size, and what is left of the model at each level.
+
+    Raises:
+        UsageError: as `show`, if a target cannot be read or reached, or if two are given.
+    """
+    if target is not None and target_level is not None:
+        raise UsageError("--target and --target-level name one size in two ways: expected one of them, found both")
+    if target is not None:
+        target_level = _level_of(Target.parse(target), config)
+    if target_level is not None:
+        expect_level(target_level, config.database.levels)
+        config = replace(config, stages=(GradualStage(target_level, 0),))
+    show(config)
+
+
 def show(config: GradualConfig) -> None:
-    """Print what a recipe takes on this machine: the database of the dense model, then every stage.
+    """Print what a recipe takes on this machine: the sizes, the database of the dense model, then every stage.
 
     The database of a later stage takes less than that of the first, and is not counted.
 
     Raises:
-        UsageError: as `find_config` and `plan`.
+        UsageError: if there is no such model, its family is not supported, or a setting cannot be used.
     """
     model, calibration, database = find_config(config.model), config.calibration, config.database
     find_family(model)  # before seconds are spent on rates
     rates = measure_rates(DTYPES[calibration.dtype])
     block = block_rates(model, resolve_dtype("auto", torch.device("cpu")))
     plans = [plan(model, calibration, database, stage.target_level, rates) for stage in config.stages]
-    found = plans[0]
-    rows = {
-        "parameters": tables.parameters(found.parameters),
-        f"calibration, {calibration.tokens:,} tokens": _duration(found.calibration_seconds),
-        "elimination": _duration(found.elimination_seconds),
-        "peak memory": f"{tables.size(found.memory_bytes)} beside the interpreter",
-        "database on disk": tables.size(found.disk_bytes),
-        "activations on disk": tables.size(found.spilled_bytes),
-    }
+    rows = [*_size_rows(plans[0].grid, plans[0].parameters, model, config), *_database_rows(plans[0], config)]
     for stage, at in zip(config.stages, plans, strict=True):
-        rows[f"at level {stage.target_level:g} of {database.levels}, {database.structure}"] = tables.parameters(
-            at.target_parameters
-        )
-        search = plan_search(found.parameters, model, at.grid, at.even, config.search, config.refit)
-        work = {
-            "the start": search.start,
-            f"{config.search.generations} generations": search.generations,
-            "refit": search.refit,
-        }
-        rows[f"  its search at level {stage.target_level:g}"] = ", ".join(
-            f"{name} {_duration(part.seconds(block))}" for name, part in work.items()
-        )
-        if stage.tokens:
-            training = plan_training(at.target_parameters, found.parameters, stage.tokens, config)
-            rows[f"training at level {stage.target_level:g}, {stage.tokens:,} tokens"] = (
-                f"{training.steps:,} steps, {training.work.forward + training.work.training:.1e} operations, "
-                f"{_duration(training.work.seconds(block))} on this machine"
-            )
-            rows[f"  its memory at level {stage.target_level:g}"] = (
-                f"{tables.size(training.memory_bytes)} over all processes"
-                + (f", the teacher's {tables.size(training.teacher_bytes)} in each" if training.teacher_bytes else "")
-                + ", beside activations"
-            )
-            rows[f"  its disk at level {stage.target_level:g}"] = tables.size(training.disk_bytes)
-    width = max(map(len, rows))
-    for name, value in rows.items():
+        rows += _stage_rows(stage, at, model, block, config)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
         print(f"{name:{width}}  {value}")
+
+
+def _size_rows(grid: Grid, parameters: int, model: PretrainedConfig, config: GradualConfig) -> list[Row]:
+    """A row for each level: parameters of the uniform model, the share of the dense model that is kept, and bytes."""
+    costs, levels = parameter_costs(grid, parameters), config.database.levels
+    each = (model.dtype or torch.float32).itemsize
+    rows = [("parameters", f"{tables.parameters(parameters)}, {tables.size(each * parameters)}")]
+    for level in range(1, levels):
+        left = costs.of(uniform_genome(grid, float(level), levels, Random(0)))
+        size = f"{tables.parameters(left)}, {tables.size(each * left)}, params={left / parameters:.3f}"
+        rows.append((f"at level {level} of {levels}, {config.database.structure}", size))
+    return rows
+
+
+def _level_of(target: Target, config: GradualConfig) -> float:
+    """The lowest uniform level, to a hundredth, at which a model costs no more than the target.
+
+    Raises:
+        UsageError: if the target has to be measured, or no level in the database is as small.
+    """
+    model, levels = find_config(config.model), config.database.levels
+    whole = skeleton(model)
+    grid = find_grid(whole, model, config.database)
+    if target.measure == "latency":
+        raise UsageError("--target: expected params, flops or kv-cache, which a plan can count, found latency")
+    costs = {
+        "params": lambda: parameter_costs(grid, parameter_count(whole)),
+        "flops": lambda: flop_costs(grid, model, config.calibration.sequence_length),
+        "kv-cache": lambda: cache_costs(grid, model, (model.dtype or torch.float32).itemsize),
+    }[target.measure]()
+    limit = limit_of(target, costs, grid, ceilings(grid)).limit
+    for hundredths in range(1, 100 * levels):
+        level = hundredths / 100
+        if costs.of(uniform_genome(grid, level, levels, Random(config.seed))) <= limit:
+            return level
+    raise UsageError(
+        f"--target: expected a size that a uniform model has below level {levels}, found less; give another value"
+    )
+
+
+def _database_rows(first: Plan, config: GradualConfig) -> list[Row]:
+    """What measuring the dense model and building its database take."""
+    return [
+        (f"calibration, {config.calibration.tokens:,} tokens", _duration(first.calibration_seconds)),
+        ("elimination", _duration(first.elimination_seconds)),
+        ("peak memory", f"{tables.size(first.memory_bytes)} beside the interpreter"),
+        ("database on disk", tables.size(first.disk_bytes)),
+        ("activations on disk", tables.size(first.spilled_bytes)),
+    ]
+
+
+def _stage_rows(
+    stage: GradualStage, at: Plan, model: PretrainedConfig, block: BlockRates, config: GradualConfig
+) -> list[Row]:
+    """What the search, the refit and the training of a stage take."""
+    name = f"level {stage.target_level:g}"
+    search = plan_search(at.parameters, model, at.grid, at.uniform, config.search, config.refit)
+    parts = {
+        "the start": search.start,
+        f"{config.search.generations} generations": search.generations,
+        "refit": search.refit,
+    }
+    seconds = ", ".join(f"{part} {_duration(work.seconds(block))}" for part, work in parts.items())
+    rows = [(f"pruned to {name}", tables.parameters(at.target_parameters)), (f"  its search at {name}", seconds)]
+    if not stage.tokens:
+        return rows
+    training = plan_training(at.target_parameters, at.parameters, stage.tokens, config)
+    teacher = f", the teacher's {tables.size(training.teacher_bytes)} in each" if training.teacher_bytes else ""
+    return [
+        *rows,
+        (
+            f"training at {name}, {stage.tokens:,} tokens",
+            f"{training.steps:,} steps, {training.work.forward + training.work.training:.1e} operations, "
+            f"{_duration(training.work.seconds(block))} on this machine",
+        ),
+        (
+            f"  its memory at {name}",
+            f"{tables.size(training.memory_bytes)} over all processes{teacher}, beside activations",
+        ),
+        (f"  its disk at {name}", tables.size(training.disk_bytes)),
+    ]
 
 
 def _duration(seconds: float) -> str:

@@ -51,21 +51,21 @@ class SearchPlan:
 
 
 def plan_search(
-    parameters: int, config: PretrainedConfig, grid: Grid, even: Genome, search: SearchConfig, refit: RefitConfig
+    parameters: int, config: PretrainedConfig, grid: Grid, uniform: Genome, search: SearchConfig, refit: RefitConfig
 ) -> SearchPlan:
     """Two operations a weight and token forwards; backwards two for the stream, and two for each weight that trains.
 
     Args:
         parameters: of the dense model, embeddings in.
-        even: a genome of the size that is searched for.
+        uniform: a genome of the size that is searched for.
     """
-    blocks, pruned = (prunable_parameters(grid, genome) for genome in (grid.dense(), even))
+    blocks, pruned = (prunable_parameters(grid, genome) for genome in (grid.dense(), uniform))
     head = config.vocab_size * config.hidden_size
     # An embedding of its own multiplies nothing.
     dense = parameters - (0 if config.tie_word_embeddings else head)
     small = dense - blocks + pruned
     consumers = sum(
-        (unit.structures - grid.removed[index][even.levels[index]]) * unit.structure_width * config.hidden_size
+        (unit.structures - grid.removed[index][uniform.levels[index]]) * unit.structure_width * config.hidden_size
         for index, unit in enumerate(grid.units)
     )
     trained = consumers if search.trains == "consumers" else pruned
@@ -102,7 +102,7 @@ class Plan:
 
     Attributes:
         grid: its units and their levels.
-        even: the uniform genome at the target level.
+        uniform: the uniform genome at the target level.
         parameters: of the dense model, embeddings in.
         target_parameters: of the uniform model at the target level as it is exported, which is a run's budget.
         calibration_seconds, elimination_seconds: of the whole model.
@@ -112,7 +112,7 @@ class Plan:
     """
 
     grid: Grid
-    even: Genome
+    uniform: Genome
     parameters: int
     target_parameters: int
     calibration_seconds: float
@@ -149,7 +149,7 @@ def plan(
     stream = tokens * hidden * dtype.itemsize
     return Plan(
         grid=grid,
-        even=genome,
+        uniform=genome,
         parameters=size,
         target_parameters=parameter_costs(grid, size).of(genome),
         calibration_seconds=stored * config.vocab_size * hidden / rates.loads
