@@ -1,9 +1,21 @@
 # `make demo`, `make test` and `make check` do all the set-up on a fresh machine.
+#
+#   make setup         create .venv with everything that is pinned in constraints.txt
+#   make demo          compress a real SmolLM2-135M
+#   make test          run the default tests: no network, tiny random models
+#   make slow          run the tests on the real SmolLM2
+#   make check         run ruff, pyright and import-linter
+#   make docs          build the documentation into site/; a warning is an error
+#   make test-lowest   run the default tests on the lowest versions that pyproject.toml declares
+#   make format        let ruff rewrite the code
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+LOWEST := .venv-lowest
+# mkdocs-material prints an advertisement of its successor without this.
+export NO_MKDOCS_2_WARNING := true
 
-.PHONY: setup demo test slow check format
+.PHONY: setup demo test slow check docs test-lowest format
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -28,6 +40,18 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+docs: $(READY)
+	$(BIN)/mkdocs build --strict --quiet
+
+$(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet --constraint constraints-lowest.txt torch
+	$(LOWEST)/bin/pip install --quiet --constraint constraints-lowest.txt --editable '.[dev,demo]'
+	touch $@
+
+test-lowest: $(LOWEST)/.ready
+	$(LOWEST)/bin/pytest -n 2 --dist loadfile
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -1,10 +1,10 @@
-"""Which versions of transformers load an export, and what works there. Writes the table of the README.
+"""Which versions of transformers load an export, and what works there. Writes the table of docs/export.md.
 
     python benchmarks/compatibility.py --versions 5.0.0 5.12.1 5.23.0
 
 Every version gets a virtual environment of its own, which borrows torch from this one. There darwinlm cannot be
 imported. What an export gives is compared with the dense model whose pruned weights are zero. Results go to
-RESULTS-compatibility.md beside this file, and the table into the README.
+RESULTS-compatibility.md beside this file, and the table into docs/export.md.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ import torch
 
 VERSIONS = ("5.0.0", "5.12.1", "5.23.0")
 RESULTS = Path(__file__).with_name("RESULTS-compatibility.md")
-README = Path(__file__).parents[1] / "README.md"
-MARK = "<!-- benchmarks/compatibility.py -->\n"  # before the table in the README, and after
+PAGE = Path(__file__).parents[1] / "docs" / "export.md"
+MARK = "<!-- benchmarks/compatibility.py -->\n"  # before the table in PAGE, and after
 NEW_TOKENS = 32
 TOLERANCE = 1e-3  # of the largest logit
 PROMPT = "The history of the Roman Empire begins with"
@@ -316,10 +316,10 @@ def write(columns: dict[str, dict[str, str]]) -> None:
 
 
 def publish() -> None:
-    """Copy the table of the results into the README."""
+    """Copy the table of the results into docs/export.md."""
     table = "".join(line for line in RESULTS.read_text().splitlines(keepends=True) if line.startswith("|"))
-    before, _, after = README.read_text().split(MARK)
-    README.write_text(MARK.join((before, table, after)))
+    before, _, after = PAGE.read_text().split(MARK)
+    PAGE.write_text(MARK.join((before, table, after)))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from darwinlm.runtime.files import read_json
 from darwinlm.types import UsageError
 from test_parallel import torchrun
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[1] / "src" / "darwinlm" / "recipes"
 # What makes a recipe of the paper one of seconds; the rest of it is used as it stands.
 SMALL = [
     "--calibration.tokens=512", "--calibration.sequence-length=32", "--database.granularity=8",

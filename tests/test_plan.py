@@ -25,7 +25,7 @@ from darwinlm.database.stitch import Stitcher
 from darwinlm.search.uniform import uniform_genome
 from darwinlm.types import UsageError
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[1] / "src" / "darwinlm" / "recipes"
 RATES = Rates(products=1e9, forward=1e9, solves=1e9, sweeps=1e9, fills=1e9, loads=1e9, disk=1e9)
 
 
