@@ -51,7 +51,7 @@ def test_the_help_shows_what_people_use(capsys: pytest.CaptureFixture[str]):
     text = capsys.readouterr().out
     assert set(re.findall(r"^  (?:-h, )?(--[\w.-]+)", text, re.MULTILINE)) == {
         "--help", "--help-all", "--preset", "--config", "--data", "--out", "--target", "--target-level", "--seed",
-        "--device", "--dtype", "--genome",
+        "--device", "--dtype", "--genome", "--fit-data",
     }  # fmt: skip
     assert "--help-all shows every setting" in text
 

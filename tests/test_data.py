@@ -129,7 +129,10 @@ def test_about_a_tenth_is_held_out_and_by_the_text_alone():
 
 
 def test_too_little_text_says_how_much_there_is():
-    with pytest.raises(UsageError, match=r"too little text in source-0 for calibration: expected 8,000 .* found 1,"):
+    with pytest.raises(
+        UsageError,
+        match=r"too little text in source-0 for calibration 8,000 \(--calibration.tokens\): expected 8,000 .* found 1,",
+    ):
         _corpus([1.0]).draw(calibration=8000)
     with pytest.raises(UsageError, match="too little text in source-0 for evaluation"):
         _corpus([1.0], documents=3).draw_held_out(800)

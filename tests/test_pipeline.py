@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,9 +19,9 @@ import runs
 import tiny
 from darwinlm.commands import compress
 from darwinlm.commands.run_directory import Run
-from darwinlm.config.run import RunConfig, SearchConfig, Stage, read_config
+from darwinlm.config.run import CalibrationConfig, RunConfig, SearchConfig, Stage, read_config
 from darwinlm.data.corpus import read_corpus, scramble
-from darwinlm.data.draw import draw_tokens
+from darwinlm.data.draw import draw_tokens, fit_to_text
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import Database
 from darwinlm.genome import Grid, level_grid, prunable_parameters
@@ -30,7 +30,7 @@ from darwinlm.model.families import block_sizes
 from darwinlm.runtime.files import read_json
 from darwinlm.search.fitness import Fitness
 from darwinlm.training.refit import set_consumers
-from darwinlm.types import DarwinError, MetricName, SelectionStage
+from darwinlm.types import DarwinError, MetricName, SelectionStage, UsageError
 
 VERIFIED = "llama-gqa"  # its export is proved in a fresh process, which takes seconds
 TABLE_KEYS = {
@@ -319,3 +319,38 @@ def test_the_dense_model_is_loaded_once_in_each_precision(
     compress.run(runs.short(checkpoints["llama-gqa"], text, tmp_path / "run", dtype=dtype))
     assert len(loads) == len(set(loads))
     assert set(loads) == {torch.float32, getattr(torch, dtype)}
+
+
+def test_stages_fit_a_text_that_is_too_short(checkpoints: dict[str, Path], text: Path, tmp_path: Path):
+    """Every stage has whole sequences of it, and a command that runs fewer stages draws the same."""
+    short = tmp_path / "short.jsonl"
+    short.write_text("\n".join(text.read_text().splitlines()[:12]))
+    calibration = CalibrationConfig(tokens=1 << 20, sequence_length=32, batch_size=4)
+    config = runs.short(checkpoints["llama-gqa"], short, tmp_path / "run", calibration=calibration)
+    shares = r"calibration 1,048,576 \(--calibration.tokens\), search 128 .*, refit 128 \(--refit.tokens\)"
+    with pytest.raises(UsageError, match=rf"too little text in .* for {shares}: expected .* --fit-data"):
+        compress.run(config)
+    config = replace(config, fit_data=True)
+    compress.run(config, until="database")
+    run = compress.run(config)
+    assert run.finished
+    corpus = read_corpus(config.data, tiny.tokenizer(), 32, config.seed)
+    fitted = fit_to_text(corpus, config)
+    counts = {purpose: blocks.numel() for purpose, blocks in draw_tokens(corpus, fitted).items()}
+    assert fitted.calibration.tokens == counts["calibration"] < 1 << 20
+    assert all(counts.values())
+    used = sum(count for purpose, count in counts.items() if purpose != "evaluation")
+    assert used <= 32 * corpus.available(1 << 20, held_out=False) < used + 4 * 32, "hardly anything is left over"
+
+
+def test_a_text_of_enough_tokens_is_not_scaled(checkpoints: dict[str, Path], text: Path, tmp_path: Path):
+    config = runs.short(checkpoints["llama-gqa"], text, tmp_path / "run", fit_data=True)
+    assert fit_to_text(read_corpus(config.data, tiny.tokenizer(), 32, 0), config) == config
+
+
+def test_a_text_without_a_sequence_for_each_stage_is_refused(checkpoints: dict[str, Path], tmp_path: Path):
+    short = tmp_path / "short.txt"
+    short.write_text("Three words only.")
+    config = runs.short(checkpoints["llama-gqa"], short, tmp_path / "run", fit_data=True)
+    with pytest.raises(UsageError, match="--fit-data: expected a sequence of 32 tokens for each of 4 stages"):
+        compress.run(config)

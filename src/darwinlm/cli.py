@@ -25,7 +25,8 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 PROG = "darwinlm"
 DESCRIPTION = "Compress a large language model: a smaller dense model by one command (DarwinLM, arXiv 2502.07780)."
-PRESETS = Path(__file__).parent / "presets"
+FOLDER = Path(__file__).parent
+PRESETS, RECIPES = FOLDER / "presets", FOLDER / "recipes"  # settings that come with darwinlm
 DENSE_MODEL = "a hub id, a directory, a .gguf file, or smollm2-135m"
 ALWAYS_SHOWN = ("help", "help_all", "config", "preset", "data", "out")
 CONFIG_HELP = "a YAML file of settings; flags win over it"
@@ -61,7 +62,7 @@ class Command:
         flags: further flags. Those that are no field of the settings are keyword arguments of `function`.
         arguments: further keyword arguments of `function`.
         shown: settings that `--help` shows; `--help-all` shows all. Nothing here: all are shown.
-        presets: whether `--preset` names settings that come with darwinlm.
+        presets: the folder of the settings that `--preset` names, if there are any.
         recipe: whether `--config` reads settings from a file.
     """
 
@@ -75,19 +76,20 @@ class Command:
     flags: tuple[Flag, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
     shown: tuple[str, ...] = ()
-    presets: bool = False
+    presets: Path | None = None
     recipe: bool = True
 
 
 def _compression(name: str, summary: str, until: str = "report", **others: Any) -> Command:
     """A command that runs the stages of a run up to `until`."""
     keep_attention = _switch("keep-attention", False, "let no block lose all of its attention, which vLLM wants")
+    fit_data = _switch("fit-data", False, "scale the stages' tokens down to the text, where it is too little")
     settings: dict[str, Any] = {
         "positional": ("model", DENSE_MODEL),
-        "flags": (VERIFY, keep_attention),
+        "flags": (VERIFY, keep_attention, fit_data),
         "arguments": {"until": until},
-        "shown": ("target", "target_level", "seed", "device", "dtype", "genome"),
-        "presets": True,
+        "shown": ("target", "target_level", "seed", "device", "dtype", "genome", "fit_data"),
+        "presets": PRESETS,
     }
     return Command(name, summary, (RunConfig,), "compress:run", **settings | others)
 
@@ -119,6 +121,7 @@ COMMANDS = (
         (GradualConfig,),
         "gradual:gradual",
         flags=(VERIFY,),
+        presets=RECIPES,
         shown=("model", "stages", "seed", "device", "cache"),
     ),
     Command(
@@ -134,6 +137,7 @@ COMMANDS = (
             Flag("--target-level", {"type": float | None, "help": "one pruning to this uniform level"}),
         ),
         shown=("target", "target_level", "stages"),
+        presets=RECIPES,
     ),
     Command(
         "export",
@@ -248,7 +252,7 @@ class Parser(ArgumentParser):
         if unknown:
             message = f"{prog} has no flag {unknown[1]}" + _closest(unknown[1], parser)
         message = re.sub(r'Parser key "([^"]+)":', lambda key: f"--{key[1].replace('_', '-')}:", message)
-        everything = "--help-all" if "--help-all" in parser._option_string_actions else "--help"
+        everything = "--help" if prog == PROG else "--help-all"
         sys.exit(_fail(f"{message}; {prog} {everything} lists what there is", 2))
 
 
@@ -290,8 +294,9 @@ def _files_first(arguments: Sequence[str]) -> list[str]:
     for argument, before in zip(arguments, ["", *arguments], strict=False):
         flag = next((flag for flag in of_flag if flag in (argument.partition("=")[0], before)), None)
         (rest if flag is None else of_flag[flag]).append(argument)
-    presets = [PRESETS / f"{name.removeprefix('--preset=')}.yaml" for name in of_flag["--preset"]]
-    given = [f"--config={path}" for path in presets if path.is_file()]
+    names = [f"{name.removeprefix('--preset=')}.yaml" for name in of_flag["--preset"]]
+    files = [folder / name for name in names for folder in (PRESETS, RECIPES)]
+    given = [f"--config={path}" for path in files if path.is_file()]
     return [*rest[:1], *of_flag["--preset"], *given, *of_flag["--config"], *rest[1:]]
 
 
@@ -306,13 +311,12 @@ def _parser() -> ArgumentParser:
 def _command_parser(command: Command) -> Parser:
     epilog = "--help-all shows every setting." if command.shown else None
     parser = Parser(description=command.summary, epilog=epilog)
-    if command.shown:
-        parser.add_argument("--help-all", action=_HelpAll, help="show every setting and exit")
+    parser.add_argument("--help-all", action=_HelpAll, help="show every setting and exit")
     if command.positional:
         name, help_text = command.positional
         parser.add_argument(name, type=str, help=help_text)
     if command.presets:
-        names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+        names = sorted(path.stem for path in command.presets.glob("*.yaml"))
         parser.add_argument("--preset", choices=names, help="settings that come with darwinlm; --config wins over it")
     if command.recipe:
         parser.add_argument("--config", action="config", help=CONFIG_HELP)

