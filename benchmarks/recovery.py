@@ -138,7 +138,7 @@ def compare_losses(arguments: argparse.Namespace) -> None:
 
 def compare_stages(arguments: argparse.Namespace) -> None:
     """One size and one sum of training tokens, reached at once and in two stages."""
-    half, level = arguments.tokens // 2, DEMO.target_level
+    half, level = arguments.tokens // 2, DEMO.level
     plans = {
         "one": (GradualStage(level, 2 * half),),
         "two": (GradualStage(level / 2, half), GradualStage(level, half)),

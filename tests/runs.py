@@ -49,7 +49,8 @@ SHORT = RunConfig(
 
 def short(model: Path, data: Path, out: Path, **changes: Any) -> RunConfig:
     """A run of every stage, with training before selection, in about a second."""
-    return replace(SHORT, model=str(model), data=str(data), out=str(out), **changes)
+    size = {"target_level": None} if "target" in changes else {}
+    return replace(SHORT, model=str(model), data=str(data), out=str(out), **size, **changes)
 
 
 def command(config: Any, *flags: str, name: str = "compress") -> list[str]:

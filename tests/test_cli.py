@@ -118,6 +118,24 @@ def test_budgets_have_flags(ran: list[tuple[RunConfig, str]]) -> None:
     assert (ran[0][0].target, ran[0][0].keep_attention) == ("params=0.6", True)
 
 
+def test_a_size_is_given_in_one_way(ran: list[tuple[RunConfig, str]], capsys: pytest.CaptureFixture[str]) -> None:
+    """By a target or by a level; the demo's own level gives way to a target."""
+    both = ["--out", "O", "--target", "params=0.6", "--target-level", "4"]
+    for command in (["compress", "M", "--data", "D"], ["demo"]):
+        assert cli.main([*command, *both]) == 2
+        assert "expected one of them, found both (params=0.6 and level 4)" in capsys.readouterr().err
+    assert cli.main(["demo", "--target", "params=0.9"]) == 0
+    ((config, _),) = ran
+    assert (config.target, config.target_level) == ("params=0.9", None)
+
+
+def test_without_a_size_half_of_the_levels_is_the_target(ran: list[tuple[RunConfig, str]]) -> None:
+    """So a database of few levels needs no target level."""
+    for levels in ("4", "10"):
+        assert cli.main(["database", "M", "--data", "D", "--out", "O", "--database.levels", levels]) == 0
+    assert [config.level for config, _ in ran] == [2, 5]
+
+
 def test_run_yaml_is_a_recipe(tmp_path: Path, ran: list[tuple[RunConfig, str]]):
     written = dataclasses.replace(runs.SHORT, genome="G", device="cpu")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(yaml.safe_load(_yaml(written))))

@@ -15,7 +15,7 @@ import pytest
 import runs
 import tiny
 from darwinlm.commands.compare import PICTURE, TABLE, compare
-from darwinlm.config.evaluation import METHODS, CompareConfig
+from darwinlm.config.evaluation import CompareConfig
 from darwinlm.config.run import DatabaseConfig, SearchConfig
 from darwinlm.data.corpus import read_corpus
 from darwinlm.database.stitch import Stitcher, repeat_shared
@@ -28,12 +28,15 @@ from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.pruned import load
 from darwinlm.model.size import parameter_count
 from darwinlm.report.comparison import CELLS, DENSE, Cell, figure
-from darwinlm.rivals.methods import ALLOCATORS
+from darwinlm.rivals import methods as registry
+from darwinlm.rivals import shortgpt
 from darwinlm.rivals.problem import Problem, scored_tokens
 from darwinlm.runtime.files import read_json_lines
 from darwinlm.types import DarwinError, Genome, SelectionStage, UsageError
 
-TARGETS = (0.2, 0.9)
+METHODS = tuple(registry.METHODS)
+SHARES = (0.88, 0.48)
+TARGETS = tuple(f"params={share}" for share in SHARES)
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +66,11 @@ def config(checkpoints: dict[str, Path], text: Path, tmp_path_factory: pytest.Te
 @pytest.fixture(scope="module")
 def cells(config: CompareConfig) -> dict[tuple[str, float], dict[str, Any]]:
     compare(config)
-    return {(line["method"], line["target"]): line for line in read_json_lines(Path(config.out) / CELLS)}
+    return {(line["method"], line["kept"]): line for line in read_json_lines(Path(config.out) / CELLS)}
 
 
 def test_every_method_is_measured_at_every_size(config: CompareConfig, cells: dict[Any, dict[str, Any]]) -> None:
-    assert set(cells) == {(DENSE, 0.0), *((method, target) for method in METHODS for target in TARGETS)}
+    assert set(cells) == {(DENSE, 1.0), *((method, kept) for method in METHODS for kept in SHARES)}
     checkpoint = Checkpoint(Path(config.model))
     grid = level_grid(checkpoint.units, 8, 4)
     dense = load(config.model)
@@ -78,19 +81,18 @@ def test_every_method_is_measured_at_every_size(config: CompareConfig, cells: di
     held_out = corpus.draw_held_out(config.evaluation.tokens)
     (other,) = config.evaluation.texts
     beside = corpus.draw_beside(other, config.evaluation.tokens)
-    prunable = sum(unit.parameters(0) for unit in grid.units)
-    assert cells[DENSE, 0.0]["kl"] == 0
-    assert cells[DENSE, 0.0]["speedup"] == [1, 1]
-    for (method, target), cell in cells.items():
+    assert cells[DENSE, 1.0]["kl"] == 0
+    assert cells[DENSE, 1.0]["speedup"] == [1, 1]
+    for (method, kept), cell in cells.items():
         if "levels" not in cell or cell["refused"]:
-            assert target == 0.9
+            assert kept == 0.48
             assert "give a larger one, or a method that prunes within units" in cell["refused"]
             continue
         assert (cell["seconds"] > 0) == (method != DENSE)
         assert min(cell["prefill_tokens_per_s"], cell["decode_tokens_per_s"], *cell["speedup"]) > 0
         model = repeat_shared(stitcher.stitch(Genome(tuple(cell["levels"]))))
         assert cell["parameters"] == parameter_count(model)
-        assert cell["parameters"] <= parameter_count(dense) - target * prunable + 1
+        assert cell["parameters"] <= kept * parameter_count(dense)
         found = perplexity_and_kl({"dense": dense, "model": model}, held_out)["model"]
         assert (cell["perplexity"], cell["kl"]) == (pytest.approx(found.perplexity), pytest.approx(found.kl, abs=1e-6))
         found = perplexity_and_kl({"dense": dense, "model": model}, beside)["model"]
@@ -108,10 +110,10 @@ def is_of_blocks(grid: Grid, levels: list[int]) -> bool:
 
 def test_table_and_picture_show_all_cells(config: CompareConfig, cells: dict[Any, dict[str, Any]]) -> None:
     table = (Path(config.out) / TABLE).read_text()
-    assert table.startswith("| removed | method | parameters | perplexity | KL | perplexity code.txt | KL code.txt |")
+    assert table.startswith("| kept | method | parameters | perplexity | KL | perplexity code.txt | KL code.txt |")
     for method in METHODS:
-        assert f"| 20% | {method} |" in table
-    assert "- shortgpt at 90%: whole blocks cannot make the model this small" in table
+        assert f"| params=0.88 | {method} |" in table
+    assert "- shortgpt at params=0.48: whole blocks cannot make the model this small" in table
     scored = scored_tokens(level_grid(Checkpoint(Path(config.model)).units, 8, 4), config.search)
     assert f"- ours: 2 generations of 3 offspring, {scored:,} scored tokens" in table
     assert "masks learn on 256\n" in table
@@ -128,7 +130,7 @@ def test_table_and_picture_show_all_cells(config: CompareConfig, cells: dict[Any
                 if method == line.get_label() and not c.get("refused")
             ]
             assert list(np.asarray(line.get_ydata())) == found
-        assert set(np.asarray(panel.lines[-1].get_ydata())) == {of(cells[DENSE, 0.0])["perplexity"]}
+        assert set(np.asarray(panel.lines[-1].get_ydata())) == {of(cells[DENSE, 1.0])["perplexity"]}
 
 
 def test_a_resumed_comparison_measures_only_what_is_missing(
@@ -137,14 +139,14 @@ def test_a_resumed_comparison_measures_only_what_is_missing(
     """And finds the same models; another database than the first's is refused."""
     path = Path(config.out) / CELLS
     lines = path.read_text().splitlines()
-    lost = next(i for i, line in enumerate(lines) if '"evolution", "target": 0.2' in line)
+    lost = next(i for i, line in enumerate(lines) if '"evolution", "kept": 0.88' in line)
     path.write_text("".join(f"{line}\n" for i, line in enumerate(lines) if i != lost))
-    for state in (Path(config.out) / "state" / "evolution-0.2").iterdir():
+    for state in (Path(config.out) / "state" / "evolution-0.88").iterdir():
         state.unlink()
     capsys.readouterr()
     compare(config)
     assert capsys.readouterr().err.count("compare: ") == 1
-    again = {(line["method"], line["target"]): line for line in read_json_lines(path)}
+    again = {(line["method"], line["kept"]): line for line in read_json_lines(path)}
     assert {key: line.get("levels") for key, line in again.items()} == {
         key: line.get("levels") for key, line in cells.items()
     }
@@ -163,37 +165,49 @@ def test_a_method_that_fails_does_not_stop_the_others(
     def fail(problem: Problem) -> Genome:
         raise DarwinError("every start diverges")
 
-    changed = replace(config, out=str(tmp_path / "out"), methods=("shortgpt", "uniform"), targets=(0.2,))
+    changed = replace(config, out=str(tmp_path / "out"), methods=("shortgpt", "uniform"), targets=TARGETS[:1])
     with monkeypatch.context() as patch:
-        patch.setitem(ALLOCATORS, "shortgpt", fail)
-        with pytest.raises(DarwinError, match=r"^shortgpt at 0\.2: every start diverges$"):
+        patch.setattr(shortgpt, "shortgpt", fail)
+        with pytest.raises(DarwinError, match=r"^shortgpt at params=0\.88: every start diverges$"):
             compare(changed)
     table = tmp_path / "out" / TABLE
-    assert "| 20% | uniform |" in table.read_text()
+    assert "| params=0.88 | uniform |" in table.read_text()
     assert "shortgpt" not in table.read_text()
     assert [cell.levels for cell in compare(changed)[1:]] == [
-        tuple(cells[method, 0.2]["levels"]) for method in changed.methods
+        tuple(cells[method, 0.88]["levels"]) for method in changed.methods
     ]
-    assert "| 20% | shortgpt |" in table.read_text()
+    assert "| params=0.88 | shortgpt |" in table.read_text()
 
 
 def test_a_size_out_of_reach_is_a_refused_cell(config: CompareConfig, cells: dict[Any, dict[str, Any]]) -> None:
-    found = compare(replace(config, methods=("uniform",), targets=(0.2, 0.9999)))
+    found = compare(replace(config, methods=("uniform",), targets=("params=0.88", "params=0.42")))
     assert len(found) == 3
-    assert found[1].levels == tuple(cells["uniform", 0.2]["levels"])
+    assert found[1].levels == tuple(cells["uniform", 0.88]["levels"])
     assert "--target: expected parameters from" in str(found[2].refused)
 
 
 def test_methods_have_names_and_targets_bounds(config: CompareConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    assert set(METHODS) == set(ALLOCATORS)
     for flags, words in (
         (["--methods", "magnitude"], "magnitude"),
         (["--methods", "training-aware"], "--methods: training-aware needs training"),
-        (["--targets", "0.2", "1.5"], "--targets: expected shares above 0 and below 1, found 1.5"),
+        (
+            ["--targets", "params=0.8", "0.2"],
+            "--targets: expected shares of the parameters that are kept, such as params=0.8",
+        ),
+        (["--targets", "params=1.5"], "found 'params=1.5'"),
+        (["--targets", "flops=0.5"], "found 'flops=0.5'"),
     ):
         assert runs.call("compare", "M", "--data", "D", "--out", f"{config.out}-none", *flags) == 2
         assert words in capsys.readouterr().err
     assert not Path(f"{config.out}-none").exists()
+
+
+def test_by_default_methods_that_train_nothing_are_compared(config: CompareConfig, tmp_path: Path) -> None:
+    plain = replace(config, out=str(tmp_path / "out"), methods=(), targets=TARGETS[:1])
+    assert [cell.method for cell in compare(plain)] == [
+        DENSE,
+        *(m for m in METHODS if m not in ("sheared-llama", "training-aware")),
+    ]
 
 
 @pytest.mark.filterwarnings("ignore")  # lm-eval's and its dependencies'
@@ -215,7 +229,7 @@ def test_tasks_are_asked_of_every_model_and_only_once(
         assert [replace(cell, scores=()) for cell in after] == [replace(cell, scores=()) for cell in before]
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("compare: ")]
     assert len(told) == 5 + 4 + 4  # one of the five is refused, and asked nothing
-    assert told[-1] == "compare: 4/5, uniform at 0.9: piqa"
+    assert told[-1] == "compare: 4/5, uniform at params=0.48: piqa"
     assert [[score.task for score in cell.scores] for cell in found[-1]] == [["piqa", "arc_easy"]] * 4 + [[]]
     for cell in found[-1]:
         for score in cell.scores:

@@ -186,7 +186,7 @@ def test_a_plan_to_a_share_of_the_parameters(tmp_path: Path, capsys: pytest.Capt
     ("flags", "told"),
     [
         (["--target-level", "10"], "--target-level: expected a level between 0 and 10"),
-        (["--target", "params=0.5", "--target-level", "5"], "name one size in two ways"),
+        (["--target", "params=0.5", "--target-level", "5"], "expected one of them, found both"),
         (["--target", "params=half"], "--target: expected params"),
         (["--target", "latency=0.5"], "found latency"),
         (["--target-le", "5"], "has no flag --target-le: did you mean --target-level?"),

@@ -24,7 +24,7 @@ from darwinlm.genome import level_grid
 from darwinlm.model.families import FAMILIES, find_units
 from darwinlm.model.size import parameter_count
 from darwinlm.rivals.cosine import angular_distances
-from darwinlm.rivals.methods import ALLOCATORS
+from darwinlm.rivals.methods import METHODS
 from darwinlm.rivals.problem import Problem
 from darwinlm.rivals.shortened_llama import taylor_importance
 from darwinlm.rivals.shortgpt import block_influence
@@ -98,7 +98,7 @@ IDLE = [*itertools.product(DEPTH, [(5, 6)]), *itertools.product(DEPTH[:-1], [(7,
 @pytest.mark.parametrize(("method", "idle"), IDLE)
 def test_blocks_that_do_nothing_leave_first(method: str, idle: tuple[int, int], tmp_path: Path) -> None:
     problem = problem_of(model_of(idle, idle), tmp_path, len(idle))
-    genome = ALLOCATORS[method](problem)
+    genome = METHODS[method].allocate(problem)
     assert blocks_gone(problem, genome) == list(idle)
     assert problem.budget.fits(genome)
     assert not problem.budget.fits(genome.replace({2 * idle[0]: 0, 2 * idle[0] + 1: 0}))
@@ -111,7 +111,7 @@ def test_shortened_llama_removes_the_block_without_which_the_text_is_likeliest(t
         model: Any = model_of([block], [block])
         with torch.no_grad():
             losses[block] = model(problem.token_ids, labels=problem.token_ids).loss.item()
-    (gone,) = blocks_gone(problem, ALLOCATORS["shortened-llama"](problem))
+    (gone,) = blocks_gone(problem, METHODS["shortened-llama"].allocate(problem))
     assert losses[gone] == min(losses.values())
 
 
@@ -132,13 +132,13 @@ def test_taylor_importance_is_that_of_gradients_and_weights() -> None:
 def test_the_first_block_stays_though_it_does_nothing(method: str, tmp_path: Path) -> None:
     """Caches rely on its attention, and a method of whole blocks does not take its MLP alone."""
     problem = problem_of(model_of([0, 6], [0, 6]), tmp_path, 2)
-    gone = blocks_gone(problem, ALLOCATORS[method](problem))
+    gone = blocks_gone(problem, METHODS[method].allocate(problem))
     assert len(gone) == 2
     assert 0 not in gone
     assert 6 in gone
     everything = replace(problem, budget=replace(problem.budget, limit=problem.budget.cost(problem.budget.least) + 1.0))
     with pytest.raises(UsageError, match="whole blocks cannot make the model this small: expected a budget"):
-        ALLOCATORS[method](everything)
+        METHODS[method].allocate(everything)
 
 
 def test_cosine_takes_a_window_and_shortgpt_does_not(tmp_path: Path) -> None:
@@ -149,8 +149,8 @@ def test_cosine_takes_a_window_and_shortgpt_does_not(tmp_path: Path) -> None:
         model.model.layers[block].mlp = Step(sign, mlp)
     problem = problem_of(model_of([], []), tmp_path, 2)
     problem = replace(problem, stitcher=Stitcher(model, FAMILIES["llama"], problem.stitcher.database))
-    assert blocks_gone(problem, ALLOCATORS["cosine"](problem)) == [3, 4]
-    assert blocks_gone(problem, ALLOCATORS["shortgpt"](problem)) != [3, 4]
+    assert blocks_gone(problem, METHODS["cosine"].allocate(problem)) == [3, 4]
+    assert blocks_gone(problem, METHODS["shortgpt"].allocate(problem)) != [3, 4]
 
 
 class Step(torch.nn.Module):
@@ -168,7 +168,7 @@ def test_taylor_keeps_the_first_blocks_and_the_last_while_others_are_left(tmp_pa
     idle = [2, 8]  # of the first four and of the last two
     problem = problem_of(model_of(idle, idle), tmp_path, BLOCKS - 4 - 2 + 2)
     middle = set(range(4, BLOCKS - 2))
-    assert set(blocks_gone(problem, ALLOCATORS["shortened-llama-taylor"](problem))) == middle | set(idle)
+    assert set(blocks_gone(problem, METHODS["shortened-llama-taylor"].allocate(problem))) == middle | set(idle)
 
 
 def test_influence_and_distance_are_those_of_hidden_states() -> None:
@@ -190,7 +190,7 @@ def test_influence_and_distance_are_those_of_hidden_states() -> None:
 
 def test_evopress_finds_the_modules_that_do_nothing(tmp_path: Path) -> None:
     problem = problem_of(model_of([3], [7]), tmp_path, 1)
-    genome = ALLOCATORS["evopress"](problem)
+    genome = METHODS["evopress"].allocate(problem)
     gone = {i for i, level in enumerate(genome.levels) if level}
     assert gone == {2 * 3, 2 * 7 + 1}
     assert all(genome.levels[i] == problem.budget.grid.highest(i) for i in gone)
@@ -212,7 +212,7 @@ def test_evopress_may_score_as_much_as_our_start_and_generations_do(tmp_path: Pa
         len({1, round(grid.highest(i) / 3), round(grid.highest(i) * 2 / 3), grid.highest(i)}) for i in range(18)
     )
     assert problem.scored_tokens == (1 + levels) * 64 + 2 * 128 + 2 * a_generation
-    ALLOCATORS["evopress"](problem)
+    METHODS["evopress"].allocate(problem)
     spent = sum(line["fitness_tokens"] for line in read_json_lines(tmp_path / "history.jsonl"))
     assert problem.scored_tokens - a_generation < spent <= problem.scored_tokens
 
@@ -249,11 +249,11 @@ def test_ziplm_is_the_best_of_all_genomes_and_its_search_finds_weights(
     equal, unequal = [1.0] * 6, [1.0, 0.1, 1.0, 0.2, 0.15, 1.0]
     text = token_ids()
     problem = Problem(case.stitcher, budget, grid.dense(), Weighted(relative, equal), text, text, SEARCH, 0, tmp_path)
-    plain = ALLOCATORS["ziplm"](replace(problem, config=replace(SEARCH, generations=0)))
+    plain = METHODS["ziplm"].allocate(replace(problem, config=replace(SEARCH, generations=0)))
     assert budget.fits(plain)
     assert Weighted(relative, equal).scores([plain], SEARCH.stages[0]) == [pytest.approx(best(equal))]
     truth = Weighted(relative, unequal)
-    chosen = ALLOCATORS["ziplm"](replace(problem, fitness=truth, config=replace(SEARCH, generations=50)))
+    chosen = METHODS["ziplm"].allocate(replace(problem, fitness=truth, config=replace(SEARCH, generations=50)))
     assert budget.fits(chosen)
     found_loss, plain_loss = truth.scores([chosen, plain], SEARCH.stages[0])
     assert plain_loss > 1.05 * best(unequal)  # so that there is something to find
@@ -273,7 +273,7 @@ def test_evolution_is_no_worse_than_its_start_with_training_and_without(
         fitness = Fitness(case.stitcher, token_ids(), token_ids(1)[:1], SEARCH)
         state = tmp_path / method
         problem = Problem(case.stitcher, budget, uniform, fitness, token_ids(), token_ids(), SEARCH, 0, state)
-        genome = ALLOCATORS[method](problem)
+        genome = METHODS[method].allocate(problem)
         assert budget.fits(genome)
         assert fitness.score(genome, stage) < fitness.score(uniform, stage)
         history = read_json_lines(state / "history.jsonl")
@@ -282,4 +282,4 @@ def test_evolution_is_no_worse_than_its_start_with_training_and_without(
 
 def test_uniform_is_the_given_uniform_genome(tmp_path: Path) -> None:
     problem = problem_of(model_of([], []), tmp_path, 3)
-    assert ALLOCATORS["uniform"](problem) == problem.even
+    assert METHODS["uniform"].allocate(problem) == problem.uniform

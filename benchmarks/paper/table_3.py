@@ -44,7 +44,7 @@ def table(cells: list[Cell]) -> str:
     """A row a model, in Markdown."""
     first = cells[0]
     texts, tasks = [Path(text).name for text in first.texts], [f"{score.task} {score.metric}" for score in first.scores]
-    titles = ["removed", "model", "KL", *(f"KL {text}" for text in texts), "perplexity", *tasks, "average"]
+    titles = ["kept", "model", "KL", *(f"KL {text}" for text in texts), "perplexity", *tasks, "average"]
     rows = []
     for cell in cells:
         kl = [f"{quality.kl:.4f}" for quality in cell.texts.values()]
@@ -55,23 +55,24 @@ def table(cells: list[Cell]) -> str:
             *map(str, cell.scores),
             f"{average(cell):.1f}" if cell.scores else "-",
         ]
-        rows.append([f"{cell.target:.0%}", SEARCHED.get(cell.method, cell.method), *found])
+        rows.append([cell.size, SEARCHED.get(cell.method, cell.method), *found])
     return tables.markdown(titles, rows)
 
 
 def draw(cells: list[Cell]) -> Figure:
-    """KL and the average of the tasks, over the share removed."""
+    """KL and the average of the tasks, over the share of the parameters that is kept."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels: list[Axes] = list(figure.subplots(1, 2))
     for method, label in SEARCHED.items():
         chosen = [cell for cell in cells if cell.method == method]
-        removed = [100 * cell.target for cell in chosen]
-        panels[0].plot(removed, [cell.kl for cell in chosen], marker="o", label=label)
-        panels[1].plot(removed, [average(cell) for cell in chosen], marker="o", label=label)
+        kept = [100 * cell.kept for cell in chosen]
+        panels[0].plot(kept, [cell.kl for cell in chosen], marker="o", label=label)
+        panels[1].plot(kept, [average(cell) for cell in chosen], marker="o", label=label)
     panels[1].axhline(average(cells[0]), color="#333333", linestyle=":", label=DENSE)
     for axis, name in zip(panels, ("KL to the dense model (nats a token)", "average of the tasks (%)"), strict=True):
-        axis.set(xlabel="prunable parameters removed (%)", ylabel=name)
+        axis.set(xlabel="parameters of the dense model that are kept (%)", ylabel=name)
+        axis.invert_xaxis()
         axis.legend(frameon=False)
     return figure
 

@@ -22,15 +22,15 @@ WHOLE = ("shortgpt", "cosine", "shortened-llama", "shortened-llama-taylor", "evo
 LEAST = 0.1  # seconds: what costs nothing, on a logarithmic axis
 
 
-def table(cells: list[Cell], targets: list[float]) -> str:
+def table(cells: list[Cell], sizes: list[str]) -> str:
     """Seconds and KL, a row a method."""
-    found = {(cell.method, cell.target): cell for cell in cells}
-    titles = ["method", "database", *(f"{what} at {target:.0%}" for target in targets for what in ("seconds", "KL"))]
+    of_size = {(cell.method, cell.size): cell for cell in cells}
+    titles = ["method", "database", *(f"{figure} at {size}" for size in sizes for figure in ("seconds", "KL"))]
     rows = []
     for method in dict.fromkeys(cell.method for cell in cells):
         row = [method, "no" if method in WHOLE else "yes"]
-        for target in targets:
-            cell = found.get((method, target))
+        for size in sizes:
+            cell = of_size.get((method, size))
             row += ["-", "-"] if cell is None or cell.refused else [f"{cell.seconds:.0f}", f"{cell.kl:.4f}"]
         rows.append(row)
     return tables.markdown(titles, rows)
@@ -58,7 +58,7 @@ def draw(cells: list[Cell]) -> Figure:
 def main() -> None:
     every, out = opened(__doc__)
     cells = [cell for cell in every if cell.method != DENSE]
-    print(table(cells, list(dict.fromkeys(cell.target for cell in cells))))
+    print(table(cells, list(dict.fromkeys(cell.size for cell in cells))))
     save_figure(out / "table_6.png", draw(cells))
 
 

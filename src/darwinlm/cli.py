@@ -16,9 +16,10 @@ from typing import Any, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
 
-from darwinlm.config.evaluation import METHODS, UNTRAINED, CompareConfig, EvaluateConfig, SpeedConfig
+from darwinlm.config.evaluation import CompareConfig, EvaluateConfig, SpeedConfig
 from darwinlm.config.run import DEMO, ExportConfig, RunConfig
 from darwinlm.config.training import GradualConfig, TrainConfig
+from darwinlm.rivals.methods import DEFAULT_METHODS, METHODS
 from darwinlm.types import DarwinError, UsageError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -176,18 +177,21 @@ COMMANDS = (
                 "--methods",
                 {
                     "nargs": "+",
-                    "choices": METHODS,
-                    "default": list(UNTRAINED),
-                    "help": "by default those that train nothing",
+                    "metavar": "METHOD",
+                    "choices": list(METHODS),
+                    "default": list(DEFAULT_METHODS),
+                    "help": "what each method removes: "
+                    + "; ".join(f"{name}, {method.summary}" for name, method in METHODS.items()),
                 },
             ),
             Flag(
                 "--targets",
                 {
-                    "type": float,
+                    "type": str,
                     "nargs": "+",
+                    "metavar": "TARGET",
                     "default": list(CompareConfig.targets),
-                    "help": "shares of the prunable parameters that are removed",
+                    "help": "shares of the dense model's parameters that are kept",
                 },
             ),
         ),
@@ -338,6 +342,8 @@ def _run(command: Command, values: Namespace) -> None:
     # torch and transformers come with it, which nobody should wait for to read --help.
     function: Callable[..., object] = getattr(import_module(f"darwinlm.commands.{module}"), name)
     given = vars(values) | dict(command.fixed)
+    if given.get("target") is not None and given.get("target_level") == command.defaults.get("target_level"):
+        given["target_level"] = None  # the size that the demo has by default gives way to another
     settings = [_settings(kind, given) for kind in command.settings]
     fields = {each.name for kind in command.settings for each in dataclasses.fields(kind)}
     own = [flag.name for flag in command.flags] + ([command.positional[0]] if command.positional else [])

@@ -1,9 +1,9 @@
-"""`darwinlm compare`: every method at every size over one database, a line of JSON each, a table and a picture."""
+"""`darwinlm compare`: allocators at several sizes over one database, as lines of JSON, a table and a picture."""
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from darwinlm.commands.compress import run as prune
+from darwinlm.config.checks import expect
 from darwinlm.config.evaluation import CompareConfig
 from darwinlm.config.run import RefitConfig, RunConfig
 from darwinlm.data.corpus import read_corpus
@@ -27,13 +28,13 @@ from darwinlm.model.checkpoint import find_checkpoint
 from darwinlm.model.families import find_grid
 from darwinlm.model.size import parameter_count
 from darwinlm.report.comparison import CELLS, DENSE, HELD_OUT, Cell, markdown, print_table, read_cells, save_picture
-from darwinlm.rivals.methods import ALLOCATORS, OURS
+from darwinlm.rivals.methods import DEFAULT_METHODS, METHODS, Method
 from darwinlm.rivals.problem import Problem, mask_tokens, scored_tokens
 from darwinlm.runtime.device import resolve_device, resolve_dtype
 from darwinlm.runtime.files import locked_directory, read_json, write_json, write_text
 from darwinlm.runtime.progress import say
 from darwinlm.runtime.stopwatch import Stopwatch
-from darwinlm.search.budget import Budget, Costs, parameter_costs
+from darwinlm.search.budget import Costs, Target, parameter_costs
 from darwinlm.search.fitness import Fitness
 from darwinlm.search.uniform import uniform
 from darwinlm.types import DarwinError, Genome, UsageError
@@ -46,82 +47,178 @@ METRICS = {request.task: request.metric for request in SUITE}
 
 @dataclass(frozen=True)
 class _Bench:
-    """What every cell is found and measured with.
+    """What every cell is chosen and measured with.
 
     Attributes:
-        stitcher: in the precision of the search and of the tasks.
-        judged: in the checkpoint's, in which perplexity, KL and speed are measured.
-        of_dense: the dense model's last hidden states on each text, for all models to be judged against.
+        searched: stitches models in the precision of the search and of the tasks.
+        judged: stitches models in the checkpoint's precision, in which perplexity, KL and speed are measured.
+        of_dense: the dense model's last hidden states on each text, which all models are judged against.
     """
 
     config: CompareConfig
+    run: RunConfig
     grid: Grid
     costs: Costs
     tokenizer: PreTrainedTokenizerBase
-    stitcher: Stitcher
+    searched: Stitcher
     judged: Stitcher
     tokens: dict[str, Int[Tensor, "sequences length"]]
     texts: dict[str, Int[Tensor, "_ length"]]
     of_dense: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
 
+class _Cells:
+    """The cells that are measured, as `cells.jsonl` in a directory holds them."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.of = {(cell.method, cell.kept): cell for cell in read_cells(directory)}
+
+    def keep(self, cell: Cell) -> Cell:
+        """Add a cell, or replace the one of the same method and size, and write the file."""
+        self.of[cell.method, cell.kept] = cell
+        write_text(self.directory / CELLS, "".join(each.line for each in self.of.values()))
+        return cell
+
+
 def compare(config: CompareConfig) -> list[Cell]:
     """Measure every method at every size, print the table, and write `comparison.md` and `comparison.png`.
 
-    A cell that is in `cells.jsonl` is not measured again, nor asked again what it has answered. A method that fails at
-    a size does not stop the others; table and picture then lack its cell.
+    A cell that is in `cells.jsonl` is not measured again, nor is a task repeated whose score it holds. A method that
+    fails at a size does not stop the others; table and picture then lack its cell.
+
+    Returns:
+        The dense model's cell, then those of the methods, by size and in the order of `config.methods`.
 
     Raises:
         UsageError: if a setting, model or text cannot be used.
         DarwinError: if the database, the dense model or a task fails, or, at the end, if a method has. The same call
             goes on from there.
     """
+    methods, shares = _methods(config), _shares(config)
     out = Path(config.out)
-    run = RunConfig(
-        config.model, config.data, str(out / "base"), config.database.levels / 2, config.seed, config.device,
-        config.dtype, calibration=config.calibration, database=config.database, search=config.search,
-        refit=RefitConfig(tokens=0), evaluation=config.evaluation,
-    )  # fmt: skip
     with locked_directory(out):
-        requests, asked = _requests(config)
-        prune(run, until="database")
-        if asked:
-            write_json(out / QUESTIONS, asked)
-        bench = _open(config, run)
-        cells = {(cell.method, cell.target): cell for cell in read_cells(out)}
-        wanted = [(DENSE, 0.0), *((method, target) for target in config.targets for method in config.methods)]
-        failures: dict[tuple[str, float], str] = {}
-        for number, (method, target) in enumerate(wanted, 1):
-            place = f"compare: {number}/{len(wanted)}, {method} at {target:g}"
-            if (method, target) not in cells:
-                say(place)
-                try:
-                    found = _find(bench, method, target, run)
-                except DarwinError as error:
-                    if method == DENSE:  # of which every other cell is a ratio
-                        raise
-                    failures[method, target] = f"{method} at {target:g}: {error}"
-                    say(failures[method, target])
-                    continue
-                _write(out, cells, found)
-            found = cells[method, target]
-            answered = {score.task for score in found.scores}
-            left = [request for request in requests if request.task not in answered and found.refused is None]
-            if left:
-                model = bench.stitcher.stitch(Genome(found.levels))
-                for request in left:
-                    say(f"{place}: {request.task}")
-                    scores = run_tasks(model, bench.tokenizer, [request], config)
-                    found = replace(found, scores=(*found.scores, *scores))
-                    _write(out, cells, found)
-        chosen = [_with_scores(cells[key], requests) for key in wanted if key not in failures]
+        requests, questions_asked = _requests(config)
+        base = _base(config)
+        prune(base, until="database")
+        if questions_asked:
+            write_json(out / QUESTIONS, questions_asked)
+        bench, cells = _open(config, base), _Cells(out)
+        chosen, failures = _measure_all(bench, cells, [(m, share) for share in shares for m in methods], requests)
         write_text(out / TABLE, markdown(chosen, _protocol(bench), PICTURE))
         save_picture(out / PICTURE, chosen)
     print_table(chosen)
     print(out / TABLE, out / PICTURE, sep="\n")
     if failures:
-        raise DarwinError("; ".join(failures.values()))
+        raise DarwinError("; ".join(failures))
     return chosen
+
+
+def _methods(config: CompareConfig) -> tuple[str, ...]:
+    """The names of the methods. Raises `UsageError` if there is no such method, or it lacks a setting."""
+    for name in config.methods:
+        expect(name in METHODS, "methods", ", ".join(METHODS), repr(name))
+    if "training-aware" in config.methods and not any(stage.training_tokens for stage in config.search.stages):
+        raise UsageError(
+            "--methods: training-aware needs training: expected training_tokens above 0 in --search.stages, found "
+            "none; give some, or take evolution"
+        )
+    return config.methods or DEFAULT_METHODS
+
+
+def _shares(config: CompareConfig) -> list[float]:
+    """The shares of the dense model's parameters that are kept. Raises `UsageError` if a target is no such share."""
+    return list(dict.fromkeys(map(_share, config.targets)))
+
+
+def _share(text: str) -> float:
+    try:
+        target = Target.parse(text)
+    except UsageError:
+        target = None
+    of_parameters = target is not None and target.measure == "params" and target.share
+    expect(of_parameters, "targets", "shares of the parameters that are kept, such as params=0.8", repr(text))
+    assert target is not None
+    return target.amount
+
+
+def _base(config: CompareConfig) -> RunConfig:
+    """The run whose database all methods share."""
+    return RunConfig(
+        model=config.model,
+        data=config.data,
+        out=str(Path(config.out) / "base"),
+        seed=config.seed,
+        device=config.device,
+        dtype=config.dtype,
+        calibration=config.calibration,
+        database=config.database,
+        search=config.search,
+        refit=RefitConfig(tokens=0),
+        evaluation=config.evaluation,
+    )
+
+
+def _measure_all(
+    bench: _Bench, cells: _Cells, wanted: Sequence[tuple[str, float]], requests: list[Request]
+) -> tuple[list[Cell], list[str]]:
+    """The dense model's cell and the wanted ones that there are, with their scores; and the failures of methods."""
+    count = 1 + len(wanted)
+    place = f"compare: 1/{count}, {DENSE}"
+    dense = cells.of.get((DENSE, 1.0)) or _measure_dense(bench, cells, place)
+    chosen, failures = [_with_scores(bench, cells, dense, requests, place)], []
+    for number, (method, kept) in enumerate(wanted, 2):
+        name = f"{method} at params={kept:.4g}"
+        place = f"compare: {number}/{count}, {name}"
+        try:
+            cell = cells.of.get((method, kept)) or _measure_method(bench, cells, method, kept, place)
+        except DarwinError as error:
+            failures.append(f"{name}: {error}")
+            say(failures[-1])
+            continue
+        chosen.append(_with_scores(bench, cells, cell, requests, place))
+    return chosen, failures
+
+
+def _measure_dense(bench: _Bench, cells: _Cells, place: str) -> Cell:
+    say(place)
+    return cells.keep(_measure(bench, DENSE, 1.0, bench.grid.dense(), 0.0))
+
+
+def _measure_method(bench: _Bench, cells: _Cells, method: str, kept: float, place: str) -> Cell:
+    """Let a method choose a genome, and measure it; a method that has none of this size gives a refused cell."""
+    say(place)
+    try:
+        genome, seconds = _choose(bench, METHODS[method], kept)
+    except UsageError as error:
+        return cells.keep(Cell(method, kept, refused=str(error)))
+    return cells.keep(_measure(bench, method, kept, genome, seconds))
+
+
+def _choose(bench: _Bench, method: Method, kept: float) -> tuple[Genome, float]:
+    """The genome that a method chooses, and the seconds that it took. Raises `UsageError` if there is none."""
+    config, settings = bench.config, bench.config.search
+    text = bench.tokens["search"]
+    # Each method pays for its own scores: nothing of another's is reused.
+    fitness_text = scored_text(text, settings) if method.ours else text
+    uniform_genome, budget = uniform(bench.grid, bench.costs, replace(bench.run, target=f"params={kept!r}"))
+    state = Path(config.out) / "state" / f"{method.name}-{kept:g}"
+    problem = Problem(
+        stitcher=bench.searched,
+        budget=budget,
+        uniform=uniform_genome,
+        fitness=Fitness(bench.searched, fitness_text, bench.tokens["training"], settings),
+        token_ids=text,
+        calibration=bench.tokens["calibration"],
+        config=settings,
+        seed=config.seed,
+        state=state,
+    )
+    allocate = method.allocate
+    with Stopwatch(state.with_name(f"{state.name}.seconds"), go_on=state.exists()) as stopwatch:
+        genome = allocate(problem)
+    assert budget.fits(genome)
+    return genome, stopwatch.seconds
 
 
 def _requests(config: CompareConfig) -> tuple[list[Request], dict[str, Any]]:
@@ -144,7 +241,7 @@ def _requests(config: CompareConfig) -> tuple[list[Request], dict[str, Any]]:
 
 
 def _protocol(bench: _Bench) -> list[str]:
-    """What stands below the table: on how much text genomes are found and judged."""
+    """The notes below the table: on how much text genomes are chosen and judged."""
     config = bench.config
     search, scored = config.search, scored_tokens(bench.grid, config.search)
     return [
@@ -154,12 +251,8 @@ def _protocol(bench: _Bench) -> list[str]:
     ]
 
 
-def _write(out: Path, cells: dict[tuple[str, float], Cell], cell: Cell) -> None:
-    cells[cell.method, cell.target] = cell
-    write_text(out / CELLS, "".join(cell.line for cell in cells.values()))
-
-
 def _open(config: CompareConfig, run: RunConfig) -> _Bench:
+    """Open the database that the base run has built, and load the dense model once in each precision."""
     path, device = Path(run.out), resolve_device(config.device)
     checkpoint = find_checkpoint(config.model, path)
     grid = find_grid(checkpoint.skeleton(), checkpoint.config, config.database)
@@ -171,64 +264,44 @@ def _open(config: CompareConfig, run: RunConfig) -> _Bench:
     models = {dtype: checkpoint.load(dtype, device) for dtype in dict.fromkeys(precisions)}
     searched, judged = (Stitcher(models[dtype], checkpoint.family, database) for dtype in precisions)
     costs = parameter_costs(grid, parameter_count(searched.dense))
-    return _Bench(config, grid, costs, checkpoint.tokenizer, searched, judged, tokens, texts)
+    return _Bench(config, run, grid, costs, checkpoint.tokenizer, searched, judged, tokens, texts)
 
 
-def _budget(bench: _Bench, target: float, run: RunConfig) -> tuple[Genome, Budget]:
-    """The uniform genome at a size, and the budget that it sets all methods."""
-    prunable = sum(levels[0] for levels in bench.costs.units)
-    limit = bench.costs.of(bench.grid.dense()) - target * prunable
-    settings = {**vars(run), "target": f"params={math.ceil(limit)}"}
-    return uniform(bench.grid, bench.costs, RunConfig(**settings))
-
-
-def _find(bench: _Bench, method: str, target: float, run: RunConfig) -> Cell:
-    """Let a method choose a genome, and measure what it chose; or measure the dense model."""
-    config = bench.config
-    if method == DENSE:
-        return _measure(bench, method, target, bench.grid.dense(), 0.0)
-    # Each method pays for its own scores: nothing of another's is reused.
-    text, calibration = bench.tokens["search"], bench.tokens["calibration"]
-    scored = scored_text(text, config.search) if method in OURS else text
-    fitness = Fitness(bench.stitcher, scored, bench.tokens["training"], config.search)
-    state = Path(config.out) / "state" / f"{method}-{target:g}"
-    try:
-        even, budget = _budget(bench, target, run)
-        problem = Problem(bench.stitcher, budget, even, fitness, text, calibration, config.search, config.seed, state)
-        with Stopwatch(state.with_name(f"{state.name}.seconds"), go_on=state.exists()) as stopwatch:
-            genome = ALLOCATORS[method](problem)
-    except UsageError as error:
-        return Cell(method, target, refused=str(error))
-    assert budget.fits(genome)
-    return _measure(bench, method, target, genome, stopwatch.seconds)
-
-
-def _measure(bench: _Bench, method: str, target: float, genome: Genome, seconds: float) -> Cell:
+def _measure(bench: _Bench, method: str, kept: float, genome: Genome, seconds: float) -> Cell:
+    """The cell of a genome, with perplexity, KL and speed measured beside the dense model's."""
     models = {DENSE: bench.judged.dense, method: bench.judged.stitch(genome)}
     held_out = bench.tokens["evaluation"]
     quality = perplexity_and_kl(models, held_out, bench.of_dense[HELD_OUT])[method]
     speeds = speed(models, held_out, bench.config.evaluation)
-    dense, found = speeds[DENSE], speeds[method]
+    dense, own = speeds[DENSE], speeds[method]
     texts = {text: perplexity_and_kl(models, ids, bench.of_dense[text])[method] for text, ids in bench.texts.items()}
     return Cell(
         method,
-        target,
+        kept,
         levels=genome.levels,
         parameters=bench.costs.of(genome),
         perplexity=quality.perplexity,
         kl=quality.kl,
-        prefill_tokens_per_s=found.prefill_tokens_per_s,
-        decode_tokens_per_s=found.decode_tokens_per_s,
+        prefill_tokens_per_s=own.prefill_tokens_per_s,
+        decode_tokens_per_s=own.decode_tokens_per_s,
         speedup=(
-            found.prefill_tokens_per_s / dense.prefill_tokens_per_s,
-            found.decode_tokens_per_s / dense.decode_tokens_per_s,
+            own.prefill_tokens_per_s / dense.prefill_tokens_per_s,
+            own.decode_tokens_per_s / dense.decode_tokens_per_s,
         ),
         seconds=seconds,
         texts=texts,
     )
 
 
-def _with_scores(cell: Cell, requests: list[Request]) -> Cell:
-    """The cell with the scores that were asked for, in their order."""
-    scores = [score for request in requests for score in cell.scores if score.task == request.task]
-    return replace(cell, scores=tuple(scores))
+def _with_scores(bench: _Bench, cells: _Cells, cell: Cell, requests: list[Request], place: str) -> Cell:
+    """The cell with the scores that are requested, in their order; the model runs the tasks that it has none of."""
+    answered = {score.task for score in cell.scores}
+    left = [request for request in requests if request.task not in answered and cell.refused is None]
+    if left:
+        model = bench.searched.stitch(Genome(cell.levels))
+        for request in left:
+            say(f"{place}: {request.task}")
+            scores = run_tasks(model, bench.tokenizer, [request], bench.config)
+            cell = cells.keep(replace(cell, scores=(*cell.scores, *scores)))
+    by_request = [score for request in requests for score in cell.scores if score.task == request.task]
+    return replace(cell, scores=tuple(by_request))

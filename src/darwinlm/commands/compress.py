@@ -48,7 +48,7 @@ from darwinlm.types import Curve, DarwinError, Genome, SearchResult
 
 
 def compress(
-    model: str | Path, data: str | Path, *, out: str | Path, target_level: float = 5.0, **settings: Any
+    model: str | Path, data: str | Path, *, out: str | Path, target_level: float | None = None, **settings: Any
 ) -> Run:
     """Compress a model: the same as `darwinlm compress MODEL --data DATA --target-level LEVEL --out RUN`.
 
@@ -56,7 +56,8 @@ def compress(
         model: a hub id, a directory, a `.gguf` file, or `smollm2-135m`.
         data: the text to calibrate, search and evaluate on.
         out: directory of the run; an unfinished one of the same settings is resumed.
-        target_level: uniform level whose size the result must not exceed, out of `database.levels`.
+        target_level: uniform level whose size the result must not exceed, out of `database.levels`. Without it and
+            without `target`, half of them.
         settings: the other fields of `RunConfig`.
 
     Returns:
@@ -359,4 +360,4 @@ def _settings(work: _Work, result: SearchResult) -> dict[str, str]:
 
 def _target(config: RunConfig) -> str:
     """What the user asked for."""
-    return config.target or f"level {config.target_level:g} of {config.database.levels}"
+    return config.target or f"level {config.level:g} of {config.database.levels}"

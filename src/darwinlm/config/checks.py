@@ -35,6 +35,15 @@ def expect_named(config: object, *names: str) -> None:
         expect(bool(getattr(config, name)), name, "a name", "nothing")
 
 
+def expect_one_size(target: str | None, target_level: float | None) -> None:
+    """Raise `UsageError` if a size is given in both ways."""
+    if target is not None and target_level is not None:
+        raise UsageError(
+            f"--target and --target-level: expected one of them, found both ({target} and level {target_level:g}); "
+            "leave one out"
+        )
+
+
 def expect_level(level: float, levels: int) -> None:
     """A uniform level at which every unit has lost something, and not all."""
     expected = f"a level between 0 and {levels} (--database.levels), both excluded"

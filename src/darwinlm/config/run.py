@@ -12,7 +12,15 @@ from typing import Literal, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from darwinlm.config.checks import expect, expect_at_least, expect_level, expect_named, expect_positive, expect_seed
+from darwinlm.config.checks import (
+    expect,
+    expect_at_least,
+    expect_level,
+    expect_named,
+    expect_one_size,
+    expect_positive,
+    expect_seed,
+)
 from darwinlm.types import MetricName, SelectionStage, Structure, UsageError
 
 Stage = Literal["database", "search", "export", "report"]
@@ -221,8 +229,9 @@ class RunConfig:
     SOURCE=WEIGHT,SOURCE=WEIGHT mixes."""
     out: str
     """Directory of the run. The same command resumes it."""
-    target_level: float = 5.0
-    """Uniform level whose size the result must not exceed, out of database.levels; need not be whole."""
+    target_level: float | None = None
+    """Uniform level whose size the result must not exceed, out of database.levels; need not be whole. Without a target,
+    half of database.levels."""
     seed: int = 0
     """Seed of everything random."""
     device: str = "auto"
@@ -232,8 +241,9 @@ class RunConfig:
     genome: str | None = None
     """Use this genome and search none: another run's search/result.json, or a JSON list of levels. It has no budget."""
     target: str | None = None
-    """Instead of a level: params, flops (a token), kv-cache (bytes a token) or latency, as a share of the dense model
-    (params=0.6) or an amount (params=4.7B, latency=20ms). The result stays below it, by less than 1 %."""
+    """The size of the result: params, flops (a token), kv-cache (bytes a token) or latency, as the share of the dense
+    model that is kept (params=0.6) or an amount (params=4.7B, latency=20ms). The result stays below it, by less than
+    1 %."""
     keep_attention: bool = False
     """Let no block lose all of its attention, which vLLM wants."""
     fit_data: bool = False
@@ -250,8 +260,14 @@ class RunConfig:
     def __post_init__(self) -> None:
         expect_named(self, "model", "data", "out")
         expect_seed(self.seed)
-        if self.target is None:
+        expect_one_size(self.target, self.target_level)
+        if self.target_level is not None:
             expect_level(self.target_level, self.database.levels)
+
+    @property
+    def level(self) -> float:
+        """The uniform level of the result's size, where there is no `target`."""
+        return self.database.levels / 2 if self.target_level is None else self.target_level
 
 
 Config = TypeVar("Config")

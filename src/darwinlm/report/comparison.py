@@ -43,7 +43,7 @@ class Cell:
     """The figures of one method at one size.
 
     Attributes:
-        target: the share of the prunable parameters that the model had to lose; 0 for the dense model.
+        kept: the share of the dense model's parameters that the model may have; 1 for the dense model.
         refused: if the method gives no model of this size, the reason; the figures are then missing.
         perplexity, kl: the perplexity, and KL(dense || model) in nats a token, on held-out documents.
         speedup: the speeds of prefill and of decoding, as multiples of the dense model's in the same run.
@@ -53,7 +53,7 @@ class Cell:
     """
 
     method: str
-    target: float
+    kept: float
     refused: str | None = None
     levels: tuple[int, ...] = ()
     parameters: int = 0
@@ -79,6 +79,11 @@ class Cell:
         """The cell as a line of JSON, without figures that are NaN."""
         return json.dumps({name: value for name, value in asdict(self).items() if value == value}) + "\n"
 
+    @property
+    def size(self) -> str:
+        """The size as `--targets` takes it: `params=0.8`."""
+        return f"params={self.kept:.4g}"
+
     def perplexity_on(self, text: str) -> float:
         """Return the perplexity on a text, which may be `HELD_OUT`."""
         return self.perplexity if text == HELD_OUT else self.texts[text].perplexity
@@ -87,14 +92,14 @@ class Cell:
 def read_cells(directory: Path) -> list[Cell]:
     """Return the cells that `darwinlm compare --out DIRECTORY` has finished so far, including the dense model's."""
     file = directory / CELLS
-    return [Cell.of(line) for line in read_json_lines(file, "method", "target")] if file.exists() else []
+    return [Cell.of(line) for line in read_json_lines(file, "method", "kept")] if file.exists() else []
 
 
 def print_table(cells: Sequence[Cell]) -> None:
     """Print the table, with the dense model first, and below it what methods refused."""
     titles = _titles(cells[0])
     tables.show(
-        titles, [[_columns(cell, titles) for cell in group] for _, group in groupby(cells, lambda cell: cell.target)]
+        titles, [[_columns(cell, titles) for cell in group] for _, group in groupby(cells, lambda cell: cell.kept)]
     )
     for refusal in _refusals(cells):
         print(refusal)
@@ -115,18 +120,18 @@ def markdown(cells: Sequence[Cell], protocol: Sequence[str], picture: str) -> st
 
 
 def _refusals(cells: Sequence[Cell]) -> list[str]:
-    return [f"{cell.method} at {cell.target:.0%}: {cell.refused}" for cell in cells if cell.refused is not None]
+    return [f"{cell.method} at {cell.size}: {cell.refused}" for cell in cells if cell.refused is not None]
 
 
 def _titles(dense: Cell) -> list[str]:
     texts = [f"{measure} {Path(text).name}" for text in dense.texts for measure in ("perplexity", "KL")]
     tasks = [f"{score.task} {score.metric}" for score in dense.scores]
     speeds = ["prefill tok/s", "decode tok/s", "seconds to find"]
-    return ["removed", "method", "parameters", "perplexity", "KL", *texts, *tasks, *speeds]
+    return ["kept", "method", "parameters", "perplexity", "KL", *texts, *tasks, *speeds]
 
 
 def _columns(cell: Cell, titles: Sequence[str]) -> list[str]:
-    start = ["" if cell.method == DENSE else f"{cell.target:.0%}", cell.method]
+    start = ["" if cell.method == DENSE else cell.size, cell.method]
     if cell.refused is not None:
         return [*start, *["-"] * (len(titles) - 2)]
     prefill, decode = cell.speedup
@@ -143,7 +148,7 @@ def _columns(cell: Cell, titles: Sequence[str]) -> list[str]:
 
 
 def save_picture(path: Path, cells: Sequence[Cell]) -> None:
-    """Save a picture of the perplexity over the share removed (Figure 4 of the paper) as a PNG file.
+    """Save a picture of the perplexity over the share kept (compare Figure 4 of the paper) as a PNG file.
 
     It has a panel for each text, and in it a line for each method.
     """
@@ -167,9 +172,9 @@ def figure(cells: Sequence[Cell]) -> Figure:
 
 def _draw(axis: Axes, cells: Sequence[Cell], text: str) -> None:
     for number, method in enumerate(dict.fromkeys(cell.method for cell in cells if cell.method != DENSE)):
-        plotted = sorted((c for c in cells if c.method == method and c.refused is None), key=lambda cell: cell.target)
+        plotted = sorted((c for c in cells if c.method == method and c.refused is None), key=lambda cell: -cell.kept)
         axis.plot(
-            [100 * cell.target for cell in plotted],
+            [100 * cell.kept for cell in plotted],
             [cell.perplexity_on(text) for cell in plotted],
             label=method,
             color=COLOURS[number % len(COLOURS)],
@@ -177,5 +182,6 @@ def _draw(axis: Axes, cells: Sequence[Cell], text: str) -> None:
         )
     axis.axhline(cells[0].perplexity_on(text), color=COLOURS[0], linestyle=":", label=DENSE)
     axis.set_yscale("log")
-    axis.set_xlabel("prunable parameters removed (%)")
+    axis.set_xlabel("parameters of the dense model that are kept (%)")
+    axis.invert_xaxis()
     axis.spines[["top", "right"]].set_visible(False)

@@ -1,51 +1,61 @@
-"""All allocators by name."""
+"""The registry of allocators: a row of `METHODS` for each, which `darwinlm compare --methods` offers by its name.
+
+Importing it imports no allocator, so that the command line can list them without waiting for torch.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from darwinlm.config.run import SearchConfig
-from darwinlm.rivals.cosine import cosine
-from darwinlm.rivals.evopress import evopress
-from darwinlm.rivals.problem import Allocator, Problem
-from darwinlm.rivals.sheared_llama import sheared_llama
-from darwinlm.rivals.shortened_llama import shortened_llama, shortened_llama_taylor
-from darwinlm.rivals.shortgpt import shortgpt
-from darwinlm.rivals.ziplm import ziplm
-from darwinlm.search.evolution import evolve
-from darwinlm.search.sensitivity import find_starts
-from darwinlm.types import Genome
+if TYPE_CHECKING:
+    from darwinlm.rivals.problem import Allocator
 
 
-def evolution(problem: Problem) -> Genome:
-    """The search of this package on untrained candidates."""
-    untrained = tuple(replace(stage, training_tokens=0) for stage in problem.config.stages)
-    return _evolution(problem, replace(problem.config, stages=untrained))
+@dataclass(frozen=True)
+class Method:
+    """An allocator that can be compared with others.
+
+    Attributes:
+        function: `module:name` under `darwinlm.rivals`, of type `Allocator`.
+        summary: what decides its choice, for the help of the command line.
+        ours: whether it is a search of this package, which scores genomes on text that is scrambled in part.
+        trains: whether it trains weights or masks, which takes longer; it is then not run by default.
+    """
+
+    name: str
+    function: str
+    summary: str
+    ours: bool = False
+    trains: bool = False
+
+    @property
+    def allocate(self) -> Allocator:
+        """The function that chooses a genome, imported when it is first asked for."""
+        module, _, name = self.function.partition(":")
+        return getattr(import_module(f"darwinlm.rivals.{module}"), name)
 
 
-def training_aware(problem: Problem) -> Genome:
-    """The search of this package with training before selection (section 3.2 of the paper)."""
-    return _evolution(problem, problem.config)
-
-
-def _evolution(problem: Problem, config: SearchConfig) -> Genome:
-    budget, state = problem.budget, problem.state
-    starts = find_starts(problem.even, budget, problem.fitness, config, problem.seed, state)
-    return evolve(starts, budget, problem.fitness, config, problem.seed, state / "history.jsonl").best
-
-
-ALLOCATORS: dict[str, Allocator] = {
-    "uniform": lambda problem: problem.even,
-    "shortgpt": shortgpt,
-    "cosine": cosine,
-    "shortened-llama": shortened_llama,
-    "shortened-llama-taylor": shortened_llama_taylor,
-    "evopress": evopress,
-    "ziplm": ziplm,
-    "sheared-llama": sheared_llama,
-    "evolution": evolution,
-    "training-aware": training_aware,
+METHODS = {
+    method.name: method
+    for method in (
+        Method("uniform", "ours:uniform", "the same share of every unit"),
+        Method("shortgpt", "shortgpt:shortgpt", "whole blocks whose input and output are most alike"),
+        Method("cosine", "cosine:cosine", "consecutive blocks whose input and output are most alike"),
+        Method("shortened-llama", "shortened_llama:shortened_llama", "whole blocks that perplexity needs least"),
+        Method("shortened-llama-taylor", "shortened_llama:shortened_llama_taylor", "whole blocks of least saliency"),
+        Method("evopress", "evopress:evopress", "whole attentions and MLPs, by an evolution"),
+        Method("ziplm", "ziplm:ziplm", "levels of least summed error, by dynamic programming"),
+        Method("evolution", "ours:evolution", "levels, by the search of darwinlm without training", ours=True),
+        Method("sheared-llama", "sheared_llama:sheared_llama", "levels nearest to learned masks", trains=True),
+        Method(
+            "training-aware",
+            "ours:training_aware",
+            "levels, by the search of darwinlm with training before selection",
+            ours=True,
+            trains=True,
+        ),
+    )
 }
-
-
-OURS = ("evolution", "training-aware")
+DEFAULT_METHODS = tuple(method.name for method in METHODS.values() if not method.trains)

@@ -1,4 +1,4 @@
-"""What every allocator is given: they are ways to choose a genome, over one database and within one budget."""
+"""The problem that every allocator solves: choose a genome over a database and within a budget."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ from darwinlm.types import Genome
 
 @dataclass(frozen=True)
 class Problem:
-    """A dense model, its database, and how small it is to become.
+    """A dense model, its database, and the budget that a genome must fit.
 
     Attributes:
-        stitcher: has the dense model, its family and the database.
-        even: the uniform genome of the budget.
+        stitcher: holds the dense model, its family and the database.
+        uniform: the uniform genome of the budget.
         fitness: scores genomes, for allocators that try some.
-        token_ids: text of the search, for those that measure the dense model.
-        calibration: text that the database was measured on, for those that train.
+        token_ids: the text of the search, for allocators that measure the dense model.
+        calibration: the text that the database was measured on, for allocators that train.
         config: what a search may spend.
+        seed: seeds everything random that an allocator does.
         state: a directory in which an allocator may keep what it resumes from.
     """
 
     stitcher: Stitcher
     budget: Budget
-    even: Genome
+    uniform: Genome
     fitness: Scorer
     token_ids: Int[Tensor, "sequences length"]
     calibration: Int[Tensor, "_ length"]
@@ -44,19 +45,23 @@ class Problem:
 
     @property
     def scored_tokens(self) -> int:
-        """What rivals that search may spend."""
+        """The tokens that an allocator of another paper may score genomes on: as many as our search scores on."""
         return scored_tokens(self.budget.grid, self.config)
 
 
 def scored_tokens(grid: Grid, config: SearchConfig) -> int:
-    """Tokens that our search scores on, untrained, its start included."""
+    """Return the tokens that our search scores genomes on without training, including its start."""
     return start_tokens(grid, config) + config.generations * config.generation_tokens
 
 
 def mask_tokens(grid: Grid, config: SearchConfig) -> int:
-    """Tokens that masks are learned on; a token forwards and backwards takes as long as about three scored ones."""
+    """Return the tokens that masks are learned on.
+
+    By default they take as long as our search: a forward and a backward pass over a token take about as long as scoring
+    three tokens.
+    """
     return scored_tokens(grid, config) // 3 if config.mask_tokens is None else config.mask_tokens
 
 
 Allocator = Callable[[Problem], Genome]
-"""Returns a genome that fits the problem's budget. Raises `UsageError` if it knows of none."""
+"""A function that returns a genome within the budget of a problem, or raises `UsageError` if it finds none."""

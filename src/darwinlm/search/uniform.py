@@ -27,10 +27,10 @@ def uniform(grid: Grid, costs: Costs, config: RunConfig) -> tuple[Genome, Budget
     tops = ceilings(grid, config.keep_attention)
     if config.target is not None:
         return _largest(limit_of(Target.parse(config.target), costs, grid, tops), config)
-    genome = uniform_genome(grid, config.target_level, config.database.levels, Random(config.seed))
+    genome = uniform_genome(grid, config.level, config.database.levels, Random(config.seed))
     limit = costs.of(genome)
     budget = Budget(grid, costs, float(limit), (1 - BELOW) * limit, tops)
-    budget.check("--target-level", f"{config.target_level:g}, at which it has {amount_of(limit)}")
+    budget.check("--target-level", f"{config.level:g}, at which it has {amount_of(limit)}")
     return (genome, budget) if budget.fits(genome) else _largest(budget, config)
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from darwinlm.commands.plan.rates import BlockRates, block_rates, measure_rates
 from darwinlm.commands.plan.work import Plan, plan, plan_search, plan_training
-from darwinlm.config.checks import expect_level
+from darwinlm.config.checks import expect_level, expect_one_size
 from darwinlm.config.training import GradualConfig, GradualStage
 from darwinlm.genome import Grid
 from darwinlm.model.checkpoint import PACKAGED, find_checkpoint, skeleton
@@ -52,8 +52,7 @@ def plan_command(config: GradualConfig, target: str | None = None, target_level:
     Raises:
         UsageError: as `show`, if a target cannot be read or reached, or if two are given.
     """
-    if target is not None and target_level is not None:
-        raise UsageError("--target and --target-level name one size in two ways: expected one of them, found both")
+    expect_one_size(target, target_level)
     if target is not None:
         target_level = _level_of(Target.parse(target), config)
     if target_level is not None:
