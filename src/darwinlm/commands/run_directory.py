@@ -25,6 +25,7 @@ from darwinlm.runtime.files import check_record, read_json, read_record, sweep, 
 from darwinlm.types import DarwinError, Genome, SearchResult, UsageError
 
 SETTINGS, TRAIN_SETTINGS, GRADUAL_SETTINGS = "run.yaml", "train.yaml", "recipe.yaml"
+GIVEN = "given-"  # before the names of a model and texts that were given in memory
 
 
 # Settings that may change when something is resumed: it may be moved, and may need less memory or another disk.
@@ -71,8 +72,10 @@ class Run:
         if not self.database.exists():
             sweep(self.path)
             (self.path / SETTINGS).unlink(missing_ok=True)
-            for directory in (self.dense, self.search):
+            for directory in (self.dense, self.search, *self.path.glob(f"{GIVEN}*/")):
                 shutil.rmtree(directory, ignore_errors=True)
+            for file in self.path.glob(f"{GIVEN}*"):
+                file.unlink()
 
     @property
     def finished(self) -> bool:
