@@ -121,6 +121,8 @@ def _small(arguments: list[str], directory: Path) -> list[str]:
         settings, arguments = dict(TRAINING), _with(arguments, "--tokens", "256")
     if command == "evaluate":
         return [*arguments, "--tokens", "256", "--window", "64", "--prompt-tokens", "16", "--new-tokens", "4"]
+    if command == "plan":
+        settings["database"] = {"granularity": 8}  # of ten levels, in which its default target level is
     if not settings:
         return arguments
     file = directory / f"{command}.yaml"

@@ -230,7 +230,7 @@ class Parser(ArgumentParser):
         """Add an argument as in the parent, with dashes for underscores in its flag."""
         return super().add_argument(*(a.replace("_", "-") if a.startswith("--") else a for a in args), **kwargs)
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
         """The help, without the settings that are not shown."""
         hidden = [a for a in self._actions if self.shown and a.option_strings and a.dest not in self.shown]
         texts, groups = [action.help for action in hidden], self._action_groups
@@ -238,7 +238,7 @@ class Parser(ArgumentParser):
             action.help = argparse.SUPPRESS
         self._action_groups = [g for g in groups if any(a.help != argparse.SUPPRESS for a in g._group_actions)]
         try:
-            return super().format_help()
+            return super().format_help(*args, **kwargs)
         finally:
             self._action_groups = groups
             for action, text in zip(hidden, texts, strict=True):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,19 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from darwinlm.commands.run_directory import SETTINGS, Run, claim, explain_failures, read_genome, versions, versions_text
+from darwinlm.commands.in_memory import settings_of, write_documents, write_model
+from darwinlm.commands.run_directory import (
+    GIVEN,
+    SETTINGS,
+    Run,
+    claim,
+    explain_failures,
+    read_genome,
+    versions,
+    versions_text,
+)
 from darwinlm.config.run import STARTS, RunConfig, Stage
 from darwinlm.data.corpus import fingerprint, read_corpus
 from darwinlm.data.draw import draw_texts, draw_tokens, fit_to_text, scored_text
@@ -33,7 +44,7 @@ from darwinlm.model.size import parameter_bytes, parameter_count
 from darwinlm.report import run_report
 from darwinlm.runtime import parallel
 from darwinlm.runtime.device import DTYPES, resolve_device, resolve_dtype
-from darwinlm.runtime.files import write_text
+from darwinlm.runtime.files import remove_unused, write_text
 from darwinlm.runtime.progress import say, track
 from darwinlm.search.budget import Budget, Costs, Target, amount_of, cache_costs, flop_costs, parameter_costs
 from darwinlm.search.evolution import evolve
@@ -44,29 +55,49 @@ from darwinlm.search.mutation import spread
 from darwinlm.search.sensitivity import find_starts
 from darwinlm.search.uniform import fullest, uniform
 from darwinlm.training.refit import refit, set_consumers
-from darwinlm.types import Curve, DarwinError, Genome, SearchResult
+from darwinlm.types import Curve, DarwinError, Genome, SearchResult, UsageError
 
 
 def compress(
-    model: str | Path, data: str | Path, *, out: str | Path, target_level: float | None = None, **settings: Any
+    model: str | Path | PreTrainedModel,
+    data: str | Path | Iterable[Any],
+    *,
+    out: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **settings: Any,
 ) -> Run:
-    """Compress a model: the same as `darwinlm compress MODEL --data DATA --target-level LEVEL --out RUN`.
+    """Compress a model: the same as `darwinlm compress MODEL --data DATA --out RUN`.
 
     Args:
-        model: a hub id, a directory, a `.gguf` file, or `smollm2-135m`.
-        data: the text to calibrate, search and evaluate on.
+        model: a hub id, a directory, a `.gguf` file, `smollm2-135m`, or a model in memory.
+        data: the text to calibrate, search and evaluate on: a source by name, a list of strings, or a data set with a
+            column of text.
         out: directory of the run; an unfinished one of the same settings is resumed.
-        target_level: uniform level whose size the result must not exceed, out of `database.levels`. Without it and
-            without `target`, half of them.
-        settings: the other fields of `RunConfig`.
+        tokenizer: of a model in memory.
+        settings: the other fields of `RunConfig`, such as `target="params=0.6"`; for a section (`calibration`) its
+            dataclass or a dict of some of its fields.
 
     Returns:
         The run, whose `model`, `genome` and `table` are the result.
 
     Raises:
-        DarwinError: if anything about model, data, settings or directory stops the run, in one sentence.
+        UsageError: if a setting cannot be used; nothing has been written then.
+        DarwinError: if anything about model, data or directory stops the run, in one sentence.
     """
-    return run(RunConfig(str(model), str(data), str(out), target_level, **settings))
+    by_name = [str(value) if isinstance(value, str | Path) else "in memory" for value in (model, data)]
+    config = RunConfig(by_name[0], by_name[1], str(out), **settings_of(settings))
+    this, created = Run(out), not Path(out).exists()
+    try:
+        if not isinstance(model, str | Path):
+            config = replace(config, model=str(write_model(model, tokenizer, this.path)))
+        if not isinstance(data, str | Path):
+            config = replace(config, data=str(write_documents(data, this.path)))
+        return run(config)
+    except UsageError:
+        if created:
+            this.abandon()
+            remove_unused(this.path)
+        raise
 
 
 def run(config: RunConfig, until: Stage = "report") -> Run:
@@ -83,7 +114,7 @@ def run(config: RunConfig, until: Stage = "report") -> Run:
     free = ("search.learning_rate",) if searching else ()
 
     def prepare() -> None:
-        claim(this.path, SETTINGS, config, open_to=free)
+        claim(this.path, SETTINGS, config, (GIVEN,), free)
 
     with told, parallel.together(), parallel.shared_directory(this.path, prepare):
         if this.finished:

@@ -41,9 +41,23 @@ def export_command(config: ExportConfig, source: str, out: str) -> None:
         UsageError: as `export` and `convert`.
         DarwinError: as `export` and `convert`.
     """
-    check_new(Path(out), directory=config.format == "hf")  # before a model is stitched
     with explain_failures(f"the export to {out}", "--no-verify needs half as much"):
-        print(convert(export(Path(source), config.verify), Path(out), config))
+        print(export_model(source, out, config))
+
+
+def export_model(source: str | Path, out: str | Path, config: ExportConfig | None = None) -> Path:
+    """Write the model of a run, or a model directory, in another form, and return where it is.
+
+    Args:
+        config: the form; a directory for transformers if not given.
+
+    Raises:
+        UsageError: as `export` and `convert`.
+        DarwinError: as `export` and `convert`.
+    """
+    config = ExportConfig() if config is None else config
+    check_new(Path(out), directory=config.format == "hf")  # before a model is stitched
+    return convert(export(Path(source), config.verify), Path(out), config)
 
 
 def convert(directory: Path, out: Path, config: ExportConfig) -> Path:

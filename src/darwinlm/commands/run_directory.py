@@ -25,6 +25,7 @@ from darwinlm.runtime.files import check_record, read_json, read_record, sweep, 
 from darwinlm.types import DarwinError, Genome, SearchResult, UsageError
 
 SETTINGS, TRAIN_SETTINGS, GRADUAL_SETTINGS = "run.yaml", "train.yaml", "recipe.yaml"
+GIVEN = "given-"  # before the names of a model and texts that were given in memory
 
 
 # Settings that may change when something is resumed: it may be moved, and may need less memory or another disk.
@@ -71,8 +72,10 @@ class Run:
         if not self.database.exists():
             sweep(self.path)
             (self.path / SETTINGS).unlink(missing_ok=True)
-            for directory in (self.dense, self.search):
+            for directory in (self.dense, self.search, *self.path.glob(f"{GIVEN}*/")):
                 shutil.rmtree(directory, ignore_errors=True)
+            for file in self.path.glob(f"{GIVEN}*"):
+                file.unlink()
 
     @property
     def finished(self) -> bool:
@@ -134,11 +137,11 @@ class Run:
 
 
 def claim(path: Path, settings: str, config: Any, own: Sequence[str] = (), open_to: Sequence[str] = ()) -> None:
-    """Make a directory that of a configuration, or find that it is. The directory must be held by this process.
+    """Claim a directory for a configuration, or check that it is that configuration's. This process must hold it.
 
     Args:
         settings: name of the file that holds the configuration.
-        own: what an earlier command, which was refused, may have left for this one.
+        own: beginnings of the names of files that a refused command may have left, which this one takes over.
         open_to: settings that may still change, whole ones or parts (`training`); the file then takes the new ones.
 
     Raises:
@@ -150,8 +153,8 @@ def claim(path: Path, settings: str, config: Any, own: Sequence[str] = (), open_
         if strangers:
             raise UsageError(f"{path} is not empty and holds no run (found {strangers[0]}); choose another --out")
         write_text(file, yaml.safe_dump(_plain(config), sort_keys=False))
-    found = _differences(_plain(read_config(file, type(config))), _plain(config))
-    changed = {name: how for name, how in found.items() if name not in FREE}
+    differences = _differences(_plain(read_config(file, type(config))), _plain(config))
+    changed = {name: how for name, how in differences.items() if name not in FREE}
     fixed = [how for name, how in changed.items() if not any(f"{name}.".startswith(f"{part}.") for part in open_to)]
     if fixed:
         raise UsageError(f"{path} holds another run ({'; '.join(fixed)}); choose another --out, or delete it")
@@ -161,17 +164,17 @@ def claim(path: Path, settings: str, config: Any, own: Sequence[str] = (), open_
 
 
 def find_export(path: Path) -> Path:
-    """The model directory that a user means: that of a run or of a training, or the directory itself.
+    """The model directory that a path names: the export of a run or of a training, or the path itself.
 
     Raises:
         UsageError: if there is no model there, or the run has none yet.
     """
     inside = _is_run(path)
-    found = Run(path).exported if inside else path
-    if not (found / "config.json").is_file():
+    export = Run(path).exported if inside else path
+    if not (export / "config.json").is_file():
         missing = "its run has not come to its export yet, run the same command again" if inside else "name one"
-        raise UsageError(f"no model in {path}: expected config.json in {found}, found none; {missing}")
-    return found
+        raise UsageError(f"no model in {path}: expected config.json in {export}, found none; {missing}")
+    return export
 
 
 def open_model(name: str, workspace: Path) -> Checkpoint:
@@ -185,7 +188,7 @@ def _is_run(path: Path) -> bool:
 
 
 def load(path: Path | str, dtype: str = "auto") -> PreTrainedModel:
-    """A causal language model: that of a run, of an export or a dense directory, or one on the hub. It runs no code.
+    """Load the model of a run, an export, a dense model's directory or the hub. Code beside the weights is never run.
 
     Args:
         dtype: precision of the weights; auto is that in which they are stored.
@@ -262,15 +265,15 @@ def _differences(old: Any, new: Any, name: str = "") -> dict[str, str]:
     """What differs, by its dotted name, for people."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return {} if old == new else {name: f"its {name} is {old}, not {new}"}
-    found = {}
+    differences = {}
     for key in dict.fromkeys([*old, *new]):
-        found |= _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
-    return found
+        differences |= _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
+    return differences
 
 
 @contextmanager
 def explain_failures(what: str, thrift: str) -> Iterator[None]:
-    """What the machine lacks becomes a `DarwinError`: a full disk, a directory taken away, too little memory.
+    """Turn failures of the machine into a `DarwinError`: a full disk, a missing directory, too little memory.
 
     Args:
         what: has stopped.

@@ -162,14 +162,14 @@ class Corpus:
         total = sum(weight for _, _, weight in self.sources)
         parts: dict[str, list[Tensor]] = {purpose: [] for purpose in tokens}
         for name, documents, weight in self.sources:
-            wanted = {
+            sequences = {
                 purpose: -(-count * weight // (total * self.sequence_length)) for purpose, count in tokens.items()
             }
             chosen = [document for document in documents if is_held_out(document) == held_out]
             if not held_out:
                 Random(self.seed).shuffle(chosen)
-            blocks = self._pack(name, chosen, int(sum(wanted.values())), tokens)
-            for purpose, block in zip(tokens, blocks.split([int(count) for count in wanted.values()]), strict=True):
+            blocks = self._pack(name, chosen, int(sum(sequences.values())), tokens)
+            for purpose, block in zip(tokens, blocks.split([int(count) for count in sequences.values()]), strict=True):
                 parts[purpose].append(block)
         return {purpose: _interleave(blocks) for purpose, blocks in parts.items()}
 
@@ -354,8 +354,8 @@ def _read_hub(name: str, flag: str) -> Iterator[str]:
 
 def text_of(record: object, where: str) -> str:
     """The text of a record, empty where it is null, or `UsageError` if it has none under a name that is known."""
-    found = [record[column] for column in TEXT_COLUMNS if column in record] if isinstance(record, dict) else []
-    for text in sorted(found, key=lambda text: text is None):
+    texts = [record[column] for column in TEXT_COLUMNS if column in record] if isinstance(record, dict) else []
+    for text in sorted(texts, key=lambda text: text is None):
         if isinstance(text, str | None):
             return text or ""
     raise UsageError(f"{where} has no text: expected a column {' or '.join(TEXT_COLUMNS)}; rename the text's column")

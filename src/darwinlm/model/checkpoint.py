@@ -1,4 +1,4 @@
-"""A pretrained model on disk: found, checked, and read whole or one decoder block at a time."""
+"""A pretrained model on disk: located, checked, and read whole or one decoder block at a time."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ class Checkpoint:
 
     def __init__(self, path: Path):
         self.path = path
-        for name, found in (("config.json", (path / "config.json").exists()), (WEIGHTS, self._has_weights())):
-            if not found:
+        for name, exists in (("config.json", (path / "config.json").exists()), (WEIGHTS, self._has_weights())):
+            if not exists:
                 raise UsageError(f"{path} is not a model: expected {name} in it, found none; name a model directory")
         family = str(read_json(path / "config.json", "model_type")["model_type"])
         if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -292,8 +292,8 @@ def _split_words(tokenizer: Any, path: Path) -> None:
     """Split words as the GGUF file says where transformers (5.23) does not know its way and took GPT-2's."""
     if not isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel):
         return
-    found = gguf.GGUFReader(path).fields.get("tokenizer.ggml.pre")
-    name = "unnamed" if found is None else found.contents()
+    field = gguf.GGUFReader(path).fields.get("tokenizer.ggml.pre")
+    name = "unnamed" if field is None else field.contents()
     if name in SPLIT_WITH_DIGITS:
         digits = pre_tokenizers.Digits(individual_digits=True)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, tokenizer.pre_tokenizer])
