@@ -30,12 +30,12 @@ from transformers import (
 
 from darwinlm.config.run import EvaluationConfig
 from darwinlm.evaluation import quality as module
-from darwinlm.evaluation import speed as speed_module
 from darwinlm.evaluation.generation import continuations
 from darwinlm.evaluation.quality import perplexity_and_kl
 from darwinlm.evaluation.rows import evaluate
 from darwinlm.evaluation.speed import speed
 from darwinlm.model.size import parameter_count
+from darwinlm.runtime import timing
 from darwinlm.types import UsageError
 
 VOCAB = 61
@@ -210,7 +210,7 @@ def test_speed_lets_models_take_turns(
 
     watch("dense", 1.0)
     watch("slow", 10.0)
-    monkeypatch.setattr(speed_module, "_now", lambda _: clock[0])
+    monkeypatch.setattr(timing, "now", lambda _: clock[0])
     config = EvaluationConfig(speed_tokens=90, decode_tokens=3, repeats=2)  # more than the 72 tokens given
     found = speed(models, token_ids, config)
     assert (found["dense"].prefill_tokens_per_s, found["slow"].prefill_tokens_per_s) == (0.5, 0.05)

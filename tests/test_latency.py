@@ -13,6 +13,7 @@ from darwinlm.config.run import DatabaseConfig, LatencyConfig
 from darwinlm.genome import Grid, level_grid
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import find_units
+from darwinlm.runtime import timing
 from darwinlm.runtime.files import read_json, write_record
 from darwinlm.search import latency
 from darwinlm.search.latency import latency_costs
@@ -49,7 +50,7 @@ def test_it_times_what_is_slow(checkpoints: dict[str, Path], monkeypatch: pytest
 
     checkpoint, grid = opened(checkpoints["mistral"])
     with FlopCounterMode(display=False) as counter:
-        monkeypatch.setattr(latency, "_now", lambda _: counter.get_total_flops() / latency.NANO)
+        monkeypatch.setattr(timing, "now", lambda _: counter.get_total_flops() / latency.NANO)
         units, rest = latency.measure(checkpoint, grid, LatencyConfig(tokens=4, context=0, repeats=1), CPU)
     structures = [u.parameters(0) - u.fixed_parameters for u in grid.units]
     for row, removed, unit, parameters in zip(units, grid.removed, grid.units, structures, strict=True):

@@ -119,8 +119,8 @@ def _end_tokens(model: PreTrainedModel) -> set[int]:
 
 
 def next_token(
-    model: PreTrainedModel, token_ids: Int[Tensor, "1 length"], cache: Cache | None = None
-) -> tuple[Int[Tensor, "1 1"], Cache]:
-    """The likeliest token after `token_ids`, and the cache that now holds them."""
+    model: PreTrainedModel, token_ids: Int[Tensor, "batch length"], cache: Cache | None = None
+) -> tuple[Int[Tensor, "batch 1"], Cache]:
+    """Return the likeliest token after each sequence, and the cache, which now holds the sequences."""
     output = model(input_ids=token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return output.logits[:, -1:].argmax(dim=-1), output.past_key_values

@@ -1,11 +1,11 @@
-"""How long every unit takes at every level on this device: measured once, kept as a table, a cost for the search."""
+"""The latency table: how long every unit takes at every level on this device, measured once, as costs for a search."""
 
 from __future__ import annotations
 
 import copy
 import platform
-import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,8 +21,8 @@ from darwinlm.database.store import Database
 from darwinlm.genome import Grid
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import linear_at
+from darwinlm.runtime import timing
 from darwinlm.runtime.files import read_record, write_record
-from darwinlm.runtime.progress import track
 from darwinlm.search.budget import Costs
 from darwinlm.types import Genome, Level, Unit, UsageError
 
@@ -30,10 +30,10 @@ NANO = 1e9
 
 
 def latency_costs(checkpoint: Checkpoint, grid: Grid, config: LatencyConfig, device: torch.device, path: Path) -> Costs:
-    """Nanoseconds of one forward pass, from the table that was given or else from that at `path`, written if need be.
+    """Return nanoseconds of one forward pass as costs, from the given table (`config.table`) or the run's own.
 
     Args:
-        path: where the run keeps its table.
+        path: the run's own table, which is measured and written if it is needed and does not exist.
 
     Raises:
         UsageError: if a table is of another model, other levels, another device or another pass.
@@ -45,20 +45,21 @@ def latency_costs(checkpoint: Checkpoint, grid: Grid, config: LatencyConfig, dev
     if not table.exists():
         units, rest = measure(checkpoint, grid, config, device)
         write_record(path, {"units": units, "rest": rest}, made_for)
-    found = read_record(table, "units", "rest")
-    other = [name for name, value in made_for.items() if found["provenance"].get(name) != value]
+    record = read_record(table, "units", "rest")
+    different = [name for name, value in made_for.items() if record["provenance"].get(name) != value]
     if config.table is None:
-        other = [name for name in other if name != "threads"]  # a resumed run's own, which decided its budget
-    if other:
+        # A resumed run keeps its own table, which determined its budget, whatever the number of threads is now.
+        different = [name for name in different if name != "threads"]
+    if different:
         raise UsageError(
-            f"the latency table in {table} is of another {other[0]}: expected {made_for[other[0]]}, found "
-            f"{found['provenance'].get(other[0])}; leave --latency.table out and it is measured"
+            f"the latency table in {table} is of another {different[0]}: expected {made_for[different[0]]}, found "
+            f"{record['provenance'].get(different[0])}; leave --latency.table out and it is measured"
         )
-    return Costs("ns a forward pass", tuple(map(tuple, found["units"])), found["rest"])
+    return Costs("ns a forward pass", tuple(map(tuple, record["units"])), record["rest"])
 
 
 def _made_for(checkpoint: Checkpoint, grid: Grid, config: LatencyConfig, device: torch.device) -> dict[str, Any]:
-    """What a table depends on, as JSON has it. Weights are not in it: a trained model is as fast as it was."""
+    """Return everything that a table depends on, in the form that JSON gives back. Training does not change the times."""
     shape = ("model_type", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
     return {
         "model": {name: getattr(checkpoint.config, name, None) for name in (*shape, "num_hidden_layers", "vocab_size")},
@@ -71,21 +72,21 @@ def _made_for(checkpoint: Checkpoint, grid: Grid, config: LatencyConfig, device:
 
 
 def _processor() -> str:
-    """Its model where Linux tells, else its architecture."""
+    """Return the processor's model name where Linux gives it, or else its architecture."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
-    found = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return found or platform.processor() or platform.machine()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return name or platform.processor() or platform.machine()
 
 
 @torch.inference_mode()
 def measure(
     checkpoint: Checkpoint, grid: Grid, config: LatencyConfig, device: torch.device
 ) -> tuple[list[list[int]], int]:
-    """Nanoseconds of every unit at every level, and of all that is no unit.
+    """Return the nanoseconds of every unit at every level, and those of everything that belongs to no unit.
 
-    Units of one shape are measured once. A unit's time is that of a model of one block, which has that unit alone, less
-    that of the same model without it. All take turns, so that what slows the machine for a while slows them all.
+    Units of one shape are measured once. A unit's time is that of a model of one block that has only this unit, minus
+    that of the same model without the unit. All of these models take turns.
     """
     dense = checkpoint.load(checkpoint.dtype, device)
     stitcher = Stitcher(dense, checkpoint.family, _FirstStructures(dense, grid))
@@ -93,9 +94,9 @@ def measure(
     timed: dict[tuple[int, int] | str, PreTrainedModel] = {"dense": dense}
     for index in first.values():
         for level in range(grid.highest(index) + 1):
-            genome = grid.dense().replace(_removed(grid, index) | {index: level})
+            genome = grid.dense().replace(_others_removed(grid, index) | {index: level})
             timed[index, level] = _one_block(stitcher, genome, grid.units[index].block)
-    seconds = _alternate(timed, config)
+    seconds = _medians(timed, config)
     rows: dict[int, list[int]] = {}
     for index in first.values():
         without = seconds[index, grid.highest(index)]
@@ -107,6 +108,7 @@ def measure(
 
 
 def _shape(grid: Grid, index: int) -> tuple[Any, ...]:
+    """Return everything about a unit that its time depends on."""
     unit = grid.units[index]
     return (
         unit.kind,
@@ -118,29 +120,32 @@ def _shape(grid: Grid, index: int) -> tuple[Any, ...]:
     )
 
 
-def _removed(grid: Grid, kept: int) -> dict[int, int]:
-    """The other unit of a unit's block, at its last level."""
+def _others_removed(grid: Grid, kept: int) -> dict[int, int]:
+    """Return the last level of every other unit of a unit's block, by the index of the unit."""
     block = grid.units[kept].block
     others = [index for index, unit in enumerate(grid.units) if unit.block == block and index != kept]
     return {index: grid.highest(index) for index in others}
 
 
 def _falling(values: list[float]) -> list[float]:
-    """The values made to fall from level to level: halfway between the least change down and the least change up."""
-    down = [min(values[: i + 1]) for i in range(len(values))]
-    up = [max(values[i:]) for i in range(len(values))]
-    return [(a + b) / 2 for a, b in zip(down, up, strict=True)]
+    """Return the values made to fall from level to level, as measured times do not always do.
+
+    Each is the mean of the smallest value so far and the largest still to come: both sequences fall.
+    """
+    lowest = [min(values[: i + 1]) for i in range(len(values))]
+    highest = [max(values[i:]) for i in range(len(values))]
+    return [(low + high) / 2 for low, high in zip(lowest, highest, strict=True)]
 
 
 class _FirstStructures(Database):
-    """Levels that keep a unit's first structures, with the dense weights: which they are does not matter to time."""
+    """Levels that keep a unit's first structures with the dense weights: other structures would take as long."""
 
     def __init__(self, dense: PreTrainedModel, grid: Grid):
         self.dense = dense
         self.grid = grid
 
     def level(self, index: int, level: int) -> Level:
-        """A unit at a level that is neither dense nor empty."""
+        """Return a unit at a level that is neither dense nor empty."""
         unit, kept = self.grid.units[index], _first(self.grid.units[index], self.grid.removed[index][level])
         weight = linear_at(self.dense, unit.consumer).weight
         columns = columns_of(kept.to(weight.device), unit.structure_width)
@@ -148,6 +153,7 @@ class _FirstStructures(Database):
 
 
 def _first(unit: Unit, removed: int) -> torch.Tensor:
+    """Return the first structures of a unit, of all or of each group, as many as are left of it."""
     if not unit.in_turns:
         return torch.arange(unit.structures - removed)
     left = unit.readers - removed // unit.groups  # of each group
@@ -155,7 +161,7 @@ def _first(unit: Unit, removed: int) -> torch.Tensor:
 
 
 def _one_block(stitcher: Stitcher, genome: Genome, block: int) -> PreTrainedModel:
-    """A stitched model of which one block is left, as it would be exported."""
+    """Return a stitched model of which only one block is left, in the form in which it would be exported."""
     model = repeat_shared(stitcher.stitch(genome))
     family = stitcher.family
     module: Any = model.get_submodule(family.block(block))
@@ -165,39 +171,32 @@ def _one_block(stitcher: Stitcher, genome: Genome, block: int) -> PreTrainedMode
     return model
 
 
-def _alternate(models: dict[tuple[int, int] | str, PreTrainedModel], config: LatencyConfig) -> dict[Any, float]:
-    """The median of each model's turns, in seconds; the first turn warms up."""
+def _medians(models: dict[tuple[int, int] | str, PreTrainedModel], config: LatencyConfig) -> dict[Any, float]:
+    """Return the median seconds of each model's forward passes over the same random tokens."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = next(iter(models.values())).config.vocab_size
     ids = torch.randint(vocabulary, (config.batch, config.context + config.tokens), generator=generator)
-    turns: dict[Any, list[float]] = {name: [] for name in models}
-    caches = {name: _filled(model, ids[:, : config.context]) for name, model in models.items()}
-    order = [(turn, name) for turn in range(config.repeats + 1) for name in models]
-    for turn, name in track(order, "latency", len(order)):
-        taken = _pass(models[name], ids[:, config.context :], copy.deepcopy(caches[name]), whole=name == "dense")
-        if turn:
-            turns[name].append(taken)
-    return {name: median(times) for name, times in turns.items()}
+    context, tokens = ids[:, : config.context], ids[:, config.context :]
+    works = {
+        name: partial(_seconds, model, tokens.to(model.device), _filled(model, context), name == "dense")
+        for name, model in models.items()
+    }
+    return {name: median(seconds) for name, seconds in timing.alternate(works, config.repeats, "latency").items()}
 
 
 def _filled(model: PreTrainedModel, ids: torch.Tensor) -> Cache | None:
+    """Return the cache that a forward pass over a context leaves; None for an empty context."""
     if not ids.shape[1]:
         return None
     return model.get_decoder()(ids.to(model.device), use_cache=True).past_key_values
 
 
-def _pass(model: Any, ids: torch.Tensor, cache: Cache | None, whole: bool) -> float:
-    """Seconds of a forward pass of the whole model, or of its one block."""
-    ids = ids.to(model.device)
-    began = _now(model.device)
+def _seconds(model: Any, ids: torch.Tensor, filled: Cache | None, whole: bool) -> float:
+    """Return the seconds of a forward pass of the whole model with its last logits, or of its decoder alone."""
+    cache = copy.deepcopy(filled)  # which the pass extends
+    start = timing.now(model.device)
     if whole:
         model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     else:
         model.get_decoder()(ids, past_key_values=cache, use_cache=True)
-    return _now(model.device) - began
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return timing.now(model.device) - start
