@@ -59,7 +59,7 @@ def latency_costs(checkpoint: Checkpoint, grid: Grid, config: LatencyConfig, dev
 
 
 def _made_for(checkpoint: Checkpoint, grid: Grid, config: LatencyConfig, device: torch.device) -> dict[str, Any]:
-    """Return everything that a table depends on, in the form that JSON gives back. Training does not change the times."""
+    """Return everything that a table depends on, in the form that JSON gives back; weights do not change times."""
     shape = ("model_type", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
     return {
         "model": {name: getattr(checkpoint.config, name, None) for name in (*shape, "num_hidden_layers", "vocab_size")},
