@@ -1,4 +1,4 @@
-"""Whether a model can still write: pruned models can pass multiple choice and repeat themselves in prose."""
+"""Greedy continuations of prompts. They show a loss that multiple choice does not: prose that repeats itself."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ NGRAM = 4
 
 @dataclass(frozen=True)
 class Writing:
-    """What a model makes of prompts.
+    """A model's continuations of prompts, and figures about them.
 
     Attributes:
-        continuations: the prompts with what the model adds greedily.
-        repetition: share of 4-grams of tokens in a continuation that were in it before (seq-rep-4, Welleck et al.,
-            2020, arXiv 1908.04319), averaged over those that have any; None where none has.
-        agreement: share of the dense model's tokens that the model would have chosen too, given what the dense model
-            wrote before; None without a dense model, or with one of another vocabulary.
+        continuations: the prompts, each followed by the model's greedy continuation.
+        repetition: the share of 4-grams of tokens in a continuation that occurred in it before (seq-rep-4, Welleck et
+            al., 2020, arXiv 1908.04319), averaged over the continuations that have 4-grams; None if none has.
+        agreement: the share of the dense model's tokens that the model would have chosen too, given the dense model's
+            tokens before; None without a dense model, or with one of another vocabulary.
     """
 
     continuations: tuple[str, ...]
@@ -61,16 +61,16 @@ def write(
         if len(added) >= NGRAM:
             repeated.append(repetition(added))
         if reference is not None:
-            wanted = torch.tensor(greedy(reference, ids, new_tokens))
-            hidden = hidden_states(model, torch.cat([torch.tensor(ids), wanted])[None])[0, len(ids) - 1 : -1]
-            agreed += int((logits(hidden).argmax(-1).cpu() == wanted).sum())
-            written += len(wanted)
+            expected = torch.tensor(greedy(reference, ids, new_tokens))
+            hidden = hidden_states(model, torch.cat([torch.tensor(ids), expected])[None])[0, len(ids) - 1 : -1]
+            agreed += int((logits(hidden).argmax(-1).cpu() == expected).sum())
+            written += len(expected)
     share = sum(repeated) / len(repeated) if repeated else None
     return Writing(tuple(texts), share, agreed / written if written else None)
 
 
 def repetition(tokens: Sequence[int]) -> float:
-    """Share of the 4-grams that have been there before: `1 - distinct / all`."""
+    """Return the share of 4-grams that occurred before in the tokens: `1 - distinct / all`."""
     ngrams = [tuple(tokens[start : start + NGRAM]) for start in range(len(tokens) - NGRAM + 1)]
     return 1 - len(set(ngrams)) / len(ngrams)
 
@@ -79,11 +79,11 @@ def repetition(tokens: Sequence[int]) -> float:
 def continuations(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int
 ) -> tuple[str, ...]:
-    """Each prompt with at most `new_tokens` more tokens, the likeliest at every step.
+    """Return each prompt followed by at most `new_tokens` tokens, the likeliest at every step.
 
-    Plain greedy decoding: what a checkpoint's generation config says of sampling or repetition penalties does not
-    count, but its end-of-text tokens do. Prompt and continuation are decoded together, because a tokenizer may drop the
-    space between two texts that it decodes apart.
+    Decoding is plainly greedy: of a checkpoint's generation config, the end-of-text tokens count, but settings for
+    sampling or repetition penalties do not. Prompt and continuation are decoded together, because a tokenizer may drop
+    the space between two texts that it decodes separately.
 
     Raises:
         UsageError: if a prompt has no tokens.
@@ -99,7 +99,7 @@ def continuations(
 
 
 def greedy(model: PreTrainedModel, prompt: list[int], new_tokens: int) -> list[int]:
-    """At most `new_tokens` tokens after a prompt, the likeliest at every step, up to an end-of-text token."""
+    """Return at most `new_tokens` tokens after a prompt, the likeliest at every step, up to an end-of-text token."""
     ends = _end_tokens(model)
     result: list[int] = []
     token, cache = torch.tensor([prompt], device=model.device), None

@@ -1,4 +1,4 @@
-"""The suite's tasks from local files, as lm-eval would ask them from the hub."""
+"""The tasks of the paper's suite with questions from local files, asked in the way of lm-eval's own tasks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ class Local:
     """How a local file's records become the questions of an official task.
 
     Attributes:
-        question: the prompt, the choices, what follows every choice or None, and the right choice's index.
-        metrics: of the official task.
+        file: the name of the file.
+        question: makes a question of a record: the prompt, the choices and, for some tasks, a common ending.
+        metrics: the metrics of the official task.
     """
 
     file: str
@@ -39,19 +40,19 @@ def _boolq(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _logiqa(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The official task scores the options' texts; the file has them in the prompt, and letters as choices."""
-    found = re.fullmatch(
+    """Make the options' texts the choices, as in the official task; in the file, letters are the choices."""
+    match = re.fullmatch(
         r"Context: (.*)\nChoices: A\. (.*)\nB\. (.*)\nC\. (.*)\nD\. (.*)\n", record["query"], re.DOTALL
     )
-    if found is None:
+    if match is None:
         raise ValueError("a LogiQA query without Context, Choices and four options")
-    passage, *options = found.groups()
+    passage, *options = match.groups()
     listed = "".join(f"{letter}. {option}\n" for letter, option in zip("ABCD", options, strict=True))
     return {"text": f"Passage: {passage}\nChoices:\n{listed}Answer:", "choices": options}
 
 
 def _winogrande(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Partial evaluation: the likelihood of the same ending after each beginning."""
+    """Make a question of partial evaluation: the likelihood of the same ending after each of two beginnings."""
     return {"text": record["gold"], "choices": record["context_options"], "ending": record["continuation"]}
 
 
@@ -65,20 +66,19 @@ LOCAL = {
 
 
 def local_tasks(directory: Path) -> dict[str, dict[str, Any]]:
-    """The harness's configuration of every task in `LOCAL` whose file is in the directory, by name.
+    """Return lm-eval's configuration of every task in `LOCAL` whose file is in the directory, by name.
 
-    Prompts are those of the official tasks, as far as the files have them: BoolQ's passages lack their titles. Examples
-    for shots come from the same file, never the question itself.
+    Prompts are those of the official tasks, except that the files lack the titles of BoolQ's passages. Examples for
+    shots come from the same file; a question is never its own example.
 
     Raises:
-        UsageError: if the directory has no such file.
+        UsageError: if the directory has none of the files.
     """
-    there = {name: local for name, local in LOCAL.items() if (directory / local.file).is_file()}
-    found = {name: _config(name, local, directory) for name, local in there.items()}
-    if not found:
+    present = {name: local for name, local in LOCAL.items() if (directory / local.file).is_file()}
+    if not present:
         files = ", ".join(local.file for local in LOCAL.values())
         raise UsageError(f"--tasks-data: expected one of {files} in {directory}, found none; name their directory")
-    return found
+    return {name: _config(name, local, directory) for name, local in present.items()}
 
 
 def _config(name: str, local: Local, directory: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How good and how fast models are, side by side: perplexity, KL divergence, speed, and what they write."""
+"""The quality of models, measured side by side: perplexity, and KL divergence from the dense model."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class Quality:
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive tokens of a text, of which those from `first` on count; what is before them is context."""
+    """Consecutive tokens of a text. Predictions of the tokens from `first` on count; those before are only context."""
 
     token_ids: Int[Tensor, " length"]
     first: int = 1
 
 
 def windows_over(stream: Int[Tensor, " tokens"], length: int, stride: int) -> list[Window]:
-    """Windows of at most `length` tokens, each `stride` further on, in which no token counts twice.
+    """Return windows of at most `length` tokens, each `stride` tokens after the one before; no token counts twice.
 
-    With `stride == length` they are disjoint, and the first token of each is predicted from nothing, so it does not
-    count. With less, every token but the first of all counts, those after the first window with at least
-    `length - stride` tokens before them.
+    With `stride == length` the windows are disjoint, and the first token of each does not count, because nothing
+    precedes it. With a smaller stride, every token but the first of the text counts; after the first window, each has
+    at least `length - stride` tokens before it.
     """
     windows, end = [], 0
     for start in range(0, len(stream), stride):
@@ -59,13 +59,13 @@ def perplexity_and_kl(
     token_ids: Int[Tensor, "sequences length"],
     kept: list[Tensor] | None = None,
 ) -> dict[str, Quality]:
-    """Perplexity of every model, and its KL divergence from the first, over the same tokens in one pass.
+    """Return every model's perplexity and KL divergence from the first model, over the same tokens in one pass.
 
     Every token but the first of a sequence is predicted from those before it.
 
     Args:
-        kept: for many calls with one first model and the same tokens: the first call leaves that model's last hidden
-            states in it, and the others read them.
+        kept: saves time in repeated calls with the same first model and tokens: the first call appends that model's
+            last hidden states to it, and later calls read them.
 
     Raises:
         UsageError: if there are no sequences, or a sequence has fewer than two tokens.
@@ -83,10 +83,10 @@ def perplexity_and_kl(
 def quality_over(
     models: Mapping[str, PreTrainedModel], windows: Sequence[Window], kept: list[Tensor] | None = None
 ) -> dict[str, Quality]:
-    """Perplexity of every model, and its KL divergence from the first, over the tokens that count.
+    """Return every model's perplexity and KL divergence from the first model, over the tokens that count.
 
-    Logits are made for `CHUNK` tokens of two models at a time; probabilities are float32 and sums float64 whatever the
-    models' precision. `kept` is as for `perplexity_and_kl`.
+    Logits exist for `CHUNK` tokens of two models at a time. Probabilities are float32 and sums are float64, whatever
+    the models' precision. `kept` is as for `perplexity_and_kl`.
     """
     first, *others = models
     logits = {name: Logits.of(model) for name, model in models.items()}
@@ -116,12 +116,12 @@ def quality_over(
 
 
 def _kl(dense: Float[Tensor, "tokens vocab"], other: Float[Tensor, "tokens vocab"]) -> float:
-    """Summed over tokens; both are log-probabilities."""
+    """Return the divergence summed over tokens, in nats, from log-probabilities."""
     return F.kl_div(other, dense, reduction="none", log_target=True).sum(dtype=torch.float64).item()
 
 
 def perplexity_of(loss: float) -> float:
-    """Of a mean loss in nats a token; infinite where it is beyond float64."""
+    """Return the perplexity for a mean loss in nats a token; it is infinite where it exceeds float64."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -130,7 +130,10 @@ def perplexity_of(loss: float) -> float:
 
 @contextmanager
 def evaluation_mode(models: Iterable[PreTrainedModel]) -> Iterator[None]:
-    """No dropout, and no gradient checkpointing, which would switch the cache off; afterwards all is as it was."""
+    """Put models into evaluation mode, and restore every module's mode afterwards.
+
+    In training mode, dropout would add noise, and gradient checkpointing would switch off the cache.
+    """
     training = [module for model in models for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -19,14 +19,14 @@ from darwinlm.runtime.progress import track
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of one model; the first row of a table is the dense model.
+    """The figures of one model; the first row of a table is the dense model.
 
     Attributes:
-        parameters: tied tensors count once.
+        parameters: the number of parameters; tied tensors count once.
         kl: KL(dense || model) in nats a token; 0 for the dense model itself.
-        bytes: size of the checkpoint.
-        continuations: each prompt with what the model makes of it.
-        texts: its quality on further texts, by name.
+        bytes: the size of the checkpoint.
+        continuations: each prompt, followed by the model's continuation.
+        texts: the model's quality on further texts, by name.
     """
 
     model: str
@@ -48,15 +48,15 @@ def evaluate(
     sizes_in_bytes: Mapping[str, int],
     texts: Mapping[str, Int[Tensor, "_ length"]] | None = None,
 ) -> list[Row]:
-    """One row a model, in the order given; the first model is the dense one.
+    """Return a row for each model, in the order given; the first model is the dense one.
 
-    `token_ids` are held out: no stage has seen them. All of them are used, and all of the further `texts`.
+    No stage may have seen `token_ids`. All of them are used, and so are all of the further `texts`.
 
     Raises:
-        UsageError: if the sequences hold no two tokens or a prompt is empty.
+        UsageError: if the sequences have fewer than two tokens, or a prompt is empty.
     """
     qualities = perplexity_and_kl(models, token_ids)
-    elsewhere = {text: perplexity_and_kl(models, ids) for text, ids in (texts or {}).items()}
+    further = {text: perplexity_and_kl(models, ids) for text, ids in (texts or {}).items()}
     speeds = speed(models, token_ids, config)
     written = {
         name: continuations(model, tokenizer, config.prompts, config.continuation_tokens)
@@ -72,7 +72,7 @@ def evaluate(
             decode_tokens_per_s=speeds[name].decode_tokens_per_s,
             bytes=sizes_in_bytes[name],
             continuations=written[name],
-            texts={text: found[name] for text, found in elsewhere.items()},
+            texts={text: by_model[name] for text, by_model in further.items()},
         )
         for name, model in models.items()
     ]

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on models in memory: its tasks, the paper's suite, and the suite's tasks from local files."""
+"""Runs lm-evaluation-harness on models in memory: any of its tasks, or the paper's suite, also from local files."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from darwinlm.types import DarwinError, UsageError
 
 @dataclass(frozen=True)
 class Request:
-    """A task as it is to be run.
+    """A task, with the settings for running it.
 
     Attributes:
-        shots: examples before each question; None for what the task says.
-        metric: the one that counts; None for all that the task has.
+        shots: the number of examples before each question; None for the task's own.
+        metric: the name of the only metric to report; None for all of the task's metrics.
     """
 
     task: str
@@ -48,7 +48,7 @@ SUITE = (
 )
 
 
-SHARES = ("exact_match", "em", "f1", "mcc", "pass@1")  # beside acc, acc_norm and the like
+SHARES = ("exact_match", "em", "f1", "mcc", "pass@1")  # metrics that are shares, besides acc, acc_norm and the like
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class Score:
     """A model's figure on a task.
 
     Attributes:
-        value: None if the task could not be run.
-        stderr: standard error of `value`; None where the harness gives none.
-        questions: how many were asked.
-        source: where they come from, or why there is no value.
+        value: the figure; None if the task could not be run.
+        stderr: the standard error of `value`; None if the harness gives none.
+        questions: the number of questions that were asked.
+        source: where the questions come from, or why there is no value.
     """
 
     task: str
@@ -71,7 +71,7 @@ class Score:
     source: str
 
     def __str__(self) -> str:
-        """Shares in per cent, with their standard error."""
+        """Return the figure with its standard error; shares are in per cent."""
         if self.value is None:
             return "-"
         figure, error = self.value, self.stderr
@@ -83,13 +83,15 @@ class Score:
 
 
 def requested(config: TasksConfig) -> list[Request]:
-    """The tasks that `config` names, each once."""
+    """Return the tasks that `config` names, each once."""
     names = [] if config.tasks is None else [name.strip() for name in config.tasks.split(",")]
     return [Request(name, config.shots) for name in dict.fromkeys(names)]
 
 
 def questions(requests: Sequence[Request], config: TasksConfig) -> dict[str, dict[str, Any]]:
-    """What decides the questions of each task; scores that differ in it cannot be compared.
+    """Return the settings and files that determine the questions of each task, by the task's name.
+
+    Two scores can be compared only if these are the same.
 
     Raises:
         UsageError: if lm-eval is not installed, or a task is unknown.
@@ -111,11 +113,11 @@ def questions(requests: Sequence[Request], config: TasksConfig) -> dict[str, dic
 def run_tasks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], config: TasksConfig
 ) -> list[Score]:
-    """Put a model through tasks. Those that have a file in `config.tasks_data` are asked from it (`LOCAL`).
+    """Return a model's scores on tasks. Questions come from a file in `config.tasks_data` (see `LOCAL`) if it exists.
 
     Raises:
         UsageError: if lm-eval is not installed, or a task is unknown.
-        DarwinError: if a task's questions cannot be had.
+        DarwinError: if a task's questions cannot be loaded.
     """
     local, manager = find_tasks(requests, config)
     from lm_eval.evaluator import simple_evaluate
@@ -125,7 +127,7 @@ def run_tasks(
     for request in requests:
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size)  # type: ignore[arg-type]
         try:
-            found: Any = simple_evaluate(
+            results: Any = simple_evaluate(
                 model=lm,
                 tasks=[local.get(request.task, request.task)],
                 num_fewshot=request.shots,
@@ -133,14 +135,14 @@ def run_tasks(
                 task_manager=manager,
                 log_samples=False,
             )
-        except Exception as error:  # whatever the hub, the data set or the harness stumbles over
+        except Exception as error:  # of any kind: the hub, the data set or the harness may fail
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise DarwinError(
                 f"the task {request.task} cannot be run ({reason}); check its name and that its questions can be had, "
                 f"or name a directory of local ones with --tasks-data ({', '.join(LOCAL)})"
             ) from error
         source = f"{LOCAL[request.task].file} (local)" if request.task in local else f"lm-eval {version('lm-eval')}"
-        scores += _scores(request, found, source)
+        scores += _scores(request, results, source)
     return scores
 
 
@@ -151,7 +153,7 @@ def require_harness() -> None:
 
 
 def find_tasks(requests: Sequence[Request], config: TasksConfig) -> tuple[dict[str, Any], Any]:
-    """The tasks that have a local file, as lm-eval has them configured, and its manager, which knows all others.
+    """Return the configurations of the tasks that have a local file, by name, and lm-eval's manager of all others.
 
     Raises:
         UsageError: if lm-eval is not installed, or a task is unknown or a tag.
@@ -162,15 +164,15 @@ def find_tasks(requests: Sequence[Request], config: TasksConfig) -> tuple[dict[s
     tasks_path = None if config.tasks_path is None else Path(config.tasks_path)
     if tasks_path is not None and not tasks_path.is_dir():
         raise UsageError(f"--tasks-path: no directory {tasks_path}; name one with task files (YAML)")
-    wanted = {request.task for request in requests} - local.keys()
+    names = {request.task for request in requests} - local.keys()
     manager = _manager(tasks_path, include_defaults=False)
-    if wanted - set(manager.all_tasks):
+    if names - set(manager.all_tasks):
         manager = _manager(tasks_path, include_defaults=True)
-    unknown = sorted(wanted - set(manager.all_tasks))
+    unknown = sorted(names - set(manager.all_tasks))
     if unknown:
-        name = f"lm-eval {version('lm-eval')}"
-        raise UsageError(f"--tasks: expected tasks of {name}, found {unknown[0]!r}; `lm-eval ls tasks` lists them")
-    for tag in sorted(wanted & set(manager.all_tags)):
+        harness = f"lm-eval {version('lm-eval')}"
+        raise UsageError(f"--tasks: expected tasks of {harness}, found {unknown[0]!r}; `lm-eval ls tasks` lists them")
+    for tag in sorted(names & set(manager.all_tags)):
         tagged = ", ".join(sorted(manager.task_index[tag].tags))
         raise UsageError(
             f"--tasks: expected tasks or groups, found {tag!r}, a tag without figures; name its tasks: {tagged}"
@@ -180,19 +182,19 @@ def find_tasks(requests: Sequence[Request], config: TasksConfig) -> tuple[dict[s
 
 @cache
 def _manager(tasks_path: Path | None, include_defaults: bool) -> Any:
-    """lm-eval's own tasks are 14,000 files: ten seconds."""
+    """Return lm-eval's manager of tasks. To read the 14,000 files of its own tasks takes ten seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=tasks_path, include_defaults=include_defaults)
 
 
-def _scores(request: Request, found: Mapping[str, Any], source: str) -> list[Score]:
-    """The figures of the task itself, or of the group that it is. Raises `DarwinError` if there are none."""
-    figures = found["results"][request.task]
-    counts = found.get("n-samples", {})
-    inside = _leaves(request.task, found.get("group_subtasks", {}))
+def _scores(request: Request, results: Mapping[str, Any], source: str) -> list[Score]:
+    """Return the scores of a task, or of a group as a whole. Raises `DarwinError` if it has none."""
+    figures = results["results"][request.task]
+    counts = results.get("n-samples", {})
+    inside = _leaves(request.task, results.get("group_subtasks", {}))
     questions = sum(counts[name]["effective"] for name in inside if name in counts)
-    shots = found.get("n-shot", {}).get(request.task, request.shots)
+    shots = results.get("n-shot", {}).get(request.task, request.shots)
     scores = [
         Score(request.task, name, shots or 0, value, _number(figures.get(f"{name}_stderr,{kind}")), questions, source)
         for key, value in figures.items()
@@ -200,13 +202,13 @@ def _scores(request: Request, found: Mapping[str, Any], source: str) -> list[Sco
         if kind and not name.endswith("_stderr") and request.metric in (None, name)
     ]
     if not scores:
-        wanted, names = request.metric or "figure of its own", ", ".join(sorted(inside))
-        raise DarwinError(f"the task {request.task} has no {wanted}; name tasks that have one, of {names}")
+        missing, names = request.metric or "figure of its own", ", ".join(sorted(inside))
+        raise DarwinError(f"the task {request.task} has no {missing}; name tasks that have one, of {names}")
     return scores
 
 
 def _leaves(task: str, groups: Mapping[str, Sequence[str]]) -> set[str]:
-    """The tasks that a group is made of, through groups in it; of a task, the task."""
+    """Return all tasks in a group and in the groups inside it; for a task, return the task itself."""
     inside = groups.get(task) or ()
     return {leaf for name in inside for leaf in _leaves(name, groups)} if inside else {task}
 

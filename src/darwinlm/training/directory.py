@@ -17,10 +17,10 @@ class Training:
     """The directory that a training writes, and its results.
 
     Attributes:
-        exported: the trained model, as `export_hf` writes it.
-        checkpoints: where it goes on from.
-        log_path: the history, a line of JSON for each log and evaluation.
-        result_path: held-out figures before and after, written last.
+        exported: the directory of the trained model, which `export_hf` writes.
+        checkpoints: the directory of the checkpoints that a training can resume from.
+        log_path: the history, with a line of JSON for each log and evaluation.
+        result_path: the file of held-out figures before and after the training, which is written last.
     """
 
     def __init__(self, path: Path | str):
@@ -32,27 +32,27 @@ class Training:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """Every line of the log so far."""
+        """All lines of the log so far."""
         lines = self.log_path.read_text(encoding="utf-8").splitlines() if self.log_path.exists() else []
         return [json.loads(line) for line in lines]
 
     @property
     def result(self) -> dict[str, Any]:
-        """Held-out figures before and after. Raises `DarwinError` if it has not finished."""
+        """Held-out figures before and after the training. Raises `DarwinError` if it has not finished."""
         return read_record(self.result_path, "before", "after")
 
     def last_checkpoint(self, provenance: Mapping[str, Any]) -> Path | None:
-        """The newest whole checkpoint. Raises `UsageError` if it is of another training."""
-        whole = {
-            int(found[1]): file
+        """Return the newest complete checkpoint, or None. Raises `UsageError` if it is of another training."""
+        complete = {
+            int(match[1]): file
             for file in self.checkpoints.glob(f"*/{FINISHED}")
-            if (found := re.fullmatch(r"checkpoint-(\d+)", file.parent.name))
+            if (match := re.fullmatch(r"checkpoint-(\d+)", file.parent.name))
         }
-        if not whole:
+        if not complete:
             return None
-        newest = whole[max(whole)]
-        found = read_record(newest, "provenance")["provenance"]
-        changed = [name for name in provenance if found.get(name) != provenance[name]]
+        newest = complete[max(complete)]
+        recorded = read_record(newest, "provenance")["provenance"]
+        changed = [name for name in provenance if recorded.get(name) != provenance[name]]
         if changed:
             raise UsageError(
                 f"{newest.parent} is a checkpoint of another training: expected the same {' and '.join(changed)}, "

@@ -1,4 +1,4 @@
-"""Where training by AdamW stands, as tensors by name: for a file, and back from it."""
+"""The state of training by AdamW as tensors by name, in which form files hold it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def state_of(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW | None) -> dict[str, Tensor]:
-    """Weights by name and, where an optimizer is given, what it keeps of each; on the CPU."""
+    """Return weights by name and, if an optimizer is given, its state for each of them, on the CPU."""
     tensors = {f"weight.{name}": weight.detach() for name, weight in weights.items()}
     if optimizer is not None:
         tensors |= {f"{key}.{name}": optimizer.state[weight][key] for name, weight in weights.items() for key in STATE}
@@ -19,7 +19,7 @@ def state_of(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW |
 
 
 def set_state(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW, tensors: Mapping[str, Tensor]) -> None:
-    """Give weights and optimizer the state that `state_of` found."""
+    """Set weights and optimizer to the state that `state_of` returned."""
     fused = optimizer.defaults["fused"]
     for name, weight in weights.items():
         weight.data.copy_(tensors[f"weight.{name}"])

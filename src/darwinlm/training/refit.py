@@ -1,9 +1,9 @@
-"""Refit: the consumers of a stitched model, solved again together against the dense model's own distribution.
+"""Refit: the consumers of a stitched model, trained together towards the dense model's distribution.
 
-The database solves each unit alone and against the dense model's activations, so errors pile up with depth and nobody
-sees their sum. Least squares on the pruned model's activations mends little of it: what is lost is hardly a linear
-function of what is left (docs/log.md). The gradient of the divergence needs no such thing: one pass of AdamW over
-fresh tokens, which changes only the matrices that elimination has already re-solved.
+The database solves each unit alone and against the dense model's activations, so errors accumulate with depth and
+nothing corrects their sum. Least squares on the pruned model's activations repairs little of it, because the lost
+activations are hardly a linear function of the remaining ones (docs/log.md). Refit therefore follows the gradient of
+the divergence: one pass of AdamW over fresh tokens, which changes only the matrices that elimination has re-solved.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from darwinlm.runtime.progress import say, track
 from darwinlm.training.optimizer_state import set_state, state_of
 from darwinlm.types import DarwinError, Genome
 
-SAVE_SECONDS = 60.0  # the most work that a kill costs, as a rule
+SAVE_SECONDS = 60.0  # between two saved states: about the most work that is lost when the process is killed
 
 
 WARM_UP = 0.1  # of all steps
@@ -44,14 +44,14 @@ def refit(
     file: Path,
     provenance: dict[str, Any],
 ) -> dict[str, Float[Tensor, "d_out kept"]]:
-    """The float32 weights of the stitched model's consumers, by path, after one pass over `token_ids`.
+    """Return the float32 weights of the stitched model's consumers, by path, after one pass over `token_ids`.
 
-    Minimises KL(dense || stitched), the mean over tokens, by AdamW without weight decay; the learning rate rises over
-    the first tenth of the steps and falls to zero as a cosine. `file` keeps the result, and until then where the pass
-    stands: a later call goes on from it and ends with the same weights.
+    The pass minimises KL(dense || stitched), the mean over tokens, by AdamW without weight decay. The learning rate
+    rises over the first tenth of the steps and falls to zero as a cosine. `file` keeps the result, and before that the
+    state of the pass: a later call continues from it and ends with the same weights.
 
     Raises:
-        DarwinError: if `file` is of another refit.
+        DarwinError: if `file` is of another refit, or the refit diverges.
     """
     identity = as_json(provenance | {"genome": genome.levels, "refit": asdict(config)})
     done, tensors = _read(file, identity)
@@ -91,14 +91,14 @@ def refit(
 
 
 def set_consumers(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
-    """Give a stitched model refitted consumers, in its own precision."""
+    """Put refitted consumers into a stitched model, in the model's precision."""
     for path, weight in weights.items():
         old = linear_at(model, path)
         _replace(model, path, weight.to(old.weight))
 
 
 def _own_weights(model: PreTrainedModel, consumers: list[str]) -> dict[str, nn.Parameter]:
-    """Float32 copies of the weights that train, put into the model; everything else is shared and frozen."""
+    """Put float32 copies of the weights that train into the model, and return them; all others are frozen."""
     model.requires_grad_(False)
     weights = {}
     for path in consumers:

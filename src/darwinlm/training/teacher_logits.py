@@ -1,4 +1,4 @@
-"""The teacher's likeliest tokens on disk: written once for a set of sequences, read by any number of trainings."""
+"""A teacher's likeliest tokens on disk: written once for a set of sequences, and read by any number of trainings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from darwinlm.runtime.progress import track
 ROWS = 16  # sequences in a file
 
 
-LOGIT_BYTES = 6  # of each of the K tokens at a position: an index and a half
+LOGIT_BYTES = 6  # for each of the K tokens at a position: an int32 index and a float16 value
 
 
 MANIFEST = "logits.json"
@@ -32,10 +32,10 @@ MANIFEST = "logits.json"
 
 @dataclass(frozen=True)
 class TeacherLogits:
-    """Top-K log-probabilities of one teacher at one temperature, a file for every `ROWS` rows of a part of tokens.
+    """Top-K log-probabilities of one teacher at one temperature, with a file for every `ROWS` rows of a part of tokens.
 
-    A file is named after the token store, lane and part that its sequences are in, so trainings of any length, order
-    and seed find theirs. It takes `LOGIT_BYTES` for each of the K tokens at every position.
+    A file is named after the token store, lane and part of its sequences, so that it serves trainings of any length,
+    order and seed. It takes `LOGIT_BYTES` for each of the K tokens at every position.
     """
 
     path: Path
@@ -43,16 +43,16 @@ class TeacherLogits:
 
     @classmethod
     def open(cls, cache: Path, teacher_fingerprint: str, top_k: int, temperature: float) -> TeacherLogits:
-        """The logits of this teacher in a cache directory, with the files that earlier trainings have written."""
+        """Return a teacher's logits in a cache directory, with the files that earlier trainings have written."""
         provenance = {"teacher": teacher_fingerprint, "top_k": top_k, "temperature": temperature}
         key = hashlib.sha256(json.dumps(provenance).encode()).hexdigest()[:16]
         return cls(cache / f"logits-{key}", provenance)
 
     def fill(self, sequences: Sequences, load_teacher: Callable[[], PreTrainedModel]) -> None:
-        """Write what is missing for these sequences; all processes call it together and share the work.
+        """Write the files that are missing for some sequences; all processes call it together and share the work.
 
         Args:
-            load_teacher: called only if anything is missing.
+            load_teacher: loads the teacher; it is called only if a file is missing.
         """
         with parallel.shared_directory(self.path, self._prepare):
             self._fill(sequences, load_teacher)
@@ -91,17 +91,17 @@ class TeacherLogits:
         return self.path / sequences.stores[store].path.name / f"{lane:02d}-{part:05d}-{number:05d}.safetensors"
 
     def _top_k(self, teacher: PreTrainedModel, token_ids: Int[Tensor, "sequences length"]) -> dict[str, Tensor]:
-        """One sequence at a time, a few tokens' logits at a time."""
-        found: dict[str, list[Tensor]] = {"indices": [], "values": []}
+        """Return `indices` and `values`, from one sequence at a time and the logits of a few tokens at a time."""
+        parts: dict[str, list[Tensor]] = {"indices": [], "values": []}
         for ids in token_ids:
             target = teacher_target(teacher, ids[None].to(teacher.device), self.provenance["temperature"])
             values, indices = target.top_k(self.provenance["top_k"])
-            found["indices"].append(indices.to("cpu", torch.int32))
-            found["values"].append(values.to("cpu", torch.float16))
-        return {name: torch.stack(tensors) for name, tensors in found.items()}
+            parts["indices"].append(indices.to("cpu", torch.int32))
+            parts["values"].append(values.to("cpu", torch.float16))
+        return {name: torch.stack(tensors) for name, tensors in parts.items()}
 
     def read(self, sequences: Sequences, index: int) -> dict[str, Tensor]:
-        """`indices` and `values` after every token but the last of a sequence, each `[length - 1, top_k]`."""
+        """Return `indices` and `values` after every token but the last of a sequence, each `[length - 1, top_k]`."""
         store, lane, part, row = sequences.places[index].tolist()
         file = mapped(self._file(sequences, (store, lane, part, row // ROWS)))
         return {name: file.get_slice(name)[row % ROWS] for name in ("indices", "values")}
@@ -109,7 +109,7 @@ class TeacherLogits:
 
 @dataclass(frozen=True)
 class TaughtSequences(Dataset):
-    """Sequences with what the teacher says of them."""
+    """Sequences with the teacher's log-probabilities for them."""
 
     sequences: Sequences
     logits: TeacherLogits
@@ -122,8 +122,8 @@ class TaughtSequences(Dataset):
 
 
 class CachedTeacher:
-    """A teacher whose top-K log-probabilities come with the batch, at the temperature that they were written for."""
+    """A teacher whose top-K log-probabilities are part of the batch, at the temperature they were written for."""
 
     def target(self, batch: dict[str, Any], temperature: float) -> Target:
-        """What the batch brings."""
+        """Return the distribution in the batch; `temperature` must be that of its files."""
         return TopKTarget(batch["indices"].flatten(0, 1), batch["values"].flatten(0, 1))

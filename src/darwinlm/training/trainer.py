@@ -1,4 +1,4 @@
-"""transformers' Trainer with the loss of distill.py: what it must know of hidden states, teachers and divergence."""
+"""transformers' Trainer with the loss of losses/distillation.py, with teachers, and with detection of divergence."""
 
 from __future__ import annotations
 
@@ -31,33 +31,33 @@ from darwinlm.runtime.files import write_record, write_text
 from darwinlm.runtime.progress import say
 from darwinlm.types import DarwinError
 
-FINISHED = "darwinlm.json"  # written into a checkpoint once it is whole
+FINISHED = "darwinlm.json"  # written into a checkpoint once it is complete
 
 
 Batch = dict[str, Tensor]
 
 
 class DivergedError(DarwinError):
-    """The loss or its gradient is not a number any more. No step was taken with it."""
+    """The loss, its gradient or the weights are no longer finite. No step was taken with such a loss or gradient."""
 
 
 @runtime_checkable
 class Teacher(Protocol):
-    """What the student learns from."""
+    """A source of the distributions that the student learns."""
 
     def target(self, batch: Batch, temperature: float) -> Target:
-        """Its distribution after every token but the last of each sequence, in their order."""
+        """Return the distribution after every token but the last of each sequence, in their order."""
         ...
 
 
 class RecoveryTrainer(Trainer):
-    """Trains on packed sequences with the chunked loss; the order is that of the data set.
+    """Trains on packed sequences with the chunked loss, in the order of the data set.
 
     Args:
-        teacher: None for cross-entropy alone.
+        teacher: the teacher, or None for cross-entropy alone.
         held_out: sequences on which perplexity and KL divergence are measured.
-        provenance: written into every checkpoint, which is whole once it has it.
-        log: file of lines of JSON, kept equal to the history that a checkpoint holds.
+        provenance: written into every checkpoint last, as a mark that the checkpoint is complete.
+        log: a file with lines of JSON, which agrees with the history in a checkpoint.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class RecoveryTrainer(Trainer):
         self.teacher = teacher
         self.distillation = distillation
         self.provenance = dict(provenance)
-        self.loss_is_scaled_for_ga = False  # it is the mean over a batch
+        self.loss_is_scaled_for_ga = False  # the loss is a mean over a batch
         self.model_accepts_loss_kwargs = False
         wrapper: Any = model
         inner: Any = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
@@ -86,7 +86,7 @@ class RecoveryTrainer(Trainer):
         self._sums = torch.zeros(3, dtype=torch.float64)  # cross-entropy, KL and batches since they were logged
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As in the Trainer; accelerate (1.15) passes FSDP over on CPUs, where torch can do it too."""
+        """Do as the Trainer does, and set up FSDP on CPUs, which torch supports but accelerate (1.15) skips."""
         super().create_accelerator_and_postprocess()
         state: Any = self.accelerator.state
         settings: Any = self.args.fsdp_plugin_args
@@ -100,21 +100,21 @@ class RecoveryTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean loss over a batch's tokens."""
+        """Return the mean loss over a batch's tokens."""
         teacher = self.teacher if self.distillation.weight > 0 else None
         losses = self._losses(model, inputs, teacher, self.distillation.temperature)
         self._sums += torch.tensor([losses.cross_entropy.item(), losses.kl.item(), 1.0], dtype=torch.float64)
         return (losses.loss, {}) if return_outputs else losses.loss
 
     def _losses(self, model: nn.Module, batch: Batch, teacher: Teacher | None, temperature: float) -> Losses:
-        """All of it happens within the model's forward, where DistributedDataParallel and FSDP expect it."""
+        """Compute the loss inside the model's forward pass, where DistributedDataParallel and FSDP expect it."""
         ids = batch["input_ids"]
         self._objective.set(None if teacher is None else teacher.target(batch, temperature), temperature)
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         return self._objective.take(loss)
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
-        """One batch forwards and backwards. Raises `DivergedError` on all processes if its loss is no number."""
+        """Run one batch forwards and backwards. Raises `DivergedError` on all processes if its loss is not finite."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         wrong: Any = self.accelerator.reduce((~loss.isfinite()).float(), "sum")
         if wrong > 0:
@@ -128,7 +128,7 @@ class RecoveryTrainer(Trainer):
         return norm
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Perplexity on the held-out sequences, and KL(teacher || model) in nats a token if there is a teacher."""
+        """Return perplexity on the held-out sequences and, with a teacher, KL(teacher || model) in nats a token."""
         data: Any = self.eval_dataset
         model: Any = self.model_wrapped
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -136,7 +136,7 @@ class RecoveryTrainer(Trainer):
         model.eval()
         sums = torch.zeros(3, dtype=torch.float32, device=self.args.device)
         with torch.no_grad():
-            for index in range(rank, -(-len(data) // world) * world, world):  # as many for each process
+            for index in range(rank, -(-len(data) // world) * world, world):  # the same number for each process
                 item = data[min(index, len(data) - 1)]
                 batch = {name: tensor[None].to(self.args.device) for name, tensor in item.items()}
                 losses = self._losses(model, batch, self.teacher, 1.0)
@@ -144,7 +144,7 @@ class RecoveryTrainer(Trainer):
                     sums += torch.stack((losses.cross_entropy, losses.kl, torch.ones_like(losses.kl))).to(sums)
         model.train(was_training)
         loss, kl, count = self._over_processes(sums).tolist()
-        # Over the teacher's likeliest tokens alone it is less than the divergence, which no one should take it for.
+        # Over the teacher's likeliest tokens alone it is less than the divergence, so it has another name.
         name = "eval_kl_top_k" if self.distillation.top_k else "eval_kl"
         metrics = {"eval_perplexity": perplexity_of(loss / count)} | ({name: kl / count} if self.teacher else {})
         self.log(metrics)
@@ -152,14 +152,14 @@ class RecoveryTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss's parts to its mean over the last steps."""
+        """Log the parts of the loss, as means over the last steps, with the loss itself."""
         if "loss" in logs:
             cross_entropy, kl, batches = self._over_processes(self._sums.float().to(self.args.device)).tolist()
             weight, softened = self.distillation.weight, self.distillation.temperature**2
             logs["cross_entropy"] = logs["loss"] = cross_entropy / max(batches, 1)
             if self.teacher is not None and weight > 0:
                 logs["kl"] = kl / max(batches, 1)
-                # From its float32 parts: sharded models hand on a loss in the precision of their products.
+                # From its float32 parts, because sharded models return a loss in the precision of their products.
                 logs["loss"] = (1 - weight) * logs["cross_entropy"] + weight * softened * logs["kl"]
             self._sums.zero_()
         super().log(logs, start_time)
@@ -169,12 +169,12 @@ class RecoveryTrainer(Trainer):
         return total
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        """The data set is in its final order already."""
+        """Return a sampler without shuffling: the data set is in its final order already."""
         dataset: Any = train_dataset or self.train_dataset
         return SequentialSampler(dataset)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A checkpoint counts once all processes have written their parts of it, and only if its weights are finite."""
+        """Save a checkpoint if all weights are finite, and mark it complete once all processes have written it."""
         parts = (getattr(p, "to_local", lambda p=p: p)() for p in model.parameters())
         wrong = torch.tensor(float(not all(part.isfinite().all() for part in parts)), device=self.args.device)
         if self._over_processes(wrong) > 0:
@@ -187,7 +187,7 @@ class RecoveryTrainer(Trainer):
             write_record(directory / FINISHED, {"step": step}, self.provenance)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in the Trainer; sharded weights are gathered one by one, tied ones once, which it (5.23) fails at."""
+        """Do as the Trainer does, but gather sharded weights singly and tied ones once, at which it (5.23) fails."""
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
@@ -202,7 +202,7 @@ class RecoveryTrainer(Trainer):
             self._save(output_dir, state)
 
     def close(self) -> None:
-        """Give the model its logits back."""
+        """Let the model's forward pass make logits again."""
         self._hidden_for_logits.__exit__(None, None, None)
 
 
@@ -231,14 +231,14 @@ class _Objective:
         return self._losses.loss
 
     def take(self, loss: Tensor) -> Losses:
-        """The losses of the pass that gave `loss`, which wrappers of the model may have replaced by their own."""
+        """Return the losses of the latest pass, with `loss` as the model's wrappers returned it."""
         assert self._losses is not None
         losses, self._losses, self._target = self._losses, None, None
         return losses._replace(loss=loss)
 
 
 class _Log(TrainerCallback):
-    """The history on the screen and in a file."""
+    """Writes the history to the screen and to a file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -249,11 +249,11 @@ class _Log(TrainerCallback):
         sharded = [name for name, module in model.named_modules() if name and isinstance(module, FSDPModule)]
         if sharded:
             say(f"FSDP2: {len(sharded)} modules, each decoder block one, shared by {args.world_size} processes")
-        if state.is_world_process_zero:  # what came after the checkpoint is forgotten
+        if state.is_world_process_zero:  # without what came after the checkpoint
             write_text(self.path, "".join(f"{json.dumps(line)}\n" for line in state.log_history))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step == state.max_steps:  # what came after the last multiple of log_every too
+        if state.global_step == state.max_steps:  # also what came after the last multiple of log_every
             control.should_log = True
 
     def on_log(
