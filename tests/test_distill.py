@@ -66,28 +66,28 @@ def test_value_and_gradient_are_those_of_the_plain_form(kl_weight: float, temper
     case = Case()
     expected = case.plain(kl_weight, temperature)
     options: dict[str, Any] = {"kl_weight": kl_weight, "temperature": temperature, "chunk": chunk}
-    found = chunked_loss(case.hidden, case.logits, case.labels, case.online(temperature), **options)
-    torch.testing.assert_close(tuple(found), expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(case.gradients(found.loss), case.gradients(expected[0]), rtol=1e-11, atol=1e-12)
+    losses = chunked_loss(case.hidden, case.logits, case.labels, case.online(temperature), **options)
+    torch.testing.assert_close(tuple(losses), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(case.gradients(losses.loss), case.gradients(expected[0]), rtol=1e-11, atol=1e-12)
 
 
 def test_without_a_teacher_it_is_cross_entropy():
     case = Case()
-    found = chunked_loss(case.hidden, case.logits, case.labels, chunk=10)
+    losses = chunked_loss(case.hidden, case.logits, case.labels, chunk=10)
     expected = case.plain(0.0, 1.0)[0]
-    assert (found.loss.item(), found.kl.item()) == (pytest.approx(expected.item(), rel=1e-12), 0.0)
-    torch.testing.assert_close(case.gradients(found.loss), case.gradients(expected))
+    assert (losses.loss.item(), losses.kl.item()) == (pytest.approx(expected.item(), rel=1e-12), 0.0)
+    torch.testing.assert_close(case.gradients(losses.loss), case.gradients(expected))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_top_k_of_the_whole_vocabulary_is_the_whole_teacher(temperature: float):
     case = Case()
     expected = case.plain(1.0, temperature)
-    found = chunked_loss(
+    losses = chunked_loss(
         case.hidden, case.logits, case.labels, case.top_k(VOCAB, temperature), temperature=temperature, chunk=10
     )
-    torch.testing.assert_close(found.kl, expected[2], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(case.gradients(found.loss), case.gradients(expected[0]), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(losses.kl, expected[2], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(case.gradients(losses.loss), case.gradients(expected[0]), rtol=1e-9, atol=1e-9)
 
 
 def test_top_k_is_the_divergence_over_k_tokens_and_any_other():
@@ -99,10 +99,10 @@ def test_top_k_is_the_divergence_over_k_tokens_and_any_other():
     p, q = target.values.exp(), known_q.exp()
     rest_p, rest_q = 1 - p.sum(-1), 1 - q.sum(-1)
     lumped = ((p * (target.values - known_q)).sum(-1) + rest_p * (rest_p / rest_q).log()).mean()
-    found = chunked_loss(case.hidden, case.logits, case.labels, target, chunk=10)
-    torch.testing.assert_close(found.loss, lumped, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(case.gradients(found.loss), case.gradients(lumped), rtol=1e-9, atol=1e-10)
-    assert found.kl < case.plain(1.0, 1.0)[2], "a lower bound"
+    losses = chunked_loss(case.hidden, case.logits, case.labels, target, chunk=10)
+    torch.testing.assert_close(losses.loss, lumped, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(case.gradients(losses.loss), case.gradients(lumped), rtol=1e-9, atol=1e-10)
+    assert losses.kl < case.plain(1.0, 1.0)[2], "a lower bound"
 
 
 def test_under_autocast_products_are_bfloat16_and_gradients_keep_the_masters_precision():
@@ -110,8 +110,8 @@ def test_under_autocast_products_are_bfloat16_and_gradients_keep_the_masters_pre
     hidden, logits = case.hidden.detach().float().requires_grad_(), product_with(case.weight.detach().float())
     exact = case.gradients(case.plain(0.5, 1.0)[0])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = chunked_loss(hidden, logits, case.labels, case.online(1.0), kl_weight=0.5)
-    (3 * found.loss).backward()
+        losses = chunked_loss(hidden, logits, case.labels, case.online(1.0), kl_weight=0.5)
+    (3 * losses.loss).backward()
     for tensor, gradient in zip((hidden, logits.linear.weight), exact, strict=True):
         assert tensor.grad is not None
         assert tensor.grad.dtype == torch.float32
@@ -135,7 +135,7 @@ def test_the_teacher_is_the_dense_model():
     with hidden_for_logits(student) as last:
         student(input_ids=ids)
     target = teacher_target(teacher, ids, 1.0)
-    found = chunked_loss(last.take()[:, :-1].flatten(0, 1), last.logits, ids[:, 1:].flatten(), target, chunk=7)
-    torch.testing.assert_close(found.kl, expected)
+    losses = chunked_loss(last.take()[:, :-1].flatten(0, 1), last.logits, ids[:, 1:].flatten(), target, chunk=7)
+    torch.testing.assert_close(losses.kl, expected)
     same = chunked_loss(target.hidden, Logits.of(teacher), ids[:, 1:].flatten(), target, chunk=7)
     assert abs(same.kl.item()) < 1e-6

@@ -93,32 +93,32 @@ def test_perplexity_and_kl_equal_those_of_full_logits(
 ):
     monkeypatch.setattr(module, "CHUNK", chunk)
     models = {"dense": dense, "other": llama(1), "third": llama(2)}
-    found = perplexity_and_kl(models, token_ids)
-    assert list(found) == list(models)
+    qualities = perplexity_and_kl(models, token_ids)
+    assert list(qualities) == list(models)
     for name, model in models.items():
         perplexity, kl = expected(dense, model, token_ids)
-        assert found[name].perplexity == pytest.approx(perplexity, rel=1e-5)
-        assert found[name].kl == pytest.approx(kl, rel=1e-5, abs=1e-6)
-    assert found["other"].kl > 0.1  # so that the comparison says something
+        assert qualities[name].perplexity == pytest.approx(perplexity, rel=1e-5)
+        assert qualities[name].kl == pytest.approx(kl, rel=1e-5, abs=1e-6)
+    assert qualities["other"].kl > 0.1  # so that the comparison says something
 
 
 def test_kl_of_dense_with_itself_is_zero(dense: LlamaForCausalLM, token_ids: torch.Tensor):
-    found = perplexity_and_kl({"dense": dense, "same": dense}, token_ids)
-    assert found["dense"].kl == 0.0
-    assert abs(found["same"].kl) < 1e-6
-    assert found["same"].perplexity == found["dense"].perplexity
+    qualities = perplexity_and_kl({"dense": dense, "same": dense}, token_ids)
+    assert qualities["dense"].kl == 0.0
+    assert abs(qualities["same"].kl) < 1e-6
+    assert qualities["same"].perplexity == qualities["dense"].perplexity
 
 
 def test_bfloat16_models_are_summed_in_higher_precision(dense: LlamaForCausalLM):
     """2,000 predictions: a sum in bfloat16 would stop growing at 256 times the loss of a token."""
     token_ids = torch.randint(0, VOCAB, (16, 126), generator=torch.Generator().manual_seed(3))
     half, other = dense.bfloat16(), llama(1).bfloat16()
-    found = perplexity_and_kl({"dense": half, "other": other}, token_ids)
+    qualities = perplexity_and_kl({"dense": half, "other": other}, token_ids)
     # The oracle starts at the same bfloat16 logits, and is float64 from there. It too takes one sequence at a time:
     # bfloat16 matrix products depend on the batch.
     each = [expected(half, other, sequence[None]) for sequence in token_ids]
-    assert math.log(found["other"].perplexity) == pytest.approx(sum(math.log(p) for p, _ in each) / 16, rel=1e-6)
-    assert found["other"].kl == pytest.approx(sum(kl for _, kl in each) / 16, rel=1e-6)
+    assert math.log(qualities["other"].perplexity) == pytest.approx(sum(math.log(p) for p, _ in each) / 16, rel=1e-6)
+    assert qualities["other"].kl == pytest.approx(sum(kl for _, kl in each) / 16, rel=1e-6)
 
 
 COMMON: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -154,8 +154,8 @@ def test_models_are_left_as_they_were(dense: LlamaForCausalLM, token_ids: torch.
     before = [module.training for module in dense.modules()]
     generation = dense.generation_config.to_dict()
     dropping = llama(0, attention_dropout=0.9).train()
-    found = perplexity_and_kl({"dense": dense, "dropping": dropping}, token_ids)
-    assert found["dropping"].kl == pytest.approx(0, abs=1e-6)
+    qualities = perplexity_and_kl({"dense": dense, "dropping": dropping}, token_ids)
+    assert qualities["dropping"].kl == pytest.approx(0, abs=1e-6)
     assert [module.training for module in dense.modules()] == before
     assert dense.generation_config.to_dict() == generation
 
@@ -176,8 +176,8 @@ def test_continuations_are_those_of_generate(tokenizer: PreTrainedTokenizerFast)
         greedy = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=[2, 9, 17, 30, 44], pad_token_id=2)
         oracle = LlamaForCausalLM(model.config).eval()
         oracle.load_state_dict(model.state_dict())
-        found = continuations(model, tokenizer, prompts, 12)
-        for prompt, text in zip(prompts, found, strict=True):
+        texts = continuations(model, tokenizer, prompts, 12)
+        for prompt, text in zip(prompts, texts, strict=True):
             ids = oracle.generate(**tokenizer(prompt, return_tensors="pt"), generation_config=greedy)[0]
             assert text == tokenizer.decode(ids, skip_special_tokens=True)
             assert text.startswith(prompt)
@@ -212,9 +212,9 @@ def test_speed_lets_models_take_turns(
     watch("slow", 10.0)
     monkeypatch.setattr(timing, "now", lambda _: clock[0])
     config = EvaluationConfig(speed_tokens=90, decode_tokens=3, repeats=2)  # more than the 72 tokens given
-    found = speed(models, token_ids, config)
-    assert (found["dense"].prefill_tokens_per_s, found["slow"].prefill_tokens_per_s) == (0.5, 0.05)
-    assert (found["dense"].decode_tokens_per_s, found["slow"].decode_tokens_per_s) == (0.5, 0.05)
+    speeds = speed(models, token_ids, config)
+    assert (speeds["dense"].prefill_tokens_per_s, speeds["slow"].prefill_tokens_per_s) == (0.5, 0.05)
+    assert (speeds["dense"].decode_tokens_per_s, speeds["slow"].decode_tokens_per_s) == (0.5, 0.05)
     assert calls == (["dense"] * 5 + ["slow"] * 5) * 3
 
 

@@ -113,9 +113,9 @@ def test_accuracy_is_that_of_plain_log_likelihoods(name: str, model: PreTrainedM
             pairs = [(context, f" {record['continuation']}") for context in record["context_options"]]
         else:
             pairs = [(f"{record['query']}Answer:", f" {choice}") for choice in record["choices"]]
-        found = [log_likelihood(model, *pair) for pair in pairs]
-        right += found.index(max(found)) == record["gold"]
-        by_length = [value / (len(ending) - 1) for value, (_, ending) in zip(found, pairs, strict=True)]
+        likelihoods = [log_likelihood(model, *pair) for pair in pairs]
+        right += likelihoods.index(max(likelihoods)) == record["gold"]
+        by_length = [value / (len(ending) - 1) for value, (_, ending) in zip(likelihoods, pairs, strict=True)]
         normed += by_length.index(max(by_length)) == record["gold"]
     assert {score.questions for score in scores} == {QUESTIONS}
     values = {score.metric: score.value for score in scores}
@@ -173,8 +173,8 @@ def test_groups_of_groups_count_their_tasks_and_those_without_figures_are_refuse
     (tmp_path / "outer.yaml").write_text(f"group: outer\ntask: [inner]\n{mean}")
     (tmp_path / "bare.yaml").write_text("group: bare\ntask: [one, two]\n")
     config = TasksConfig(tasks_path=str(tmp_path))
-    (found,) = run_tasks(model, tiny.tokenizer(), [Request("outer")], config)
-    assert (found.metric, found.questions) == ("acc", 6)
+    (score,) = run_tasks(model, tiny.tokenizer(), [Request("outer")], config)
+    assert (score.metric, score.questions) == ("acc", 6)
     with pytest.raises(DarwinError, match="bare has no figure of its own; name tasks that have one, of one, two"):
         run_tasks(model, tiny.tokenizer(), [Request("bare")], config)
     before = questions([Request("one")], config)

@@ -134,10 +134,10 @@ def test_the_gradient_for_hidden_states_is_that_of_autograd(model: Any, monkeypa
     with torch.no_grad():
         hidden = hidden_states(model, TOKEN_IDS).flatten(0, 1)
     factors = torch.randn(SEQUENCES * LENGTH, tiny.VOCAB, generator=torch.Generator().manual_seed(1))
-    found = Logits.of(model).gradient(hidden, lambda rows, values: factors[rows] * values.cos())
+    gradient = Logits.of(model).gradient(hidden, lambda rows, values: factors[rows] * values.cos())
     states = hidden.clone().requires_grad_()
     (factors * module._around(model)(states).sin()).sum().backward()  # the family's own forward pass
-    torch.testing.assert_close(found, states.grad, **EXACT)
+    torch.testing.assert_close(gradient, states.grad, **EXACT)
 
 
 def plain_loss(logits: Tensor, teacher_logits: Tensor, kl_weight: float, temperature: float) -> Tensor:
@@ -150,8 +150,8 @@ def plain_loss(logits: Tensor, teacher_logits: Tensor, kl_weight: float, tempera
 
 def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
     names, parameters = zip(*model.named_parameters(), strict=True)
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return {name: gradient for name, gradient in zip(names, found, strict=True) if gradient is not None}
+    results = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {name: gradient for name, gradient in zip(names, results, strict=True) if gradient is not None}
 
 
 @pytest.mark.parametrize(("kl_weight", "temperature"), [(0.0, 1.0), (1.0, 1.0), (0.4, 2.0)])
@@ -165,7 +165,7 @@ def test_the_chunked_loss_is_that_of_the_forward_pass(trainable: Any, kl_weight:
     expected = plain_loss(student(TOKEN_IDS).logits, teacher_logits, kl_weight, temperature)
     with hidden_for_logits(student) as last:
         student(TOKEN_IDS)
-        found: Losses = chunked_loss(
+        losses: Losses = chunked_loss(
             last.take()[:, :-1].flatten(0, 1),
             last.logits,
             LABELS,
@@ -174,8 +174,8 @@ def test_the_chunked_loss_is_that_of_the_forward_pass(trainable: Any, kl_weight:
             temperature=temperature,
             chunk=7,
         )
-    torch.testing.assert_close(found.loss, expected, **EXACT)
-    of_student, of_plain = gradients(student, found.loss), gradients(student, expected)
+    torch.testing.assert_close(losses.loss, expected, **EXACT)
+    of_student, of_plain = gradients(student, losses.loss), gradients(student, expected)
     assert of_student.keys() == of_plain.keys()
     largest = max(gradient.abs().max() for gradient in of_plain.values())
     for name, gradient in of_plain.items():
@@ -187,8 +187,8 @@ def test_the_trainers_loss_function_gives_the_models_own_loss(trainable: Any) ->
     usual = trainable.loss_function
     with hidden_for_logits(trainable) as last:
         trainable.loss_function = _Objective(last, 0.0)
-        found = trainable(TOKEN_IDS, labels=TOKEN_IDS).loss
-    torch.testing.assert_close(found, expected, **EXACT)
+        loss = trainable(TOKEN_IDS, labels=TOKEN_IDS).loss
+    torch.testing.assert_close(loss, expected, **EXACT)
     trainable.loss_function = usual
     torch.testing.assert_close(trainable(TOKEN_IDS, labels=TOKEN_IDS).loss, expected)  # nothing is left behind
 

@@ -62,10 +62,10 @@ def plain_refit(stitcher: Stitcher, genome: Genome) -> dict[str, Tensor]:
 
 
 def test_it_is_the_plain_optimisation_of_the_divergence(stitcher: Stitcher, genome: Genome, tmp_path: Path) -> None:
-    found = refit(stitcher, genome, TEXT, CONFIG, tmp_path / "refit.safetensors", {})
+    weights = refit(stitcher, genome, TEXT, CONFIG, tmp_path / "refit.safetensors", {})
     expected = plain_refit(stitcher, genome)
-    assert found.keys() == expected.keys()
-    for path, weight in found.items():
+    assert weights.keys() == expected.keys()
+    for path, weight in weights.items():
         torch.testing.assert_close(weight, expected[path], rtol=1e-3, atol=1e-4)
 
 

@@ -47,11 +47,11 @@ def test_every_model_is_measured() -> None:
     order: list[str] = []
     for name, model in models.items():
         model.register_forward_pre_hook(lambda *_, name=name: order.append(name))
-    found = measure(models, SHORT)
-    assert list(found) == list(models)
+    figures = measure(models, SHORT)
+    assert list(figures) == list(models)
     turn = [name for name in models for _ in range(1 + SHORT.new_tokens)]  # a prompt, then one token at a time
     assert order == turn * (1 + SHORT.repeats)  # they alternate
-    for name, measured in found.items():
+    for name, measured in figures.items():
         config = models[name].config
         width = config.num_key_value_heads * config.head_dim
         assert measured.cache_bytes == 2 * 3 * width * (12 + 4) * 4 * SHORT.batch
