@@ -17,16 +17,17 @@ import time
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from darwinlm.losses.distillation import HiddenTarget, TopKTarget, chunked_loss
+from darwinlm.losses.logits import Logits
 
 FORMS = ("plain", "chunked", "top-k")
 TOP_K = 64
 
 
 def inputs(tokens: int, vocab: int, hidden: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states and heads of student and teacher, and labels."""
+    """Hidden states and output embeddings of student and teacher, and labels."""
     generator = torch.Generator().manual_seed(0)
     states, teacher_states = (torch.randn(tokens, hidden, generator=generator) for _ in range(2))
     weight, teacher_weight = (torch.randn(vocab, hidden, generator=generator) / hidden**0.5 for _ in range(2))
@@ -59,7 +60,9 @@ def measure(form: str, tokens: int, vocab: int, hidden: int) -> None:
     if form == "plain":
         loss = plain(states, weight, teacher_states, teacher_weight, labels)
     else:
-        loss = chunked_loss(states, weight, labels, target, kl_weight=0.5).loss
+        linear = nn.Linear(hidden, vocab, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight)
+        loss = chunked_loss(states, Logits(linear), labels, target, kl_weight=0.5).loss
     loss.backward()
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     print(json.dumps({"peak": peak, "seconds": time.perf_counter() - start, "loss": loss.item()}))

@@ -139,7 +139,7 @@ def kl_in_chunks(bench: Bench, text: Tensor) -> Callable[[Any], float]:
     @torch.inference_mode()
     def score(model: Any) -> float:
         parts = [model.get_decoder()(ids, use_cache=False).last_hidden_state for ids in text.split(4)]
-        return REFERENCES[key].total(torch.cat(parts).flatten(0, 1), Logits(model))
+        return REFERENCES[key].total(torch.cat(parts).flatten(0, 1), Logits.of(model))
 
     return score
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import tiny
 from darwinlm.losses.distillation import HiddenTarget, TopKTarget, chunked_loss, hidden_for_logits, teacher_target
+from darwinlm.losses.logits import Logits
 
 TOKENS, HIDDEN, VOCAB = 37, 8, 29
+
+
+def product_with(weight: Tensor) -> Logits:
+    """Logits without scaling or cap."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight)
+    return Logits(linear)
 
 
 class Case:
@@ -26,9 +33,13 @@ class Case:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
         self.hidden = random(TOKENS, HIDDEN).requires_grad_()
-        self.weight = random(VOCAB, HIDDEN).requires_grad_()
+        self.logits = product_with(random(VOCAB, HIDDEN))
         self.teacher_logits = 2 * random(TOKENS, VOCAB)
         self.labels = torch.randint(VOCAB, (TOKENS,), generator=generator)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.logits.linear.weight
 
     def plain(self, kl_weight: float, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """The definition, on whole logits."""
@@ -55,14 +66,14 @@ def test_value_and_gradient_are_those_of_the_plain_form(kl_weight: float, temper
     case = Case()
     expected = case.plain(kl_weight, temperature)
     options: dict[str, Any] = {"kl_weight": kl_weight, "temperature": temperature, "chunk": chunk}
-    found = chunked_loss(case.hidden, case.weight, case.labels, case.online(temperature), **options)
+    found = chunked_loss(case.hidden, case.logits, case.labels, case.online(temperature), **options)
     torch.testing.assert_close(tuple(found), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(case.gradients(found.loss), case.gradients(expected[0]), rtol=1e-11, atol=1e-12)
 
 
 def test_without_a_teacher_it_is_cross_entropy():
     case = Case()
-    found = chunked_loss(case.hidden, case.weight, case.labels, chunk=10)
+    found = chunked_loss(case.hidden, case.logits, case.labels, chunk=10)
     expected = case.plain(0.0, 1.0)[0]
     assert (found.loss.item(), found.kl.item()) == (pytest.approx(expected.item(), rel=1e-12), 0.0)
     torch.testing.assert_close(case.gradients(found.loss), case.gradients(expected))
@@ -73,7 +84,7 @@ def test_top_k_of_the_whole_vocabulary_is_the_whole_teacher(temperature: float):
     case = Case()
     expected = case.plain(1.0, temperature)
     found = chunked_loss(
-        case.hidden, case.weight, case.labels, case.top_k(VOCAB, temperature), temperature=temperature, chunk=10
+        case.hidden, case.logits, case.labels, case.top_k(VOCAB, temperature), temperature=temperature, chunk=10
     )
     torch.testing.assert_close(found.kl, expected[2], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(case.gradients(found.loss), case.gradients(expected[0]), rtol=1e-9, atol=1e-9)
@@ -88,7 +99,7 @@ def test_top_k_is_the_divergence_over_k_tokens_and_any_other():
     p, q = target.values.exp(), known_q.exp()
     rest_p, rest_q = 1 - p.sum(-1), 1 - q.sum(-1)
     lumped = ((p * (target.values - known_q)).sum(-1) + rest_p * (rest_p / rest_q).log()).mean()
-    found = chunked_loss(case.hidden, case.weight, case.labels, target, chunk=10)
+    found = chunked_loss(case.hidden, case.logits, case.labels, target, chunk=10)
     torch.testing.assert_close(found.loss, lumped, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(case.gradients(found.loss), case.gradients(lumped), rtol=1e-9, atol=1e-10)
     assert found.kl < case.plain(1.0, 1.0)[2], "a lower bound"
@@ -96,35 +107,23 @@ def test_top_k_is_the_divergence_over_k_tokens_and_any_other():
 
 def test_under_autocast_products_are_bfloat16_and_gradients_keep_the_masters_precision():
     case = Case()
-    hidden, weight = (tensor.detach().float().requires_grad_() for tensor in (case.hidden, case.weight))
+    hidden, logits = case.hidden.detach().float().requires_grad_(), product_with(case.weight.detach().float())
     exact = case.gradients(case.plain(0.5, 1.0)[0])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = chunked_loss(hidden, weight, case.labels, case.online(1.0), kl_weight=0.5)
+        found = chunked_loss(hidden, logits, case.labels, case.online(1.0), kl_weight=0.5)
     (3 * found.loss).backward()
-    for tensor, wanted in zip((hidden, weight), exact, strict=True):
+    for tensor, gradient in zip((hidden, logits.linear.weight), exact, strict=True):
         assert tensor.grad is not None
         assert tensor.grad.dtype == torch.float32
-        assert 0 < (tensor.grad.double() - wanted).norm() / wanted.norm() < 0.03
+        assert 0 < (tensor.grad.double() - gradient).norm() / gradient.norm() < 0.03
 
 
-def test_a_frozen_head_gets_no_gradient():
+def test_a_frozen_output_embedding_gets_no_gradient():
     case = Case()
-    chunked_loss(case.hidden, case.weight.detach(), case.labels, chunk=10).loss.backward()
+    case.weight.requires_grad_(False)
+    chunked_loss(case.hidden, case.logits, case.labels, chunk=10).loss.backward()
     assert case.hidden.grad is not None
-
-
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_model_that_hands_out_hidden_states_has_its_own_loss(family: str):
-    """The chunked loss of hidden states and head is what the model's own forward says of the labels."""
-    model: Any = tiny.build(family)
-    ids = torch.randint(tiny.VOCAB, (2, 16), generator=torch.Generator().manual_seed(0))
-    expected = model(input_ids=ids, labels=ids).loss
-    head: Any
-    with hidden_for_logits(model) as head:
-        hidden: Tensor = model(input_ids=ids).logits[:, :-1]
-    found = chunked_loss(hidden.flatten(0, 1), head.weight, ids[:, 1:].flatten(), chunk=7)
-    torch.testing.assert_close(found.loss, expected)
-    torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected)  # and all is as it was
+    assert case.weight.grad is None
 
 
 def test_the_teacher_is_the_dense_model():
@@ -133,12 +132,10 @@ def test_the_teacher_is_the_dense_model():
     ids = torch.randint(tiny.VOCAB, (2, 16), generator=torch.Generator().manual_seed(0))
     log_q, log_p = (model(ids).logits[:, :-1].log_softmax(-1) for model in (student, teacher))
     expected = F.kl_div(log_q.flatten(0, 1), log_p.flatten(0, 1), log_target=True, reduction="batchmean")
-    with hidden_for_logits(student) as head:
-        hidden = student(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    with hidden_for_logits(student) as last:
+        student(input_ids=ids)
     target = teacher_target(teacher, ids, 1.0)
-    found = chunked_loss(hidden, head.weight, ids[:, 1:].flatten(), target, chunk=7)  # pyright: ignore[reportArgumentType]
+    found = chunked_loss(last.take()[:, :-1].flatten(0, 1), last.logits, ids[:, 1:].flatten(), target, chunk=7)
     torch.testing.assert_close(found.kl, expected)
-    same = chunked_loss(
-        target.hidden, teacher.lm_head.weight, ids[:, 1:].flatten(), copy.copy(target), chunk=7  # pyright: ignore
-    )  # fmt: skip
+    same = chunked_loss(target.hidden, Logits.of(teacher), ids[:, 1:].flatten(), target, chunk=7)
     assert abs(same.kl.item()) < 1e-6

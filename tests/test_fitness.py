@@ -117,7 +117,7 @@ def test_divergences_hold_for_peaked_and_flat_distributions(vocabulary: int, met
         else:
             expected = (log_p.exp() * (log_p - log_q)).sum().item()
         with torch.inference_mode():
-            total = reference.total(other, Logits(model))
+            total = reference.total(other, Logits.of(model))
         assert total / reference.tokens == pytest.approx(expected / 600, abs=1e-4, rel=1e-3)
 
 
@@ -136,7 +136,7 @@ def test_the_many_small_probabilities_of_a_large_vocabulary_count(vocabulary: in
         hidden = model.model(ids).last_hidden_state[0]
         log_p, log_q = (model.lm_head(states).double().log_softmax(-1) for states in (hidden, 0.7 * hidden))
         expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
-        divergence = Divergence.of(model, ids).total(0.7 * hidden, Logits(model)) / 8
+        divergence = Divergence.of(model, ids).total(0.7 * hidden, Logits.of(model)) / 8
     assert divergence == pytest.approx(expected, abs=5e-5)
 
 

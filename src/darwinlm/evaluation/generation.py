@@ -10,7 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from darwinlm.evaluation.quality import evaluation_mode, final_logits, hidden_states
+from darwinlm.evaluation.quality import evaluation_mode
+from darwinlm.losses.logits import Logits, hidden_states
 from darwinlm.runtime.progress import track
 from darwinlm.types import UsageError
 
@@ -50,7 +51,7 @@ def write(
     Raises:
         UsageError: if a prompt has no tokens.
     """
-    texts, repeated, agreed, written = [], [], 0, 0
+    texts, repeated, agreed, written, logits = [], [], 0, 0, Logits.of(model)
     for prompt in track(prompts, "continuations", len(prompts)):
         ids: list[int] = tokenizer(prompt)["input_ids"]
         if not ids:
@@ -61,8 +62,8 @@ def write(
             repeated.append(repetition(added))
         if reference is not None:
             wanted = torch.tensor(greedy(reference, ids, new_tokens))
-            hidden = hidden_states(model, torch.cat([torch.tensor(ids), wanted]))[len(ids) - 1 : -1]
-            agreed += int((final_logits(model, hidden).argmax(-1).cpu() == wanted).sum())
+            hidden = hidden_states(model, torch.cat([torch.tensor(ids), wanted])[None])[0, len(ids) - 1 : -1]
+            agreed += int((logits(hidden).argmax(-1).cpu() == wanted).sum())
             written += len(wanted)
     share = sum(repeated) / len(repeated) if repeated else None
     return Writing(tuple(texts), share, agreed / written if written else None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,10 +10,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from darwinlm.losses.logits import Logits, hidden_states
 from darwinlm.runtime.progress import track
 from darwinlm.types import UsageError
 
@@ -90,22 +89,23 @@ def quality_over(
     models' precision. `kept` is as for `perplexity_and_kl`.
     """
     first, *others = models
+    logits = {name: Logits.of(model) for name, model in models.items()}
     loss, divergence = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0.0)
     with evaluation_mode(models.values()):
         for number, window in enumerate(track(windows, "perplexity and KL", len(windows))):
             inputs, targets = window.token_ids[:-1], window.token_ids[1:, None]
-            hidden = {name: hidden_states(models[name], inputs) for name in others}
+            hidden = {name: hidden_states(models[name], inputs[None])[0] for name in others}
             if kept is None:
-                hidden[first] = hidden_states(models[first], inputs)
+                hidden[first] = hidden_states(models[first], inputs[None])[0]
             else:
                 if number == len(kept):
-                    kept.append(hidden_states(models[first], inputs))
+                    kept.append(hidden_states(models[first], inputs[None])[0])
                 hidden[first] = kept[number]
             for start in range(window.first - 1, len(inputs), CHUNK):
                 chunk = slice(start, start + CHUNK)
                 dense = None
-                for name, model in models.items():
-                    log_probs = F.log_softmax(final_logits(model, hidden[name][chunk]).float(), dim=-1)
+                for name in models:
+                    log_probs = logits[name](hidden[name][chunk]).log_softmax(-1)
                     loss[name] -= log_probs.gather(1, targets[chunk].to(log_probs.device)).double().sum().item()
                     if dense is None:
                         dense = log_probs
@@ -126,32 +126,6 @@ def perplexity_of(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
-
-
-def hidden_states(model: PreTrainedModel, token_ids: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens hidden"]:
-    """What the model's head reads, for one sequence."""
-    return model.base_model(input_ids=token_ids[None].to(model.device), use_cache=False).last_hidden_state[0]
-
-
-def final_logits(model: PreTrainedModel, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
-    """The logits of `hidden_states`, in the model's precision.
-
-    The model's own forward makes them, around a backbone that hands `hidden` through. So the scaling or capping that a
-    family does after its head (Granite, Cohere, Gemma 2) is done here too, and no list of families has to say so.
-    """
-    around = copy.copy(model)
-    around._modules = model._modules | {model.base_model_prefix: _HandThrough()}
-    return around(inputs_embeds=hidden[None], use_cache=False).logits[0]
-
-
-class _HandThrough(nn.Module):
-    @property
-    def decoder(self) -> _HandThrough:
-        """Which some families call instead of the backbone around it (OPT)."""
-        return self
-
-    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
 
 
 @contextmanager

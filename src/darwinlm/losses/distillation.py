@@ -1,7 +1,7 @@
 """The training loss from hidden states: cross-entropy and forward KL to a teacher, a few tokens' logits at a time.
 
-Logits over a large vocabulary are the largest tensors of training. Here those of `CHUNK` tokens exist at once: the
-gradient has a closed form, so it is computed together with the value and nothing waits for the backward pass.
+Logits over a large vocabulary are the largest tensors of training. Here only those of `CHUNK` tokens exist at once: the
+gradient has a closed form, so it is computed together with the value and no logits are kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -16,63 +16,67 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from darwinlm.losses.logits import Logits, hidden_states
+
 CHUNK = 256  # tokens whose logits exist at once
 
 
 @runtime_checkable
 class Target(Protocol):
-    """The teacher's distribution at every token of a batch."""
+    """The teacher's distribution after every token of a batch."""
 
     def log_probs(self, rows: slice, student: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
-        """Log-probabilities of some tokens, given the student's at the same tokens and temperature."""
+        """Return log-probabilities after some tokens, given the student's after the same tokens and temperature."""
         ...
 
 
 @dataclass(frozen=True)
 class HiddenTarget:
-    """A teacher that runs beside the student: its hidden states and how they become logits.
+    """The distribution of a teacher that runs beside the student, from the teacher's hidden states.
 
     Attributes:
-        hidden: `[tokens, teacher_hidden]`.
-        head: makes logits of some of them.
+        hidden: the teacher's last hidden states.
+        logits: makes logits of some of them.
+        temperature: divides the logits.
     """
 
     hidden: Float[Tensor, "tokens teacher_hidden"]
-    head: Callable[[Tensor], Tensor]
+    logits: Callable[[Tensor], Tensor]
     temperature: float
 
     def log_probs(self, rows: slice, student: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
-        """The teacher's log-probabilities."""
-        return self._of(rows).to(student.dtype)
+        """Return the teacher's log-probabilities, in the student's precision."""
+        return self._log_probs(rows).to(student.dtype)
 
     def top_k(self, k: int) -> tuple[Float[Tensor, "tokens top_k"], Int[Tensor, "tokens top_k"]]:
-        """The likeliest `k` tokens' log-probabilities, and which they are."""
+        """Return the log-probabilities of the `k` likeliest tokens, and their indices."""
         starts = range(0, len(self.hidden), CHUNK)
-        values, indices = zip(*(self._of(slice(i, i + CHUNK)).topk(k) for i in starts), strict=True)
+        values, indices = zip(*(self._log_probs(slice(i, i + CHUNK)).topk(k) for i in starts), strict=True)
         return torch.cat(values), torch.cat(indices)
 
     @torch.no_grad()
-    def _of(self, rows: slice) -> Float[Tensor, "rows vocab"]:
-        logits = self.head(self.hidden[rows])
-        exact = torch.promote_types(torch.float32, logits.dtype)
-        return (logits.to(exact) / self.temperature).log_softmax(-1)
+    def _log_probs(self, rows: slice) -> Float[Tensor, "rows vocab"]:
+        logits = self.logits(self.hidden[rows])
+        return (logits / self.temperature).log_softmax(-1)
 
 
 @dataclass(frozen=True)
 class TopKTarget:
-    """A teacher of which only the K likeliest tokens are known; the rest of its mass is spread as the student's is.
+    """The distribution of a teacher of which only the K likeliest tokens are known.
 
-    So the divergence is that of distributions over K tokens and "any other", a lower bound of the whole one.
+    The rest of its probability is spread over the other tokens in the student's proportions. The divergence is
+    therefore that of distributions over K tokens and "any other", a lower bound of the whole one.
 
     Attributes:
-        indices, values: the tokens and their log-probabilities at the temperature of the loss.
+        indices: the K tokens.
+        values: their log-probabilities at the temperature of the loss.
     """
 
     indices: Int[Tensor, "tokens top_k"]
     values: Float[Tensor, "tokens top_k"]
 
     def log_probs(self, rows: slice, student: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
-        """The teacher's log-probabilities, its unknown ones in the student's proportions."""
+        """Return the teacher's log-probabilities; those that are unknown are in the student's proportions."""
         indices, known = self.indices[rows].long(), self.values[rows].to(student.dtype)
         # Rounding may leave the known mass above 1: then nothing is left for the others.
         rest = torch.log1p(-known.exp().sum(-1, keepdim=True).clamp(max=1 - torch.finfo(student.dtype).eps))
@@ -83,7 +87,7 @@ class TopKTarget:
 
 
 class Losses(NamedTuple):
-    """Means over tokens: what is minimised, and its parts in nats a token. `kl` is 0 without a target."""
+    """Means over tokens: the loss that is minimised, and its parts in nats a token. Without a target, `kl` is 0."""
 
     loss: Tensor
     cross_entropy: Tensor
@@ -92,7 +96,7 @@ class Losses(NamedTuple):
 
 def chunked_loss(
     hidden: Float[Tensor, "tokens hidden"],
-    weight: Float[Tensor, "vocab hidden"],
+    logits: Logits,
     labels: Int[Tensor, " tokens"],
     target: Target | None = None,
     *,
@@ -100,21 +104,26 @@ def chunked_loss(
     temperature: float = 1.0,
     chunk: int = CHUNK,
 ) -> Losses:
-    """`(1 - kl_weight) CE(labels) + kl_weight T^2 KL(teacher_T || student_T)`, the mean over tokens.
+    """Return `(1 - kl_weight) CE(labels) + kl_weight T^2 KL(teacher_T || student_T)`, the mean over tokens.
 
-    The logits are `hidden @ weight.T`; `p_T = softmax(logits / T)`. No `[tokens, vocab]` tensor is ever made. The
-    gradient reaches `hidden` and `weight`, through the first of the three results; under autocast products are in its
-    precision, sums in float32 or better.
+    With `z = logits(hidden)`, the student's distribution at temperature T is `softmax(z / T)`. No `[tokens, vocab]`
+    tensor is ever made. The gradient reaches `hidden`, and the weight and bias of `logits`, through the first of the
+    three results. Under autocast, products are in its precision; sums are in float32 or better.
+
+    Raises:
+        UsageError: if the logits are not a scaled or capped product with an output embedding.
     """
     if target is None:
         kl_weight = 0.0
-    return Losses(*_ChunkedLoss.apply(hidden, weight, labels, target, kl_weight, temperature, chunk))
+    weight, bias = logits.linear.weight, logits.linear.bias
+    return Losses(*_ChunkedLoss.apply(hidden, weight, bias, logits, labels, target, kl_weight, temperature, chunk))
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """With `q` the student's distribution, `dCE/dz = q - onehot` and `d(T^2 KL)/dz = T (q_T - p_T)`.
+    """With logits `z` and the student's distribution `q`, `dCE/dz = q - onehot` and `d(T^2 KL)/dz = T (q_T - p_T)`.
 
-    Where the unknown part of `p` follows `q`, as in `TopKTarget`, both still hold.
+    Where the unknown part of `p` follows `q`, as in `TopKTarget`, both still hold. The chain rule leads from `z` to the
+    products of hidden states and output embedding (`Logits.product_gradient`), and from them to both factors.
     """
 
     @staticmethod
@@ -122,6 +131,8 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
+        output: Logits,
         labels: Tensor,
         target: Target | None,
         kl_weight: float,
@@ -131,17 +142,18 @@ class _ChunkedLoss(torch.autograd.Function):
         tokens = len(hidden)
         exact = torch.promote_types(torch.float32, hidden.dtype)
         products = _product_dtype(hidden)
-        narrow = weight.to(products)
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        narrow, narrow_bias = weight.to(products), None if bias is None else bias.to(products)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else None
+        grad_bias = torch.zeros(len(weight), dtype=exact, device=hidden.device) if needs_bias else None
         cross_entropy = torch.zeros((), dtype=exact, device=hidden.device)
         kl = torch.zeros_like(cross_entropy)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, tokens, chunk):
                 rows = slice(start, start + chunk)
                 states = hidden[rows].to(products)
-                logits = (states @ narrow.T).to(exact)
+                logits = output.finish(nn.functional.linear(states, narrow, narrow_bias))
                 log_q = logits.log_softmax(-1)
                 cross_entropy -= log_q.gather(-1, labels[rows, None]).sum()
                 gradient = log_q.exp()
@@ -153,22 +165,27 @@ class _ChunkedLoss(torch.autograd.Function):
                     p = log_p.exp()
                     kl += torch.where(p > 0, p * (log_p - log_q), 0.0).sum()
                     gradient += kl_weight * temperature * (log_q.exp() - p)
-                gradient = (gradient / tokens).to(products)
+                gradient = (output.product_gradient(logits, gradient) / tokens).to(products)
                 if grad_hidden is not None:
                     grad_hidden[rows] = (gradient @ narrow).to(hidden.dtype)
                 if grad_weight is not None:
                     grad_weight += gradient.T @ states
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+                if grad_bias is not None:
+                    grad_bias += gradient.sum(0, dtype=exact)
+        ctx.save_for_backward(
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+        )
         cross_entropy, kl = cross_entropy / tokens, kl / tokens
         ctx.mark_non_differentiable(cross_entropy, kl)
         return (1 - kl_weight) * cross_entropy + kl_weight * temperature**2 * kl, cross_entropy, kl
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden, weight = ctx.saved_tensors
         scale = gradients[0]
-        scaled = (None if part is None else part * scale.to(part.dtype) for part in (hidden, weight))
-        return (*scaled, None, None, None, None, None)
+        scaled = (None if part is None else part * scale.to(part.dtype) for part in ctx.saved_tensors)
+        return (*scaled, None, None, None, None, None, None)
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
@@ -176,31 +193,49 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
+class LastHidden:
+    """The last hidden states of a model's latest forward pass, and the map from them to its logits."""
+
+    def __init__(self, logits: Logits):
+        self.logits = logits
+        self._hidden: Tensor | None = None
+
+    def keep(self, hidden: Tensor) -> Tensor:
+        """Keep the hidden states, and return them in place of their products with the output embedding."""
+        self._hidden = hidden
+        return hidden
+
+    def take(self) -> Float[Tensor, "sequences length hidden"]:
+        """Return the hidden states, once: nothing here keeps them or their graph alive after that."""
+        assert self._hidden is not None
+        hidden, self._hidden = self._hidden, None
+        return hidden
+
+
 @contextmanager
-def hidden_for_logits(model: PreTrainedModel) -> Iterator[nn.Module]:
-    """Let the model's forward return the hidden states that its head would read, and give that head.
+def hidden_for_logits(model: PreTrainedModel) -> Iterator[LastHidden]:
+    """Let the model's forward pass keep its last hidden states and make no logits; its own output has no meaning then.
 
-    The head stays a module of the model, so hooks of DistributedDataParallel and FSDP, checkpoints and adapters see
-    what they always see; families whose forward scales the logits scale the hidden states, which is the same.
+    The output embedding stays a module of the model and is called as always, so hooks of DistributedDataParallel and
+    FSDP, checkpoints and adapters see what they always see. Whatever the family does to the result, such as a soft cap,
+    has no effect: the hidden states are kept before that, and `Logits` does the same to the logits.
+
+    Raises:
+        UsageError: if the model's logits are not a scaled or capped product with its output embedding.
     """
-    head: Any = model.get_output_embeddings()
-    head.forward = _unchanged
+    last = LastHidden(Logits.of(model))
+    linear: Any = last.logits.linear
+    linear.forward = last.keep
     try:
-        yield head
+        yield last
     finally:
-        del head.forward
-
-
-def _unchanged(hidden: Tensor) -> Tensor:
-    return hidden
+        del linear.forward
 
 
 @torch.no_grad()
 def teacher_target(
     teacher: PreTrainedModel, token_ids: Int[Tensor, "sequences length"], temperature: float
 ) -> HiddenTarget:
-    """The teacher's distribution after every token but the last of each sequence, in their order."""
-    with hidden_for_logits(teacher):
-        hidden = teacher(input_ids=token_ids, use_cache=False).logits[:, :-1]
-    head: Any = teacher.get_output_embeddings()
-    return HiddenTarget(hidden.flatten(0, 1), head, temperature)
+    """Return the teacher's distribution after every token but the last of each sequence, in their order."""
+    hidden = hidden_states(teacher, token_ids)[:, :-1].flatten(0, 1)
+    return HiddenTarget(hidden, Logits.of(teacher), temperature)

@@ -1,4 +1,4 @@
-"""The gradients of two losses for the logits of a few tokens, as `Logits.gradient` asks for them."""
+"""The gradients of two losses for the logits of a few tokens, in the form that `Logits.gradient` takes."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ class CrossEntropyGradient:
 
 
 class KLGradient:
-    """KL(dense || model) over `tokens`: `dL/dz = (softmax(z) - p) / tokens`; it is asked for all rows, once, in order.
+    """KL(dense || model), divided by `tokens`: `dL/dz = (softmax(z) - p) / tokens`. Rows must come once and in order.
 
-    Attributes:
+    Args:
+        logits: the dense model's map from hidden states to logits.
         hidden: the dense model's last hidden states.
-        total: the divergence of the rows so far, summed and in nats.
+        tokens: the divisor: the number of tokens over which the loss is a mean.
     """
 
-    def __init__(self, head: Logits, hidden: Float[Tensor, "tokens d_out"], tokens: int):
+    def __init__(self, logits: Logits, hidden: Float[Tensor, "tokens d_out"], tokens: int):
         self.tokens = tokens
-        self._dense = head.chunks(hidden)
+        self._dense = logits.chunks(hidden)
         self._total = torch.zeros((), dtype=torch.float64, device=hidden.device)
 
     def __call__(self, rows: slice, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
-        same, dense = next(self._dense)
-        assert same == rows
+        dense_rows, dense = next(self._dense)
+        assert dense_rows == rows
         log_p, log_q = dense.log_softmax(-1), logits.log_softmax(-1)
         p = log_p.exp()
         self._total += torch.linalg.vecdot(p, log_p - log_q).double().sum()
@@ -44,4 +45,5 @@ class KLGradient:
 
     @property
     def total(self) -> float:
+        """The divergence summed over the rows so far, in nats."""
         return self._total.item()

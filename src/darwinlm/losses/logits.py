@@ -1,81 +1,188 @@
-"""What follows the blocks: hidden states to logits, so few at a time that they stay in a core's cache."""
+"""From a model's last hidden states to its logits, for a few tokens at a time: the only place where this is computed.
+
+Logits over a large vocabulary are the largest tensors of a language model. On a CPU they are therefore made for so few
+tokens at once that they stay in a core's cache, and nowhere for all tokens of a batch.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-ROWS, CACHED_ROWS = 256, 16  # tokens that are multiplied by a head at once, and whose float32 logits exist at once
+from darwinlm.types import UsageError
+
+ROWS, CACHED_ROWS = 256, 16  # tokens in one product with the output embedding, and in one float32 tensor of logits
 
 
-TILE = 512, 4096  # tokens and vocabulary on a CPU: their logits stay in cache, and the head is read seldom
+TILE = 512, 4096  # tokens and vocabulary on a CPU: their logits stay in cache, and few passes read the embedding
 
 
+@dataclass(frozen=True)
 class Logits:
-    """A model's hidden states to its logits in float32, as the forward of its family makes them."""
+    """Maps hidden states to logits, in float32 or better, exactly as the forward pass of a model's family does.
 
-    def __init__(self, model: PreTrainedModel):
-        self.linear: Any = model.get_output_embeddings()
-        self.scaling: float = getattr(model.config, "logits_scaling", 1.0)  # Granite
-        self.cap: float | None = getattr(model.config, "final_logit_softcapping", None)  # Gemma
+    With `x = project(hidden) / scaling`, the logits are `x`, or `cap * tanh(x / cap)` where there is a cap.
+
+    Attributes:
+        project: the output embedding, an `nn.Linear`. For a family whose forward pass does anything else than the
+            formula above, that forward pass itself, with `scaling` 1 and no `cap`.
+        scaling: the divisor of Granite.
+        cap: the soft cap of Gemma.
+    """
+
+    project: Callable[[Tensor], Tensor]
+    scaling: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Logits:
+        """Return the map of a causal language model of any family."""
+        config, linear = model.config, model.get_output_embeddings()
+        logits = cls(
+            linear if isinstance(linear, nn.Linear) else _around(model),
+            getattr(config, "logits_scaling", None) or 1.0,
+            getattr(config, "final_logit_softcapping", None),
+        )
+        return logits if _is_exact(logits, model) else cls(_around(model))
+
+    @property
+    def linear(self) -> nn.Linear:
+        """The output embedding. Its weight must be read during the forward pass, where FSDP has gathered it.
+
+        Raises:
+            UsageError: if the family's logits are not the formula of this class.
+        """
+        if not isinstance(self.project, nn.Linear):
+            raise UsageError(
+                "expected a model whose logits are a scaled or capped product with its output embedding, found one "
+                "that computes them in another way; choose a model of another family"
+            )
+        return self.project
 
     def __call__(self, hidden: Float[Tensor, "tokens d_out"]) -> Float[Tensor, "tokens vocab"]:
-        return self.finish(self.linear(hidden))
+        return self.finish(self.project(hidden))
 
     def finish(self, products: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens vocab"]:
-        """What the family makes of the head's products."""
-        logits = products.float()
+        """Return the logits, given the projections of some tokens to any part of the vocabulary."""
+        logits = products.to(torch.promote_types(torch.float32, products.dtype))
         if self.scaling != 1:
             logits = logits / self.scaling
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
+    def product_gradient(
+        self, logits: Float[Tensor, "tokens vocab"], gradient: Float[Tensor, "tokens vocab"]
+    ) -> Float[Tensor, "tokens vocab"]:
+        """Return a loss's gradient for the projections, given that for the logits: the chain rule through `finish`."""
+        if self.cap is not None:
+            gradient = gradient * (1 - (logits / self.cap).square())
+        return gradient if self.scaling == 1 else gradient / self.scaling
+
     def chunks(self, hidden: Float[Tensor, "tokens d_out"]) -> Iterator[tuple[slice, Tensor]]:
-        """The logits of a few tokens at a time, `[rows, vocab]`, and which: they stay in a core's cache."""
+        """Yield the logits of a few tokens at a time, `[rows, vocab]`, with the slice of tokens that they belong to."""
         for start in range(0, len(hidden), ROWS):
-            products = self.linear(hidden[start : start + ROWS])
-            for row, few in _in_cache(products):
-                yield slice(start + row, start + row + len(few)), self.finish(few)
+            products = self.project(hidden[start : start + ROWS])
+            for row, part in _in_cache(products):
+                yield slice(start + row, start + row + len(part)), self.finish(part)
 
     def tiles(self, hidden: Float[Tensor, "tokens d_out"]) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Logits of a few tokens and a part of the vocabulary at a time, and which; they may be overwritten."""
-        weight, bias = self.linear.weight, self.linear.bias
-        rows, columns = TILE if hidden.device.type == "cpu" else (ROWS, len(weight))
-        for row in range(0, len(hidden), rows):
-            states = hidden[row : row + rows]
-            for column in range(0, len(weight), columns):
-                part = slice(column, column + columns)
+        """Yield the logits of a few tokens for a part of the vocabulary, with both slices; they may be overwritten."""
+        if not isinstance(self.project, nn.Linear):
+            for rows, logits in self.chunks(hidden):
+                yield rows, slice(0, logits.shape[1]), logits
+            return
+        weight, bias = self.project.weight, self.project.bias
+        height, width = TILE if hidden.device.type == "cpu" else (ROWS, len(weight))
+        for row in range(0, len(hidden), height):
+            states = hidden[row : row + height]
+            for column in range(0, len(weight), width):
+                part = slice(column, column + width)
                 products = nn.functional.linear(states, weight[part], None if bias is None else bias[part])
                 yield slice(row, row + len(states)), part, self.finish(products)
 
     def gradient(
-        self, hidden: Float[Tensor, "tokens d_out"], slope: Callable[[slice, Tensor], Tensor]
+        self, hidden: Float[Tensor, "tokens d_out"], logit_gradient: Callable[[slice, Tensor], Tensor]
     ) -> Float[Tensor, "tokens d_out"]:
-        """A loss's gradient for the hidden states, the logits of a few tokens at a time.
+        """Return a loss's gradient for the hidden states, making the logits of a few tokens at a time.
 
         Args:
-            slope: the gradient for these tokens' logits `[rows, vocab]`.
+            logit_gradient: returns the loss's gradient for the logits of some tokens, given their slice and the logits,
+                `[rows, vocab]`. It is called for all tokens once, in order.
         """
         parts = []
         for start in range(0, len(hidden), ROWS):
             states = hidden[start : start + ROWS].detach().requires_grad_(True)
-            products = self.linear(states)
+            products = self.project(states)
             gradient = torch.empty_like(products)
-            for row, few in _in_cache(products.detach()):
-                raw = few.requires_grad_(True)
-                logits = self.finish(raw)
-                wanted = slope(slice(start + row, start + row + len(few)), logits.detach())
-                gradient[row : row + len(few)] = torch.autograd.grad(logits, raw, wanted)[0]
+            for row, part in _in_cache(products.detach()):
+                logits = self.finish(part)
+                outer = logit_gradient(slice(start + row, start + row + len(part)), logits)
+                gradient[row : row + len(part)] = self.product_gradient(logits, outer)
             parts.append(torch.autograd.grad(products, states, gradient)[0])
         return torch.cat(parts)
 
 
 def _in_cache(products: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """So many rows at a time that their float32 logits stay in a core's cache, and which is their first."""
+    """Yield so many rows at a time that their float32 logits stay in a core's cache, with the index of the first."""
     few = CACHED_ROWS if products.device.type == "cpu" else ROWS
     for row in range(0, len(products), few):
         yield row, products[row : row + few]
+
+
+def hidden_states(
+    model: PreTrainedModel, token_ids: Int[Tensor, "sequences length"]
+) -> Float[Tensor, "sequences length d_out"]:
+    """Return the last hidden states, which the model's `Logits` take."""
+    return model.base_model(input_ids=token_ids.to(model.device), use_cache=False).last_hidden_state
+
+
+def _around(model: PreTrainedModel, *replaced: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return the model's own forward pass from last hidden states to logits, past its backbone and `replaced` modules.
+
+    A shallow copy of the model runs it. The model itself does not change, and its hooks are not called.
+    """
+    around = copy.copy(model)
+    around._modules = {
+        name: nn.Identity() if any(module is other for other in replaced) else module
+        for name, module in model._modules.items()
+    } | {model.base_model_prefix: _PassThrough()}
+
+    def forward(hidden: Tensor) -> Tensor:
+        return type(model).forward(around, inputs_embeds=hidden[None], use_cache=False).logits[0]
+
+    return forward
+
+
+class _PassThrough(nn.Module):
+    """Stands for a backbone: its input embeddings are its last hidden states."""
+
+    @property
+    def decoder(self) -> _PassThrough:
+        """The module that some families call instead of the backbone around it (OPT)."""
+        return self
+
+    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> BaseModelOutputWithPastAndCrossAttentions:
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
+
+
+@torch.no_grad()
+def _is_exact(logits: Logits, model: PreTrainedModel) -> bool:
+    """Whether the family does to the projections what `finish` does, by its own forward pass on a few numbers.
+
+    Names of settings do not tell: `logits_scaling` divides in Granite and multiplies in HyperCLOVA X.
+    """
+    linear = model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        return False
+    values = torch.linspace(-100, 100, 64)[None]
+    try:
+        finished = _around(model, linear)(values)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # it needs more than an identity has
+        return False
+    return finished.shape == values.shape and torch.allclose(finished.float(), logits.finish(values), rtol=1e-5)

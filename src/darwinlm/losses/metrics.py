@@ -1,7 +1,7 @@
-"""What candidates are compared by: the dense model's side is computed once, for all of them.
+"""The metrics by which candidates are compared. The dense model's part of a metric is computed once for all of them.
 
 A metric belongs to one batch of token ids and sums over its tokens, a few at a time, so that `[rows, vocab]` logits
-stay in cache and none are ever kept. Sums are float32 or better, whatever the model's precision.
+stay in cache and none are kept. Sums are in float32 or better, whatever the model's precision.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ class Metric(Protocol):
 
     @property
     def tokens(self) -> int:
-        """What a sum is divided by."""
+        """The number of tokens that a sum is divided by for a mean."""
         ...
 
-    def total(self, hidden: Float[Tensor, "tokens d_out"], head: Logits) -> float:
-        """The sum over tokens, in nats, for a candidate with these last hidden states: lower is better."""
+    def total(self, hidden: Float[Tensor, "tokens d_out"], logits: Logits) -> float:
+        """Return the sum over tokens, in nats, for a candidate's last hidden states; lower is better."""
         ...
 
 
 def label(name: MetricName) -> str:
-    """A metric's name for people."""
+    """Return the name of a metric as reports show it."""
     return {"kl": "KL", "top-k-kl": "top-k KL", "perplexity": "log-perplexity"}[name]
 
 
 def metric(name: MetricName, dense: PreTrainedModel, token_ids: Int[Tensor, "sequences length"], top_k: int) -> Metric:
-    """The metric of a name on a batch."""
+    """Return the named metric on a batch. `top_k` counts for the metric `top-k-kl` alone."""
     if name == "perplexity":
         return CrossEntropy(token_ids)
     if name == "top-k-kl":
@@ -53,9 +53,9 @@ def metric(name: MetricName, dense: PreTrainedModel, token_ids: Int[Tensor, "seq
 class Divergence:
     """KL(dense || candidate) = negentropy - sum p (z - logsumexp z) for logits `z`.
 
-    Probabilities are float16, half of float32's memory, times `SCALE`, or the many small ones of a large vocabulary
-    would be zero; negentropy and mass are of the rounded ones, so the divergence of a model to itself is still zero to
-    float32's precision.
+    Probabilities are kept in float16, which takes half of float32's memory. They are multiplied by `SCALE`, because the
+    many small ones of a large vocabulary would otherwise be zero. Negentropy and mass are those of the rounded
+    probabilities, so the divergence of a model from itself is still zero to float32's precision.
     """
 
     probabilities: Float[Tensor, "tokens vocab"]
@@ -64,7 +64,7 @@ class Divergence:
 
     @classmethod
     def of(cls, dense: PreTrainedModel, token_ids: Int[Tensor, "sequences length"]) -> Divergence:
-        """The dense model's distributions."""
+        """Return the metric that keeps the dense model's distributions on a batch."""
         parts = []
         for log_p in _log_probabilities(dense, token_ids):
             p = (SCALE * log_p.exp()).half()
@@ -73,14 +73,14 @@ class Divergence:
 
     @property
     def tokens(self) -> int:
-        """All tokens of the batch."""
+        """The number of tokens in the batch."""
         return len(self.mass)
 
-    def total(self, hidden: Float[Tensor, "tokens d_out"], head: Logits) -> float:
-        """The sum over tokens of KL(dense || candidate)."""
+    def total(self, hidden: Float[Tensor, "tokens d_out"], logits: Logits) -> float:
+        """Return the sum over tokens of KL(dense || candidate)."""
         expected = torch.zeros_like(self.mass)
         normaliser = torch.full_like(self.mass, -torch.inf)
-        for rows, columns, z in head.tiles(hidden):
+        for rows, columns, z in logits.tiles(hidden):
             expected[rows] += torch.linalg.vecdot(self.probabilities[rows, columns].float(), z)
             peak = z.amax(-1, keepdim=True)
             part = z.sub_(peak).exp_().sum(-1).log_() + peak.squeeze(-1)  # logsumexp without a copy
@@ -92,7 +92,7 @@ class Divergence:
 class TopKDivergence:
     """KL(dense || candidate) of distributions over the dense model's `top_k` likeliest tokens and "any other".
 
-    A lower bound of the whole divergence, in a hundredth of its memory.
+    It is a lower bound of the whole divergence, and takes a hundredth of its memory.
     """
 
     indices: Int[Tensor, "tokens top_k"]
@@ -100,19 +100,19 @@ class TopKDivergence:
 
     @classmethod
     def of(cls, dense: PreTrainedModel, token_ids: Int[Tensor, "sequences length"], top_k: int) -> TopKDivergence:
-        """The dense model's likeliest tokens; all of them if the vocabulary has no more than `top_k`."""
+        """Return the metric of the `top_k` likeliest tokens, or of the whole vocabulary if it has fewer."""
         parts = [log_p.topk(min(top_k, log_p.shape[-1])) for log_p in _log_probabilities(dense, token_ids)]
         return cls(torch.cat([part.indices.int() for part in parts]), torch.cat([part.values for part in parts]))
 
     @property
     def tokens(self) -> int:
-        """All tokens of the batch."""
+        """The number of tokens in the batch."""
         return len(self.indices)
 
-    def total(self, hidden: Float[Tensor, "tokens d_out"], head: Logits) -> float:
-        """The sum over tokens."""
+    def total(self, hidden: Float[Tensor, "tokens d_out"], logits: Logits) -> float:
+        """Return the sum over tokens of the divergence of the two lumped distributions."""
         totals = []
-        for rows, z in head.chunks(hidden):
+        for rows, z in logits.chunks(hidden):
             log_q = (z.gather(-1, self.indices[rows].long()) - z.logsumexp(-1, keepdim=True)).double()
             log_p = self.log_probabilities[rows].double()
             # A sum of float32 probabilities may pass 1 by its rounding.
@@ -127,25 +127,25 @@ _TINY = 1e-9
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """The logarithm of perplexity: the text's own next tokens, whatever the dense model says of them."""
+    """The logarithm of perplexity: the loss on the text's own next tokens, without regard to the dense model."""
 
     token_ids: Int[Tensor, "sequences length"]
 
     @property
     def tokens(self) -> int:
-        """Every token but the first of each sequence."""
+        """The number of tokens that are predicted: all but the first of each sequence."""
         sequences, length = self.token_ids.shape
         return sequences * (length - 1)
 
-    def total(self, hidden: Float[Tensor, "tokens d_out"], head: Logits) -> float:
-        """The sum over tokens of -log q(next token)."""
+    def total(self, hidden: Float[Tensor, "tokens d_out"], logits: Logits) -> float:
+        """Return the sum over tokens of -log q(next token)."""
         sequences, length = self.token_ids.shape
         states = hidden.unflatten(0, (sequences, length))[:, :-1].flatten(0, 1)
-        wanted = self.token_ids[:, 1:].flatten()
+        labels = self.token_ids[:, 1:].flatten()
         totals = []
-        for rows, z in head.chunks(states):
-            surprise = z.logsumexp(-1) - z.gather(-1, wanted[rows, None]).squeeze(-1)
-            totals.append(surprise.double().sum())
+        for rows, z in logits.chunks(states):
+            losses = z.logsumexp(-1) - z.gather(-1, labels[rows, None]).squeeze(-1)
+            totals.append(losses.double().sum())
         return torch.stack(totals).sum().item()
 
 
@@ -154,5 +154,5 @@ def _log_probabilities(
     dense: PreTrainedModel, token_ids: Int[Tensor, "sequences length"]
 ) -> Iterator[Float[Tensor, "rows vocab"]]:
     hidden = dense.get_decoder()(token_ids, use_cache=False).last_hidden_state.flatten(0, 1)
-    for _, logits in Logits(dense).chunks(hidden):
+    for _, logits in Logits.of(dense).chunks(hidden):
         yield logits.log_softmax(-1)

@@ -204,7 +204,7 @@ def _multiplied(model: PreTrainedModel, units: Sequence[Unit], masks: Sequence[T
 def _add_gradient(model: Any, ids: Int[Tensor, "1 length"]) -> bool:
     """Backpropagate the language-model loss on a sequence; if its gradient is not finite, do not, and return False."""
     hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state[0, :-1]
-    gradient = Logits(model).gradient(hidden, CrossEntropyGradient(ids[0, 1:]))
+    gradient = Logits.of(model).gradient(hidden, CrossEntropyGradient(ids[0, 1:]))
     if not gradient.isfinite().all():
         return False
     hidden.backward(gradient)

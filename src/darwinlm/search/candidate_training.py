@@ -78,7 +78,7 @@ class CandidateTrainer:
         """Return the candidate trained on the first `sequences` sequences. The weights of `candidate` do not change."""
         trained = self._resume(genome, candidate, sequences)
         model: Any = trained.model.eval()  # no dropout: a score depends on the genome alone
-        logits = Logits(model)
+        logits = Logits.of(model)
         for sequence in range(trained.sequences, min(sequences, len(self.token_ids))):
             self._step(model, logits, trained.optimizer, sequence, candidate.dtype)
         trained.sequences = sequences
@@ -135,7 +135,7 @@ class CandidateTrainer:
                 hidden = self.teacher.get_decoder()(ids, use_cache=False).last_hidden_state
             self._teacher_states[sequence] = hidden[:, :-1].flatten(0, 1)
         states = self._teacher_states[sequence]
-        return KLGradient(Logits(self.teacher), states, len(states))
+        return KLGradient(Logits.of(self.teacher), states, len(states))
 
     def _spill(self, genome: Genome, trained: Trained) -> None:
         file = tempfile.TemporaryFile()  # noqa: SIM115, it has no name and disappears with the process

@@ -163,7 +163,7 @@ class Fitness:
             for block, arguments in zip(blocks[fork:], trace.arguments[fork:], strict=True):
                 hidden = block(hidden, **arguments)
             hidden = model.get_submodule(self.stitcher.family.final_norm)(hidden)
-        return self._metrics[index].total(hidden.flatten(0, 1), Logits(model))
+        return self._metrics[index].total(hidden.flatten(0, 1), Logits.of(model))
 
     def _fork(self, genome: Genome, parent: Genome) -> int:
         """Return the first block in which two genomes differ."""

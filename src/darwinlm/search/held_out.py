@@ -41,7 +41,7 @@ class HeldOut:
 
     @torch.inference_mode()
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
-        logits = Logits(model)
+        logits = Logits.of(model)
         return {
             name: sum(
                 dense.total(model.get_decoder()(ids, use_cache=False).last_hidden_state.flatten(0, 1), logits)

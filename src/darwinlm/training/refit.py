@@ -64,7 +64,7 @@ def refit(
     optimizer = torch.optim.AdamW(list(weights.values()), weight_decay=0.0)
     if tensors:
         set_state(weights, optimizer, tensors)
-    heads, device = (Logits(dense), Logits(model)), dense.device
+    logits, device = (Logits.of(dense), Logits.of(model)), dense.device
     low = dense.dtype == torch.bfloat16
     saved, divergences = time.monotonic(), []
     for step in track(range(done, steps), "refit", steps, done):
@@ -73,7 +73,7 @@ def refit(
         batch, total = token_ids[step * config.batch_size :][: config.batch_size], 0.0
         for ids in batch.split(1):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
-                total += _accumulate(dense, model, heads, ids.to(device), batch.numel())
+                total += _accumulate(dense, model, logits, ids.to(device), batch.numel())
         if not math.isfinite(total):
             raise DarwinError(
                 f"the refit diverged at step {step + 1}: lower --refit.learning-rate, or --refit.tokens 0 leaves it out"
@@ -120,17 +120,17 @@ def _replace(model: PreTrainedModel, path: str, weight: Tensor) -> nn.Linear:
 def _accumulate(
     dense: PreTrainedModel,
     model: PreTrainedModel,
-    heads: tuple[Logits, Logits],
+    logits: tuple[Logits, Logits],
     ids: Int[Tensor, "one length"],
     tokens: int,
 ) -> float:
     """Add the gradient of a sequence's divergence over `tokens`, and return that divergence."""
     with torch.no_grad():
-        wanted = dense.get_decoder()(ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        dense_hidden = dense.get_decoder()(ids, use_cache=False).last_hidden_state.flatten(0, 1)
     hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state.flatten(0, 1)
-    distance = KLGradient(heads[0], wanted, tokens)
-    hidden.backward(heads[1].gradient(hidden, distance))
-    return distance.total / tokens
+    divergence = KLGradient(logits[0], dense_hidden, tokens)
+    hidden.backward(logits[1].gradient(hidden, divergence))
+    return divergence.total / tokens
 
 
 def _schedule(step: int, steps: int) -> float:

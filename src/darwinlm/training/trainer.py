@@ -26,7 +26,7 @@ from transformers import (
 
 from darwinlm.config.training import DistillationConfig
 from darwinlm.evaluation.quality import perplexity_of
-from darwinlm.losses.distillation import Losses, Target, chunked_loss, hidden_for_logits
+from darwinlm.losses.distillation import LastHidden, Losses, Target, chunked_loss, hidden_for_logits
 from darwinlm.runtime.files import write_record, write_text
 from darwinlm.runtime.progress import say
 from darwinlm.types import DarwinError
@@ -81,9 +81,8 @@ class RecoveryTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         wrapper: Any = model
         inner: Any = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
-        self._objective = inner.loss_function = _Objective(distillation.weight)
-        self._head = hidden_for_logits(inner)
-        self._objective.head = self._head.__enter__()
+        self._hidden_for_logits = hidden_for_logits(inner)
+        self._objective = inner.loss_function = _Objective(self._hidden_for_logits.__enter__(), distillation.weight)
         self._sums = torch.zeros(3, dtype=torch.float64)  # cross-entropy, KL and batches since they were logged
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -204,15 +203,15 @@ class RecoveryTrainer(Trainer):
 
     def close(self) -> None:
         """Give the model its logits back."""
-        self._head.__exit__(None, None, None)
+        self._hidden_for_logits.__exit__(None, None, None)
 
 
 class _Objective:
-    """What transformers calls for the loss of a forward pass; its logits are the hidden states, see distill.py."""
+    """The loss function that a model's forward pass calls; it reads the hidden states that were kept there."""
 
-    def __init__(self, kl_weight: float):
+    def __init__(self, last_hidden: LastHidden, kl_weight: float):
+        self.last_hidden = last_hidden
         self.kl_weight = kl_weight
-        self.head: Any = None
         self._target: Target | None = None
         self._temperature = 1.0
         self._losses: Losses | None = None
@@ -220,10 +219,10 @@ class _Objective:
     def set(self, target: Target | None, temperature: float) -> None:
         self._target, self._temperature = target, temperature
 
-    def __call__(self, logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+    def __call__(self, logits: Tensor, labels: Tensor, *_: Any, **__: Any) -> Tensor:
         self._losses = chunked_loss(
-            logits[:, :-1].flatten(0, 1),
-            self.head.weight,
+            self.last_hidden.take()[:, :-1].flatten(0, 1),
+            self.last_hidden.logits,
             labels[:, 1:].flatten(),
             self._target,
             kl_weight=self.kl_weight,
