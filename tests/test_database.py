@@ -9,9 +9,10 @@ import torch
 
 from darwinlm.config.run import DatabaseConfig
 from darwinlm.database import eliminate
+from darwinlm.database.levels import UnitStatistics
 from darwinlm.database.store import Database, add_unit
 from darwinlm.genome import level_grid
-from darwinlm.types import DarwinError, Unit, UnitStatistics, UsageError
+from darwinlm.types import DarwinError, Unit, UsageError
 
 UNITS = tuple(Unit(f"block-{b:02d}-mlp", b, "mlp", f"{b}.down", (), 1, 64, 10, 0) for b in range(3))
 GRID = level_grid(UNITS, 4, 8)

@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, GPT2Config
 import pruned
 import tiny
 from darwinlm.database.calibrate import calibrate
+from darwinlm.database.levels import Level
 from darwinlm.database.stitch import NoAttn, repeat_shared
 from darwinlm.genome import level_grid, prunable_parameters
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import FAMILIES, block_sizes, find_family, find_units, head_dim, linear_at
-from darwinlm.types import DarwinError, Genome, Level, Structure, Unit, UsageError
+from darwinlm.types import DarwinError, Genome, Structure, Unit, UsageError
 from pruned import Pruned
 
 STRUCTURES: tuple[Structure, ...] = ("kv_group", "balanced", "head")

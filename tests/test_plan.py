@@ -189,7 +189,7 @@ def test_a_plan_to_a_share_of_the_parameters(tmp_path: Path, capsys: pytest.Capt
         (["--target", "params=0.5", "--target-level", "5"], "expected one of them, found both"),
         (["--target", "params=half"], "--target: expected params"),
         (["--target", "latency=0.5"], "found latency"),
-        (["--target-le", "5"], "has no flag --target-le: did you mean --target-level?"),
+        (["--target-le", "5"], "has no flag --target-le (the closest is --target-level)"),
         (["--database.structure", "column"], "structure"),
         (["--database.granularity", "48"], "granularity must divide the 11008 channels"),
     ],

@@ -254,16 +254,16 @@ class Parser(ArgumentParser):
             prog, message = f"{PROG} {missing[1]}", re.sub(r"(\w+)\.(\w+)", _as_typed, message)
         unknown = re.search(r"unrecognized arguments: (--[\w.-]+)", message)
         if unknown:
-            message = f"{prog} has no flag {unknown[1]}" + _closest(unknown[1], parser)
+            message = f"{prog} has no flag {unknown[1]}{_closest(unknown[1], parser)}"
         message = re.sub(r'Parser key "([^"]+)":', lambda key: f"--{key[1].replace('_', '-')}:", message)
         everything = "--help" if prog == PROG else "--help-all"
         sys.exit(_fail(f"{message}; {prog} {everything} lists what there is", 2))
 
 
 def _closest(flag: str, parser: ArgumentParser) -> str:
-    """A question after the flag that was probably meant, if one is close."""
+    """The flag that was probably meant, if one is close, as the end of a clause."""
     close = get_close_matches(flag, parser._option_string_actions, n=1)
-    return f": did you mean {close[0]}?" if close else ""
+    return f" (the closest is {close[0]})" if close else ""
 
 
 def _as_typed(key: re.Match[str]) -> str:

@@ -1,6 +1,6 @@
 """The frozen types that stages pass to each other, and the names of tensor dimensions.
 
-Dimensions, as named in annotations and docstrings:
+Nothing here needs torch, for which the command line does not wait. Dimensions, as named in annotations and docstrings:
 
     d_in      input columns of a consumer (query heads x head_dim, or MLP channels)
     d_out     output rows of a consumer (the model's hidden size)
@@ -14,9 +14,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
-
-from jaxtyping import Float, Int
-from torch import Tensor
 
 Kind = Literal["attention", "mlp"]
 KINDS: tuple[Kind, ...] = ("attention", "mlp")
@@ -101,43 +98,6 @@ class Unit:
             return 0
         shared = min(self.groups, remaining) * self.shared_parameters
         return remaining * self.structure_parameters + shared + self.fixed_parameters
-
-
-@dataclass(frozen=True)
-class UnitStatistics:
-    """A unit's statistics from calibration: `hessian = 2/tokens * sum x x^T` over its consumer's inputs, undamped."""
-
-    unit: Unit
-    weight: Float[Tensor, "d_out d_in"]
-    hessian: Float[Tensor, "d_in d_in"]
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Elimination:
-    """The greedy order in which a unit loses its structures, and the accumulated error after each removal.
-
-    `order[i]` is the structure that is removed as number `i + 1`; `errors[i]` is the squared output error of the unit,
-    `tr((W - W') H (W - W')^T)`, once it is gone. Both have length `structures`.
-    """
-
-    unit: Unit
-    order: Int[Tensor, " structures"]
-    errors: Float[Tensor, " structures"]
-
-
-@dataclass(frozen=True)
-class Level:
-    """A unit with some structures removed: the consumer's surviving columns and their re-solved weights.
-
-    `kept` lists surviving structures in ascending order; `weight` has `len(kept) * structure_width` columns.
-    """
-
-    unit: Unit
-    level: int
-    kept: Int[Tensor, " kept_structures"]
-    weight: Float[Tensor, "d_out kept"]
-    error: float
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`darwinlm evaluate`: one protocol for any model, a table on the screen and the same as JSON."""
+"""`darwinlm evaluate`: measure any model by one protocol, and print a table or write JSON."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is evaluated, under the name that it has in the table."""
+    """A model that is evaluated, and its name in the table."""
 
     name: str
     model: PreTrainedModel
@@ -43,10 +43,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class Card:
-    """What is known of one model.
+    """The measurements of one model.
 
     Attributes:
-        qualities: by text; KL is None without a dense model of the same vocabulary.
+        qualities: perplexity and KL by text; KL is None without a dense model of the same vocabulary.
+        writing: its greedy continuations, if they were asked for.
+        scores: its scores in tasks.
     """
 
     name: str
@@ -77,7 +79,7 @@ def evaluate_models(config: EvaluateConfig) -> list[Card]:
 
     Raises:
         UsageError: if nothing is to be measured, or a setting, model, text or task cannot be used.
-        DarwinError: if a task cannot be run; all others are measured, printed and written before.
+        DarwinError: if a task cannot be run, after all else has been measured, printed and written.
     """
     if not config.asks_for_something:
         raise UsageError("nothing to measure: expected --data, --tasks, --suite, --generation or --speed; give one")
@@ -109,13 +111,13 @@ def _check_file(config: EvaluateConfig) -> None:
     if config.out is None:
         return
     out = Path(config.out).absolute()
-    there = next(parent for parent in out.parents if parent.exists())
-    if out.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
+    parent = next(parent for parent in out.parents if parent.exists())
+    if out.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UsageError(f"--out: expected a file that can be written, found {config.out}; name another")
 
 
 def _ask(subject: Subject, request: Request, config: EvaluateConfig) -> list[Score]:
-    """A model's figures on a task, or why it has none: hours of others are not lost for it."""
+    """A model's scores in a task; one without a value gives the reason if the task fails, for others took hours."""
     say(f"tasks: {subject.name}, {request.task}")
     try:
         return run_tasks(subject.model, subject.tokenizer, [request], config)
@@ -124,38 +126,38 @@ def _ask(subject: Subject, request: Request, config: EvaluateConfig) -> list[Sco
 
 
 def _subjects(config: EvaluateConfig, workspace: Path) -> list[Subject]:
-    """The dense model first, then the model, then those beside it."""
+    """Load the dense model, then the model, then those of `--beside`."""
     beside = [] if config.beside is None else [name.strip() for name in config.beside.split(",")]
-    wanted = {} if config.against is None else {DENSE: config.against}
+    models = {} if config.against is None else {DENSE: config.against}
     for name in [config.model, *beside]:
         short = Path(name).name
-        wanted[name if short in wanted or short == DENSE else short] = name
+        models[name if short in models or short == DENSE else short] = name
     device = resolve_device(config.device)
-    found = []
-    for number, (label, name) in enumerate(wanted.items()):
+    subjects = []
+    for number, (label, name) in enumerate(models.items()):
         checkpoint = open_model(name, workspace / str(number))
         if config.data is not None:
             checkpoint.check_length(config.window, "window")
         dtype = DTYPES.get(config.dtype, checkpoint.dtype)
-        found.append(Subject(label, checkpoint.load(dtype, device), checkpoint.tokenizer))
-    return found
+        subjects.append(Subject(label, checkpoint.load(dtype, device), checkpoint.tokenizer))
+    return subjects
 
 
 def _qualities(
     text: str, subjects: Sequence[Subject], dense: Subject | None, config: EvaluateConfig
 ) -> dict[str, tuple[float, float | None]]:
-    """Perplexity and KL on one text. Models of another vocabulary than the dense one's have only the first."""
+    """Perplexity and KL on one text; models whose vocabulary is not the dense model's have no KL."""
     comparable = [] if dense is None else [subject for subject in subjects if _same_vocabulary(subject, dense)]
     groups = [comparable, *([subject] for subject in subjects if subject not in comparable)]
-    found: dict[str, tuple[float, float | None]] = {}
+    measured: dict[str, tuple[float, float | None]] = {}
     for group in filter(None, groups):
         stream = read_text(text, group[0].tokenizer, config)
         windows = windows_over(stream, config.window, config.stride or config.window)
         models = {subject.name: subject.model for subject in group}
         qualities: Mapping[str, Quality] = quality_over(models, windows)
         for name, quality in qualities.items():
-            found[name] = quality.perplexity, quality.kl if group is comparable else None
-    return found
+            measured[name] = quality.perplexity, quality.kl if group is comparable else None
+    return measured
 
 
 def read_text(text: str, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig) -> Int[Tensor, " tokens"]:
@@ -174,7 +176,7 @@ def read_text(text: str, tokenizer: PreTrainedTokenizerBase, config: EvaluateCon
 
 
 def _same_vocabulary(one: Subject, other: Subject) -> bool:
-    """The same tokens, and as many logits: some models of a family have more than their tokenizer has tokens."""
+    """Whether two models have the same tokens, and as many logits, which may be more than there are tokens."""
     if one is other:
         return True
     sizes = one.model.config.vocab_size, other.model.config.vocab_size
@@ -187,16 +189,16 @@ def _write(subject: Subject, reference: Subject | None, config: EvaluateConfig) 
 
 
 def table(cards: Sequence[Card], config: EvaluateConfig) -> str:
-    """A column a model, a row a measure, and below it how it was measured and what the models write."""
+    """A table with a column for each model and a row for each measure; below it the protocol and the continuations."""
     rows = [["", *(card.name for card in cards)], ["parameters", *(f"{card.parameters:,}" for card in cards)]]
     for text in cards[0].qualities:
-        found = [card.qualities[text] for card in cards]
-        rows.append([f"perplexity, {text}", *(f"{perplexity:.3f}" for perplexity, _ in found)])
-        if any(kl is not None for _, kl in found):
-            rows.append([f"KL, {text}", *("" if kl is None else f"{kl:.4f}" for _, kl in found)])
-    found = [{(score.task, score.metric, score.shots): str(score) for score in card.scores} for card in cards]
-    for task, metric, shots in dict.fromkeys(key for scores in found for key in scores):
-        row = [scores.get((task, metric, shots), "-") for scores in found]
+        qualities = [card.qualities[text] for card in cards]
+        rows.append([f"perplexity, {text}", *(f"{perplexity:.3f}" for perplexity, _ in qualities)])
+        if any(kl is not None for _, kl in qualities):
+            rows.append([f"KL, {text}", *("" if kl is None else f"{kl:.4f}" for _, kl in qualities)])
+    scores_of_cards = [{(score.task, score.metric, score.shots): str(score) for score in card.scores} for card in cards]
+    for task, metric, shots in dict.fromkeys(key for scores in scores_of_cards for key in scores):
+        row = [scores.get((task, metric, shots), "-") for scores in scores_of_cards]
         rows.append([f"{task}, {metric}, {shots}-shot", *row])
     if config.suite:
         rows.append(["average of the suite", *map(_average, cards)])
@@ -220,13 +222,13 @@ def table(cards: Sequence[Card], config: EvaluateConfig) -> str:
 
 
 def _average(card: Card) -> str:
-    """Of the suite's tasks, all of which have one figure; of a part of them it would compare with nothing."""
+    """The mean over the suite's tasks in per cent, or a dash if one of them has no score."""
     values = [score.value for score in card.scores[: len(SUITE)] if score.value is not None]
     return f"{100 * math.fsum(values) / len(SUITE):.1f}" if len(values) == len(SUITE) else "-"
 
 
 def protocol(cards: Sequence[Card], config: EvaluateConfig) -> dict[str, str]:
-    """How the figures came about, for people."""
+    """How the figures were measured, as sentences by topic."""
     how = {}
     if config.data is not None:
         stride = config.stride or config.window
@@ -255,7 +257,7 @@ def protocol(cards: Sequence[Card], config: EvaluateConfig) -> dict[str, str]:
 
 
 def save(cards: Sequence[Card], config: EvaluateConfig, speed: Mapping[str, Any] | None = None) -> None:
-    """Write the JSON that `config` asks for, if it does: what is known of every model, and what `--speed` measured."""
+    """Write the JSON that `config` asks for, if any: the measurements of every model, and of `--speed`."""
     if config.out is None:
         return
     models = [
@@ -275,10 +277,10 @@ def save(cards: Sequence[Card], config: EvaluateConfig, speed: Mapping[str, Any]
 def compare_speed(
     directory: Path, dense: str, config: SpeedConfig, device: str = "auto", dtype: str = "auto"
 ) -> dict[str, Any]:
-    """Print how fast the model in `directory` is beside the dense one, and the speed-ups that counting predicts.
+    """Print how fast the model in `directory` is beside the dense one, and the speed-ups that operations predict.
 
     Returns:
-        The same for a file: what was measured of both, and the speed-ups, those that were found and those predicted.
+        What was measured of both models, and the measured and the predicted speed-ups.
 
     Args:
         dense: a directory, a hub id, a .gguf file, or smollm2-135m.
@@ -298,14 +300,14 @@ def compare_speed(
         "prefill": counted_before.prefill_flops / counted_after.prefill_flops,
         "decode": counted_before.decode_bytes / counted_after.decode_bytes,
     }
-    found = {
+    speedups = {
         "prefill": after.prefill_tokens_per_s / before.prefill_tokens_per_s,
         "decode": after.decode_tokens_per_s / before.decode_tokens_per_s,
     }
     rows = [("", "dense", "model", "")]
     rows += [("parameters", *(f"{parameter_count(model):,}" for model in models.values()), "")]
     rows += [
-        (f"{stage}, tokens/s", f"{a:.1f}", f"{b:.1f}", f"{found[stage]:.2f} times, {predicted[stage]:.2f} predicted")
+        (f"{stage}, tokens/s", f"{a:.1f}", f"{b:.1f}", f"{speedups[stage]:.2f} times, {predicted[stage]:.2f} predicted")
         for stage, a, b in (
             ("prefill", before.prefill_tokens_per_s, after.prefill_tokens_per_s),
             ("decode", before.decode_tokens_per_s, after.decode_tokens_per_s),
@@ -317,7 +319,7 @@ def compare_speed(
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for name, left, right, note in rows:
         print(f"{name:{widths[0]}}  {left:>{widths[1]}}  {right:>{widths[2]}}  {note}".rstrip())
-    return {"dense": asdict(before), "model": asdict(after), "speedup": found, "predicted": predicted}
+    return {"dense": asdict(before), "model": asdict(after), "speedup": speedups, "predicted": predicted}
 
 
 def _megabytes(number: int | None) -> str:

@@ -1,6 +1,6 @@
-"""Gradual pruning: `darwinlm gradual`. A model is pruned and trained, then that model pruned further, as a recipe says.
+"""Gradual pruning: `darwinlm gradual`. A recipe prunes and trains a model in several stages.
 
-Each stage is a run and a training of its own, in a directory of its own, so whatever is interrupted goes on there.
+The pruning and the training of each stage have directories of their own, and each goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from darwinlm.search.budget import parameter_costs
 from darwinlm.search.uniform import uniform_genome
 from darwinlm.training.trainer import FINISHED
 
-LEFT = ("cache", "dense")  # by a command that was refused: the next one takes it
+LEFT_BEHIND = ("cache", "dense")  # what a refused command may leave, and the next one uses
 
 
 def gradual(config: GradualConfig) -> Path:
@@ -47,16 +47,16 @@ def gradual(config: GradualConfig) -> Path:
 
 
 def _claim(out: Path, config: GradualConfig) -> None:
-    """Hold the directory. How to train may change until a training has begun, and all until a pruning has."""
+    """Claim the directory: all settings may change until a pruning begins, and those of training until one begins."""
     trained = any(out.glob("*-train/result.json")) or any(out.glob(f"*-train/checkpoints/*/{FINISHED}"))
-    how = ["stream", "distillation", "training"] if any(out.glob("*-prune")) else [f.name for f in fields(config)]
-    claim(out, GRADUAL_SETTINGS, config, LEFT, () if trained else how)
+    free = ["stream", "distillation", "training"] if any(out.glob("*-prune")) else [f.name for f in fields(config)]
+    claim(out, GRADUAL_SETTINGS, config, LEFT_BEHIND, () if trained else free)
 
 
 def _check(config: GradualConfig, dense: Checkpoint) -> None:
-    """Find before the first pruning what trainings would stumble over after it: settings, and how the text reads."""
+    """Check the settings and the text of the trainings before the first pruning."""
     trainings = (_training(config, stage, 1, Path(config.model), dense) for stage in config.stages)
-    first = next(filter(None, trainings), None)  # of which all others have the settings
+    first = next(filter(None, trainings), None)  # all have the same settings
     if first is not None:
         check(first, dense, dense)
         cache = Path(str(first.cache))
@@ -86,13 +86,13 @@ def _stages(config: GradualConfig, out: Path) -> Path:
 
 
 def _pruning(config: GradualConfig, stage: GradualStage, number: int, model: str, dense: Checkpoint) -> RunConfig:
-    """The run of a stage: from the dense model at a level, or from the last stage's model at that level's size."""
+    """The run of a stage: the first prunes the dense model to a level, others a trained model to a level's size."""
     out = Path(config.out)
     settings: dict[str, Any] = {"target_level": stage.target_level, "search": config.search}
     if number > 1:
         settings = {"target": f"params={_size_at(dense, stage.target_level, config)}", "search": config.search}
         if config.search.start != "sensitivity":
-            start = _as_it_is(out / f"{number}-start.json", model, config)
+            start = _unpruned_genome(out / f"{number}-start.json", model, config)
             settings["search"] = replace(config.search, start=str(start))
     return RunConfig(
         model=model,
@@ -109,8 +109,8 @@ def _pruning(config: GradualConfig, stage: GradualStage, number: int, model: str
     )
 
 
-def _as_it_is(file: Path, model: str, config: GradualConfig) -> Path:
-    """A file with the genome that prunes nothing of a model."""
+def _unpruned_genome(file: Path, model: str, config: GradualConfig) -> Path:
+    """Write the genome that removes nothing from a model to a file, and return its path."""
     source = Checkpoint(find_export(Path(model)))
     units = find_units(source.skeleton(), source.config, config.database.structure)
     if parallel.first():
@@ -122,7 +122,7 @@ def _as_it_is(file: Path, model: str, config: GradualConfig) -> Path:
 def _training(
     config: GradualConfig, stage: GradualStage, number: int, pruned: Path, dense: Checkpoint
 ) -> TrainConfig | None:
-    """The training of a stage, if it has one: on text that no stage before it has seen."""
+    """The training of a stage, if it has one, on text that no earlier stage has seen."""
     if not stage.tokens:
         return None
     out = Path(config.out)
@@ -146,7 +146,7 @@ def _training(
 
 
 def _size_at(dense: Checkpoint, level: float, config: GradualConfig) -> int:
-    """Parameters of the dense model at a uniform level."""
+    """The parameters that the dense model has at a uniform level."""
     skeleton = dense.skeleton()
     grid = find_grid(skeleton, dense.config, config.database)
     genome = uniform_genome(grid, level, config.database.levels, Random(config.seed))
@@ -154,7 +154,7 @@ def _size_at(dense: Checkpoint, level: float, config: GradualConfig) -> int:
 
 
 def _report(config: GradualConfig, out: Path, rows: list[dict[str, Any]], dense_parameters: int) -> None:
-    """What every stage came to, on held-out text."""
+    """Write a table of every stage's size and held-out quality."""
     titles = ["stage", "level", "parameters", "perplexity as pruned", "trained", "KL as pruned", "trained"]
     cells = []
     for row in rows:

@@ -37,7 +37,7 @@ from darwinlm.training.teacher_logits import CachedTeacher, TaughtSequences, Tea
 from darwinlm.training.trainer import FINISHED, Batch, DivergedError, RecoveryTrainer, Teacher
 from darwinlm.types import DarwinError, UsageError
 
-LEFT = ("cache", "student", "teacher")  # by a command that was refused: the next one takes it
+LEFT_BEHIND = ("cache", "student", "teacher")  # what a refused command may leave, and the next one uses
 
 
 OPTIMIZER = "optimizer.pt"
@@ -51,26 +51,26 @@ def train(config: TrainConfig) -> Training:
         DarwinError: if the training fails or diverges. The same call goes on from the last checkpoint.
     """
     thrift = "lower --training.micro-batch-size or switch on --training.gradient-checkpointing"
-    told = explain_failures(f"the training in {config.out}", thrift)
-    this = Training(config.out)
-    held = parallel.shared_directory(this.path, lambda: _claim(this, config))
-    with told, parallel.together(), held:
-        if this.result_path.exists():
-            say(f"{this.path} is finished: {this.exported} is the model")
-            return this
-        work = _open(this, config)
+    training = Training(config.out)
+    explained = explain_failures(f"the training in {config.out}", thrift)
+    held = parallel.shared_directory(training.path, lambda: _claim(training, config))
+    with explained, parallel.together(), held:
+        if training.result_path.exists():
+            say(f"{training.path} is finished: {training.exported} is the model")
+            return training
+        work = _open(training, config)
         last = _train(work)
         if parallel.first():
             _export(work, last)
             _conclude(work, last)
-    return this
+    return training
 
 
 def check(config: TrainConfig, student: Checkpoint, teacher: Checkpoint | None) -> None:
-    """Find what is wrong with the settings of a training, before anything is computed for it.
+    """Check the settings of a training before anything is computed for it.
 
     Args:
-        student: the model that will be trained, or one of the same kind and tokenizer.
+        student: the model that will be trained, or one of the same family and tokenizer.
 
     Raises:
         UsageError: if a setting cannot be used.
@@ -92,17 +92,25 @@ def check(config: TrainConfig, student: Checkpoint, teacher: Checkpoint | None) 
         say("--training.fsdp: there is one process, which has nothing to share; torchrun starts several")
 
 
-def _claim(this: Training, config: TrainConfig) -> None:
-    """Hold the directory. Until there is a checkpoint, nothing in it depends on the settings."""
-    begun = this.result_path.exists() or any(this.checkpoints.glob(f"*/{FINISHED}"))
-    claim(this.path, TRAIN_SETTINGS, config, LEFT, () if begun else [field.name for field in fields(config)])
+def _claim(training: Training, config: TrainConfig) -> None:
+    """Claim the directory for these settings; all of them may change until there is a checkpoint."""
+    begun = training.result_path.exists() or any(training.checkpoints.glob(f"*/{FINISHED}"))
+    claim(training.path, TRAIN_SETTINGS, config, LEFT_BEHIND, () if begun else [field.name for field in fields(config)])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Work:
-    """What the steps of a training read."""
+    """What every step of a training reads: its directory and settings, models, text, and where to compute.
 
-    this: Training
+    Attributes:
+        checkpoint: the model that is trained.
+        held_out: the sequences that it is evaluated on.
+        cache: the directory for tokens and the teacher's logits.
+        dtype: the precision of the products; weights that train are float32.
+        provenance: what determines the result, which every checkpoint records.
+    """
+
+    training: Training
     config: TrainConfig
     checkpoint: Checkpoint
     teacher: Checkpoint | None
@@ -110,19 +118,19 @@ class _Work:
     held_out: Sequences
     cache: Path
     device: torch.device
-    dtype: torch.dtype  # of products
+    dtype: torch.dtype
     provenance: dict[str, Any]
 
 
-def _open(this: Training, config: TrainConfig) -> _Work:
-    """Everything that can be wrong with the arguments is found here, before hours are spent."""
+def _open(training: Training, config: TrainConfig) -> _Work:
+    """Open models and text. Whatever is wrong with the arguments is found here, before hours are spent."""
     try:
         device = resolve_device(config.device)
         with parallel.first_before_others():
-            checkpoint = open_model(config.model, this.path / "student")
-            teacher = None if config.teacher is None else open_model(config.teacher, this.path / "teacher")
+            checkpoint = open_model(config.model, training.path / "student")
+            teacher = None if config.teacher is None else open_model(config.teacher, training.path / "teacher")
         check(config, checkpoint, teacher)
-        cache = Path(config.cache) if config.cache else this.path / "cache"
+        cache = Path(config.cache) if config.cache else training.path / "cache"
         text = config.data, config.steps * config.training.batch_size, checkpoint.tokenizer, config.stream, cache
         sequences = draw_sequences(*text, config.seed, -(-config.skip // config.stream.sequence_length))
         held_out = draw_held_out(
@@ -136,20 +144,31 @@ def _open(this: Training, config: TrainConfig) -> _Work:
             "model": checkpoint.fingerprint,
             "teacher": None if teacher is None else teacher.fingerprint,
             "text": sequences.fingerprint,
-            "settings": _deciding(config),
+            "settings": _determining(config),
         }
-        provenance = json.loads(json.dumps(provenance))  # as a checkpoint says it
-        this.last_checkpoint(provenance)
+        provenance = json.loads(json.dumps(provenance))  # as it reads in a checkpoint
+        training.last_checkpoint(provenance)
         dtype = resolve_dtype(config.training.dtype, device)
     except DarwinError:
-        if parallel.first() and not this.checkpoints.exists():
-            (this.path / TRAIN_SETTINGS).unlink(missing_ok=True)
+        if parallel.first() and not training.checkpoints.exists():
+            (training.path / TRAIN_SETTINGS).unlink(missing_ok=True)
         raise
-    return _Work(this, config, checkpoint, teacher, sequences, held_out, cache, device, dtype, provenance)
+    return _Work(
+        training=training,
+        config=config,
+        checkpoint=checkpoint,
+        teacher=teacher,
+        sequences=sequences,
+        held_out=held_out,
+        cache=cache,
+        device=device,
+        dtype=dtype,
+        provenance=provenance,
+    )
 
 
-def _deciding(config: TrainConfig) -> dict[str, Any]:
-    """The settings that decide what a training makes of its model and text."""
+def _determining(config: TrainConfig) -> dict[str, Any]:
+    """Settings that determine what a training makes of its model and text."""
     free = {name.removeprefix("training.") for name in FREE}
     settings = {name: value for name, value in asdict(config.training).items() if name not in free}
     return settings | asdict(config.distillation) | {"seed": config.seed}
@@ -198,7 +217,7 @@ class _OnlineTeacher:
 
 
 def _teacher(work: _Work) -> tuple[Teacher | None, Dataset, Dataset]:
-    """The teacher, if there is one, and the sequences for training and evaluation with what it needs of them."""
+    """The teacher, if there is one, and the sequences for training and evaluation, with its logits if cached."""
     checkpoint, config = work.teacher, work.config.distillation
     if checkpoint is None:
         return None, work.sequences, work.held_out
@@ -209,19 +228,19 @@ def _teacher(work: _Work) -> tuple[Teacher | None, Dataset, Dataset]:
     if not config.top_k:
         return _OnlineTeacher(load()), work.sequences, work.held_out
 
-    def taught(sequences: Sequences, temperature: float) -> Dataset:
+    def with_logits(sequences: Sequences, temperature: float) -> Dataset:
         logits = TeacherLogits.open(work.cache, checkpoint.fingerprint, config.top_k, temperature)
         logits.fill(sequences, load)
         return TaughtSequences(sequences, logits)
 
-    learned = taught(work.sequences, config.temperature) if config.weight else work.sequences
-    return CachedTeacher(), learned, taught(work.held_out, 1.0)
+    learned = with_logits(work.sequences, config.temperature) if config.weight else work.sequences
+    return CachedTeacher(), learned, with_logits(work.held_out, 1.0)
 
 
 def _train(work: _Work) -> Path:
     """Train to the end, from the last checkpoint if there is one, and return the final checkpoint."""
-    config, this = work.config, work.this
-    last = this.last_checkpoint(work.provenance)
+    config, training = work.config, work.training
+    last = training.last_checkpoint(work.provenance)
     if last is not None and last.name == f"checkpoint-{config.steps}":
         return last
     if last is not None:
@@ -240,12 +259,12 @@ def _train(work: _Work) -> Path:
             teacher,
             config.distillation,
             work.provenance,
-            this.log_path,
+            training.log_path,
         )
         try:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except DivergedError as error:
-            good = this.last_checkpoint(work.provenance)
+            good = training.last_checkpoint(work.provenance)
             kept = "no state was kept yet" if good is None else f"the last good state is in {good}"
             raise DarwinError(
                 f"training diverged: {error}; {kept}; lower --training.learning-rate and choose another --out"
@@ -253,13 +272,13 @@ def _train(work: _Work) -> Path:
         finally:
             trainer.close()
     parallel.wait_for_all()
-    last = this.last_checkpoint(work.provenance)
+    last = training.last_checkpoint(work.provenance)
     assert last is not None
     return last
 
 
 def _check_resumable(last: Path, work: _Work) -> None:
-    """Raise `DarwinError` if a checkpoint lacks what going on exactly takes."""
+    """Raise `DarwinError` if a training cannot go on from a checkpoint exactly."""
     if _sharded(work.config) and work.device.type == "cpu":  # accelerate's loading waits for ever
         raise DarwinError(
             f"--training.fsdp: a sharded training cannot be resumed on CPU (found {last}); resume it on GPUs, or "
@@ -281,7 +300,7 @@ def _arguments(work: _Work, resumed: bool) -> TrainingArguments:
     low = work.dtype == torch.bfloat16
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if low else "no"  # which a launcher may have set otherwise
     return TrainingArguments(
-        output_dir=str(work.this.checkpoints),
+        output_dir=str(work.training.checkpoints),
         max_steps=work.config.steps,
         per_device_train_batch_size=config.micro_batch_size,
         gradient_accumulation_steps=_accumulation(work.config),
@@ -335,35 +354,35 @@ def _with_adapters(model: PreTrainedModel, config: TrainConfig) -> nn.Module:
 
 
 def _trained(work: _Work, last: Path) -> PreTrainedModel:
-    """The model of the final checkpoint, adapters merged, in the precision of the one that was given."""
+    """The model of the final checkpoint, with adapters merged, in the precision of the untrained one."""
     if work.config.training.lora_rank:
         from peft import PeftModel
 
-        given: Any = work.checkpoint.load(torch.float32, work.device)
+        untrained: Any = work.checkpoint.load(torch.float32, work.device)
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
-            model: Any = PeftModel.from_pretrained(given, last).merge_and_unload()
+            model: Any = PeftModel.from_pretrained(untrained, last).merge_and_unload()
     else:
         model = Checkpoint(last).load(torch.float32, work.device)
-        model.config = work.checkpoint.skeleton().config  # which the Trainer has changed for its own ends
-    for parameter in model.parameters():  # not the buffers: rotary frequencies stay float32, as where it is loaded
+        model.config = work.checkpoint.skeleton().config  # the Trainer has changed the model's own
+    for parameter in model.parameters():  # buffers stay float32, as rotary frequencies are when a model is loaded
         parameter.data = parameter.data.to(work.checkpoint.dtype)
     return model.eval()
 
 
 def _export(work: _Work, last: Path) -> None:
-    """Write the trained model as a directory that transformers loads, and prove it in a fresh process."""
-    if work.this.exported.exists():
+    """Write the trained model as a directory that transformers loads, and check it in a fresh process."""
+    if work.training.exported.exists():
         return
     model = _trained(work, last)
     expected = Expected.of(model) if work.config.verify else None
     source = work.checkpoint.path / "README.md"
     before = source.read_text(encoding="utf-8") if source.exists() else ""
     card = trained_card(before, work.config.model, _settings(work), parameter_count(model))
-    export_hf(model, block_sizes_of(model.config), work.checkpoint.tokenizer, work.this.exported, card, expected)
+    export_hf(model, block_sizes_of(model.config), work.checkpoint.tokenizer, work.training.exported, card, expected)
 
 
 def _settings(work: _Work) -> dict[str, str]:
-    """What the training was, for people."""
+    """A description of the training for its model card, by title."""
     config = work.config
     loss = "cross-entropy"
     if config.teacher is not None and config.distillation.weight > 0:
@@ -382,13 +401,14 @@ def _settings(work: _Work) -> dict[str, str]:
 
 
 def _conclude(work: _Work, last: Path) -> None:
+    """Record and print the held-out figures before and after the training."""
     history = read_json(last / "trainer_state.json", "log_history")["log_history"]
     evaluations = [line for line in history if "eval_perplexity" in line]
     before, after = (_figures(evaluations[i]) for i in (0, -1))
-    write_record(work.this.result_path, {"before": before, "after": after}, work.provenance)
+    write_record(work.training.result_path, {"before": before, "after": after}, work.provenance)
     for name, figures in (("before", before), ("after", after)):
         say(f"{name}: " + ", ".join(f"{what} {value:.4g}" for what, value in figures.items()))
-    print(work.this.exported)
+    print(work.training.exported)
 
 
 def _figures(line: Mapping[str, Any]) -> dict[str, Any]:

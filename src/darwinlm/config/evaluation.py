@@ -21,9 +21,9 @@ class TasksConfig:
     tasks_data: str | None = None
     """Directory of .jsonl files (arc_easy, boolq, logi_qa, piqa, winogrande) that stand in for the hub's questions."""
     shots: int | None = None
-    """Examples before each question of --tasks; if not given, what each task says."""
+    """Examples before each question of --tasks; by default as many as each task says."""
     limit: int | None = None
-    """Questions of each task, at most: for trying things out."""
+    """Largest number of questions of each task, for a quick try."""
     batch_size: int = 8
     """Questions at a time."""
 
@@ -41,9 +41,9 @@ class EvaluateConfig(TasksConfig):
     """Text for perplexity: as for darwinlm compress, several with commas, each measured by itself. wikitext2 and c4
     are their own test and validation text."""
     against: str | None = None
-    """The dense model: KL divergence from it, and agreement with what it writes."""
+    """The dense model, from which KL divergence and agreement of continuations are measured."""
     beside: str | None = None
-    """Other models to put through the same, with commas between them."""
+    """Other models to measure in the same way, with commas between them."""
     suite: Literal["darwinlm"] | None = None
     """The paper's protocol: nine tasks with its shots and its choice of acc or acc_norm."""
     generation: bool = False
@@ -55,9 +55,10 @@ class EvaluateConfig(TasksConfig):
     tokens: int = 524_288
     """Tokens of each text, at most."""
     window: int = 1024
-    """Tokens that a model sees at a time."""
+    """Tokens in a window of text that a model sees at a time."""
     stride: int | None = None
-    """Tokens from one window to the next; a window if not given. Less gives tokens more context, and takes longer."""
+    """Tokens from one window to the next; by default a whole window. A smaller stride gives tokens more context and
+    takes longer."""
     continuation_tokens: int = 64
     """New tokens in each continuation."""
     prompts: tuple[str, ...] = (
@@ -136,7 +137,7 @@ class SpeedConfig:
     new_tokens: int = 32
     """Tokens written after each prompt."""
     repeats: int = 5
-    """Turns a model; the median counts."""
+    """Timings of each model; the median counts."""
 
     def __post_init__(self) -> None:
         expect_at_least(self, "", batch=1, prompt_tokens=1, new_tokens=1, repeats=1)

@@ -1,7 +1,7 @@
-"""One frozen dataclass a stage: the same serve the command line, YAML and Python.
+"""Settings: a frozen dataclass for each stage, which serves the command line, YAML and Python alike.
 
-The text under a field is its help on the command line. A value that makes no sense is refused where it is given: every
-class raises `UsageError`, naming the flag.
+The text below a field is its help on the command line. Every class raises `UsageError`, which names the flag, for a
+value that makes no sense.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STARTS = ("sensitivity", "uniform")  # anything else is the file of an earlier g
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """Calibration: which text the dense model is measured on."""
+    """Calibration: the text that the dense model is measured on."""
 
     tokens: int = 131_072
     """Calibration tokens."""
@@ -46,17 +46,17 @@ class CalibrationConfig:
 
 @dataclass(frozen=True)
 class DatabaseConfig:
-    """Database: which levels every unit gets, and how they are solved."""
+    """Database: the levels that every unit gets, and how their weights are solved."""
 
     levels: int = 10
-    """Levels a unit, N; at level i it has lost i/N of its structures. Fewer where a unit has fewer structures."""
+    """Levels of a unit, N; at level i it has lost i/N of its structures. Units with few structures have fewer."""
     structure: Structure = "kv_group"
-    """What an attention loses at a time: kv_group (a KV head with its query heads), balanced (one query head of every
+    """The structure that attention loses: kv_group (a KV head with its query heads), balanced (one query head of every
     group), head (the paper's: any query head; its export repeats K and V for every query head that is left)."""
     granularity: int = 32
     """MLP channels are removed in multiples of this many."""
     damping: float = 0.01
-    """Added to the Hessian's diagonal, as a share of its mean."""
+    """Share of the mean of the Hessian's diagonal that is added to it."""
 
     def __post_init__(self) -> None:
         expect_at_least(self, "database", levels=1, granularity=1)
@@ -71,15 +71,15 @@ class SearchConfig:
     """The first parent: sensitivity (least summed sensitivity, by dynamic programming), uniform (the paper's), or the
     genome of an earlier search, a file as for --genome, that loses further levels at random units (gradual pruning)."""
     moves: Literal["priced", "within_kinds"] = "priced"
-    """How mutants differ: priced lets units of both kinds trade by what they cost, within_kinds is the paper's
-    level-switch mutation."""
+    """How mutants differ from their parent: priced lets attention and MLPs trade levels by cost, within_kinds is the
+    paper's level-switch mutation."""
     metric: MetricName = "kl"
-    """What fitness is: KL divergence from the dense model, over all tokens or its likeliest, or log-perplexity."""
+    """The fitness: KL divergence from the dense model over all tokens or its likeliest, or log-perplexity."""
     top_k: int = 512
-    """Tokens that top-k-kl tells apart; all others count as one."""
+    """The likeliest tokens that top-k-kl distinguishes; all others count as one."""
     scrambled: float = 0.25
-    """Share of each of the search's sequences, at its end, whose tokens are put in random order: a model that is judged
-    on one kind of text alone breaks on others. Perplexity, which takes the text at its word, is judged without."""
+    """Share of each of the search's sequences, at its end, whose tokens are put in random order, for a model that is
+    judged on one kind of text alone does badly on others. It does not apply to perplexity."""
     generations: int = 40
     """Generations of the evolution."""
     offspring: int = 16
@@ -90,14 +90,14 @@ class SearchConfig:
         SelectionStage(survivors=2, fitness_tokens=4096),
         SelectionStage(survivors=1, fitness_tokens=8192),
     )
-    """Rounds of selection within a generation: survivors, fitness tokens, and training tokens in all so far: what
-    survives goes on training where it stood."""
+    """Rounds of selection within a generation: survivors, fitness tokens, and total training tokens so far. Survivors
+    continue their training."""
     max_switches: int = 3
-    """Level switches in one mutant, at most."""
+    """Largest number of level switches in one mutant."""
     learning_rate: float = 1e-5
     """Learning rate of the training before selection."""
     loss: Literal["cross-entropy", "distillation"] = "cross-entropy"
-    """What that training minimises: cross-entropy with the text, or the divergence from the dense model."""
+    """The loss of that training: cross-entropy with the text, or the divergence from the dense model."""
     trains: Literal["all", "consumers"] = "consumers"
     """Which weights of the blocks that training moves: those that read what was pruned (o_proj, down_proj), in a third
     of the memory and less time, or all, as in the paper."""
@@ -124,7 +124,7 @@ class SearchConfig:
 
     @property
     def generation_tokens(self) -> int:
-        """Tokens that a generation's candidates are scored on, untrained."""
+        """Tokens that the candidates of a generation are scored on where none is trained."""
         tokens, scored, candidates = 0, 0, self.offspring
         for stage in self.stages:
             tokens += candidates * max(0, stage.fitness_tokens - scored)
@@ -134,18 +134,18 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class LatencyConfig:
-    """Latency: the forward pass whose time --target latency=... is."""
+    """Latency: the forward pass that --target latency=... limits."""
 
     batch: int = 1
     """Sequences at a time."""
     tokens: int = 1
     """New tokens of each sequence: 1 is a step of decoding, many a prefill."""
     context: int = 512
-    """Tokens of each that are in the cache already."""
+    """Tokens of each sequence that are in the cache already."""
     repeats: int = 9
     """Alternating timings of every unit at every level; the median counts."""
     table: str | None = None
-    """Take these timings, search/latency.json of an earlier run on the same device."""
+    """File of timings to use: search/latency.json of an earlier run on the same device."""
 
     def __post_init__(self) -> None:
         expect_at_least(self, "latency", batch=1, tokens=1, context=0, repeats=1)
@@ -153,10 +153,10 @@ class LatencyConfig:
 
 @dataclass(frozen=True)
 class RefitConfig:
-    """Refit: the chosen model's consumers learn the dense model's distribution."""
+    """Refit: the consumers of the searched model learn the dense model's distribution."""
 
     tokens: int = 131_072
-    """Tokens that neither calibration nor search has seen, passed over once; 0 keeps the database's weights."""
+    """Tokens that neither calibration nor search has seen, for one pass; 0 keeps the database's weights."""
     learning_rate: float = 3e-4
     """Highest learning rate of AdamW."""
     batch_size: int = 4
@@ -189,7 +189,7 @@ class EvaluationConfig:
     decode_tokens: int = 32
     """New tokens of the decode timing."""
     repeats: int = 5
-    """Alternating timings a model; the median counts."""
+    """Alternating timings of each model; the median counts."""
 
     def __post_init__(self) -> None:
         expect_at_least(self, "evaluation", tokens=1, continuation_tokens=0, speed_tokens=1, decode_tokens=1, repeats=1)
@@ -220,7 +220,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run's result, and where it goes."""
+    """A run: what determines its result, and where it goes."""
 
     model: str
     """A hub id, a directory, a .gguf file, or smollm2-135m."""
@@ -239,7 +239,7 @@ class RunConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the search; auto is bfloat16 where the device is fast at it."""
     genome: str | None = None
-    """Use this genome and search none: another run's search/result.json, or a JSON list of levels. It has no budget."""
+    """Genome to use without search or budget: search/result.json of another run, or a JSON list of levels."""
     target: str | None = None
     """The size of the result: params, flops (a token), kv-cache (bytes a token) or latency, as the share of the dense
     model that is kept (params=0.6) or an amount (params=4.7B, latency=20ms). The result stays below it, by less than
@@ -274,10 +274,10 @@ Config = TypeVar("Config")
 
 
 def read_config(path: Path, kind: type[Config] = RunConfig) -> Config:
-    """Settings from a YAML file that holds all of them, as a run directory's `run.yaml` does.
+    """Read settings from a YAML file that holds all of them, such as the `run.yaml` of a run directory.
 
     Raises:
-        UsageError: if the file is no such settings.
+        UsageError: if the file does not hold such settings.
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind)

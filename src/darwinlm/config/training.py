@@ -1,4 +1,4 @@
-"""Settings of training, and of recipes that prune and train in turn. As in config.py."""
+"""Settings of training, and of recipes that prune and train in turn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from darwinlm.config.run import CalibrationConfig, DatabaseConfig, EvaluationCon
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """Text to train on: which documents are kept, and how long the sequences are that they are packed into."""
+    """Training text: which documents are kept, and the length of the sequences that they are packed into."""
 
     sequence_length: int = 1024
     """Tokens in a training sequence: the context."""
@@ -31,11 +31,11 @@ class DistillationConfig:
     """Distillation: how the teacher's distribution enters the loss."""
 
     weight: float = 1.0
-    """Share of KL(teacher || model) in the loss; the rest is cross-entropy. At 0 the teacher only judges."""
+    """Share of KL(teacher || model) in the loss; the rest is cross-entropy. At 0 it serves evaluation alone."""
     temperature: float = 1.0
-    """Both distributions are softened by it; the KL divergence then counts its square."""
+    """Temperature that softens both distributions; the KL divergence is multiplied by its square."""
     top_k: int = 0
-    """Keep this many logits of the teacher on disk, once for many runs; 0 runs the teacher beside the model."""
+    """Largest logits of the teacher that are kept on disk for each token; 0 runs the teacher beside the model."""
 
     def __post_init__(self) -> None:
         expect(0 <= self.weight <= 1, "distillation.weight", "0 to 1", self.weight)
@@ -50,23 +50,23 @@ class TrainingConfig:
     learning_rate: float = 1e-4
     """Highest learning rate."""
     warmup_steps: int = 50
-    """Steps until it is reached."""
+    """Steps until the highest learning rate is reached."""
     batch_size: int = 128
-    """Sequences in a step, over all processes: reached by gradient accumulation."""
+    """Sequences in a step, over all processes; gradients are accumulated to reach it."""
     micro_batch_size: int = 1
     """Sequences in one forward pass of one process."""
     max_gradient_norm: float = 1.0
-    """Longer gradients are shortened to it."""
+    """Norm to which longer gradients are clipped."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the products; weights that train are float32. auto is bfloat16 where the device is fast at it."""
     gradient_checkpointing: bool = False
     """Compute activations a second time instead of keeping them."""
     fsdp: bool = False
-    """Share weights, gradients and optimizer among the processes (FSDP2), each decoder block by itself."""
+    """Shard weights, gradients and optimizer over the processes (FSDP2), block by block."""
     lora_rank: int = 0
-    """Train low-rank adapters of this rank, merged in the end; 0 trains all weights."""
+    """Rank of low-rank adapters to train, which are merged at the end; 0 trains all weights."""
     lora_alpha: float = 16.0
-    """Scale of the adapters, over their rank."""
+    """Scale of the adapters, divided by their rank."""
     log_every: int = 10
     """Steps between two lines of the loss."""
     evaluate_every: int = 100
@@ -83,13 +83,13 @@ class TrainingConfig:
         expect_at_least(self, "training", warmup_steps=0, lora_rank=0, **dict.fromkeys(counts, 1))
         expect_positive(self, "training", "learning_rate", "max_gradient_norm", "lora_alpha")
         expect(not (self.fsdp and self.lora_rank), "training.lora_rank", "0 with --training.fsdp", self.lora_rank)
-        even = self.save_every % self.log_every == 0  # or a resumed run would average its losses otherwise
-        expect(even, "training.save_every", f"a multiple of --training.log-every {self.log_every}", self.save_every)
+        whole = self.save_every % self.log_every == 0  # else a resumed run would average its losses differently
+        expect(whole, "training.save_every", f"a multiple of --training.log-every {self.log_every}", self.save_every)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides what training makes of a model, and where it goes."""
+    """Training of a model: what determines its result, and where it goes."""
 
     model: str
     """A run directory, an export, or a dense model as for darwinlm compress."""
@@ -100,15 +100,15 @@ class TrainConfig:
     tokens: int = 10_000_000
     """Tokens to train on, rounded up to whole steps."""
     teacher: str | None = None
-    """The dense model: its distribution is learned, and the KL divergence from it reported."""
+    """The dense model, whose distribution is learned and from which the KL divergence is reported."""
     skip: int = 0
-    """Tokens of the text to leave out at its beginning: those that an earlier training has seen."""
+    """Tokens to skip at the beginning of the text, which an earlier training has seen."""
     seed: int = 0
     """Order of the sequences, and everything else that is random."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda."""
     cache: str | None = None
-    """Directory for tokens and teacher's logits, which many runs can share; OUT/cache by default."""
+    """Directory for tokens and the teacher's logits, which many runs can share; OUT/cache by default."""
     verify: bool = True
     """Load the export in a fresh process without darwinlm and compare its logits."""
     stream: StreamConfig = field(default_factory=StreamConfig)
@@ -132,12 +132,12 @@ class TrainConfig:
 
 
 def steps_of(tokens: int, training: TrainingConfig, stream: StreamConfig) -> int:
-    """Optimizer steps that tokens make, the last one whole."""
+    """Return the optimizer steps that take at least so many tokens."""
     return -(-tokens // (training.batch_size * stream.sequence_length))
 
 
 def expect_more_than_warm_up(steps: int, training: TrainingConfig) -> None:
-    """Raise `UsageError` if a training would end before its learning rate has risen."""
+    """Raise `UsageError` if a training would end before its warm-up."""
     expected = f"fewer than the {steps:,} steps that the tokens make"
     expect(training.warmup_steps < steps, "training.warmup_steps", expected, training.warmup_steps)
 
@@ -147,9 +147,9 @@ class GradualStage:
     """One pruning and the training after it."""
 
     target_level: float
-    """Uniform level, out of database.levels of the dense model, whose size the model must not exceed after it."""
+    """Uniform level, out of database.levels of the dense model, whose size the pruned model must not exceed."""
     tokens: int
-    """Tokens to train on after it; 0 trains nothing."""
+    """Tokens to train on after the pruning; 0 trains nothing."""
 
     def __post_init__(self) -> None:
         expect(self.tokens >= 0, "stages", "0 or more tokens", self.tokens)
@@ -173,7 +173,7 @@ class GradualConfig:
     device: str = "auto"
     """Where to compute: auto, cpu, cuda."""
     cache: str | None = None
-    """Directory for tokens and teacher's logits; OUT/cache by default, for all stages."""
+    """Directory for tokens and the teacher's logits of all stages; OUT/cache by default."""
     verify: bool = True
     """Load each export in a fresh process without darwinlm and compare its logits."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)

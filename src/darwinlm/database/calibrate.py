@@ -17,10 +17,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from darwinlm.database.levels import UnitStatistics
 from darwinlm.model.checkpoint import Checkpoint, is_finite
 from darwinlm.model.families import linear_at
 from darwinlm.runtime import parallel
-from darwinlm.types import DarwinError, Unit, UnitStatistics
+from darwinlm.types import DarwinError, Unit
 
 PANEL = 512  # rows of a Hessian that are summed in one matrix product
 

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from darwinlm.types import DarwinError, Elimination, Level, Unit
+from darwinlm.database.levels import Elimination, Level
+from darwinlm.types import DarwinError, Unit
 
 QUEUE = 128  # channels removed between two matrix products
 

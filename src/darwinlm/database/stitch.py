@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from darwinlm.database.levels import Level
 from darwinlm.database.store import Database
 from darwinlm.model.families import Family, head_dim, key_value_heads, linear_at
-from darwinlm.types import Genome, Level, Producer, Unit
+from darwinlm.types import Genome, Producer, Unit
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from darwinlm.config.run import DatabaseConfig
 from darwinlm.database import eliminate
+from darwinlm.database.levels import Elimination, Level, UnitStatistics
 from darwinlm.genome import Grid
 from darwinlm.runtime import parallel
 from darwinlm.runtime.files import DamagedError, read_record, read_tensors, write_record, write_tensors
-from darwinlm.types import DarwinError, Elimination, Level, UnitStatistics, UsageError
+from darwinlm.types import DarwinError, UsageError
 
 MANIFEST = "database.json"
 

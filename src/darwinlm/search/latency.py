@@ -16,6 +16,7 @@ from transformers import Cache, PreTrainedModel
 
 from darwinlm.config.run import LatencyConfig
 from darwinlm.database.eliminate import columns_of
+from darwinlm.database.levels import Level
 from darwinlm.database.stitch import Stitcher, repeat_shared
 from darwinlm.database.store import Database
 from darwinlm.genome import Grid
@@ -24,7 +25,7 @@ from darwinlm.model.families import linear_at
 from darwinlm.runtime import timing
 from darwinlm.runtime.files import read_record, write_record
 from darwinlm.search.budget import Costs
-from darwinlm.types import Genome, Level, Unit, UsageError
+from darwinlm.types import Genome, Unit, UsageError
 
 NANO = 1e9
 
