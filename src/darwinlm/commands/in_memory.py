@@ -121,31 +121,27 @@ def _settings(values: Mapping[str, Any]) -> RunConfig:
     """
     _expect_known("compress", values, RunConfig)
     sections: dict[str, Any] = {each.name: each.default_factory for each in dataclasses.fields(RunConfig)}
-    plain = {}
-    for name, value in values.items():
-        content = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and name in sections else value
+    plain = _as_in_yaml(values)
+    for name, content in plain.items():
         if isinstance(sections[name], type):
-            _expect_section(name, content)
-            _expect_known(name, content, sections[name])
-        plain[name] = content
-    stages = plain.get("search", {}).get("stages", ())
-    for stage in stages if isinstance(stages, list | tuple) else ():
-        if not dataclasses.is_dataclass(stage):
-            _expect_section("search.stages", stage)
-            _expect_known("search.stages", stage, SelectionStage)
+            _expect_section(name, content, sections[name])
+    stages = plain.get("search", {}).get("stages")
+    for stage in stages if isinstance(stages, list) else ():
+        _expect_section("search.stages", stage, SelectionStage)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(RunConfig)
     try:
-        parsed = parser.parse_object(_as_in_yaml(plain))
+        parsed = parser.parse_object(plain)
     except ArgumentError as error:
         reason = " ".join(str(error).removeprefix("Parser key ").split())
         raise UsageError(f"a setting cannot be used: {reason}; give another value") from None
     return RunConfig(**parser.instantiate(parsed).as_dict())
 
 
-def _expect_section(name: str, content: object) -> None:
-    if not isinstance(content, Mapping):
+def _expect_section(name: str, content: Any, kind: type[Any]) -> None:
+    if not isinstance(content, dict):
         raise UsageError(f"{name}: expected a dict of settings or their dataclass, found {content!r}; give one")
+    _expect_known(name, content, kind)
 
 
 def _expect_known(section: str, names: Iterable[str], kind: type[Any]) -> None:
@@ -156,7 +152,9 @@ def _expect_known(section: str, names: Iterable[str], kind: type[Any]) -> None:
 
 
 def _as_in_yaml(value: Any) -> Any:
-    """Dicts and lists for dataclasses and tuples."""
+    """Dicts for dataclasses, lists for tuples, strings for paths."""
+    if isinstance(value, Path):
+        return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):
