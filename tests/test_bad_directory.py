@@ -54,6 +54,18 @@ def test_directory_that_holds_another_run(config: RunConfig, tmp_path: Path, cap
     refused(config, capsys, 2, "run.yaml", "does not hold the settings of a run")
 
 
+def test_a_run_of_the_first_version_is_refused(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Its settings lack the line that says which version's files these are."""
+    compress.run(config, until="database")
+    settings = tmp_path / "run" / "run.yaml"
+    first, _, rest = settings.read_text().partition("\n")
+    assert first.startswith("#")
+    settings.write_text(rest)
+    before = runs.files(tmp_path / "run")
+    refused(config, capsys, 2, "holds a run of darwinlm 0.1.0", "does not read", "use another --out, or darwinlm 0.1.0")
+    assert runs.files(tmp_path / "run") == before
+
+
 def test_directory_that_holds_something_else(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "letters.partial").write_text("mine")

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 import runs
+from darwinlm.commands.run_directory import MARK
 from darwinlm.config.run import SearchConfig
 from darwinlm.database.store import Database
 from darwinlm.genome import level_grid
@@ -86,7 +87,7 @@ def test_two_processes_take_the_path_of_one(
         shutil.copytree(alone, tmp_path / name)
         settings = yaml.safe_load((alone / "run.yaml").read_text())
         settings["search"] = json.loads(json.dumps(asdict(search)))
-        (tmp_path / name / "run.yaml").write_text(yaml.safe_dump(settings))
+        (tmp_path / name / "run.yaml").write_text(MARK + yaml.safe_dump(settings))
     one, two = (
         runs.command(runs.short(checkpoints["llama-gqa"], text, tmp_path / name, search=search), name="search")
         for name in ("one", "two")

@@ -19,8 +19,8 @@ import runs
 import tiny
 from darwinlm.commands import compress
 from darwinlm.commands.run_directory import Run
-from darwinlm.config.run import CalibrationConfig, RunConfig, SearchConfig, Stage, read_config
-from darwinlm.data.corpus import read_corpus, scramble
+from darwinlm.config.run import CalibrationConfig, RefitConfig, RunConfig, SearchConfig, Stage, read_config
+from darwinlm.data.corpus import Corpus, is_held_out, read_corpus, scramble
 from darwinlm.data.draw import draw_tokens, fit_to_text
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import Database
@@ -316,7 +316,12 @@ def test_the_dense_model_is_loaded_once_in_each_precision(
     """Search, refit and evaluation share it; the checkpoint's own precision is float32."""
     loads, load = [], Checkpoint.load
     monkeypatch.setattr(Checkpoint, "load", lambda self, *given: (loads.append(given[0]), load(self, *given))[1])
+    evaluated, evaluate = [], compress._evaluate
+    monkeypatch.setattr(
+        compress, "_evaluate", lambda work, *given: (evaluated.extend(work.models), evaluate(work, *given))[1]
+    )
     compress.run(runs.short(checkpoints["llama-gqa"], text, tmp_path / "run", dtype=dtype))
+    assert evaluated == [torch.float32], "what only the search needed is freed"
     assert len(loads) == len(set(loads))
     assert set(loads) == {torch.float32, getattr(torch, dtype)}
 
@@ -340,7 +345,34 @@ def test_stages_fit_a_text_that_is_too_short(checkpoints: dict[str, Path], text:
     assert fitted.calibration.tokens == counts["calibration"] < 1 << 20
     assert all(counts.values())
     used = sum(count for purpose, count in counts.items() if purpose != "evaluation")
-    assert used <= 32 * corpus.available(1 << 20, held_out=False) < used + 4 * 32, "hardly anything is left over"
+    assert used <= 32 * corpus.available(1 << 20, held_out=False)[0] < used + 4 * 32, "hardly anything is left over"
+
+
+@pytest.mark.parametrize("weight", [1.0, 9.0])
+def test_stages_fit_a_mixture_whose_smaller_source_is_short(weight: float):
+    """Every stage takes whole sequences of each source, and rounds up for each."""
+    pieces = [document[start : start + 400] for document in tiny.documents() for start in range(0, 4000, 400)]
+    for documents in range(16, 40, 3):
+        sources = ("long", tuple(pieces[:150]), weight), ("short", tuple(pieces[300 : 300 + documents]), 1.0)
+        corpus = Corpus(sources, tiny.tokenizer(), 32, seed=0)
+        stage = SelectionStage(survivors=1, fitness_tokens=4096, training_tokens=2048)
+        config = replace(runs.SHORT, search=SearchConfig(stages=(stage,)), refit=RefitConfig(tokens=8192))
+        config = replace(config, fit_data=True, calibration=replace(config.calibration, tokens=32_768))
+        drawn = draw_tokens(corpus, fit_to_text(corpus, config))
+        assert all(len(blocks) for blocks in drawn.values())
+
+
+def test_a_single_held_out_sequence_is_enough_to_fit(checkpoints: dict[str, Path], text: Path, tmp_path: Path):
+    """However many are asked for."""
+    kept = next(document for document in tiny.documents() if is_held_out(document))
+    others = tuple(document for document in tiny.documents() if not is_held_out(document))
+    one = tiny.tokenizer().decode(tiny.tokenizer()(kept)["input_ids"][:40])
+    held_out = next(f"{one} {number}" for number in range(1000) if is_held_out(f"{one} {number}"))
+    corpus = Corpus((("text", (held_out, *others), 1.0),), tiny.tokenizer(), 32, seed=0)
+    for sequences in (49, 98, 103):
+        config = runs.short(checkpoints["llama-gqa"], text, tmp_path / "run", fit_data=True)
+        config = replace(config, evaluation=replace(config.evaluation, tokens=32 * sequences))
+        assert fit_to_text(corpus, config).evaluation.tokens == 32
 
 
 def test_a_text_of_enough_tokens_is_not_scaled(checkpoints: dict[str, Path], text: Path, tmp_path: Path):

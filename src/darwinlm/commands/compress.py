@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from darwinlm.commands.in_memory import settings_of, write_documents, write_model
+from darwinlm.commands.in_memory import Given, read_arguments
 from darwinlm.commands.run_directory import (
-    GIVEN,
     SETTINGS,
     Run,
     claim,
@@ -44,7 +43,7 @@ from darwinlm.model.size import parameter_bytes, parameter_count
 from darwinlm.report import run_report
 from darwinlm.runtime import parallel
 from darwinlm.runtime.device import DTYPES, resolve_device, resolve_dtype
-from darwinlm.runtime.files import remove_unused, write_text
+from darwinlm.runtime.files import write_text
 from darwinlm.runtime.progress import say, track
 from darwinlm.search.budget import Budget, Costs, Target, amount_of, cache_costs, flop_costs, parameter_costs
 from darwinlm.search.evolution import evolve
@@ -55,7 +54,7 @@ from darwinlm.search.mutation import spread
 from darwinlm.search.sensitivity import find_starts
 from darwinlm.search.uniform import fullest, uniform
 from darwinlm.training.refit import refit, set_consumers
-from darwinlm.types import Curve, DarwinError, Genome, SearchResult, UsageError
+from darwinlm.types import Curve, DarwinError, Genome, SearchResult
 
 
 def compress(
@@ -84,24 +83,15 @@ def compress(
         UsageError: if a setting cannot be used; nothing has been written then.
         DarwinError: if anything about model, data or directory stops the run, in one sentence.
     """
-    by_name = [str(value) if isinstance(value, str | Path) else "in memory" for value in (model, data)]
-    config = RunConfig(by_name[0], by_name[1], str(out), **settings_of(settings))
-    this, created = Run(out), not Path(out).exists()
-    try:
-        if not isinstance(model, str | Path):
-            config = replace(config, model=str(write_model(model, tokenizer, this.path)))
-        if not isinstance(data, str | Path):
-            config = replace(config, data=str(write_documents(data, this.path)))
-        return run(config)
-    except UsageError:
-        if created:
-            this.abandon()
-            remove_unused(this.path)
-        raise
+    config, given = read_arguments(model, tokenizer, data, out, settings)
+    return run(config, given=given)
 
 
-def run(config: RunConfig, until: Stage = "report") -> Run:
+def run(config: RunConfig, until: Stage = "report", given: Given | None = None) -> Run:
     """Run all stages up to `until`. What an earlier, interrupted run has finished is not done again.
+
+    Args:
+        given: a model or texts in memory, which are written to where the settings name them.
 
     Raises:
         UsageError: if a setting cannot be used; a directory that was new is left as if nothing had happened.
@@ -114,7 +104,9 @@ def run(config: RunConfig, until: Stage = "report") -> Run:
     free = ("search.learning_rate",) if searching else ()
 
     def prepare() -> None:
-        claim(this.path, SETTINGS, config, (GIVEN,), free)
+        claim(this.path, SETTINGS, config, open_to=free)
+        if given is not None:
+            given.write(this.path)
 
     with told, parallel.together(), parallel.shared_directory(this.path, prepare):
         if this.finished:
@@ -130,7 +122,9 @@ def run(config: RunConfig, until: Stage = "report") -> Run:
         _export(work, result, _finish(work, database, "searched", result.best))
         if until == "export":
             return this
-        rows = _evaluate(work, _finish(work, database, "uniform", work.uniform))
+        uniform_model = _finish(work, database, "uniform", work.uniform)
+        work.keep_only(work.checkpoint.dtype)
+        rows = _evaluate(work, uniform_model)
         _report(work, result, rows, _curves(work, database, result))
     return this
 
@@ -175,6 +169,11 @@ class _Work:
         if dtype not in self.models:
             self.models[dtype] = self.checkpoint.load(dtype, self.device)
         return self.models[dtype]
+
+    def keep_only(self, dtype: torch.dtype) -> None:
+        """Free the dense model in every other precision."""
+        for other in self.models.keys() - {dtype}:
+            del self.models[other]
 
 
 def _open(this: Run, config: RunConfig, until: Stage) -> _Work:

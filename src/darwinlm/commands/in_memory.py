@@ -1,4 +1,4 @@
-"""A model, texts and settings in memory: written into a run's directory once, so that every stage reads files."""
+"""A model, texts and settings in memory: checked first, then written into a run's directory for the stages to read."""
 
 from __future__ import annotations
 
@@ -9,97 +9,154 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentError, ArgumentParser
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from darwinlm.commands.run_directory import GIVEN
+from darwinlm.commands.run_directory import GIVEN_MODEL, GIVEN_TEXT
 from darwinlm.config.run import RunConfig
 from darwinlm.data.corpus import text_of
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import find_family
-from darwinlm.runtime.files import locked_directory, write_text
+from darwinlm.runtime.files import write_text
 from darwinlm.runtime.progress import quiet_transformers
 from darwinlm.types import SelectionStage, UsageError
 
-MODEL, TEXT = f"{GIVEN}model", f"{GIVEN}text.jsonl"
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """A model with its tokenizer, and the lines of a `.jsonl` file of texts; None for what a file holds already."""
+
+    model: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase | None
+    lines: str | None
+
+    def write(self, out: Path) -> None:
+        """Write them into the directory of a run, which this process must hold, or check that they are there.
+
+        Raises:
+            UsageError: if the directory holds another model or other texts.
+        """
+        if self.lines is not None:
+            file = out / GIVEN_TEXT
+            if not file.exists():
+                write_text(file, self.lines)
+            elif file.read_text(encoding="utf-8") != self.lines:
+                raise UsageError(f"{out} holds a run on other documents than those that are given; choose another out")
+        if self.model is not None and self.tokenizer is not None:
+            _write_model(self.model, self.tokenizer, out / GIVEN_MODEL)
 
 
-def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `RunConfig`, with dicts where it has dataclasses: `{"calibration": {"tokens": 8192}}`.
+def _write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    partial = directory.with_name(f"{directory.name}.partial")  # which the next run removes if this process is killed
+    try:
+        with quiet_transformers():
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+        if not directory.exists():
+            partial.rename(directory)
+        elif Checkpoint(directory).fingerprint != Checkpoint(partial).fingerprint:
+            raise UsageError(
+                f"{directory.parent} holds a run of another model than the one that is given; choose another out"
+            )
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_arguments(
+    model: Any, tokenizer: Any, data: Any, out: str | Path, settings: Mapping[str, Any]
+) -> tuple[RunConfig, Given | None]:
+    """The settings that the arguments of `darwinlm.compress` mean, and what of them is in memory. It writes nothing.
 
     Raises:
-        UsageError: if a name is no setting, or a value cannot be used.
+        UsageError: if an argument is of another type or cannot be used.
     """
-    sections = {each.name: each.default_factory for each in dataclasses.fields(RunConfig)}
-    result = {}
-    for name, value in values.items():
-        _expect_fields(name, [name], RunConfig)
-        section: Any = sections[name]
-        if isinstance(value, Mapping) and isinstance(section, type):
-            _expect_fields(name, value, section)
-            content = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
-            if "stages" in content:
-                content["stages"] = tuple(_stage(stage) for stage in content["stages"])
-            value = section(**content)
-        result[name] = value
-    return result
+    in_memory = not isinstance(model, str | Path), not isinstance(data, str | Path)
+    names = {
+        "model": str(Path(out) / GIVEN_MODEL if in_memory[0] else model),
+        "data": str(Path(out) / GIVEN_TEXT if in_memory[1] else data),
+        "out": str(out),
+    }
+    config = _settings({**names, **settings})
+    if in_memory[0]:
+        _expect_model(model, tokenizer)
+    elif tokenizer is not None:
+        raise UsageError(f"tokenizer: expected none beside the name of a model ({model}), found one; leave it out")
+    lines = _lines(data) if in_memory[1] else None
+    if in_memory[1] and "," in str(out):
+        raise UsageError(f"out: expected no comma in it where texts are in memory, found {out}; choose another out")
+    given = Given(model if in_memory[0] else None, tokenizer, lines) if any(in_memory) else None
+    return config, given
 
 
-def _stage(stage: SelectionStage | Mapping[str, Any]) -> SelectionStage:
-    if isinstance(stage, SelectionStage):
-        return stage
-    _expect_fields("search.stages", stage, SelectionStage)
-    return SelectionStage(**stage)
+def _expect_model(model: Any, tokenizer: Any) -> None:
+    if not isinstance(model, PreTrainedModel):
+        found = type(model).__name__
+        raise UsageError(f"model: expected a name, a path or a PreTrainedModel, found {found}; give one of these")
+    if tokenizer is None:
+        raise UsageError("a model in memory needs its tokenizer: expected tokenizer=..., found none; pass it too")
+    find_family(model.config)
 
 
-def _expect_fields(section: str, names: Iterable[str], kind: type[Any]) -> None:
+def _lines(documents: Any) -> str:
+    """Strings, or the records of a data set with a column of text, as the lines of a `.jsonl` file."""
+    if isinstance(documents, Mapping) or not isinstance(documents, Iterable):
+        raise UsageError(
+            f"data: expected a name, a path, a list of strings or a data set, found {type(documents).__name__}; give "
+            "one of these, of a dict of data sets one"
+        )
+    texts = [
+        document if isinstance(document, str) else text_of(document, f"document {number}")
+        for number, document in enumerate(documents)
+    ]
+    if not any(text.strip() for text in texts):
+        raise UsageError("data is empty: expected at least one document with text, found none; give some")
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def _settings(values: Mapping[str, Any]) -> RunConfig:
+    """Settings with dicts where `RunConfig` has dataclasses: `{"calibration": {"tokens": 8192}}`.
+
+    Raises:
+        UsageError: if a name is no setting, or a value is of another type or cannot be used.
+    """
+    _expect_known("compress", values, RunConfig)
+    sections: dict[str, Any] = {each.name: each.default_factory for each in dataclasses.fields(RunConfig)}
+    plain = _as_in_yaml(values)
+    for name, content in plain.items():
+        if isinstance(sections[name], type):
+            _expect_section(name, content, sections[name])
+    stages = plain.get("search", {}).get("stages")
+    for stage in stages if isinstance(stages, list) else ():
+        _expect_section("search.stages", stage, SelectionStage)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(RunConfig)
+    try:
+        parsed = parser.parse_object(plain)
+    except ArgumentError as error:
+        reason = " ".join(str(error).removeprefix("Parser key ").split())
+        raise UsageError(f"a setting cannot be used: {reason}; give another value") from None
+    return RunConfig(**parser.instantiate(parsed).as_dict())
+
+
+def _expect_section(name: str, content: Any, kind: type[Any]) -> None:
+    if not isinstance(content, dict):
+        raise UsageError(f"{name}: expected a dict of settings or their dataclass, found {content!r}; give one")
+    _expect_known(name, content, kind)
+
+
+def _expect_known(section: str, names: Iterable[str], kind: type[Any]) -> None:
     known = [each.name for each in dataclasses.fields(kind)]
     for name in names:
         if name not in known:
             raise UsageError(f"{section}: expected settings among {', '.join(known)}, found {name!r}; check its name")
 
 
-def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, out: Path) -> Path:
-    """The directory in `out` that holds a model and its tokenizer, written if it is not there.
-
-    Raises:
-        UsageError: if there is no tokenizer, the family is not supported, or the directory holds another model.
-    """
-    if tokenizer is None:
-        raise UsageError("a model in memory needs its tokenizer: expected tokenizer=..., found none; pass it too")
-    find_family(model.config)
-    directory = out / MODEL
-    partial = directory.with_name(f"{MODEL}.partial")  # which the next run removes if this process is killed
-    with locked_directory(out), quiet_transformers():
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        if not directory.exists():
-            partial.rename(directory)
-        same = not partial.exists() or Checkpoint(directory).fingerprint == Checkpoint(partial).fingerprint
-        shutil.rmtree(partial, ignore_errors=True)
-    if not same:
-        raise UsageError(f"{out} holds a run of another model than the one that is given; choose another out")
-    return directory
-
-
-def write_documents(documents: Iterable[Any], out: Path) -> Path:
-    """The file in `out` that holds documents, a line of JSON each, written if it is not there.
-
-    Args:
-        documents: strings, or the records of a data set with a column of text.
-
-    Raises:
-        UsageError: if a document has no text, or the file holds others.
-    """
-    texts = [
-        document if isinstance(document, str) else text_of(document, f"document {number}")
-        for number, document in enumerate(documents)
-    ]
-    content = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    file = out / TEXT
-    with locked_directory(out):
-        if not file.exists():
-            write_text(file, content)
-        elif file.read_text(encoding="utf-8") != content:
-            raise UsageError(f"{out} holds a run on other documents than those that are given; choose another out")
-    return file
+def _as_in_yaml(value: Any) -> Any:
+    """Dicts for dataclasses, lists for tuples, strings for paths."""
+    if isinstance(value, Path):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {key: _as_in_yaml(item) for key, item in value.items()}
+    return [_as_in_yaml(item) for item in value] if isinstance(value, list | tuple) else value

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -21,11 +21,12 @@ from darwinlm.config.run import RunConfig, read_config
 from darwinlm.genome import Grid
 from darwinlm.model import pruned
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
-from darwinlm.runtime.files import check_record, read_json, read_record, sweep, write_record, write_text
+from darwinlm.runtime.files import FORMAT_VERSION, check_record, read_json, read_record, sweep, write_record, write_text
 from darwinlm.types import DarwinError, Genome, SearchResult, UsageError
 
 SETTINGS, TRAIN_SETTINGS, GRADUAL_SETTINGS = "run.yaml", "train.yaml", "recipe.yaml"
-GIVEN = "given-"  # before the names of a model and texts that were given in memory
+GIVEN_MODEL, GIVEN_TEXT = "given-model", "given-text.jsonl"  # a model and texts that were given in memory
+MARK = f"# Settings of darwinlm, format {FORMAT_VERSION}\n"  # above them; 0.1.0 wrote none
 
 
 # Settings that may change when something is resumed: it may be moved, and may need less memory or another disk.
@@ -72,10 +73,9 @@ class Run:
         if not self.database.exists():
             sweep(self.path)
             (self.path / SETTINGS).unlink(missing_ok=True)
-            for directory in (self.dense, self.search, *self.path.glob(f"{GIVEN}*/")):
+            (self.path / GIVEN_TEXT).unlink(missing_ok=True)
+            for directory in (self.dense, self.search, self.path / GIVEN_MODEL):
                 shutil.rmtree(directory, ignore_errors=True)
-            for file in self.path.glob(f"{GIVEN}*"):
-                file.unlink()
 
     @property
     def finished(self) -> bool:
@@ -89,8 +89,10 @@ class Run:
 
     @cached_property
     def config(self) -> RunConfig:
-        """The settings that the run was started with."""
-        return read_config(self.path / SETTINGS)
+        """The settings that the run was started with; what it was given in memory is where the run is now."""
+        config = read_config(self.path / SETTINGS)
+        given = {name: str(self.path / file) for name, file in _given(asdict(config)).items()}
+        return replace(config, **given)
 
     @property
     def genome(self) -> Genome:
@@ -145,22 +147,40 @@ def claim(path: Path, settings: str, config: Any, own: Sequence[str] = (), open_
         open_to: settings that may still change, whole ones or parts (`training`); the file then takes the new ones.
 
     Raises:
-        UsageError: if the directory holds other settings, or anything else.
+        UsageError: if the directory holds other settings, a run of another version, or anything else.
     """
     file = path / settings
     if not file.exists():
         strangers = [entry.name for entry in path.iterdir() if not entry.name.startswith((".", settings, *own))]
         if strangers:
             raise UsageError(f"{path} is not empty and holds no run (found {strangers[0]}); choose another --out")
-        write_text(file, yaml.safe_dump(_plain(config), sort_keys=False))
-    differences = _differences(_plain(read_config(file, type(config))), _plain(config))
+        _write_settings(file, config)
+    old, new = _plain(read_config(file, type(config))), _plain(config)
+    if not file.read_text(encoding="utf-8").startswith(MARK):
+        raise UsageError(
+            f"{path} holds a run of darwinlm 0.1.0, whose files this version does not read; use another --out, or "
+            "darwinlm 0.1.0"
+        )
+    differences = _differences(old | _given(old), new | _given(new))
     changed = {name: how for name, how in differences.items() if name not in FREE}
     fixed = [how for name, how in changed.items() if not any(f"{name}.".startswith(f"{part}.") for part in open_to)]
     if fixed:
         raise UsageError(f"{path} holds another run ({'; '.join(fixed)}); choose another --out, or delete it")
     if changed:
-        write_text(file, yaml.safe_dump(_plain(config), sort_keys=False))
+        _write_settings(file, config)
     sweep(path)
+
+
+def _write_settings(file: Path, config: Any) -> None:
+    write_text(file, MARK + yaml.safe_dump(_plain(config), sort_keys=False))
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The settings that name what was given in memory, by its name within the run: the run may have been moved."""
+    names = {"model": GIVEN_MODEL, "data": GIVEN_TEXT}
+    return {
+        setting: name for setting, name in names.items() if settings.get(setting) == str(Path(settings["out"]) / name)
+    }
 
 
 def find_export(path: Path) -> Path:

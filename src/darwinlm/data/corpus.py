@@ -129,15 +129,24 @@ class Corpus:
         """
         return self._draw({"evaluation": tokens}, held_out=True)["evaluation"]
 
-    def available(self, sequences: int, held_out: bool) -> int:
-        """How many sequences of the mixture there are, at most `sequences`; held-out documents' or the others'."""
-        total, least = sum(weight for _, _, weight in self.sources), 1.0
-        for _, documents, weight in self.sources:
-            count = -(-sequences * weight // total)
+    def available(self, most: int, held_out: bool) -> tuple[int, ...]:
+        """How many sequences each source has, of its held-out documents or of the others, at most `most` of each."""
+
+        def count(documents: Sequence[str]) -> int:
             chosen = [document for document in documents if is_held_out(document) == held_out]
-            stream, _ = one_stream(chosen, self.tokenizer, int(count) * self.sequence_length)
-            least = min(least, len(stream) // self.sequence_length / count)
-        return int(sequences * least)
+            stream, _ = one_stream(chosen, self.tokenizer, most * self.sequence_length)
+            return min(most, len(stream) // self.sequence_length)
+
+        return tuple(count(documents) for _, documents, _ in self.sources)
+
+    def needed(self, tokens: Mapping[str, int]) -> tuple[int, ...]:
+        """How many sequences `draw` takes from each source for `tokens` by purpose."""
+        return tuple(sum(self._sequences(count, weight) for count in tokens.values()) for _, _, weight in self.sources)
+
+    def _sequences(self, tokens: int, weight: float) -> int:
+        """The sequences that a source of this weight contributes to a purpose."""
+        total = sum(weight for _, _, weight in self.sources)
+        return int(-(-tokens * weight // (total * self.sequence_length)))
 
     def draw_beside(self, text: str, tokens: int) -> Int[Tensor, "sequences length"]:
         """Blocks from the beginning of another text, to judge a model on; the same for every seed.
@@ -159,17 +168,14 @@ class Corpus:
         return stream.view(count, self.sequence_length)
 
     def _draw(self, tokens: dict[str, int], held_out: bool) -> dict[str, Tensor]:
-        total = sum(weight for _, _, weight in self.sources)
         parts: dict[str, list[Tensor]] = {purpose: [] for purpose in tokens}
         for name, documents, weight in self.sources:
-            sequences = {
-                purpose: -(-count * weight // (total * self.sequence_length)) for purpose, count in tokens.items()
-            }
+            sequences = [self._sequences(count, weight) for count in tokens.values()]
             chosen = [document for document in documents if is_held_out(document) == held_out]
             if not held_out:
                 Random(self.seed).shuffle(chosen)
-            blocks = self._pack(name, chosen, int(sum(sequences.values())), tokens)
-            for purpose, block in zip(tokens, blocks.split([int(count) for count in sequences.values()]), strict=True):
+            blocks = self._pack(name, chosen, sum(sequences), tokens)
+            for purpose, block in zip(tokens, blocks.split(sequences), strict=True):
                 parts[purpose].append(block)
         return {purpose: _interleave(blocks) for purpose, blocks in parts.items()}
 
@@ -180,7 +186,9 @@ class Corpus:
         needed = count * self.sequence_length
         stream, _ = one_stream(documents, self.tokenizer, needed)
         if len(stream) < needed:
-            shares = ", ".join(f"{purpose} {tokens:,} ({FLAGS[purpose]})" for purpose, tokens in purposes.items())
+            shares = ", ".join(
+                f"{purpose} {tokens:,} ({FLAGS[purpose]})" for purpose, tokens in purposes.items() if tokens
+            )
             raise UsageError(
                 f"too little text in {name} for {shares}: expected {needed:,} tokens (sequences of "
                 f"{self.sequence_length}), found {len(stream):,}; give more text, ask for fewer tokens, or let "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import replace
 
 from jaxtyping import Int
@@ -46,23 +47,18 @@ def fit_to_text(corpus: Corpus, config: RunConfig) -> RunConfig:
         UsageError: if there is less text than a sequence for each stage, and one that is held out.
     """
     length, counts = corpus.sequence_length, _token_counts(config)
-    wanted = {purpose: -(-tokens // length) for purpose, tokens in counts.items()}
-    whole, stages = sum(wanted.values()), sum(tokens > 0 for tokens in counts.values())
-    # A mixture rounds up for each stage and source.
-    rounding = stages if len(corpus.sources) > 1 else 0
-    there, held_out = corpus.available(whole + rounding, held_out=False), -(-config.evaluation.tokens // length)
-    judged = corpus.available(held_out, held_out=True)
-    if there - rounding < stages or judged < 1:
+    tokens, stages = _fitted(corpus, counts, held_out=False), sum(count > 0 for count in counts.values())
+    held_out = _fitted(corpus, {"evaluation": config.evaluation.tokens}, held_out=True)
+    if tokens is None or held_out is None:
+        there, judged = (min(corpus.available(stages, held_out=kept)) for kept in (False, True))
+        each = " in each source" if len(corpus.sources) > 1 else ""
         raise UsageError(
-            f"--fit-data: expected a sequence of {length} tokens for each of {stages} stages and one held out, found "
-            f"{there} and {judged}; give more text or lower --calibration.sequence-length"
+            f"--fit-data: expected a sequence of {length} tokens for each of {stages} stages and one held out{each}, "
+            f"found {there} and {judged}; give more text or lower --calibration.sequence-length"
         )
-    if there >= whole + rounding and judged >= held_out:
+    judged_on = held_out["evaluation"]
+    if tokens == counts and judged_on == config.evaluation.tokens:
         return config
-    share = min(1.0, (there - rounding - stages) / max(whole - stages, 1))
-    tokens = {purpose: length * (1 + int((count - 1) * share)) if count else 0 for purpose, count in wanted.items()}
-    tokens = {purpose: min(count, counts[purpose]) for purpose, count in tokens.items()}
-    judged_on = min(config.evaluation.tokens, length * judged)
     parts = ", ".join(f"{purpose} {count:,}" for purpose, count in [*tokens.items(), ("evaluation", judged_on)])
     say(f"--fit-data: the text has tokens for {parts}")
 
@@ -81,6 +77,24 @@ def fit_to_text(corpus: Corpus, config: RunConfig) -> RunConfig:
         refit=replace(config.refit, tokens=tokens["refit"]),
         evaluation=replace(config.evaluation, tokens=judged_on),
     )
+
+
+def _fitted(corpus: Corpus, counts: dict[str, int], held_out: bool) -> dict[str, int] | None:
+    """The largest share of `counts` for which there is text, in whole sequences; None if there is not one for each."""
+    length, purposes = corpus.sequence_length, sum(count > 0 for count in counts.values())
+    wanted = {purpose: -(-count // length) for purpose, count in counts.items()}
+    spare = sum(wanted.values()) - purposes  # sequences beyond the first of each purpose
+    there = corpus.available(spare + purposes, held_out)
+
+    def scaled(kept: int) -> dict[str, int]:
+        sequences = {name: 1 + (count - 1) * kept // max(spare, 1) if count else 0 for name, count in wanted.items()}
+        return {name: min(length * count, counts[name]) for name, count in sequences.items()}
+
+    def too_much(kept: int) -> bool:
+        return any(needed > present for needed, present in zip(corpus.needed(scaled(kept)), there, strict=True))
+
+    kept = bisect_left(range(spare + 1), True, key=too_much) - 1
+    return None if kept < 0 else scaled(kept)
 
 
 def scored_text(text: Int[Tensor, "sequences length"], config: SearchConfig) -> Int[Tensor, "sequences length"]:

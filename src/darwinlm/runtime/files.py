@@ -297,12 +297,6 @@ def _record_of(opened: Any) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def remove_unused(path: Path) -> None:
-    """Remove a directory in which nothing but its lock is left."""
-    if path.is_dir() and all(entry.name == LOCK for entry in path.iterdir()):
-        shutil.rmtree(path)
-
-
 def sweep(path: Path) -> None:
     """Remove the temporary files that a killed process left in a directory that this process has locked."""
     for leftover in [*path.glob("*.partial"), *path.glob("*/*.partial")]:
