@@ -32,6 +32,8 @@ class BlockRates:
 
 
 FLOAT = 4  # bytes of float32, in which statistics and elimination are
+SMALLEST_PRODUCT = 192  # rows and columns
+LONG_ENOUGH = 0.2  # seconds of a product, to be timed by
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,17 @@ def _first_block(config: PretrainedConfig, dtype: torch.dtype) -> tuple[nn.Modul
 
 
 def _product_rate(dtype: torch.dtype, size: int) -> float:
-    matrix = torch.randn(size, size).to(dtype)
-    return 2 * size**3 / _seconds(lambda: matrix @ matrix)
+    """Operations a second of a square product; a smaller one where a product in this precision takes long.
+
+    Without instructions for it, bfloat16 is far slower than float32, and the whole size would take minutes.
+    """
+    side = min(size, SMALLEST_PRODUCT)
+    while True:
+        matrix = torch.randn(side, side).to(dtype)
+        seconds = _seconds(lambda matrix=matrix: matrix @ matrix)
+        if side == size or seconds > LONG_ENOUGH:
+            return 2 * side**3 / seconds
+        side = min(size, 2 * side)
 
 
 def _fill_rate(count: int = 1 << 25) -> float:
