@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
@@ -32,6 +30,7 @@ from darwinlm.runtime import parallel
 from darwinlm.runtime.device import resolve_device, resolve_dtype
 from darwinlm.runtime.files import read_json, write_record
 from darwinlm.runtime.progress import quiet_transformers, say
+from darwinlm.training.adapters import add_adapters, merge_adapters
 from darwinlm.training.directory import Training
 from darwinlm.training.teacher_logits import CachedTeacher, TaughtSequences, TeacherLogits
 from darwinlm.training.trainer import FINISHED, Batch, DivergedError, RecoveryTrainer, Teacher
@@ -248,7 +247,7 @@ def _train(work: _Work) -> Path:
     set_seed(config.seed)
     model: Any = work.checkpoint.load(torch.float32, work.device).requires_grad_(True).train()
     if config.training.lora_rank:
-        model = _with_adapters(model, config)
+        model = add_adapters(model, config.training)
     teacher, sequences, held_out = _teacher(work)
     with quiet_transformers():
         trainer = RecoveryTrainer(
@@ -339,28 +338,10 @@ def _activation_checkpointing() -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
-def _with_adapters(model: PreTrainedModel, config: TrainConfig) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    training = config.training
-    adapters = LoraConfig(
-        r=training.lora_rank,
-        lora_alpha=training.lora_alpha,  # pyright: ignore[reportArgumentType]
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft's own, about names in transformers
-        return get_peft_model(model, adapters)  # pyright: ignore[reportArgumentType]
-
-
 def _trained(work: _Work, last: Path) -> PreTrainedModel:
     """The model of the final checkpoint, with adapters merged, in the precision of the untrained one."""
     if work.config.training.lora_rank:
-        from peft import PeftModel
-
-        untrained: Any = work.checkpoint.load(torch.float32, work.device)
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):
-            model: Any = PeftModel.from_pretrained(untrained, last).merge_and_unload()
+        model: Any = merge_adapters(work.checkpoint.load(torch.float32, work.device), last)
     else:
         model = Checkpoint(last).load(torch.float32, work.device)
         model.config = work.checkpoint.skeleton().config  # the Trainer has changed the model's own
