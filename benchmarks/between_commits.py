@@ -1,11 +1,10 @@
 """Is the working tree as fast as an earlier commit?  Elimination and `demo`, in turn, in one run.
 
-    python benchmarks/between_commits.py 09624f4              # about 20 minutes on two cores
+    python benchmarks/between_commits.py 09624f4              # three quarters of an hour to two hours on two cores
     python benchmarks/between_commits.py 09624f4 --rounds 3
 
-Each side runs in processes of its own, with its own sources and the same installed packages, in the order
-earlier, now, now, earlier, ... so that a drift of the machine's speed falls on both. The ratio is now / earlier, of
-whole seconds; the table gives the median of the rounds and their range.
+Each side runs in processes of its own, with its own sources and the same installed packages. The sides take turns, of
+which the first warms up and does not count. The table gives medians, and of the ratio now / earlier the range too.
 """
 
 from __future__ import annotations
@@ -17,15 +16,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
-from elimination import processor
+from darwinlm.runtime.device import processor_name
+from darwinlm.runtime.timing import alternate
 
 ROOT = Path(__file__).parent.parent
 CASES = ("576x1536", "1024x4096", "1024x1024x64")
 ELIMINATE = """
-import sys, time, torch
+import sys, torch
 sys.path.insert(0, "benchmarks")
 import elimination
 torch.set_num_threads(1)
@@ -59,29 +61,31 @@ def demo(tree: Path) -> float:
         return time.perf_counter() - began
 
 
+def row(name: str, work: Callable[[Path], float], earlier: Path, rounds: int) -> str:
+    """The row of a work that takes a tree and returns seconds."""
+    turns = alternate({tree: partial(work, tree) for tree in (earlier, ROOT)}, rounds, name)
+    ratios = [now / before for before, now in zip(turns[earlier], turns[ROOT], strict=True)]
+    spread = f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+    return f"| {name} | {median(turns[earlier]):.3g} | {median(turns[ROOT]):.3g} | {spread} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Is the working tree as fast as an earlier commit?")
     parser.add_argument("commit")
-    parser.add_argument("--rounds", type=int, default=2, help="how often each side runs the demo (default: 2)")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="turns of the demo that count, after the first (%(default)s)"
+    )
     arguments = parser.parse_args()
-    print(f"{datetime.date.today()}, {processor()}, {os.cpu_count()} cores, against {arguments.commit}\n")
+    archive = subprocess.run(["git", "archive", arguments.commit], cwd=ROOT, capture_output=True)
+    if archive.returncode:
+        parser.error(f"no commit {arguments.commit} in {ROOT}: {archive.stderr.decode().strip()}")
+    print(f"{datetime.date.today()}, {processor_name()}, {os.cpu_count()} cores, against {arguments.commit}\n")
     print("| work | earlier, s | now, s | now / earlier (range) |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as directory:
-        earlier = Path(directory)
-        archive = subprocess.run(["git", "archive", arguments.commit], cwd=ROOT, check=True, capture_output=True)
         subprocess.run(["tar", "-x", "-C", directory], input=archive.stdout, check=True)
-        works = {f"eliminate {case}": (lambda tree, case=case: eliminate(tree, case), 4) for case in CASES}
-        works["demo"] = (demo, arguments.rounds)
-        for name, (work, rounds) in works.items():
-            pairs = []
-            for number in range(rounds):
-                order = (earlier, ROOT) if number % 2 == 0 else (ROOT, earlier)
-                seconds = {tree: work(tree) for tree in order}
-                pairs.append((seconds[earlier], seconds[ROOT]))
-            before, now = (median(side) for side in zip(*pairs, strict=True))
-            ratios = [new / old for old, new in pairs]
-            spread = f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-            print(f"| {name} | {before:.3g} | {now:.3g} | {spread} |", flush=True)
+        for case in CASES:
+            print(row(f"eliminate {case}", partial(eliminate, case=case), Path(directory), 4), flush=True)
+        print(row("demo", demo, Path(directory), arguments.rounds), flush=True)
 
 
 if __name__ == "__main__":

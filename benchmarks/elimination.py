@@ -21,7 +21,6 @@ the operations that symmetry leaves (3 n^2, d_out d_in^2, d_in^3).
 from __future__ import annotations
 
 import datetime
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor
 
 from darwinlm.database.eliminate import dampen, eliminate, solve_levels
+from darwinlm.runtime.device import processor_name
 from darwinlm.types import Unit
 
 CASES = ("576x1536", "1024x4096", "4096x11008", "4096x4096x128")
@@ -141,7 +141,7 @@ def compare(case: str) -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
-    print(f"{datetime.date.today()}, {processor()}, one thread, torch {torch.__version__}, float32\n")
+    print(f"{datetime.date.today()}, {processor_name()}, one thread, torch {torch.__version__}, float32\n")
     print(
         "| case | published | tidied | ours (median of) | ratio | to tidied | matrix product | share | halved "
         "| 9 levels | same order |"
@@ -149,14 +149,6 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for case in sys.argv[1:] or CASES:
         print(compare(case), flush=True)
-
-
-def processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import torch
 
 from darwinlm.types import UsageError
@@ -34,3 +37,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise UsageError(f"unknown precision {name!r}: expected auto, {' or '.join(DTYPES)}; check --dtype")
     return DTYPES[name]
+
+
+def processor_name() -> str:
+    """The processor's model name where Linux gives it, or else its architecture."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return name or platform.processor() or platform.machine()

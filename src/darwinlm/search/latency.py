@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import platform
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from darwinlm.genome import Grid
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import linear_at
 from darwinlm.runtime import timing
+from darwinlm.runtime.device import processor_name
 from darwinlm.runtime.files import read_record, write_record
 from darwinlm.search.budget import Costs
 from darwinlm.types import Genome, Unit, UsageError
@@ -65,19 +65,11 @@ def _made_for(checkpoint: Checkpoint, grid: Grid, config: LatencyConfig, device:
     return {
         "model": {name: getattr(checkpoint.config, name, None) for name in (*shape, "num_hidden_layers", "vocab_size")},
         "level grid": [list(removed) for removed in grid.removed],
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}: {_processor()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}: {processor_name()}",
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "precision": str(checkpoint.dtype),
         "pass": {name: value for name, value in asdict(config).items() if name in ("batch", "tokens", "context")},
     }
-
-
-def _processor() -> str:
-    """Return the processor's model name where Linux gives it, or else its architecture."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return name or platform.processor() or platform.machine()
 
 
 @torch.inference_mode()
