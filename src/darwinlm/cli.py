@@ -278,9 +278,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: from the parser, after `--help` (0) or for arguments that it cannot read (2).
     """
-    parser = _parser()
+    arguments = _files_first(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser(arguments)
     try:
-        values = parser.instantiate(parser.parse_args(_files_first(sys.argv[1:] if arguments is None else arguments)))
+        values = parser.instantiate(parser.parse_args(arguments))
         _run(next(command for command in COMMANDS if command.name == values.command), values[values.command])
     except UsageError as error:
         return _fail(str(error), 2)
@@ -304,11 +305,13 @@ def _files_first(arguments: Sequence[str]) -> list[str]:
     return [*rest[:1], *of_flag["--preset"], *given, *of_flag["--config"], *rest[1:]]
 
 
-def _parser() -> ArgumentParser:
+def _parser(arguments: Sequence[str]) -> ArgumentParser:
     parser = Parser(prog=PROG, description=DESCRIPTION, version=version("darwinlm"))
     commands = parser.add_subcommands(required=True, dest="command")
     for command in COMMANDS:
-        commands.add_subcommand(command.name, _command_parser(command), help=command.summary)
+        # Flags are slow to add, so only those of a command that is named are.
+        of_command = _command_parser(command) if command.name in arguments else Parser(description=command.summary)
+        commands.add_subcommand(command.name, of_command, help=command.summary)
     return parser
 
 

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.commands.run_directory import GIVEN_MODEL, GIVEN_TEXT
-from darwinlm.config.run import RunConfig
+from darwinlm.config.run import RunConfig, settings_parser
 from darwinlm.data.corpus import text_of
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import find_family
@@ -128,8 +128,7 @@ def _settings(values: Mapping[str, Any]) -> RunConfig:
     stages = plain.get("search", {}).get("stages")
     for stage in stages if isinstance(stages, list) else ():
         _expect_section("search.stages", stage, SelectionStage)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(RunConfig)
+    parser = settings_parser(RunConfig)
     try:
         parsed = parser.parse_object(plain)
     except ArgumentError as error:

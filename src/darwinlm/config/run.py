@@ -7,6 +7,7 @@ value that makes no sense.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -273,14 +274,21 @@ class RunConfig:
 Config = TypeVar("Config")
 
 
+@cache
+def settings_parser(kind: type) -> ArgumentParser:
+    """The parser of settings of a kind, which is slow to build."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind)
+    return parser
+
+
 def read_config(path: Path, kind: type[Config] = RunConfig) -> Config:
     """Read settings from a YAML file that holds all of them, such as the `run.yaml` of a run directory.
 
     Raises:
         UsageError: if the file does not hold such settings.
     """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind)
+    parser = settings_parser(kind)
     try:
         settings = parser.parse_path(path)
     except (ArgumentError, TypeError, ValueError) as error:

@@ -370,7 +370,7 @@ def text_of(record: object, where: str) -> str:
 
 
 def one_stream(
-    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, tokens: int, batch: int = 256
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, tokens: int, batch: int = 16
 ) -> tuple[list[int], bool]:
     """The tokens of documents one after another, an end-of-text token after each, and whether all documents are in it.
 
