@@ -2,8 +2,8 @@
 #
 #   make setup         create .venv with everything that is pinned in constraints.txt
 #   make demo          compress a real SmolLM2-135M
-#   make test          run the default tests: no network, tiny random models
-#   make slow          run the tests on the real SmolLM2
+#   make test          run the default tests: no network, tiny random models, one process
+#   make slow          run the tests on the real SmolLM2, and those of several processes
 #   make check         run ruff, pyright and import-linter
 #   make docs          build the documentation into site/; a warning is an error
 #   make test-lowest   run the default tests on the lowest versions that pyproject.toml declares

@@ -23,7 +23,7 @@ from time_to_kl import plainly, texts
 
 from darwinlm import load
 from darwinlm.config.run import DatabaseConfig, RunConfig
-from darwinlm.runtime.files import read_json_lines
+from darwinlm.runtime.files import read_lines
 from darwinlm.search.held_out import HeldOut
 from darwinlm.types import Genome
 
@@ -42,7 +42,7 @@ def measure(out: Path, level: float, seed: int) -> dict[str, list[float]]:
     bench, config = open_bench(path)
     even, budget = even_at(bench, config, level)
     plain = plainly(bench, even, budget, out / f"plain-{level:g}-{seed}.jsonl", seed)
-    first = read_json_lines(found.history_path, "genome")[0]
+    first = read_lines(found.history_path, "genome")[1][0]
     genomes = {"uniform": even, "plain search": plain, "start": Genome(tuple(first["genome"]))}
     held_out = HeldOut(bench.stitcher.dense, texts(config, out))
     models = {name: bench.stitcher.stitch(genome) for name, genome in genomes.items()}

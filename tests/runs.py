@@ -20,7 +20,7 @@ from darwinlm.config.run import (
     RunConfig,
     SearchConfig,
 )
-from darwinlm.runtime.files import read_json_lines
+from darwinlm.runtime.files import read_lines
 from darwinlm.types import SelectionStage
 
 SHORT = RunConfig(
@@ -82,7 +82,7 @@ def process(*arguments: str) -> tuple[list[str], dict[str, str]]:
 
 def history(run: Path) -> list[dict[str, Any]]:
     """The generations of a run's search, without how long they took."""
-    lines = read_json_lines(run / "search" / "history.jsonl")
+    _, lines = read_lines(run / "search" / "history.jsonl")
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import runs
 from darwinlm.commands import compress
 from darwinlm.config.run import RunConfig
-from darwinlm.runtime.files import locked_directory, write_record
+from darwinlm.runtime.files import locked_directory, read_lines, write_lines, write_record
 from refusals import as_if_nothing_had_happened, copied_model, only_sentence, refused
 
 
@@ -73,6 +73,7 @@ def test_directory_that_holds_something_else(config: RunConfig, tmp_path: Path, 
     assert runs.files(tmp_path / "run") == {"letters.partial": b"mine"}
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_directory(config: RunConfig, capsys: pytest.CaptureFixture[str]):
     with locked_directory(Path(config.out)):
         arguments, environment = runs.process(*runs.command(config))
@@ -161,14 +162,37 @@ def test_run_of_another_version(measured: Path, config: RunConfig, capsys: pytes
 def test_damaged_search(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     compress.run(config, until="search")
     history = tmp_path / "run" / "search" / "history.jsonl"
-    for damaged in (history.read_text()[:-9], "{}"):
+    whole, (_, lines) = history.read_text(), read_lines(history)
+    edited = whole.replace(json.dumps(lines[0]["genome"]), json.dumps([0] * len(lines[0]["genome"])))
+    assert edited != whole
+    for damaged in (whole[:-9], edited, ""):
         history.write_text(damaged)
         refused(config, capsys, 1, "history.jsonl", "is damaged", "delete it")
+    first, rest = whole.split("\n", 1)
+    provenance = json.loads(first)["provenance"]
+    write_lines(history, lines, provenance | {"seed": provenance["seed"] + 1})
+    refused(config, capsys, 1, "history.jsonl", "another search", "delete it")
+    history.write_text(rest)
+    refused(config, capsys, 1, "history.jsonl", "written by another version")
+
+
+def test_damaged_sensitivities(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = replace(config, search=replace(config.search, start="sensitivity"))
+    compress.run(config, until="search")
+    run = tmp_path / "run"
+    (run / "search" / "result.json").unlink()
+    (run / "search" / "history.jsonl").unlink()
+    file = run / "search" / "sensitivities.json"
+    table = json.loads(file.read_text())
+    table["rises"][0][-1] *= 2
+    file.write_text(json.dumps(table))
+    refused(config, capsys, 1, "sensitivities.json", "is damaged", "delete it")
 
 
 # The machine.
 
 
+@pytest.mark.slow
 def test_full_disk(config: RunConfig, tmp_path: Path):
     """No file may grow beyond a few kilobytes, as on a full disk; the same command then goes on."""
     arguments, environment = runs.process(*runs.command(config))
@@ -186,6 +210,7 @@ def test_full_disk(config: RunConfig, tmp_path: Path):
     assert runs.call(*runs.command(config, name="database")) == 0
 
 
+@pytest.mark.slow
 def test_a_failure_is_one_sentence_in_a_real_process_too(config: RunConfig):
     arguments, environment = runs.process(*runs.command(replace(config, data="nowhere.txt")))
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)

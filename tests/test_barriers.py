@@ -31,6 +31,8 @@ HAND_OVER = """
 from pathlib import Path
 from darwinlm.runtime import parallel
 
+pytestmark = pytest.mark.slow  # several processes, each of which imports torch
+
 file = Path(sys.argv[1])
 with parallel.together():
     if parallel.rank() == 0:

@@ -7,7 +7,6 @@ import re
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -84,14 +83,9 @@ def _flags(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
     return set(re.findall(r"--[a-z][\w.-]*", capsys.readouterr().out))
 
 
-def pages_that_run() -> list[Any]:
-    """The pages with blocks that are run; those of all but the quickstart take too long for the default tests."""
-    names = sorted({block.page for block in blocks() if block.runs})
-    return [pytest.param(name, marks=[] if name == "quickstart.md" else [pytest.mark.slow]) for name in names]
-
-
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("page", pages_that_run())
+@pytest.mark.parametrize("page", sorted({block.page for block in blocks() if block.runs}))
 def test_the_commands_of_a_page_run_on_a_tiny_model(
     page: str, checkpoints: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

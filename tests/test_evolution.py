@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from darwinlm.config.run import DatabaseConfig, RunConfig, SearchConfig
 from darwinlm.genome import Grid, level_grid
+from darwinlm.runtime.files import read_lines
 from darwinlm.runtime.progress import console
 from darwinlm.search.budget import parameter_costs
 from darwinlm.search.evolution import evolve
@@ -115,7 +115,7 @@ def test_the_parent_joins_the_last_stage(tmp_path: Path) -> None:
 
 def test_history_is_a_line_a_generation(tmp_path: Path) -> None:
     result, _, budget = search(tmp_path, noise=2.0)
-    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    _, lines = read_lines(tmp_path / "history.jsonl")
     assert [line["generation"] for line in lines] == list(range(CONFIG.generations + 1))
     assert lines[-1]["genome"] == list(result.best.levels)
     assert {line["origin"] for line in lines} == {"uniform", "parent", "within_kinds mutation"}
@@ -186,7 +186,7 @@ def test_the_history_is_kept_after_every_generation(tmp_path: Path) -> None:
 
     class Watching(KnownFitness):
         def score(self, genome: Genome, stage: SelectionStage) -> float:
-            kept.add(len((tmp_path / "h").read_text().splitlines()) if (tmp_path / "h").exists() else 0)
+            kept.add(len(read_lines(tmp_path / "h")[1]) if (tmp_path / "h").exists() else 0)
             return super().score(genome, stage)
 
     kept: set[int] = set()
@@ -212,7 +212,7 @@ def test_a_stage_in_which_all_diverge_is_null_in_the_history(tmp_path: Path) -> 
     assert "[null, null, 1.0]" in lines
     assert read() == history
     (tmp_path / "h").write_text(lines.replace('"seconds"', '"time"'))
-    with pytest.raises(DarwinError, match=r"is damaged \(it lacks seconds\)"):
+    with pytest.raises(DarwinError, match="is damaged"):
         read()
 
 
@@ -287,7 +287,7 @@ def test_where_no_mutant_exists_the_search_ends_with_its_start(
     assert (result.best, len(result.history)) == (start, 1)
     assert said.get().count("\n") == 1
     assert "ends after 0 generations" in said.get()
-    assert len((tmp_path / "h").read_text().splitlines()) == 1
+    assert len(read_lines(tmp_path / "h")[1]) == 1
 
 
 def test_priced_moves_find_what_level_switches_cannot(tmp_path: Path) -> None:

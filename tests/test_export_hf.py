@@ -191,6 +191,7 @@ def test_export_leaves_the_model_as_it_was(outcome: Outcome, tmp_path: Path) -> 
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+@pytest.mark.slow
 def test_bad_export_never_gets_its_name(outcome: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A fault is found even in a bfloat16 export, although logits of that precision would not show it."""
     model: Any = load(outcome.directory("mistral"), dtype="bfloat16").eval()

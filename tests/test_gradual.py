@@ -172,12 +172,13 @@ def test_levels_that_do_not_rise_are_refused(text: Path):
             GradualConfig("M", str(text), "O", stages=tuple(GradualStage(level, 0) for level in levels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "family", "batch", "warmup", "context", "levels"),
     [
         ("llama-2-7b", "llama-mha", 1024, 50, 4096, [5, 6]),
-        pytest.param("llama-3.1-8b", "llama-gqa", 1152, 10, 8192, [5], marks=pytest.mark.slow),
-        pytest.param("qwen-2.5-14b-instruct", "qwen2", 2048, 50, 4096, [5], marks=pytest.mark.slow),
+        ("llama-3.1-8b", "llama-gqa", 1152, 10, 8192, [5]),
+        ("qwen-2.5-14b-instruct", "qwen2", 2048, 50, 4096, [5]),
     ],
 )
 def test_a_recipe_of_the_paper_runs_on_a_tiny_model_of_its_family(

@@ -35,6 +35,7 @@ def test_a_run_and_its_export_are_the_same_model(tmp_path: Path) -> None:
         darwinlm.load(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_card_load_it_without_a_question(tmp_path: Path) -> None:
     case = Case("llama", {"vocab_size": tiny.VOCAB})
     card = model_card("me/dense", {"Seed": "0"}, 100, 50)

@@ -34,6 +34,8 @@ def add(self, elimination, levels, dtype):
     whole(self, elimination, levels, dtype)
 Database.add = add
 from darwinlm.cli import main
+
+pytestmark = pytest.mark.slow  # several processes, each of which imports torch
 raise SystemExit(main())
 """
 

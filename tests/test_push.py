@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -22,6 +23,8 @@ sys.modules["darwinlm"] = None
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.slow  # several processes, each of which imports torch
 
 directory, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)

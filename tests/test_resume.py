@@ -103,6 +103,7 @@ def _kill_when(arguments: list[str], environment: dict[str, str], moment: Callab
         assert running.wait() == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_like_one_that_was_not(
     deep: Path, text: Path, tmp_path: Path, uninterrupted: dict[str, object]
 ):

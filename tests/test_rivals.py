@@ -28,7 +28,7 @@ from darwinlm.rivals.methods import METHODS
 from darwinlm.rivals.problem import Problem
 from darwinlm.rivals.shortened_llama import taylor_importance
 from darwinlm.rivals.shortgpt import block_influence
-from darwinlm.runtime.files import read_json_lines
+from darwinlm.runtime.files import read_lines
 from darwinlm.search.budget import Budget, parameter_costs
 from darwinlm.search.fitness import Fitness
 from darwinlm.search.uniform import ceilings, uniform_genome
@@ -195,7 +195,7 @@ def test_evopress_finds_the_modules_that_do_nothing(tmp_path: Path) -> None:
     assert gone == {2 * 3, 2 * 7 + 1}
     assert all(genome.levels[i] == problem.budget.grid.highest(i) for i in gone)
     assert problem.fitness.scores([genome], SEARCH.stages[0])[0] == pytest.approx(0, abs=1e-5)
-    history = read_json_lines(tmp_path / "history.jsonl")
+    _, history = read_lines(tmp_path / "history.jsonl")
     assert len(history) == 1 + SEARCH.generations
     for kind in (0, 1):  # a step keeps what each kind has lost
         assert len({sum(line["genome"][kind::2]) for line in history}) == 1
@@ -213,7 +213,7 @@ def test_evopress_may_score_as_much_as_our_start_and_generations_do(tmp_path: Pa
     )
     assert problem.scored_tokens == (1 + levels) * 64 + 2 * 128 + 2 * a_generation
     METHODS["evopress"].allocate(problem)
-    spent = sum(line["fitness_tokens"] for line in read_json_lines(tmp_path / "history.jsonl"))
+    spent = sum(line["fitness_tokens"] for line in read_lines(tmp_path / "history.jsonl")[1])
     assert problem.scored_tokens - a_generation < spent <= problem.scored_tokens
 
 
@@ -276,7 +276,7 @@ def test_evolution_is_no_worse_than_its_start_with_training_and_without(
         genome = METHODS[method].allocate(problem)
         assert budget.fits(genome)
         assert fitness.score(genome, stage) < fitness.score(uniform, stage)
-        history = read_json_lines(state / "history.jsonl")
+        _, history = read_lines(state / "history.jsonl")
         assert any(line["training_tokens"] for line in history) == (method == "training-aware")
 
 

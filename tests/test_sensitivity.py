@@ -18,7 +18,7 @@ from darwinlm.runtime.progress import console
 from darwinlm.search.budget import Budget, parameter_costs
 from darwinlm.search.sensitivity import find_starts, least_sensitive, sensitivities
 from darwinlm.search.uniform import ceilings
-from darwinlm.types import Genome, SelectionStage
+from darwinlm.types import DarwinError, Genome, SelectionStage
 from test_genome import units
 
 STAGE = SelectionStage(1, 100)
@@ -127,7 +127,8 @@ def test_sensitivities_of_another_grid_are_measured_again(tmp_path: Path) -> Non
     assert "state.json is of another model or other levels: its sensitivities are measured again\n" in said.get()
     assert table == sensitivities(large, Counting(large), STAGE, tmp_path / "fresh.json")
     (tmp_path / "state.json").write_text("[[0.0, null], 7]")
-    assert sensitivities(large, Counting(large), STAGE, tmp_path / "state.json") == table
+    with pytest.raises(DarwinError, match=r"state\.json is damaged .* delete it"):
+        sensitivities(large, Counting(large), STAGE, tmp_path / "state.json")
 
 
 def test_a_unit_without_which_nothing_is_finite_is_kept(tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ def test_what_is_exported_is_still_pruned_and_tied(whole: TrainConfig, export: P
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_as_if_nothing_had_been(whole: TrainConfig, tmp_path: Path):
     """SIGKILL after the first checkpoint; the history and the weights are those of the one that was not killed."""
     config = trainings.distilled(Path(whole.model), Path(whole.data), tmp_path / "out", Path(str(whole.teacher)))

@@ -17,6 +17,8 @@ from darwinlm.config.training import TrainConfig
 from darwinlm.training.directory import Training
 from test_parallel import torchrun
 
+pytestmark = pytest.mark.slow  # several processes, each of which imports torch
+
 
 def assert_same_training(alone: TrainConfig, together: TrainConfig, tolerance: float) -> None:
     one, two = Training(alone.out), Training(together.out)

@@ -31,7 +31,7 @@ from darwinlm.report.comparison import CELLS, DENSE, HELD_OUT, Cell, markdown, p
 from darwinlm.rivals.methods import DEFAULT_METHODS, METHODS, Method
 from darwinlm.rivals.problem import Problem, mask_tokens, scored_tokens
 from darwinlm.runtime.device import resolve_device, resolve_dtype
-from darwinlm.runtime.files import locked_directory, read_json, write_json, write_text
+from darwinlm.runtime.files import locked_directory, read_record, write_record, write_text
 from darwinlm.runtime.progress import say
 from darwinlm.runtime.stopwatch import Stopwatch
 from darwinlm.search.budget import Costs, Target, parameter_costs
@@ -102,7 +102,7 @@ def compare(config: CompareConfig) -> list[Cell]:
         base = _base(config)
         prune(base, until="database")
         if questions_asked:
-            write_json(out / QUESTIONS, questions_asked)
+            write_record(out / QUESTIONS, {"questions": questions_asked}, {})
         bench, cells = _open(config, base), _Cells(out)
         chosen, failures = _measure_all(bench, cells, [(m, share) for share in shares for m in methods], requests)
         write_text(out / TABLE, markdown(chosen, _protocol(bench), PICTURE))
@@ -230,7 +230,7 @@ def _requests(config: CompareConfig) -> tuple[list[Request], dict[str, Any]]:
     requests = [replace(request, metric=METRICS.get(request.task)) for request in requested(config)]
     asked = questions(requests, config) if requests else {}
     path = Path(config.out) / QUESTIONS
-    before = read_json(path) if path.exists() else {}
+    before = read_record(path, "questions")["questions"] if path.exists() else {}
     for task in before.keys() & asked.keys():
         if before[task] != asked[task]:
             raise UsageError(
@@ -258,7 +258,7 @@ def _open(config: CompareConfig, run: RunConfig) -> _Bench:
     grid = find_grid(checkpoint.skeleton(), checkpoint.config, config.database)
     corpus = read_corpus(config.data, checkpoint.tokenizer, config.calibration.sequence_length, config.seed)
     tokens, texts = draw_tokens(corpus, run), draw_texts(corpus, run)
-    manifest = read_json(path / "database" / MANIFEST, "provenance")
+    manifest = read_record(path / "database" / MANIFEST, "provenance")
     database = Database(path / "database", grid, manifest["provenance"])
     precisions = (resolve_dtype(config.dtype, device), checkpoint.dtype)
     models = {dtype: checkpoint.load(dtype, device) for dtype in dict.fromkeys(precisions)}

@@ -241,6 +241,29 @@ def _checksum(record: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = 
     return digest.hexdigest()
 
 
+def write_lines(path: Path, lines: Sequence[Mapping[str, Any]], provenance: Mapping[str, Any]) -> None:
+    """Write JSON objects, one a line, atomically. The first line is their record, as `write_record` writes it."""
+    content = {"provenance": as_json(provenance), "lines": [as_json(line) for line in lines]}
+    record = {"format": FORMAT_VERSION, "sha256": _checksum(content), "provenance": content["provenance"]}
+    write_text(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in (record, *content["lines"])))
+
+
+def read_lines(path: Path, *keys: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What `write_lines` wrote: the provenance, and the lines, each of which has `keys`.
+
+    Raises:
+        DarwinError: as `read_record`, or if a line lacks one of `keys`.
+    """
+    found = read_json_lines(path)
+    if not found:
+        raise _damaged(path, "it is empty")
+    record, *lines = found
+    provenance = check_record(path, record | {"lines": lines})["provenance"]
+    for line in lines:
+        _expect_keys(path, line, keys)
+    return provenance, lines
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any], **notes: Any) -> None:
     """Write contiguous tensors on the CPU to a safetensors file, atomically, with its record in the metadata.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
 
-from darwinlm.runtime.files import read_json, write_json
+from darwinlm.runtime.files import read_record, write_record
 
 BEAT = 2.0  # seconds between two writes of the file, which a kill loses at most
 
@@ -22,7 +22,7 @@ class Stopwatch:
 
     def __init__(self, file: Path, go_on: bool):
         self.file = file
-        self.seconds: float = read_json(file, "seconds")["seconds"] if go_on and file.exists() else 0.0
+        self.seconds: float = read_record(file, "seconds")["seconds"] if go_on and file.exists() else 0.0
         self._done = Event()
         self._thread = Thread(target=self._keep, daemon=True)
 
@@ -40,4 +40,4 @@ class Stopwatch:
         while not over:
             over = self._done.wait(BEAT)
             self.seconds = time.monotonic() - self._began
-            write_json(self.file, {"seconds": self.seconds})
+            write_record(self.file, {"seconds": self.seconds}, {})

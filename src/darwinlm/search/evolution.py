@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from math import inf, isfinite
 from pathlib import Path
 from random import Random
@@ -14,7 +13,7 @@ from typing import Any
 from darwinlm.config.run import SearchConfig
 from darwinlm.losses.metrics import label
 from darwinlm.runtime import parallel
-from darwinlm.runtime.files import read_json_lines, write_text
+from darwinlm.runtime.files import as_json, read_lines, write_lines
 from darwinlm.runtime.progress import say, track
 from darwinlm.search.budget import Budget, amount_of
 from darwinlm.search.fitness import Scorer
@@ -42,12 +41,13 @@ def evolve(
     on these.
 
     Raises:
-        DarwinError: if the fitness of every start is NaN or infinite.
+        DarwinError: if the fitness of every start is NaN or infinite, or the history is damaged or of another search.
     """
-    history = _read(history_path)
+    provenance = {"seed": seed, "search": asdict(replace(config, generations=0))}  # more of them may follow
+    history = _read(history_path, provenance)
     if not history:
         history.append(_begin(starts, fitness, config))
-        _write(history_path, history)
+        _write(history_path, history, provenance)
     numbers, scarce = range(len(history), config.generations + 1), False
 
     def best() -> str:
@@ -69,7 +69,7 @@ def evolve(
                 f"were found within {amount_of(budget.limit)} {budget.costs.measure}"
             )
         history.append(_generation(number, history[-1], offspring, fitness, config))
-        _write(history_path, history)
+        _write(history_path, history, provenance)
     return SearchResult(history[-1].genome, history[-1].fitness, tuple(history))
 
 
@@ -134,10 +134,10 @@ def _generation(
     return Generation(number, scores[0], candidates[0], len(offspring), seconds, origin, tuple(by_stage), *spent)
 
 
-def _write(path: Path, history: Sequence[Generation]) -> None:
-    """Write the history as JSON lines, one for each generation."""
+def _write(path: Path, history: Sequence[Generation], provenance: Mapping[str, Any]) -> None:
+    """Write the history, one line for each generation."""
     if parallel.first():
-        write_text(path, "".join(json.dumps(_line(generation), allow_nan=False) + "\n" for generation in history))
+        write_lines(path, [_line(generation) for generation in history], provenance)
 
 
 def _line(generation: Generation) -> dict[str, Any]:
@@ -146,8 +146,14 @@ def _line(generation: Generation) -> dict[str, Any]:
     return asdict(generation) | {"genome": generation.genome.levels, "stage_fitness": by_stage}
 
 
-def _read(path: Path) -> list[Generation]:
-    lines = read_json_lines(path, *(field.name for field in fields(Generation))) if path.exists() else []
+def _read(path: Path, provenance: Mapping[str, Any]) -> list[Generation]:
+    """Return the generations of an interrupted search. Raise `DarwinError` if the file holds another search."""
+    if path.exists():
+        recorded, lines = read_lines(path, *(field.name for field in fields(Generation)))
+        if recorded != as_json(provenance):
+            raise DarwinError(f"{path} holds another search, with other settings or another seed; delete it or move it")
+    else:
+        lines = []
     parallel.wait_for_all()  # every process has read the file before the first one writes it
     history = []
     for line in lines:

@@ -15,7 +15,7 @@ import numpy as np
 from darwinlm.config.run import SearchConfig
 from darwinlm.genome import Grid
 from darwinlm.runtime import parallel
-from darwinlm.runtime.files import read_json, write_json
+from darwinlm.runtime.files import read_record, write_record
 from darwinlm.runtime.progress import say, track
 from darwinlm.search.budget import Budget
 from darwinlm.search.fitness import Scorer
@@ -83,7 +83,7 @@ def sensitivities(grid: Grid, scorer: Scorer, stage: SelectionStage, state: Path
         between = np.exp(np.interp(range(1, highest + 1), levels, np.log(rising)))
         table.append([0.0, *between.tolist()])
         if parallel.first():
-            write_json(state, table)
+            write_record(state, {"rises": table}, _measured_on(grid))
     return table
 
 
@@ -94,14 +94,17 @@ def measured_levels(highest: int) -> list[int]:
 
 def _kept(grid: Grid, state: Path) -> list[list[float]]:
     """Return the rows that an earlier call has measured of this grid, or none."""
-    table: Any = read_json(state) if state.exists() else []
-    rows: list[Any] = table if isinstance(table, list) and len(table) <= len(grid.units) else [None]
-    if all(isinstance(row, list) and len(row) == grid.highest(index) + 1 for index, row in enumerate(rows)):
-        parallel.wait_for_all()  # every process has read the file before the first one writes it
-        return list(rows)
+    record = read_record(state, "rises") if state.exists() else {"rises": [], "provenance": _measured_on(grid)}
+    parallel.wait_for_all()  # every process has read the file before the first one writes it
+    if record["provenance"] == _measured_on(grid):
+        return record["rises"]
     say(f"{state} is of another model or other levels: its sensitivities are measured again")
-    parallel.wait_for_all()
     return []
+
+
+def _measured_on(grid: Grid) -> dict[str, Any]:
+    """Return what a table of sensitivities is of: the structures that each level of each unit removes."""
+    return {unit.name: list(removed) for unit, removed in zip(grid.units, grid.removed, strict=True)}
 
 
 def least_sensitive(budget: Budget, table: list[list[float]]) -> Genome:
