@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from test_parallel import torchrun
+
+pytestmark = pytest.mark.slow  # several processes, each of which imports torch
 
 # A GPU machine as far as it can be had without one: collectives on tensors of the device are queued and not waited for.
 # What NCCL would do with them is left to gloo, which waits only if it is asked to.
@@ -30,8 +34,6 @@ dist.get_backend = lambda *_: "gloo" if init.host else "nccl"
 HAND_OVER = """
 from pathlib import Path
 from darwinlm.runtime import parallel
-
-pytestmark = pytest.mark.slow  # several processes, each of which imports torch
 
 file = Path(sys.argv[1])
 with parallel.together():

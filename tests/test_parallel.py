@@ -24,6 +24,8 @@ from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.runtime.files import read_json
 from darwinlm.types import SelectionStage
 
+pytestmark = pytest.mark.slow  # several processes, each of which imports torch
+
 DIE = """
 import os, signal, sys
 from darwinlm.database.store import Database
@@ -34,8 +36,6 @@ def add(self, elimination, levels, dtype):
     whole(self, elimination, levels, dtype)
 Database.add = add
 from darwinlm.cli import main
-
-pytestmark = pytest.mark.slow  # several processes, each of which imports torch
 raise SystemExit(main())
 """
 

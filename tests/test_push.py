@@ -16,6 +16,8 @@ from darwinlm.model.pruned import auto_map, load, render
 from exports import CARD, CASES, dense_model, make_tokenizer, stitched_model
 from hub import local_hub
 
+pytestmark = pytest.mark.slow  # several processes, each of which imports torch
+
 # transformers and huggingface_hub as they are, but for the address of the hub. darwinlm cannot be imported.
 FRESH_PROCESS = """
 import sys
@@ -23,8 +25,6 @@ sys.modules["darwinlm"] = None
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-pytestmark = pytest.mark.slow  # several processes, each of which imports torch
 
 directory, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
