@@ -1,4 +1,4 @@
-"""As much of the Hugging Face hub as uploading a model and loading it again needs, on this machine."""
+"""As much of the Hugging Face hub as uploading a model, loading and downloading it needs, on this machine."""
 
 from __future__ import annotations
 
@@ -48,6 +48,13 @@ def local_hub() -> Iterator[tuple[str, Repositories]]:
 
         def do_GET(self) -> None:
             _, owner, name, *rest = unquote(urlsplit(self.path).path).split("/")
+            if (owner, name) == ("api", "models"):
+                repository = "/".join(rest[:2])
+                files = repositories.get(repository, {})
+                tree = [{"type": "file", "path": path, "size": len(files[path]), "oid": COMMIT} for path in files]
+                names = [{"rfilename": path} for path in files]
+                self.answer(tree if "tree" in rest else {"id": repository, "sha": COMMIT, "siblings": names})
+                return
             found = repositories.get(f"{owner}/{name}", {}).get("/".join(rest[2:])) if rest[:1] == ["resolve"] else None
             if found is None:
                 self.missing()

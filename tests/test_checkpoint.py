@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tiny
+from darwinlm.export.gguf import export_gguf
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
+from darwinlm.model.pruned import load
 from darwinlm.model.size import parameter_count
 from darwinlm.types import DarwinError, UsageError
 
@@ -210,3 +212,22 @@ def test_gguf(smollm2: Path):
     model = AutoModelForCausalLM.from_pretrained(smollm2)
     ids = checkpoint.tokenizer("The capital of France is", return_tensors="pt").input_ids
     assert "Paris" in str(checkpoint.tokenizer.decode(model.generate(ids, max_new_tokens=8, do_sample=False)[0]))
+
+
+@pytest.mark.parametrize("file", ["../elsewhere.safetensors", "/tmp/elsewhere.safetensors", "a/b.safetensors", "..", 3])
+def test_shards_elsewhere_are_refused(file: object, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Whoever reads the index: calibration, transformers' loader, or the GGUF writer."""
+    model = tmp_path / "model"
+    shutil.copytree(checkpoints["llama-mha"], model)
+    weights = model / "model.safetensors"
+    names = load_file(weights).keys()
+    weights.rename(tmp_path / "elsewhere.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, file)}))
+    readers = (
+        lambda: Checkpoint(model).shards,
+        lambda: load(model),
+        lambda: export_gguf(model, tmp_path / "model.gguf", "f16"),
+    )
+    for read in readers:
+        with pytest.raises(DarwinError, match="expected names of files beside it, found"):
+            read()

@@ -67,12 +67,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def without_notes_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They cost lm-eval a second a call."""
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
-
-
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
     """Whose context is long enough for every question."""
@@ -123,6 +117,15 @@ def test_accuracy_is_that_of_plain_log_likelihoods(name: str, model: PreTrainedM
     assert 0 < right < QUESTIONS
     if name == "piqa":
         assert values["acc_norm"] == pytest.approx(normed / QUESTIONS)
+
+
+def test_git_says_nothing_where_there_is_no_repository(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "piqa.jsonl", [OFFICIAL["piqa"][0]])
+    monkeypatch.chdir(tmp_path)
+    assert run_tasks(model, tiny.tokenizer(), [Request("piqa")], TasksConfig(tasks_data=str(tmp_path)))
+    assert "git" not in capfd.readouterr().err
 
 
 def log_likelihood(model: Any, context: str, ending: str) -> float:

@@ -38,7 +38,7 @@ def test_a_run_and_its_export_are_the_same_model(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_lines_of_the_card_load_it_without_a_question(tmp_path: Path) -> None:
     case = Case("llama", {"vocab_size": tiny.VOCAB})
-    card = model_card("me/dense", {"Seed": "0"}, 100, 50)
+    card = model_card("me/dense", {}, {"Seed": "0"}, 100, 50)
     export = export_hf(*stitched_model(dense_model(case), case), tiny.tokenizer(), tmp_path / "model", card)
     lines = card.partition("```python\n")[2].partition("```")[0].replace("PATH", str(export))
     lines += 'model(**tokenizer("It loads.", return_tensors="pt"))\n'
@@ -67,4 +67,4 @@ def test_no_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("model", "parent"), [("me/dense", "me/dense"), ("./runs/mine", None), ("smollm2-135m", None)])
 def test_a_hub_lists_an_export_below_its_parent(model: str, parent: str | None) -> None:
-    assert ModelCard(model_card(model, {}, 100, 50)).data.base_model == parent
+    assert ModelCard(model_card(model, {}, {}, 100, 50)).data.base_model == parent

@@ -237,3 +237,18 @@ def test_after_too_much_was_asked_what_is_there_is_enough(shards: Path, tmp_path
     with pytest.raises(UsageError, match="too little text"):
         draw(shards, 10**6, tmp_path / "two")
     assert rows(draw(shards, 100, tmp_path / "two")) == expected
+
+
+def test_a_source_that_is_named_twice_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By any of its names: the same path, another spelling of it, a link, a directory or a pattern that it is in."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    file = tiny.write_text(folder / "a.jsonl")
+    (tmp_path / "link.jsonl").symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    config = StreamConfig(sequence_length=32)
+    for other in (file, "shards/a.jsonl", tmp_path / "link.jsonl", folder, f"{folder}/*.jsonl"):
+        with pytest.raises(UsageError, match=f"--data: expected every text in one source, found .* in {file} and in "):
+            draw(f"{file}=2,{other}=1", 4, tmp_path / "cache", config=config)
+    tiny.write_text(folder / "b.jsonl")
+    assert len(draw(f"{file},{folder / 'b.jsonl'}", 4, tmp_path / "cache", config=config)) == 4

@@ -38,12 +38,14 @@ from darwinlm.genome import Grid
 from darwinlm.losses.metrics import label
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.families import block_sizes, find_family, find_grid
+from darwinlm.model.licence import licence_of
 from darwinlm.model.pruned import family_of, load, pruned_config
 from darwinlm.model.size import parameter_bytes, parameter_count
 from darwinlm.report import run_report
 from darwinlm.runtime import parallel
 from darwinlm.runtime.device import DTYPES, resolve_device, resolve_dtype
 from darwinlm.runtime.files import write_text
+from darwinlm.runtime.names import short_name
 from darwinlm.runtime.progress import say, track
 from darwinlm.search.budget import Budget, Costs, Target, amount_of, cache_costs, flop_costs, parameter_costs
 from darwinlm.search.evolution import evolve
@@ -322,8 +324,8 @@ def _export(work: _Work, result: SearchResult, model: PreTrainedModel) -> None:
             )
         sizes = block_sizes(work.grid, result.best, work.checkpoint.config)
         counts = parameter_count(work.checkpoint.skeleton()), parameter_count(model)
-        card = model_card(work.config.model, _settings(work, result), *counts)
-        export_hf(model, sizes, work.checkpoint.tokenizer, exported, card, expected)
+        card = model_card(work.config.model, licence_of(work.checkpoint.path), _settings(work, result), *counts)
+        export_hf(model, sizes, work.checkpoint.tokenizer, exported, card, expected, work.checkpoint.path)
         for refusal in check_vllm(exported):
             say(f"vLLM would refuse this export: {refusal}")
     elif expected is not None:
@@ -350,10 +352,12 @@ def _curves(work: _Work, database: Database, result: SearchResult) -> dict[str, 
 def _report(work: _Work, result: SearchResult, rows: list[Row], elsewhere: dict[str, Curve]) -> None:
     """Tables and pictures, in the run directory and on the screen."""
     genomes = {"uniform": work.uniform, "searched": result.best}
-    title = f"{Path(work.config.model).name} at {_target(work.config)}"
+    title = f"{short_name(work.config.model)} at {_target(work.config)}"
     settings = _settings(work, result)
     counts = rows[0].parameters, rows[-1].parameters
-    card = model_card(work.config.model, settings, *counts, run_report.models_table(rows))
+    card = model_card(
+        work.config.model, licence_of(work.checkpoint.path), settings, *counts, run_report.models_table(rows)
+    )
     write_text(work.run.exported / "README.md", card)
     metric = label(work.config.search.metric)
     history = result.history

@@ -82,7 +82,7 @@ def convert(directory: Path, out: Path, config: ExportConfig) -> Path:
     text = card.read_text(encoding="utf-8") if card.exists() else f"# {directory.absolute().name}\n"
     if sizes != block_sizes_of(model.config):
         text = stubbed_card(text, parameter_count(written))
-    export_hf(written, sizes, tokenizer, out, text, expected)
+    export_hf(written, sizes, tokenizer, out, text, expected, directory)
     for refusal in check_vllm(out):
         say(f"vLLM would refuse this export: {refusal}")
     _, *parallel = tensor_parallel_sizes(sizes)

@@ -22,6 +22,7 @@ from darwinlm.model.size import parameter_count
 from darwinlm.report import tables
 from darwinlm.runtime import parallel
 from darwinlm.runtime.files import write_json, write_text
+from darwinlm.runtime.names import short_name
 from darwinlm.runtime.progress import say
 from darwinlm.search.budget import parameter_costs
 from darwinlm.search.uniform import uniform_genome
@@ -162,7 +163,7 @@ def _report(config: GradualConfig, out: Path, rows: list[dict[str, Any]], dense_
         shown = ["" if figure is None else f"{figure:.4g}" for figure in figures]
         cells.append([str(row["stage"]), f"{row['level']:g}", f"{row['parameters']:,}", *shown])
     lines = [
-        f"# {Path(config.model).name} in {len(rows)} stage{'s' * (len(rows) > 1)}",
+        f"# {short_name(config.model)} in {len(rows)} stage{'s' * (len(rows) > 1)}",
         "",
         f"Dense: {dense_parameters:,} parameters. Held-out perplexity, and KL from the dense model in nats a token.",
         "",

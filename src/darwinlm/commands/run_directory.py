@@ -21,7 +21,9 @@ from darwinlm.config.run import RunConfig, read_config
 from darwinlm.genome import Grid
 from darwinlm.model import pruned
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
+from darwinlm.model.hub import HUB_ERRORS, fetch_model
 from darwinlm.runtime.files import FORMAT_VERSION, check_record, read_json, read_record, sweep, write_record, write_text
+from darwinlm.runtime.names import hub_model
 from darwinlm.types import DarwinError, Genome, SearchResult, UsageError
 
 SETTINGS, TRAIN_SETTINGS, GRADUAL_SETTINGS = "run.yaml", "train.yaml", "recipe.yaml"
@@ -216,10 +218,12 @@ def load(path: Path | str, dtype: str = "auto") -> PreTrainedModel:
     Raises:
         UsageError: if there is no such model, or the run has none yet.
     """
-    directory = find_export(Path(path)) if Path(path).exists() else path
+    name = hub_model(str(path))
     try:
-        return pruned.load(directory, dtype)
-    except OSError as error:
+        if name is None and not Path(path).exists():
+            raise FileNotFoundError("it is neither there nor a name on the hub")
+        return pruned.load(find_export(Path(path)) if name is None else fetch_model(name), dtype)
+    except HUB_ERRORS as error:
         reason = str(error).strip().partition("\n")[0]
         raise UsageError(f"no model {path}: expected a run, a model directory or a hub id ({reason})") from None
 

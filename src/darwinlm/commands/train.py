@@ -359,7 +359,8 @@ def _export(work: _Work, last: Path) -> None:
     source = work.checkpoint.path / "README.md"
     before = source.read_text(encoding="utf-8") if source.exists() else ""
     card = trained_card(before, work.config.model, _settings(work), parameter_count(model))
-    export_hf(model, block_sizes_of(model.config), work.checkpoint.tokenizer, work.training.exported, card, expected)
+    sizes, tokenizer = block_sizes_of(model.config), work.checkpoint.tokenizer
+    export_hf(model, sizes, tokenizer, work.training.exported, card, expected, work.checkpoint.path)
 
 
 def _settings(work: _Work) -> dict[str, str]:

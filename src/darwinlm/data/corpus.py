@@ -22,6 +22,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from darwinlm.data.hub import ALIASES, stream_dataset
 from darwinlm.types import DarwinError, UsageError
 
 HELD_OUT_SHARE = 0.1
@@ -37,17 +38,6 @@ HUB_DOCUMENTS = 50_000  # a streamed data set is read this far
 
 
 TEXT_COLUMNS = ("text", "content", "extract")
-
-
-HUB = {
-    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train"),
-    "fineweb-edu-100bt": ("HuggingFaceFW/fineweb-edu", "sample-100BT", "train"),  # for billions of tokens
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
-    "c4": ("allenai/c4", "en", "train"),
-    # For evaluation only.
-    "wikitext2-test": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
-    "c4-validation": ("allenai/c4", "en", "validation"),
-}
 
 
 # Texts with a part of their own for evaluation, all of which counts, as in the literature.
@@ -342,12 +332,10 @@ def _paragraphs(text: str, characters: int = 2000) -> Iterator[str]:
 
 
 def _read_hub(name: str, flag: str) -> Iterator[str]:
-    from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
-    repository, subset, split = HUB.get(name, (name, None, "train"))
     try:
-        stream = load_dataset(repository, subset, split=split, streaming=True)
+        stream = stream_dataset(name)
         for _, record in zip(range(HUB_DOCUMENTS), stream, strict=False):
             yield text_of(record, name)
     except (DatasetNotFoundError, OSError, ValueError) as error:
@@ -355,8 +343,8 @@ def _read_hub(name: str, flag: str) -> Iterator[str]:
             raise
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
-            f"no corpus {name}: expected {', '.join([*HUB, *PACKAGED])}, a .txt, .jsonl or .parquet file, "
-            f"or a datasets id that can be had ({reason}); check {flag}"
+            f"no corpus {name}: expected {', '.join([*ALIASES, *PACKAGED])}, a .txt, .jsonl or .parquet file, "
+            f"or a datasets id that can be had, NAME:CONFIG:SPLIT@REVISION ({reason}); check {flag}"
         ) from None
 
 

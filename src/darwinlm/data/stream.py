@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property, lru_cache
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from darwinlm.config.training import StreamConfig
-from darwinlm.data.corpus import HUB, PACKAGED, is_held_out, name_and_weight, one_stream, read_documents, text_of
+from darwinlm.data.corpus import PACKAGED, is_held_out, name_and_weight, one_stream, read_documents, text_of
+from darwinlm.data.hub import dataset_named, stream_dataset
 from darwinlm.runtime import parallel
 from darwinlm.runtime.files import open_tensors, read_record, sweep, write_record, write_tensors
 from darwinlm.runtime.progress import say
@@ -283,6 +284,7 @@ def _draw(
 ) -> Sequences:
     """Draw the first sequences of a mixture, from its sources in turn according to their weights."""
     sources = [name_and_weight(part.strip()) for part in data.split(",")]
+    _check_distinct([source for source, _ in sources])
     # Sequence k of a source has the position (k + 1/2) / weight, so that any prefix has about the right weights.
     positions = [(torch.arange(sequences, dtype=torch.float64) + 0.5) / weight for _, weight in sources]
     first = torch.cat(positions).argsort(stable=True)[:sequences] // sequences
@@ -294,6 +296,21 @@ def _draw(
         in_store = torch.tensor(store.fill(int(of_source.sum())), dtype=torch.int32).view(-1, 3)
         places[of_source] = nn.functional.pad(in_store, (1, 0), value=number)
     return Sequences(tuple(stores), places)
+
+
+def _check_distinct(sources: Sequence[str]) -> None:
+    """Raise `UsageError` if a file or a data set is in two of the sources: a training would see its text twice."""
+    owners: dict[object, str] = {}
+    for source in sources:
+        files = [file.resolve() for file in _shards(source)]
+        for text in files or [source if source in PACKAGED else dataset_named(source)]:
+            if text in owners:
+                what = text if isinstance(text, Path) else source
+                raise UsageError(
+                    f"--data: expected every text in one source, found {what} in {owners[text]} and in {source}; name "
+                    "it once, with a weight if it is to count more"
+                )
+            owners[text] = source
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -326,9 +343,8 @@ def _stream(source: str) -> IterableDataset:
             return load_dataset(LOADERS[files[0].suffix], data_files=names, split="train", streaming=True)
     if source in PACKAGED or files:
         return IterableDataset.from_generator(_in_memory, gen_kwargs={"source": source})
-    repository, subset, split = HUB.get(source, (source, None, "train"))
     with _explained(source):
-        return load_dataset(repository, subset, split=split, streaming=True)
+        return stream_dataset(source)
 
 
 def _in_memory(source: str) -> Iterator[dict[str, str]]:
@@ -360,9 +376,11 @@ def _shards(source: str) -> list[Path]:
 
 
 def _identity(source: str) -> object:
-    """Return what identifies a source: name, size and time of each local file, or the name of any other source."""
+    """Return what identifies a source: name, size and time of each local file, or the full name of any other."""
     files = _shards(source)
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] or source
+    if files or source in PACKAGED:
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] or source
+    return astuple(dataset_named(source))
 
 
 @contextmanager

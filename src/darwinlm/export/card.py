@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Mapping
-from pathlib import Path
+
+from darwinlm.runtime.names import hub_model, short_name
 
 CARD = """\
 ---
@@ -66,7 +67,7 @@ def trained_card(card: str, model: str, settings: Mapping[str, str], parameters:
         parameters: the number of parameters, for a new card.
     """
     if not card.startswith("---"):
-        card = f"# {Path(model).name}, trained\n\n{parameters:,} parameters, trained by darwinlm.\n"
+        card = f"# {short_name(model)}, trained\n\n{parameters:,} parameters, trained by darwinlm.\n"
     listed = "\n".join(f"- {name}: {value}" for name, value in settings.items())
     return card.replace(UNTRAINED, TRAINED) + TRAINING.format(settings=listed)
 
@@ -76,18 +77,28 @@ def stubbed_card(card: str, parameters: int) -> str:
     return card + STUBBED.format(parameters=parameters)
 
 
-def model_card(model: str, settings: Mapping[str, str], dense_parameters: int, parameters: int, table: str = "") -> str:
+def model_card(
+    model: str,
+    licence: Mapping[str, str],
+    settings: Mapping[str, str],
+    dense_parameters: int,
+    parameters: int,
+    table: str = "",
+) -> str:
     """Return the text of an export's README.md.
 
     Args:
         model: name or path of the dense model.
+        licence: what the card of the dense model says of its licence, by field.
         settings: the settings of the pruning, by name.
         dense_parameters, parameters: the numbers of parameters of the dense model and of the export.
         table: the measured figures as Markdown; if empty, the card has no section for them.
     """
+    on_hub = hub_model(model)
+    lineage = {**licence, **({"base_model": on_hub.repository} if on_hub else {})}
     card = CARD.format(
-        name=Path(model).name,
-        lineage=f"base_model: {model}\n" if _is_hub_id(model) else "",
+        name=short_name(model),
+        lineage="".join(f"{field}: {json.dumps(value)}\n" for field, value in lineage.items()),
         share=parameters / dense_parameters,
         parameters=parameters,
         dense_parameters=dense_parameters,
@@ -95,8 +106,3 @@ def model_card(model: str, settings: Mapping[str, str], dense_parameters: int, p
         settings="\n".join(f"- {name}: {value}" for name, value in settings.items()),
     )
     return card + MEASURED.format(table=table) if table else card
-
-
-def _is_hub_id(model: str) -> bool:
-    """Return whether a model's name is a hub id, `owner/name`, and not a local path."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", model)) and not Path(model).exists()

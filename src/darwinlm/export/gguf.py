@@ -23,7 +23,8 @@ from darwinlm.export.gguf_vocabulary import add_vocabulary
 from darwinlm.export.verify import verify_gguf
 from darwinlm.model.families import FAMILIES, Family, head_dim
 from darwinlm.model.pruned import block_sizes_of, family_of, register
-from darwinlm.runtime.files import new_file, read_json
+from darwinlm.model.shards import WEIGHTS, read_index
+from darwinlm.runtime.files import new_file
 from darwinlm.runtime.progress import quiet_transformers
 from darwinlm.types import BlockSizes, DarwinError, UsageError
 
@@ -174,8 +175,8 @@ class _Weights:
 
 @contextmanager
 def _open_weights(directory: Path) -> Iterator[_Weights]:
-    index = directory / "model.safetensors.index.json"
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    shards = read_index(directory)
+    files = [WEIGHTS] if shards is None else sorted(set(shards.values()))
     with ExitStack() as stack:
         shards: dict[str, Any] = {}
         for file in files:

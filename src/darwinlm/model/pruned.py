@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from darwinlm.model.families import FAMILIES, PRUNED, head_dim
+from darwinlm.model.shards import read_index
 from darwinlm.runtime.progress import quiet_transformers
 from darwinlm.types import BlockSizes, DarwinError, UsageError
 
@@ -278,9 +279,11 @@ def load(directory: Path | str, dtype: torch.dtype | str = "auto") -> PreTrained
     Python code in the directory is never run.
 
     Raises:
-        DarwinError: if weights are missing or unreadable, or do not have the shapes that the config gives.
+        DarwinError: if weights are missing or unreadable, or do not have the shapes that the config gives, or if the
+            index of the shards names files elsewhere.
     """
     register()
+    read_index(Path(directory))  # refuses files elsewhere, which transformers would read
     try:
         with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(

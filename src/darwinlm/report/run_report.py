@@ -180,7 +180,7 @@ From this directory:
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("model")
+tokenizer = AutoTokenizer.from_pretrained("model", trust_remote_code=True)
 ```
 
 With `trust_remote_code`, transformers reads `modeling_pruned_*.py` beside the weights, which gives each block its own

@@ -18,8 +18,9 @@ from transformers import PretrainedConfig
 
 from darwinlm.database import eliminate
 from darwinlm.genome import Grid, level_grid
-from darwinlm.model.checkpoint import WEIGHTS, is_finite, skeleton
+from darwinlm.model.checkpoint import is_finite, skeleton
 from darwinlm.model.families import find_family
+from darwinlm.model.shards import WEIGHTS
 from darwinlm.types import Unit
 
 

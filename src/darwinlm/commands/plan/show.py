@@ -20,6 +20,7 @@ from darwinlm.model.families import find_family, find_grid
 from darwinlm.model.size import parameter_count
 from darwinlm.report import tables
 from darwinlm.runtime.device import DTYPES, resolve_dtype
+from darwinlm.runtime.names import hub_name
 from darwinlm.search.budget import Target, cache_costs, flop_costs, limit_of, parameter_costs
 from darwinlm.search.uniform import ceilings, uniform_genome
 from darwinlm.types import UsageError
@@ -38,7 +39,10 @@ def find_config(model: str) -> PretrainedConfig:
         with tempfile.TemporaryDirectory() as directory:
             return find_checkpoint(model, Path(directory)).config
     try:
-        return AutoConfig.from_pretrained(path if path.exists() else model, trust_remote_code=False)
+        name = hub_name(model)
+        if name is None:
+            return AutoConfig.from_pretrained(path if path.exists() else model, trust_remote_code=False)
+        return AutoConfig.from_pretrained(name.repository, revision=name.revision, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UsageError(
