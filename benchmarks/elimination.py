@@ -29,7 +29,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from darwinlm.database.eliminate import dampen, eliminate, solve_levels
+from darwinlm.database.cholesky import dampen
+from darwinlm.database.eliminate import eliminate, solve_levels
 from darwinlm.runtime.device import processor_name
 from darwinlm.types import Unit
 

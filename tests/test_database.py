@@ -9,6 +9,7 @@ import torch
 
 from darwinlm.config.run import DatabaseConfig
 from darwinlm.database import eliminate
+from darwinlm.database.cholesky import dampen
 from darwinlm.database.levels import UnitStatistics
 from darwinlm.database.store import Database, add_unit
 from darwinlm.genome import level_grid
@@ -37,7 +38,7 @@ def test_levels_read_back_equal_those_that_were_solved(tmp_path: Path) -> None:
     database = Database(tmp_path, GRID, MADE_FROM)
     for index, unit in enumerate(UNITS):
         given = statistics(unit)
-        hessian = eliminate.dampen(given.hessian)
+        hessian = dampen(given.hessian)
         elimination = eliminate.eliminate(unit, given.weight, hessian)
         solved = eliminate.solve_levels(unit, given.weight, hessian, elimination, GRID.removed[index])
         assert [level.level for level in solved] == [1, 2, 3]

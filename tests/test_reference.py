@@ -16,6 +16,7 @@ import torch
 
 from darwinlm.database import eliminate
 from darwinlm.database.calibrate import calibrate
+from darwinlm.database.cholesky import dampen
 from darwinlm.model.checkpoint import find_checkpoint
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -43,7 +44,7 @@ def compare_with_published(reference: Path, smollm2: Path) -> int:
         unit = statistics.unit
         if unit.kind == "attention":  # the published structures are single query heads
             unit = replace(unit, structures=9, structure_width=64)
-        hessian = eliminate.dampen(statistics.hessian * statistics.tokens / len(tokens), 0.01)
+        hessian = dampen(statistics.hessian * statistics.tokens / len(tokens), 0.01)
         elimination = eliminate.eliminate(unit, statistics.weight, hessian)
         for removed in published["removed"][unit.consumer]:
             ours = sorted(elimination.order[: len(removed)].tolist())

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     )
     from darwinlm.config.training import TrainConfig
     from darwinlm.database.calibrate import calibrate
-    from darwinlm.database.eliminate import dampen, eliminate, solve_levels
+    from darwinlm.database.cholesky import dampen
+    from darwinlm.database.eliminate import eliminate, solve_levels
     from darwinlm.database.stitch import Stitcher
     from darwinlm.database.store import Database
     from darwinlm.evaluation.quality import perplexity_and_kl
@@ -100,8 +101,8 @@ _MODULES = {
     ),
     "commands.train": ("train",),
     "database.calibrate": ("calibrate",),
+    "database.cholesky": ("dampen",),
     "database.eliminate": (
-        "dampen",
         "eliminate",
         "solve_levels",
     ),

@@ -31,6 +31,7 @@ from darwinlm.runtime.device import resolve_device, resolve_dtype
 from darwinlm.runtime.files import read_json, write_record
 from darwinlm.runtime.progress import quiet_transformers, say
 from darwinlm.training.adapters import add_adapters, merge_adapters
+from darwinlm.training.arguments import arguments_on
 from darwinlm.training.directory import Training
 from darwinlm.training.teacher_logits import CachedTeacher, TaughtSequences, TeacherLogits
 from darwinlm.training.trainer import FINISHED, Batch, DivergedError, RecoveryTrainer, Teacher
@@ -298,7 +299,8 @@ def _arguments(work: _Work, resumed: bool) -> TrainingArguments:
     config = work.config.training
     low = work.dtype == torch.bfloat16
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if low else "no"  # which a launcher may have set otherwise
-    return TrainingArguments(
+    return arguments_on(
+        work.device,
         output_dir=str(work.training.checkpoints),
         max_steps=work.config.steps,
         per_device_train_batch_size=config.micro_batch_size,

@@ -21,6 +21,7 @@ from darwinlm.database.levels import UnitStatistics
 from darwinlm.model.checkpoint import Checkpoint, is_finite
 from darwinlm.model.families import linear_at
 from darwinlm.runtime import parallel
+from darwinlm.runtime.device import exact_products
 from darwinlm.types import DarwinError, Unit
 
 PANEL = 512  # rows of a Hessian that are summed in one matrix product
@@ -98,9 +99,10 @@ class _Gram:
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].flatten(0, -2).float()
-        for start in range(0, x.shape[1], PANEL):
-            stop = start + PANEL
-            self.sum[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
+        with exact_products():
+            for start in range(0, x.shape[1], PANEL):
+                stop = start + PANEL
+                self.sum[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
         self.tokens += x.shape[0]
 
     def share(self, owner: int) -> None:

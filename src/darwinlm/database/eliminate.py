@@ -6,14 +6,18 @@ The functions compute on a consumer's weight `W` `[d_out, d_in]` and its damped 
 from __future__ import annotations
 
 import math
-import warnings
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from darwinlm.database.cholesky import EXTRA_DAMPING, cholesky, ever_safer, factor_of, mean_diagonal
 from darwinlm.database.levels import Elimination, Level
+from darwinlm.model.checkpoint import is_finite
+from darwinlm.runtime.device import exact_products
 from darwinlm.types import DarwinError, Unit
 
 QUEUE = 128  # channels removed between two matrix products
@@ -22,29 +26,8 @@ QUEUE = 128  # channels removed between two matrix products
 PANEL = 512  # rows of a symmetric matrix that are updated together
 
 
-EXTRA_DAMPING = (0.1, 1.0, 10.0)  # tried in turn on a Hessian that is not positive definite
-
-
 @torch.no_grad()
-def dampen(hessian: Float[Tensor, "d_in d_in"], damping: float = 0.01) -> Float[Tensor, "d_in d_in"]:
-    """`H + damping * mean(diag H) * I`, which makes dead channels (zero rows of `H`) harmless.
-
-    An all-zero Hessian, of a unit that never fired, gets `damping * I`.
-
-    Raises:
-        DarwinError: if the Hessian has entries that are not finite.
-    """
-    if not _finite(hessian):
-        raise DarwinError(
-            "expected a finite Hessian, found NaN or infinity in it: the model's activations overflow; "
-            "calibrate in float32 or bfloat16, or on other text"
-        )
-    damped = hessian.clone()
-    damped.diagonal().add_(damping * _scale(hessian))
-    return damped
-
-
-@torch.no_grad()
+@exact_products()
 def eliminate(
     unit: Unit,
     weight: Float[Tensor, "d_out d_in"],
@@ -68,14 +51,19 @@ def eliminate(
     """
     d_in, width = hessian.shape[0], unit.structure_width
     assert width * unit.structures == d_in == weight.shape[1]
+    if not is_finite(weight) or not is_finite(hessian):
+        raise DarwinError(f"{unit.name}: expected a finite weight and Hessian, found NaN or infinity")
     until = unit.structures if until is None else until
     names = torch.arange(d_in, device=hessian.device)
     if width == 1:  # columns that will probably leave first go to the end, so that fewer others must move later
         names = (weight.to(hessian).square().sum(0) * hessian.diagonal()).argsort(descending=True)
         weight = weight.index_select(1, names)
         hessian = hessian.index_select(0, names).index_select(1, names)
-    for damping in EXTRA_DAMPING:
-        pair = _Pair(unit, weight, hessian)
+    for matrix in ever_safer(unit, hessian):
+        factor = factor_of(matrix)
+        if factor is None:
+            continue
+        pair = _Pair(unit, weight, matrix, factor)
         if width == 1:
             positions, errors = _eliminate_channels(pair, until, queue)
         else:
@@ -83,12 +71,11 @@ def eliminate(
         if sum(errors) <= pair.ceiling:
             cumulative = torch.tensor(errors, dtype=torch.float64).cumsum(0).to(hessian.dtype)
             return Elimination(unit, names.cpu()[torch.tensor(positions, dtype=torch.int64)], cumulative)
-        warnings.warn(f"{unit.name}: the Hessian is too near singular, damping it by {damping}", stacklevel=3)
-        hessian = dampen(hessian, damping)
-    raise DarwinError(f"{unit.name}: rounding swamps its Hessian; calibrate on more tokens or raise the damping")
+    raise AssertionError("nothing is safer")
 
 
 @torch.no_grad()
+@exact_products()
 def solve_levels(
     unit: Unit,
     weight: Float[Tensor, "d_out d_in"],
@@ -121,7 +108,7 @@ def solve_levels(
     never_removed = [structure for structure in range(structures) if structure not in gone]
     last_first = torch.tensor(never_removed + eliminated[::-1], device=hessian.device)
     columns = columns_of(last_first, width)
-    factor = _cholesky(unit, hessian.index_select(0, columns).index_select(1, columns))
+    factor = cholesky(unit, hessian.index_select(0, columns).index_select(1, columns))
     solved = weight.to(hessian).index_select(1, columns)
     levels = []
     for level, count in partial:
@@ -154,10 +141,11 @@ def _eliminate_channels(pair: _Pair, until: int, queue: int) -> tuple[list[int],
             queued, diagonals = _compact(pair, names, holes, queued, diagonals)
             scores = torch.empty_like(diagonals[0])
             holes, q = [], 0
-        j = int(torch.div(diagonals[1], diagonals[0], out=scores).argmin())
+        least = torch.div(diagonals[1], diagonals[0], out=scores).argmin().reshape(1)
+        # One wait for the device: the position, which float32 holds exactly up to 2^24, with the entries there.
+        p, half_s, position = torch.cat([diagonals.index_select(1, least)[:, 0], least]).tolist()
+        j, p = int(position), max(p, pair.floor)
         diagonal = diagonals[:, j]
-        p, half_s = diagonal.tolist()
-        p = max(p, pair.floor)
         half_m = max(half_s, 0.0) / p
         order.append(names[j])
         errors.append(2 * half_m)
@@ -193,11 +181,10 @@ def _compact(
     solid = [position for position in range(n, pair.n) if position not in taken]
     for hole, survivor in zip(hollow, solid, strict=True):
         names[hole] = names[survivor]
-    empty, full = (torch.tensor(positions, dtype=torch.int64, device=queued.device) for positions in (hollow, solid))
-    queued, diagonals = (_moved(each, empty, full)[..., :n] for each in (queued, diagonals))
+    queued, diagonals = (_moved(each, hollow, solid)[..., :n] for each in (queued, diagonals))
     diagonals[0].clamp_(min=pair.floor)
     diagonals[1].clamp_(min=0)
-    pair.shrink(n, empty, full)
+    pair.shrink(n, hollow, solid)
     pair.subtract(*queued)
     return queued, diagonals
 
@@ -211,15 +198,18 @@ def _eliminate_blocks(unit: Unit, pair: _Pair, until: int) -> tuple[list[int], l
     order, errors = [], []
     for _ in range(until):
         P_JJ, S_JJ = pair.blocks(width)
-        C = _block_factors(P_JJ, pair.floor)
-        M = torch.linalg.solve_triangular(C, S_JJ, upper=False)
-        M = torch.linalg.solve_triangular(C.mT, M, upper=True, left=False)
-        scores = M.diagonal(dim1=1, dim2=2).sum(1).clamp_(min=0)
-        if unit.in_turns:
-            scores[_waiting(unit, names)] = math.inf
-        j = int(scores.argmin())
+        waiting = _waiting(unit, names) if unit.in_turns else []
+        C, failed = torch.linalg.cholesky_ex(P_JJ)
+        M, choice = _least_block(C, S_JJ, waiting)
+        # One wait for the device, for all that it has found.
+        error, position, indefinite = torch.cat([choice, failed.any()[None].to(choice)]).tolist()
+        if indefinite:
+            C = _raised_factors(P_JJ, pair.floor)
+            M, choice = _least_block(C, S_JJ, waiting)
+            error, position = choice.tolist()
+        j = int(position)
         order.append(names[j])
-        errors.append(float(scores[j]))
+        errors.append(error)
         U, T = torch.linalg.solve_triangular(C[j], pair.rows(j * width, (j + 1) * width), upper=False)
         T.addmm_(M[j], U, alpha=-0.5)
         last = names.pop()
@@ -227,32 +217,54 @@ def _eliminate_blocks(unit: Unit, pair: _Pair, until: int) -> tuple[list[int], l
             names[j] = last
         if names:
             n = len(names) * width
-            empty, full = (torch.arange(width, device=U.device) + width * at for at in (j, len(names)))
+            empty, full = (range(width * at, width * (at + 1)) for at in (j, len(names)))
             pair.shrink(n, empty, full)
             pair.subtract(_moved(U, empty, full)[:, :n], _moved(T, empty, full)[:, :n])
     return order, errors
 
 
-def _block_factors(blocks: Float[Tensor, "structures width width"], floor: float) -> Tensor:
+def _least_block(
+    C: Float[Tensor, "structures width width"], S_JJ: Float[Tensor, "structures width width"], waiting: Sequence[int]
+) -> tuple[Float[Tensor, "structures width width"], Float[Tensor, 2]]:
+    """`M` of every block, and the least score with its position, among those that do not wait."""
+    M = torch.linalg.solve_triangular(C, S_JJ, upper=False)
+    M = torch.linalg.solve_triangular(C.mT, M, upper=True, left=False)
+    scores = M.diagonal(dim1=1, dim2=2).sum(1).clamp_(min=0)
+    if waiting:
+        scores.index_fill_(0, _indices(waiting, scores.device), math.inf)
+    least, position = scores.min(0)
+    return M, torch.stack([least, position.to(least)])
+
+
+def _raised_factors(blocks: Float[Tensor, "structures width width"], floor: float) -> Tensor:
     """The Cholesky factors of the blocks, with all diagonals raised until rounding leaves no block indefinite."""
-    factors, failed = torch.linalg.cholesky_ex(blocks)
     ridge = max(torch.finfo(blocks.dtype).eps * float(blocks.diagonal(dim1=1, dim2=2).max()), floor)
-    while bool(failed.any()) and math.isfinite(ridge):
-        factors, failed = torch.linalg.cholesky_ex(blocks + ridge * torch.eye(blocks.shape[1]).to(blocks))
+    identity = torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
+    while True:
+        factors, failed = torch.linalg.cholesky_ex(blocks + ridge * identity)
         ridge *= 10
-    return factors
+        if not bool(failed.any()) or not math.isfinite(ridge):
+            return factors
 
 
-def _waiting(unit: Unit, alive: Sequence[int]) -> Tensor:
-    """For each structure that is left, whether its group has lost one more structure than another group."""
-    groups = torch.tensor(alive) // unit.readers
-    sizes = groups.bincount(minlength=unit.groups)
-    return (sizes < sizes.max())[groups]
+def _waiting(unit: Unit, alive: Sequence[int]) -> list[int]:
+    """The positions among those that are left of structures whose group has lost one more than another group."""
+    sizes = Counter(structure // unit.readers for structure in alive)
+    most = max(sizes.values())
+    return [position for position, structure in enumerate(alive) if sizes[structure // unit.readers] < most]
 
 
-def _moved(matrix: Tensor, empty: Tensor, full: Tensor) -> Tensor:
+def _moved(matrix: Tensor, empty: Sequence[int], full: Sequence[int]) -> Tensor:
     """The matrix, its columns `empty` overwritten by its columns `full`."""
-    return matrix.index_copy_(-1, empty, matrix.index_select(-1, full))
+    to, moved = (_indices(positions, matrix.device) for positions in (empty, full))
+    return matrix.index_copy_(-1, to, matrix.index_select(-1, moved))
+
+
+def _indices(positions: Sequence[int], device: torch.device) -> Tensor:
+    """Positions on the device; a range is made there, without a wait for it."""
+    if isinstance(positions, range):
+        return torch.arange(positions.start, positions.stop, device=device)
+    return torch.tensor(positions, dtype=torch.int64, device=device)
 
 
 class _Pair:
@@ -262,17 +274,15 @@ class _Pair:
     block. Products then cost about half, and a row to the right of its panel is read from a column.
     """
 
-    def __init__(self, unit: Unit, weight: Tensor, hessian: Tensor) -> None:
+    def __init__(self, unit: Unit, weight: Tensor, hessian: Tensor, factor: Tensor) -> None:
         weight = weight.to(hessian)
-        if not _finite(weight) or not _finite(hessian):
-            raise DarwinError(f"{unit.name}: expected a finite weight and Hessian, found NaN or infinity")
         self.n = len(hessian)
         self.panel = max(PANEL - PANEL % unit.structure_width, unit.structure_width)
         self.both = hessian.new_empty(2, self.n, self.n)
-        torch.cholesky_inverse(_cholesky(unit, hessian), out=self.both[0].mT)  # LAPACK has columns first
+        torch.cholesky_inverse(factor, out=self.both[0].mT)  # LAPACK has columns first
         self._add(self.both[1].zero_(), weight, weight, 1)
         # P_jj >= 1 / H_jj throughout, whatever rounding says: what is alive of P is the inverse of a part of H.
-        self.floor = 1 / (float(hessian.diagonal().max()) + 2 * EXTRA_DAMPING[-1] * _scale(hessian))
+        self.floor = 1 / (float(hessian.diagonal().max()) + 2 * EXTRA_DAMPING[-1] * mean_diagonal(hessian))
         # Nor can all errors together exceed tr(W H W^T), which is at most ||W||^2 tr H; they do where rounding has won.
         self.ceiling = min(float(weight.square().sum()) * self.n / self.floor, torch.finfo(hessian.dtype).max)
 
@@ -290,15 +300,16 @@ class _Pair:
         held = self.both[:, start:stop, :right]
         return held if right == self.n else torch.cat([held, self.both[:, right : self.n, start:stop].mT], dim=2)
 
-    def shrink(self, n: int, empty: Tensor, full: Tensor) -> None:
+    def shrink(self, n: int, empty: Sequence[int], full: Sequence[int]) -> None:
         """Keep `n` rows and columns: those beyond them at `full` move to the positions `empty`; both are ascending."""
-        rows = self.both.index_select(1, full)
-        corner = rows[:, :, full].tril()
-        rows[:, :, empty] = corner + corner.tril(-1).mT
-        self.both.index_copy_(1, empty, rows)
+        to, moved = (_indices(positions, self.both.device) for positions in (empty, full))
+        rows = self.both.index_select(1, moved)
+        corner = rows[:, :, moved].tril()
+        rows[:, :, to] = corner + corner.tril(-1).mT
+        self.both.index_copy_(1, to, rows)
         for start in range(0, n, self.panel):
-            here = (empty >= start) & (empty < start + self.panel)
-            self.both[:, start:n, empty[here]] = rows[:, here, start:n].mT
+            here = slice(bisect_left(empty, start), bisect_left(empty, start + self.panel))
+            self.both[:, start:n, to[here]] = rows[:, here, start:n].mT
         self.n = n
 
     def subtract(self, U: Float[Tensor, "removed n"], T: Float[Tensor, "removed n"]) -> None:
@@ -311,50 +322,6 @@ class _Pair:
         for start in range(0, n, self.panel):
             stop = min(start + self.panel, n)
             matrix[start:stop, :stop].addmm_(left[:, start:stop].T, right[:, :stop], alpha=sign)
-
-
-def _cholesky(unit: Unit, hessian: Tensor) -> Tensor:
-    """The lower factor of the Hessian, damped further, with a warning, where rounding has left it indefinite."""
-    factor = hessian.mT.clone(memory_format=torch.contiguous_format).mT  # stored by columns, as LAPACK wants it
-    if _factorise(factor):
-        return factor
-    for damping in EXTRA_DAMPING:
-        warnings.warn(f"{unit.name}: the Hessian is not positive definite, damping it by {damping}", stacklevel=4)
-        factor = dampen(hessian, damping).mT
-        if _factorise(factor):
-            return factor
-    raise DarwinError(
-        f"{unit.name}: expected a positive definite Hessian, found one that damping by {EXTRA_DAMPING[-1]} does not "
-        "mend; calibrate on more tokens"
-    )
-
-
-def _factorise(matrix: Tensor) -> bool:
-    """Overwrite the lower triangle by its Cholesky factor, in halves: twice as fast as LAPACK on one thread.
-
-    Returns whether the matrix is positive definite. The entries above the diagonal become undefined.
-    """
-    half = len(matrix) // 2
-    if half < 128:
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        matrix.copy_(factor)
-        return not int(info)
-    if not _factorise(matrix[:half, :half]):
-        return False
-    below = matrix[half:, :half]
-    below.copy_(torch.linalg.solve_triangular(matrix[:half, :half].mT, below, upper=True, left=False))
-    matrix[half:, half:].addmm_(below, below.T, alpha=-1)
-    return _factorise(matrix[half:, half:])
-
-
-def _finite(matrix: Tensor) -> bool:
-    return bool(torch.stack(torch.aminmax(matrix)).isfinite().all())
-
-
-def _scale(hessian: Tensor) -> float:
-    """The mean of the diagonal, or 1 if that is not positive."""
-    mean = float(hessian.diagonal().mean())
-    return mean if mean > 0 else 1.0
 
 
 def columns_of(structures: Tensor, width: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from darwinlm.config.run import DatabaseConfig
 from darwinlm.database import eliminate
+from darwinlm.database.cholesky import dampen
 from darwinlm.database.levels import Elimination, Level, UnitStatistics
 from darwinlm.genome import Grid
 from darwinlm.runtime import parallel
@@ -106,7 +107,7 @@ def add_unit(database: Database, statistics: UnitStatistics, config: DatabaseCon
     """Eliminate one unit's structures and write its levels: the step from calibration to database (section 3.1)."""
     unit = statistics.unit
     index = database.grid.units.index(unit)
-    hessian = eliminate.dampen(statistics.hessian, config.damping)
+    hessian = dampen(statistics.hessian, config.damping)
     elimination = eliminate.eliminate(unit, statistics.weight, hessian)
     levels = eliminate.solve_levels(unit, statistics.weight, hessian, elimination, database.grid.removed[index])
     database.add(elimination, levels, dtype)

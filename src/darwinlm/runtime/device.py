@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -45,3 +47,26 @@ def processor_name() -> str:
     lines = file.read_text().splitlines() if file.exists() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return name or platform.processor() or platform.machine()
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Keep float32 matrix products at float32, whatever the process allows: no TF32 on a GPU, no bfloat16 on a CPU.
+
+    TF32 keeps 10 bits of each factor. A Hessian that is summed or factorised so need not be positive definite any more,
+    and other structures would leave than on a CPU. Convolutions, which have a setting of their own, are left alone.
+    """
+    backends = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    settings = [backend for backend in backends if hasattr(backend, "fp32_precision")]  # torch 2.9 and newer
+    before = [backend.fp32_precision for backend in settings]
+    try:
+        overall = torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch refuses to say where both ways of setting it were used
+        overall = "highest"
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(overall)
+        for backend, precision in zip(settings, before, strict=True):
+            backend.fp32_precision = precision

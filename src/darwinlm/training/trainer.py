@@ -83,7 +83,9 @@ class RecoveryTrainer(Trainer):
         inner: Any = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
         self._hidden_for_logits = hidden_for_logits(inner)
         self._objective = inner.loss_function = _Objective(self._hidden_for_logits.__enter__(), distillation.weight)
-        self._sums = torch.zeros(3, dtype=torch.float64)  # cross-entropy, KL and batches since they were logged
+        # Cross-entropy, KL and batches since they were logged, on the device: to read them is to wait for it.
+        self._sums = torch.zeros(3, dtype=torch.float64, device=args.device)
+        self._wrong = torch.zeros((), device=args.device)  # the losses of this step that are not finite
 
     def create_accelerator_and_postprocess(self) -> None:
         """Do as the Trainer does, and set up FSDP on CPUs, which torch supports but accelerate (1.15) skips."""
@@ -103,7 +105,7 @@ class RecoveryTrainer(Trainer):
         """Return the mean loss over a batch's tokens."""
         teacher = self.teacher if self.distillation.weight > 0 else None
         losses = self._losses(model, inputs, teacher, self.distillation.temperature)
-        self._sums += torch.tensor([losses.cross_entropy.item(), losses.kl.item(), 1.0], dtype=torch.float64)
+        self._sums += torch.stack((losses.cross_entropy, losses.kl, torch.ones_like(losses.kl))).to(self._sums)
         return (losses.loss, {}) if return_outputs else losses.loss
 
     def _losses(self, model: nn.Module, batch: Batch, teacher: Teacher | None, temperature: float) -> Losses:
@@ -114,10 +116,14 @@ class RecoveryTrainer(Trainer):
         return self._objective.take(loss)
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
-        """Run one batch forwards and backwards. Raises `DivergedError` on all processes if its loss is not finite."""
+        """Run one batch forwards and backwards.
+
+        Raises:
+            DivergedError: on all processes, if a loss of the step is not finite; the step's last batch finds it.
+        """
         loss = super().training_step(model, inputs, num_items_in_batch)
-        wrong: Any = self.accelerator.reduce((~loss.isfinite()).float(), "sum")
-        if wrong > 0:
+        self._wrong += ~loss.isfinite()
+        if self.accelerator.sync_gradients and self._over_processes(self._wrong) > 0:  # once a step
             raise DivergedError(f"the loss of step {self.state.global_step + 1} is not a finite number")
         return loss
 
@@ -176,7 +182,7 @@ class RecoveryTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint if all weights are finite, and mark it complete once all processes have written it."""
         parts = (getattr(p, "to_local", lambda p=p: p)() for p in model.parameters())
-        wrong = torch.tensor(float(not all(part.isfinite().all() for part in parts)), device=self.args.device)
+        wrong = (~torch.stack([part.isfinite().all() for part in parts]).all()).float()
         if self._over_processes(wrong) > 0:
             raise DivergedError(f"the weights after step {self.state.global_step} are not finite")
         super()._save_checkpoint(model, trial)

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from darwinlm.database import eliminate
+from darwinlm.database.cholesky import dampen
 from darwinlm.genome import Grid, level_grid
 from darwinlm.model.checkpoint import is_finite, skeleton
 from darwinlm.model.families import find_family
@@ -87,7 +88,7 @@ def measure_rates(dtype: torch.dtype = torch.float32, size: int = 3072) -> Rates
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(d_out, size, generator=generator)
     inputs = torch.randn(2 * size, size, generator=generator)
-    hessian = eliminate.dampen(inputs.T @ inputs / size)
+    hessian = dampen(inputs.T @ inputs / size)
     start = time.perf_counter()
     elimination = eliminate.eliminate(unit, weight, hessian)
     swept = time.perf_counter() - start - elimination_operations(unit, d_out) / products
