@@ -203,7 +203,8 @@ class _Constructors(TorchFunctionMode):
         keywords = dict(keywords or {})
         if function in (torch.tensor, torch.as_tensor) and _is_here(keywords.get("device")):
             del keywords["device"]
-            return function(*arguments, **keywords).to(NAME)
+            learned = keywords.pop("requires_grad", False)  # which must be a leaf of the graph
+            return function(*arguments, **keywords).to(NAME).requires_grad_(learned)
         if function is torch.Tensor.new_tensor and isinstance(arguments[0], Simulated):
             device = keywords.pop("device", NAME)
             return torch.tensor(arguments[1], **{"dtype": arguments[0].dtype} | keywords).to(device)

@@ -1,0 +1,175 @@
+"""Every stage on a device of its own: the simulated one, or a GPU with DARWINLM_TEST_DEVICE=cuda (`make gpu`).
+
+On it, a tensor that was left on the CPU is an error, and every wait of the host for the device is counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import runs
+import tiny
+import trainings
+from accelerator import DEVICE, DeviceMismatchError, accelerator
+from darwinlm.commands.compare import compare
+from darwinlm.commands.compress import run
+from darwinlm.commands.evaluate import evaluate
+from darwinlm.commands.run_directory import Run
+from darwinlm.commands.train import train
+from darwinlm.config.evaluation import CompareConfig, EvaluateConfig, SpeedConfig
+from darwinlm.config.run import DatabaseConfig, RunConfig, SearchConfig, Stage
+from darwinlm.database.cholesky import dampen
+from darwinlm.database.eliminate import QUEUE, eliminate, solve_levels
+from darwinlm.database.stitch import Stitcher
+from darwinlm.rivals.methods import METHODS
+from darwinlm.search.fitness import Fitness
+from darwinlm.types import Genome, SelectionStage, Unit
+from pruned import prune
+
+STRUCTURES = [("llama-mha", "head"), ("llama-gqa", "kv_group"), ("llama-gqa", "head"), ("qwen2", "balanced")]
+
+
+def problem(outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight and a Hessian in float32, of random numbers that are the same everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(4 * inputs, inputs, generator=generator)
+    return torch.randn(outputs, inputs, generator=generator), dampen(2 * X.T @ X / len(X))
+
+
+def made(structures: int, width: int, readers: int = 1) -> Unit:
+    """A unit, its structures in groups of `readers`, which leave in turns if there are several in a group."""
+    kind = "mlp" if width == 1 else "attention"
+    return Unit(f"block-00-{kind}", 0, kind, "consumer", (), width, structures, 0, 0, readers, in_turns=readers > 1)
+
+
+def test_a_tensor_that_was_left_on_the_cpu_is_an_error() -> None:
+    with accelerator():
+        there = torch.ones(3, device=DEVICE)
+        with pytest.raises((DeviceMismatchError, RuntimeError)):
+            there + torch.ones(3)
+
+
+def test_waits_are_counted() -> None:
+    with accelerator() as waits:
+        values = torch.ones(3, device=DEVICE)
+        values.sum() + values
+        assert sum(waits.values()) == 0
+        assert float(values.sum()) == 3
+        assert sum(waits.values()) == 1
+
+
+@pytest.mark.parametrize(("width", "readers"), [(1, 1), (8, 1), (8, 4)])
+def test_a_removal_is_one_wait_and_the_structures_are_those_of_the_cpu(width: int, readers: int) -> None:
+    structures = 320 if width == 1 else 16
+    unit = made(structures, width, readers)
+    weight, hessian = problem(48, structures * width)
+    on_cpu = eliminate(unit, weight, hessian)
+    with accelerator() as waits:
+        there = weight.to(DEVICE), hessian.to(DEVICE)
+        before = sum(waits.values())
+        found = eliminate(unit, *there)
+        waited = sum(waits.values()) - before
+        levels = solve_levels(unit, *there, found, [0, structures // 2])
+    assert found.order.tolist() == on_cpu.order.tolist()
+    torch.testing.assert_close(found.errors.cpu(), on_cpu.errors, rtol=1e-4, atol=1e-4)
+    (expected,) = solve_levels(unit, weight, hessian, on_cpu, [0, structures // 2])
+    torch.testing.assert_close(levels[0].weight.cpu(), expected.weight, rtol=1e-3, atol=1e-4)
+    queues = structures // QUEUE if width == 1 else 0
+    of_a_group = 2 * structures if readers > 1 else 0  # which of its structures must wait
+    assert structures <= waited <= structures + 12 + 8 * queues + of_a_group
+
+
+@pytest.mark.parametrize("metric", ["kl", "perplexity"])
+def test_a_scored_batch_is_two_waits(metric: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """One for the score, and one in transformers, which looks whether several texts are packed in a sequence."""
+    case = prune(checkpoints["llama-gqa"], tmp_path / "database")
+    text = torch.randint(0, tiny.VOCAB, (16, 32), generator=torch.Generator().manual_seed(0))
+    grid = case.database.grid
+    genomes = [Genome(tuple(min(level, grid.highest(i)) for i in range(len(grid.units)))) for level in (1, 2)]
+    with accelerator() as waits:
+        dense = case.checkpoint.load(torch.float32, torch.device(DEVICE))
+        stitcher = Stitcher(dense, case.checkpoint.family, case.database)
+        stages = tuple(SelectionStage(9 - batches, batches * 64) for batches in range(1, 9))  # a batch more in each
+        config = SearchConfig(stages=stages, metric=metric)
+        fitness = Fitness(stitcher, text, text, config)
+        fitness.scores(genomes[:1], stages[-1])  # the dense model's distributions are kept from here on
+        stitcher.stitch(genomes[1])
+        before = waits.copy()
+        fitness.scores(genomes[1:], stages[-1])
+        waits.subtract(before)
+    assert 8 <= sum(waits.values()) <= 2 * 8 + 2, waits
+
+
+def on_both(config: RunConfig, tmp_path: Path, until: Stage = "report") -> tuple[Path, Path]:
+    """The directories of a run on the CPU and of the same on the device."""
+    directories = tmp_path / "on-cpu", tmp_path / "on-device"
+    run(replace(config, out=str(directories[0]), device="cpu"), until=until)
+    with accelerator():
+        run(replace(config, out=str(directories[1]), device=DEVICE), until=until)
+    return directories
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "structure"), STRUCTURES)
+def test_every_command_runs_on_the_device(
+    family: str, structure: str, checkpoints: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    dense = checkpoints[family]
+    search = replace(runs.SHORT.search, start="sensitivity")
+    database = DatabaseConfig(levels=4, granularity=8, structure=structure)
+    config = runs.short(dense, text, tmp_path, dtype="float32", search=search, database=database)
+    directories = on_both(config, tmp_path)
+    on_cpu, there = ([row["kl"] for row in Run(directory).table] for directory in directories)
+    assert there == pytest.approx(on_cpu, abs=1e-3)
+    training = trainings.distilled(directories[1], text, tmp_path / "trained", dense, device=DEVICE)
+    with accelerator():
+        train(training)
+        evaluate(
+            EvaluateConfig(
+                str(tmp_path / "trained"),
+                data=str(text),
+                against=str(dense),
+                generation=True,
+                tokens=256,
+                window=64,
+                continuation_tokens=4,
+                device=DEVICE,
+            ),
+            SpeedConfig(prompt_tokens=16, new_tokens=4, repeats=1),
+            speed=True,
+        )
+
+
+@pytest.mark.slow
+def test_every_method_is_compared_on_the_device(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    config = CompareConfig(
+        str(checkpoints["llama-gqa"]),
+        str(text),
+        str(tmp_path / "out"),
+        tuple(METHODS),
+        ("params=0.8",),
+        device=DEVICE,
+        dtype="float32",
+        calibration=runs.SHORT.calibration,
+        database=DatabaseConfig(levels=8, granularity=4),
+        search=replace(runs.SHORT.search, mask_tokens=256),
+        evaluation=runs.SHORT.evaluation,
+    )
+    with accelerator():
+        cells = compare(config)
+    assert {cell.method for cell in cells if cell.refused is None} >= {"evolution"}
+    assert not [cell for cell in cells if cell.refused and "expected all tensors on" in cell.refused]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", list(tiny.CONFIGS))
+def test_every_family_is_searched_on_the_device(
+    family: str, checkpoints: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    config = runs.short(checkpoints[family], text, tmp_path, dtype="float32")
+    on_cpu, there = on_both(config, tmp_path, until="search")
+    assert runs.history(there)[0]["fitness"] == pytest.approx(runs.history(on_cpu)[0]["fitness"], rel=1e-3)
