@@ -6,6 +6,8 @@
 #   make slow          run the tests on the real SmolLM2, and those of several processes
 #   make check         run ruff, pyright and import-linter
 #   make docs          build the documentation into site/; a warning is an error
+#   make gpu           on a machine with a GPU: the tests on it, then its times and memory; needs no network
+#   make gpu-wheels    fetch what `make gpu` needs on a machine that has torch and transformers but no network
 #   make test-lowest   run the default tests on the lowest versions that pyproject.toml declares
 #   make format        let ruff rewrite the code
 PYTHON ?= python3
@@ -15,7 +17,11 @@ LOWEST := .venv-lowest
 # mkdocs-material prints an advertisement of its successor without this.
 export NO_MKDOCS_2_WARNING := true
 
-.PHONY: setup demo test slow check docs test-lowest format
+# The Python of the machine that `make gpu-wheels` is for, and its device.
+GPU_PYTHON := 3.12
+GPU := cuda
+WHEELS := build/wheels
+.PHONY: setup demo test slow check docs gpu gpu-wheels test-lowest format
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -43,6 +49,19 @@ check: $(READY)
 
 docs: $(READY)
 	$(BIN)/mkdocs build --strict --quiet
+
+# The machine's own torch is used, whatever its version, and so are all of its packages that are not in the wheels.
+build/gpu/.ready: pyproject.toml
+	$(PYTHON) -m pip install --quiet --target build/gpu --no-index --no-deps --no-build-isolation . $(wildcard $(WHEELS)/*.whl)
+	touch $@
+
+gpu: build/gpu/.ready
+	PYTHONPATH=src:build/gpu DARWINLM_TEST_DEVICE=$(GPU) $(PYTHON) -m pytest tests/test_accelerator.py -m "slow or not slow" -W default -n 4
+	PYTHONPATH=src:build/gpu $(PYTHON) benchmarks/gpu.py --device $(GPU)
+
+gpu-wheels:
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --dest $(WHEELS) \
+	  jsonargparse docstring-parser typeshed-client importlib-resources datasets dill multiprocess gguf beartype jaxtyping wadler-lindig
 
 $(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
