@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from darwinlm.commands.compress import run
-from darwinlm.config.run import DEMO, CalibrationConfig, EvaluationConfig, SelectionStage
+from darwinlm.config.run import DEMO, CalibrationConfig, DatabaseConfig, EvaluationConfig, SelectionStage
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -42,9 +42,11 @@ def test_the_searched_model_is_ahead_of_the_uniform_one_and_talks(tmp_path: Path
     config = replace(
         DEMO,
         out=str(tmp_path / "run"),
-        calibration=CalibrationConfig(tokens=16_384),
-        search=replace(DEMO.search, generations=1, stages=(SelectionStage(4, 512), SelectionStage(1, 2048))),
-        evaluation=EvaluationConfig(tokens=4096, repeats=1),
+        target_level=1.5,
+        calibration=CalibrationConfig(tokens=8192),
+        database=DatabaseConfig(levels=6),
+        search=replace(DEMO.search, generations=1, stages=(SelectionStage(4, 256), SelectionStage(1, 512))),
+        evaluation=EvaluationConfig(tokens=2048, repeats=1, continuation_tokens=16),
     )
     result = run(config)
     dense, uniform, searched = result.table

@@ -40,11 +40,18 @@ raise SystemExit(main())
 """
 
 
-def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
-    """The command in two processes."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run([*start, *command], capture_output=True, text=True, timeout=200, env=environment, check=False)
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def launcher(processes: int = 2) -> list[str]:
+    """What starts a command in several processes."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+
+
+def torchrun(*command: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """The command in several processes."""
+    started = [*launcher(processes), *command]
+    return subprocess.run(started, capture_output=True, text=True, timeout=250, env=ENVIRONMENT, check=False)
 
 
 def open_database(run: Path, checkpoint: Path) -> Database:

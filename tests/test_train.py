@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import get_cosine_schedule_with_warmup
 
 import pruned
 import runs
@@ -54,19 +54,23 @@ def test_the_loss_curve_is_that_of_a_loop_by_hand(export: Path, text: Path, tmp_
     found = trainings.losses(train(config).history)
     model: Any = Checkpoint(export).load(torch.float32, pruned.CPU).requires_grad_(True).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.training.learning_rate, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, config.training.warmup_steps, trainings.STEPS)
     sequences = draw_sequences(
         config.data, trainings.STEPS * trainings.BATCH, tiny.tokenizer(), config.stream, tmp_path / "cache", config.seed
     )
     expected = []
+    warmup = config.training.warmup_steps
     for step in range(trainings.STEPS):
+        angle = np.interp(step, [warmup, trainings.STEPS], [0, np.pi])
+        for group in optimizer.param_groups:
+            group["lr"] = (
+                config.training.learning_rate * np.interp(step, [-1, warmup], [0, 1]) * (1 + np.cos(angle)) / 2
+            )
         start = step * trainings.BATCH
         ids = torch.stack([sequences[i]["input_ids"] for i in range(start, start + trainings.BATCH)])
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.max_gradient_norm)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
         expected.append(loss.item())
     assert found == pytest.approx(expected, abs=2e-5)

@@ -40,7 +40,15 @@ from darwinlm.types import DarwinError, UsageError
 LEFT_BEHIND = ("cache", "student", "teacher")  # what a refused command may leave, and the next one uses
 
 
-OPTIMIZER = "optimizer.pt"
+OPTIMIZER, SHARDS = "optimizer.pt", "pytorch_model_fsdp_0"  # in a checkpoint; the latter if it is sharded
+
+
+# Gradients are reduced after every batch, so that what is kept of them in float32 is sharded too.
+SHARDING = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"},
+    "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
+}
 
 
 def train(config: TrainConfig) -> Training:
@@ -198,22 +206,29 @@ def _accumulation(config: TrainConfig) -> int:
 
 def _check_tokenizers(config: TrainConfig, student: Checkpoint, teacher: Checkpoint) -> None:
     tokenizers = [tokenizer_fingerprint(checkpoint.tokenizer) for checkpoint in (student, teacher)]
-    sizes = [checkpoint.config.vocab_size for checkpoint in (student, teacher)]
-    if tokenizers[0] != tokenizers[1] or sizes[0] != sizes[1]:
+    known = len(student.tokenizer)
+    short = [checkpoint.config.vocab_size for checkpoint in (student, teacher) if checkpoint.config.vocab_size < known]
+    if tokenizers[0] != tokenizers[1] or short:
         raise UsageError(
-            f"--teacher: expected the tokenizer of {config.model} ({sizes[0]:,} tokens), found another in "
-            f"{config.teacher} ({sizes[1]:,} tokens); name the dense model that it was pruned from"
+            f"--teacher: expected the tokenizer of {config.model} ({known:,} tokens), found another in "
+            f"{config.teacher} ({len(teacher.tokenizer):,} tokens); name the dense model that it was pruned from"
         )
+
+
+def _common_vocabulary(student: Checkpoint, teacher: Checkpoint) -> int:
+    """The rows that both output embeddings have; beyond the tokens they are padding, which may differ."""
+    return min(student.config.vocab_size, teacher.config.vocab_size)
 
 
 class _OnlineTeacher:
     """The teacher runs beside the student, in the precision of the products."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, vocabulary: int):
         self.model = model
+        self.vocabulary = vocabulary
 
     def target(self, batch: Batch, temperature: float) -> Target:
-        return teacher_target(self.model, batch["input_ids"], temperature)
+        return teacher_target(self.model, batch["input_ids"], temperature, self.vocabulary)
 
 
 def _teacher(work: _Work) -> tuple[Teacher | None, Dataset, Dataset]:
@@ -222,14 +237,16 @@ def _teacher(work: _Work) -> tuple[Teacher | None, Dataset, Dataset]:
     if checkpoint is None:
         return None, work.sequences, work.held_out
 
+    vocabulary = _common_vocabulary(work.checkpoint, checkpoint)
+
     def load() -> PreTrainedModel:
         return checkpoint.load(work.dtype, work.device).requires_grad_(False)
 
     if not config.top_k:
-        return _OnlineTeacher(load()), work.sequences, work.held_out
+        return _OnlineTeacher(load(), vocabulary), work.sequences, work.held_out
 
     def with_logits(sequences: Sequences, temperature: float) -> Dataset:
-        logits = TeacherLogits.open(work.cache, checkpoint.fingerprint, config.top_k, temperature)
+        logits = TeacherLogits.open(work.cache, checkpoint.fingerprint, config.top_k, temperature, vocabulary)
         logits.fill(sequences, load)
         return TaughtSequences(sequences, logits)
 
@@ -279,15 +296,15 @@ def _train(work: _Work) -> Path:
 
 def _check_resumable(last: Path, work: _Work) -> None:
     """Raise `DarwinError` if a training cannot go on from a checkpoint exactly."""
-    if _sharded(work.config) and work.device.type == "cpu":  # accelerate's loading waits for ever
+    if _sharded(work.config) and not (last / SHARDS).is_dir():
         raise DarwinError(
-            f"--training.fsdp: a sharded training cannot be resumed on CPU (found {last}); resume it on GPUs, or "
-            "choose another --out"
+            f"--training.fsdp: expected {SHARDS} in {last}, found none: no sharded training of this "
+            "version wrote it; resume without --training.fsdp, or choose another --out"
         )
     if not _sharded(work.config) and not (last / OPTIMIZER).exists():
         raise DarwinError(
-            f"expected {OPTIMIZER} in {last}, found none: resume with as many processes as wrote it, or remove that "
-            "checkpoint, and the training goes on from the one before"
+            f"expected {OPTIMIZER} in {last}, found none: resume a sharded training with --training.fsdp and several "
+            "processes, or remove that checkpoint, and the training goes on from the one before"
         )
 
 
@@ -306,7 +323,6 @@ def _arguments(work: _Work, resumed: bool) -> TrainingArguments:
         per_device_train_batch_size=config.micro_batch_size,
         gradient_accumulation_steps=_accumulation(work.config),
         learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
         warmup_steps=config.warmup_steps,
         optim="adamw_torch",
         weight_decay=0.0,
@@ -329,7 +345,7 @@ def _arguments(work: _Work, resumed: bool) -> TrainingArguments:
         dataloader_pin_memory=work.device.type == "cuda",
         use_cpu=work.device.type == "cpu",
         ddp_find_unused_parameters=False,
-        **({"fsdp": True, "fsdp_config": {"version": 2}} if _sharded(work.config) else {}),
+        **(SHARDING if _sharded(work.config) else {}),
     )
 
 

@@ -38,15 +38,19 @@ class HiddenTarget:
         hidden: the teacher's last hidden states.
         logits: makes logits of some of them.
         temperature: divides the logits.
+        vocabulary: the number of tokens among which the teacher chooses: the first ones. Embeddings may be padded
+            beyond them, the teacher's in another way than the student's. None for all of the teacher's.
     """
 
     hidden: Float[Tensor, "tokens teacher_hidden"]
     logits: Callable[[Tensor], Tensor]
     temperature: float
+    vocabulary: int | None = None
 
     def log_probs(self, rows: slice, student: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
-        """Return the teacher's log-probabilities, in the student's precision."""
-        return self._log_probs(rows).to(student.dtype)
+        """Return the teacher's log-probabilities, in the student's precision; padding has probability 0."""
+        found = self._log_probs(rows).to(student.dtype)
+        return nn.functional.pad(found, (0, student.shape[-1] - found.shape[-1]), value=-torch.inf)
 
     def top_k(self, k: int) -> tuple[Float[Tensor, "tokens top_k"], Int[Tensor, "tokens top_k"]]:
         """Return the log-probabilities of the `k` likeliest tokens, and their indices."""
@@ -55,8 +59,8 @@ class HiddenTarget:
         return torch.cat(values), torch.cat(indices)
 
     @torch.no_grad()
-    def _log_probs(self, rows: slice) -> Float[Tensor, "rows vocab"]:
-        logits = self.logits(self.hidden[rows])
+    def _log_probs(self, rows: slice) -> Float[Tensor, "rows vocabulary"]:
+        logits = self.logits(self.hidden[rows])[:, : self.vocabulary]
         return (logits / self.temperature).log_softmax(-1)
 
 
@@ -234,8 +238,11 @@ def hidden_for_logits(model: PreTrainedModel) -> Iterator[LastHidden]:
 
 @torch.no_grad()
 def teacher_target(
-    teacher: PreTrainedModel, token_ids: Int[Tensor, "sequences length"], temperature: float
+    teacher: PreTrainedModel,
+    token_ids: Int[Tensor, "sequences length"],
+    temperature: float,
+    vocabulary: int | None = None,
 ) -> HiddenTarget:
     """Return the teacher's distribution after every token but the last of each sequence, in their order."""
     hidden = hidden_states(teacher, token_ids)[:, :-1].flatten(0, 1)
-    return HiddenTarget(hidden, Logits.of(teacher), temperature)
+    return HiddenTarget(hidden, Logits.of(teacher), temperature, vocabulary)

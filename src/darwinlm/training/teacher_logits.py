@@ -42,9 +42,20 @@ class TeacherLogits:
     provenance: dict[str, Any]
 
     @classmethod
-    def open(cls, cache: Path, teacher_fingerprint: str, top_k: int, temperature: float) -> TeacherLogits:
-        """Return a teacher's logits in a cache directory, with the files that earlier trainings have written."""
-        provenance = {"teacher": teacher_fingerprint, "top_k": top_k, "temperature": temperature}
+    def open(
+        cls, cache: Path, teacher_fingerprint: str, top_k: int, temperature: float, vocabulary: int
+    ) -> TeacherLogits:
+        """Return a teacher's logits in a cache directory, with the files that earlier trainings have written.
+
+        Args:
+            vocabulary: the number of tokens among which the teacher chooses.
+        """
+        provenance = {
+            "teacher": teacher_fingerprint,
+            "top_k": top_k,
+            "temperature": temperature,
+            "vocabulary": vocabulary,
+        }
         key = hashlib.sha256(json.dumps(provenance).encode()).hexdigest()[:16]
         return cls(cache / f"logits-{key}", provenance)
 
@@ -94,7 +105,8 @@ class TeacherLogits:
         """Return `indices` and `values`, from one sequence at a time and the logits of a few tokens at a time."""
         parts: dict[str, list[Tensor]] = {"indices": [], "values": []}
         for ids in token_ids:
-            target = teacher_target(teacher, ids[None].to(teacher.device), self.provenance["temperature"])
+            temperature, vocabulary = self.provenance["temperature"], self.provenance["vocabulary"]
+            target = teacher_target(teacher, ids[None].to(teacher.device), temperature, vocabulary)
             values, indices = target.top_k(self.provenance["top_k"])
             parts["indices"].append(indices.to("cpu", torch.int32))
             parts["values"].append(values.to("cpu", torch.float16))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import (
     PreTrainedModel,
@@ -88,7 +90,10 @@ class RecoveryTrainer(Trainer):
         self._wrong = torch.zeros((), device=args.device)  # the losses of this step that are not finite
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Do as the Trainer does, and set up FSDP on CPUs, which torch supports but accelerate (1.15) skips."""
+        """Do as the Trainer does, and set up FSDP on CPUs, which torch supports but accelerate (1.15) skips.
+
+        Gradients of shards are summed in float32; accelerate would sum them in the precision of the products.
+        """
         super().create_accelerator_and_postprocess()
         state: Any = self.accelerator.state
         settings: Any = self.args.fsdp_plugin_args
@@ -98,6 +103,16 @@ class RecoveryTrainer(Trainer):
             if self.accelerator.mixed_precision != "no":
                 state.fsdp_plugin.set_mixed_precision(self.accelerator.mixed_precision)
             self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled and self.accelerator.mixed_precision == "bf16":
+            state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """Return a linear warm-up, whose first step counts, and a cosine down to 0 after the last step."""
+        if self.lr_scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = LambdaLR(optimizer, partial(share_of_rate, warmup=warmup, steps=num_training_steps))
+        return self.lr_scheduler
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -210,6 +225,19 @@ class RecoveryTrainer(Trainer):
     def close(self) -> None:
         """Let the model's forward pass make logits again."""
         self._hidden_for_logits.__exit__(None, None, None)
+
+
+def share_of_rate(step: int, warmup: int, steps: int) -> float:
+    """The share of the learning rate that a step has: `(step + 1) / (warmup + 1)` at first, then half a cosine.
+
+    Args:
+        step: from 0.
+        warmup: steps before the first one that has the whole rate.
+        steps: all steps. The one after them would have 0.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
 class _Objective:
