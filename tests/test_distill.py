@@ -139,3 +139,20 @@ def test_the_teacher_is_the_dense_model():
     torch.testing.assert_close(losses.kl, expected)
     same = chunked_loss(target.hidden, Logits.of(teacher), ids[:, 1:].flatten(), target, chunk=7)
     assert abs(same.kl.item()) < 1e-6
+
+
+@pytest.mark.parametrize("teacher_rows", [30, 50])
+def test_tokens_that_one_embedding_lacks_have_no_probability_of_the_teacher(teacher_rows: int) -> None:
+    """The student has 40 rows; 30 of them are known to both."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, labels = torch.randn(12, 8, generator=generator), torch.randint(30, (12,), generator=generator)
+    student, teacher = (nn.Linear(8, rows, bias=False) for rows in (40, teacher_rows))
+    target = HiddenTarget(hidden, Logits(teacher), 1.0, vocabulary=30)
+    losses = chunked_loss(hidden.clone().requires_grad_(True), Logits(student), labels, target, chunk=5)
+    log_p = teacher(hidden)[:, :30].log_softmax(-1)
+    log_q = student(hidden).log_softmax(-1)[:, :30]
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    torch.testing.assert_close(losses.kl, expected)
+    losses.loss.backward()
+    assert student.weight.grad is not None
+    assert bool(student.weight.grad.isfinite().all())

@@ -20,7 +20,7 @@ from darwinlm.commands.plan.rates import BlockRates, Rates, block_rates, measure
 from darwinlm.commands.plan.show import find_config
 from darwinlm.commands.plan.work import Plan, Work, plan, plan_training
 from darwinlm.config.run import CalibrationConfig, DatabaseConfig
-from darwinlm.config.training import DistillationConfig, GradualConfig
+from darwinlm.config.training import DistillationConfig, GradualConfig, TrainingConfig
 from darwinlm.database.stitch import Stitcher
 from darwinlm.search.uniform import uniform_genome
 from darwinlm.types import UsageError
@@ -242,6 +242,14 @@ def test_a_recipe_is_priced_stage_by_stage(tmp_path: Path, capsys: pytest.Captur
         assert f"training at level {level}, 10,000,000,000 tokens" in printed
     assert printed.count("2,385 steps, ") == 2
     assert "2.8e+20 operations" in printed
+
+
+def test_sharded_training_is_priced_by_hand() -> None:
+    """Of 10^9 weights, 2 GB are gathered forwards and 2 GB backwards, and 4 GB of gradients are reduced."""
+    sharded = GradualConfig("M", "D", "O", training=TrainingConfig(fsdp=True))
+    found, alone = (plan_training(10**9, 10**9, 10**6, each) for each in (sharded, GradualConfig("M", "D", "O")))
+    assert (found.communication_bytes, alone.communication_bytes) == (8 * 10**9, 0)
+    assert found.memory_bytes == alone.memory_bytes  # over all processes: gradients are sharded like weights
 
 
 def test_training_is_priced_by_hand() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import pruned
 import runs
@@ -309,3 +310,23 @@ def test_the_teachers_logits_are_written_once_for_many_runs(whole: TrainConfig, 
         train(third)
     lost.unlink()
     train(third)
+
+
+@pytest.mark.parametrize("top_k", [0, 8])
+def test_a_teacher_may_have_another_padding(
+    top_k: int, checkpoints: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    """Rows of its output embedding beyond the tokens count for nothing, whatever they hold."""
+    dense, padded = checkpoints["llama-mha"], tmp_path / "padded"
+    model: Any = AutoModelForCausalLM.from_pretrained(dense)
+    model.resize_token_embeddings(tiny.VOCAB + 64, mean_resizing=False)
+    model.get_output_embeddings().weight.data[tiny.VOCAB :].normal_(std=3.0)  # likely tokens, if they were any
+    model.save_pretrained(padded)
+    tiny.tokenizer().save_pretrained(padded)
+    student = trainings.write_pruned(dense, tmp_path)
+    learned = []
+    for teacher in (dense, padded):
+        config = trainings.distilled(student, text, tmp_path / f"taught-{teacher.name}", teacher)
+        config = replace(config, distillation=replace(config.distillation, top_k=top_k))
+        learned.append(trainings.losses(train(config).history))
+    assert learned[1] == pytest.approx(learned[0], abs=1e-4)

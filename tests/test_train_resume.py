@@ -65,7 +65,9 @@ def test_a_copy_of_a_checkpoint_is_passed_over(whole: TrainConfig, stopped: Trai
 
 def test_a_checkpoint_without_its_optimizer_is_not_gone_on_from(stopped: TrainConfig):
     (Path(stopped.out) / "checkpoints/checkpoint-8/optimizer.pt").unlink()
-    with pytest.raises(DarwinError, match=r"expected optimizer\.pt in .*checkpoint-8, found none: resume with"):
+    with pytest.raises(
+        DarwinError, match=r"expected optimizer\.pt in .*checkpoint-8, found none: resume a sharded training with"
+    ):
         train(stopped)
 
 

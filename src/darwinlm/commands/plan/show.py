@@ -152,6 +152,7 @@ def _stage_rows(
         return rows
     training = plan_training(at.target_parameters, at.parameters, stage.tokens, config)
     teacher = f", the teacher's {tables.size(training.teacher_bytes)} in each" if training.teacher_bytes else ""
+    received = f"{tables.size(training.communication_bytes)} to each process for every micro-batch"
     return [
         *rows,
         (
@@ -163,6 +164,7 @@ def _stage_rows(
             f"  its memory at {name}",
             f"{tables.size(training.memory_bytes)} over all processes{teacher}, beside activations",
         ),
+        *([(f"  its communication at {name}", received)] if training.communication_bytes else []),
         (f"  its disk at {name}", tables.size(training.disk_bytes)),
     ]
 

@@ -221,6 +221,8 @@ class TrainingPlan:
         memory_bytes: float32 weights, gradients and both moments of AdamW, over all processes, without activations.
         teacher_bytes: the dense model in each process; none where its logits are read from the disk.
         disk_bytes: tokens, the teacher's top-k logits, and the two checkpoints that are kept.
+        communication_bytes: what each process receives for every micro-batch where weights are sharded: all weights in
+            bfloat16, forwards and backwards, and gradients in float32. 0 where they are not.
     """
 
     steps: int
@@ -228,6 +230,7 @@ class TrainingPlan:
     memory_bytes: int
     teacher_bytes: int
     disk_bytes: int
+    communication_bytes: int
 
 
 def plan_training(parameters: int, teacher_parameters: int, tokens: int, config: GradualConfig) -> TrainingPlan:
@@ -242,4 +245,5 @@ def plan_training(parameters: int, teacher_parameters: int, tokens: int, config:
         memory_bytes=4 * FLOAT * parameters,
         teacher_bytes=0 if distillation.top_k else DTYPES["bfloat16"].itemsize * teacher_parameters,
         disk_bytes=FLOAT * tokens + logits + 2 * 3 * FLOAT * parameters,
+        communication_bytes=(2 * DTYPES["bfloat16"].itemsize + FLOAT) * parameters if config.training.fsdp else 0,
     )
