@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import runs
 import tiny
+from darwinlm.commands.compress import run
 from darwinlm.export.gguf import export_gguf
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.pruned import load
@@ -231,3 +233,57 @@ def test_shards_elsewhere_are_refused(file: object, checkpoints: dict[str, Path]
     for read in readers:
         with pytest.raises(DarwinError, match="expected names of files beside it, found"):
             read()
+
+
+def test_a_buffer_that_the_model_never_reads_may_hold_infinity(model: Path) -> None:
+    """As old GPT-2 and GPT-J checkpoints have masks of -inf."""
+    _change(model, **{"model.layers.0.self_attn.masked_bias": torch.tensor(float("-inf"))})
+    assert Checkpoint(model).fingerprint
+    weight = load_file(model / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    weight[0, 0] = float("-inf")
+    _change(model, **{"model.layers.0.mlp.up_proj.weight": weight})
+    with pytest.raises(DarwinError, match="holds NaN or infinity"):
+        _ = Checkpoint(model).fingerprint
+
+
+def test_a_tied_config_with_another_head_is_refused_at_the_start(
+    checkpoints: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(checkpoints["llama-gqa"], tmp_path / "model")
+    embedding = load_file(model / "model.safetensors")["model.embed_tokens.weight"]
+    _change(model, **{"lm_head.weight": embedding.clone()})
+    Checkpoint(model).check_head()
+    _change(model, **{"lm_head.weight": embedding + 1})
+    with pytest.raises(UsageError, match=r"ties the embeddings: expected lm_head\.weight to be equal to model\.embed"):
+        run(runs.short(model, text, tmp_path / "run"), until="database")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UsageError, match="ties the embeddings"):
+        export_gguf(model, tmp_path / "model.gguf", "f16")
+
+
+def test_the_precision_is_that_of_most_weights_where_the_config_names_none(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")})
+    )
+    weights = load_file(model / "model.safetensors")
+    _change(model, **{name: tensor.bfloat16() for name, tensor in weights.items() if "norm" not in name})
+    assert Checkpoint(model).dtype == torch.bfloat16
+
+
+def test_an_export_keeps_norms_in_the_precision_that_they_had(
+    checkpoints: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(checkpoints["llama-gqa"], tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    weights = load_file(model / "model.safetensors")
+    _change(model, **{name: tensor.bfloat16() for name, tensor in weights.items() if "norm" not in name})
+    exported = run(runs.short(model, text, tmp_path / "run"), until="export").exported
+    written = load_file(exported / "model.safetensors")
+    assert written["model.layers.0.mlp.down_proj.weight"].dtype == torch.bfloat16
+    norms = [name for name in written if "norm" in name]
+    assert norms
+    assert all(written[name].dtype == torch.float32 for name in norms)
+    torch.testing.assert_close(written["model.norm.weight"], weights["model.norm.weight"], rtol=0, atol=0)
+    assert load(exported).dtype == torch.bfloat16

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -274,3 +276,27 @@ def test_printed_settings_are_a_file_that_gives_them_again(
     file.write_text(printed)
     assert runs.call(command, "--config", str(file), "--print-config") == 0
     assert capsys.readouterr().out == printed
+
+
+@pytest.mark.slow
+def test_an_interruption_is_one_sentence_however_early(tmp_path: Path) -> None:
+    """While modules are loaded, too, from which Python would print a traceback."""
+    command = [
+        sys.executable,
+        "-m",
+        "darwinlm",
+        "compress",
+        str(tmp_path),
+        "--data",
+        "c4",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    for seconds in (0.15, 0.3, 0.6, 1.2, 2.4):
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+            time.sleep(seconds)
+            running.send_signal(signal.SIGINT)
+            _, said = running.communicate(timeout=60)
+        assert "Traceback" not in said, seconds
+        assert running.returncode in (130, 2), "interrupted, or done before that with its refusal"
+        assert said.count("\n") == 1

@@ -102,7 +102,7 @@ def test_text_is_that_which_is_held_out_or_all(text: Path) -> None:
     held_out = EvaluateConfig("M", tokens=10**7)
     for config, wanted in ((held_out, filter(is_held_out, whole)), (replace(held_out, documents="all"), whole)):
         stream = read_text(str(text), tokenizer, config)
-        assert tokenizer.decode(stream) == "".join(f"{document}<end>" for document in wanted)
+        assert tokenizer.decode(stream) == "".join(f"{document}</s>" for document in wanted)
     assert len(read_text(str(text), tokenizer, EvaluateConfig("M", tokens=77))) == 77
 
 

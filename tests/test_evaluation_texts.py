@@ -42,7 +42,7 @@ def test_blocks_begin_where_the_text_does_and_leave_out_what_the_corpus_uses(tex
     mixed = tmp_path / "mixed.jsonl"
     own = ["The first of its own.", *documents, "And the last."]
     mixed.write_text("".join(json.dumps({"text": document}) + "\n" for document in own))
-    expected = "".join(f"{document}<end>" for document in own if document not in used)
+    expected = "".join(f"{document}</s>" for document in own if document not in used)
     tokens = len(tokenizer(expected, add_special_tokens=False)["input_ids"]) // 8 * 8
     blocks = corpus.draw_beside(str(mixed), tokens)
     assert blocks.shape == (tokens // 8, 8)

@@ -51,13 +51,28 @@ def test_it_times_what_is_slow(checkpoints: dict[str, Path], monkeypatch: pytest
     checkpoint, grid = opened(checkpoints["mistral"])
     with FlopCounterMode(display=False) as counter:
         monkeypatch.setattr(timing, "now", lambda _: counter.get_total_flops() / latency.NANO)
-        units, rest = latency.measure(checkpoint, grid, LatencyConfig(tokens=4, context=0, repeats=1), CPU)
+        units, rest, error = latency.measure(checkpoint, grid, LatencyConfig(tokens=4, context=0, repeats=1), CPU)
     structures = [u.parameters(0) - u.fixed_parameters for u in grid.units]
     for row, removed, unit, parameters in zip(units, grid.removed, grid.units, structures, strict=True):
         for cost, gone in zip(row, removed, strict=True):
             weights = parameters * (unit.structures - gone) // unit.structures
             assert 2 * 4 * weights <= cost <= 1.25 * 2 * 4 * weights  # attention scores on top
     assert rest == 2 * checkpoint.config.hidden_size * checkpoint.config.vocab_size  # the last token's logits
+    assert error == pytest.approx(0, abs=1e-6)
+
+
+def test_parts_that_do_not_add_up_are_measured_again_and_then_said(capsys: pytest.CaptureFixture[str]) -> None:
+    def after(*errors: float) -> tuple[list[list[int]], str]:
+        """The table that is taken after measurements with these errors, and what is said."""
+        measured = iter([([[number]], 0, error) for number, error in enumerate(errors)])
+        units, _ = latency._consistent(lambda: next(measured))
+        return units, " ".join(capsys.readouterr().err.split())
+
+    assert after(0.1) == ([[0]], "")
+    units, said = after(-0.3, 0.1)
+    assert (units, "0.70 times as long as a whole pass; measured again" in said) == ([[1]], True)
+    units, said = after(0.3, 0.4)
+    assert (units, "1.40 times as long as a whole pass; other work keeps" in said) == ([[1]], True)
 
 
 def test_a_table_of_something_else_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:

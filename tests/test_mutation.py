@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -10,9 +11,9 @@ from hypothesis import strategies as st
 
 from darwinlm.genome import level_grid
 from darwinlm.search.budget import Budget, parameter_costs
-from darwinlm.search.mutation import Move, priced, restore, spread, within_kinds
-from darwinlm.search.uniform import ceilings, uniform_genome
-from darwinlm.types import Genome
+from darwinlm.search.mutation import Move, priced, restore, spread, spread_within_kinds, within_kinds
+from darwinlm.search.uniform import ceilings, later_start, uniform_genome
+from darwinlm.types import Genome, MovesName
 from test_genome import shapes, units
 
 MOVES = {"priced": priced, "within_kinds": within_kinds}
@@ -158,3 +159,33 @@ def test_what_fits_is_given_back(shape: tuple[int, int, int], share: float, seed
     restored = restore(smaller, budget, rng)
     assert budget.fits(restored)
     assert all(a >= b for a, b in zip(smaller.levels, restored.levels, strict=True))
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.floats(0.1, 0.5), st.floats(0.5, 0.9), st.integers(0, 1000))
+def test_residual_levels_stay_within_their_kind(
+    shape: tuple[int, int, int], before: float, after: float, seed: int
+) -> None:
+    """As in the paper: each kind has the sum of levels of the smaller model, from whatever an earlier search found."""
+    rng = Random(seed)
+    later = uniform_at(after, shape, rng)
+    budget = budget_of(later, shape)
+    earlier = within_kinds(uniform_at(before, shape, rng), budget_of(uniform_at(before, shape, rng), shape), rng, 3)
+    start = uniform_at(before, shape, rng) if earlier is None else earlier
+    smaller = spread_within_kinds(start, later, budget, rng)
+    for kind in ("attention", "mlp"):
+        members = [i for i, unit in enumerate(budget.grid.units) if unit.kind == kind]
+        assert sum(smaller.levels[i] for i in members) == sum(later.levels[i] for i in members)
+    assert all(0 <= level <= top for level, top in zip(smaller.levels, budget.ceilings, strict=True))
+
+
+def test_a_later_stage_within_kinds_starts_with_the_sums_of_its_level() -> None:
+    shape = (12, 8, 640)
+    earlier, later = uniform_at(0.5, shape, Random(0)), uniform_at(0.6, shape, Random(0))
+    budget = budget_of(later, shape)
+    starts = {moves: later_start(earlier, later, budget, moves, 0)[0] for moves in get_args(MovesName)}
+    members = [i for i, unit in enumerate(budget.grid.units) if unit.kind == "attention"]
+    sums = {moves: sum(start.levels[i] for i in members) for moves, start in starts.items()}
+    assert sums["within_kinds"] == sum(later.levels[i] for i in members)
+    assert budget.fits(starts["within_kinds"])
+    assert budget.fits(starts["priced"])

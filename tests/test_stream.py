@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import IterableDataset
 
 import tiny
 from darwinlm.config.training import StreamConfig
@@ -77,7 +78,7 @@ def test_only_documents_of_the_score_are_there_and_none_that_is_held_out(shards:
             count = sum((lane, part) == tuple(place[1:3]) for place in drawn.places.tolist())
             stream = torch.cat([store.read(lane, part, row) for row in range(count)]).tolist()
             text = tokenizer.decode(stream)
-            packed |= set(str(text).split("<end>")[1:-1])
+            packed |= set(str(text).split("</s>")[1:-1])
         assert packed <= expected
         assert len(packed) > 0.25 * len(expected)
 
@@ -252,3 +253,12 @@ def test_a_source_that_is_named_twice_is_refused(tmp_path: Path, monkeypatch: py
             draw(f"{file}=2,{other}=1", 4, tmp_path / "cache", config=config)
     tiny.write_text(folder / "b.jsonl")
     assert len(draw(f"{file},{folder / 'b.jsonl'}", 4, tmp_path / "cache", config=config)) == 4
+
+
+def test_a_position_that_does_not_move_on_is_an_error(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with datasets 5.0.0, which gave the first documents of a source again and again."""
+    monkeypatch.setattr(IterableDataset, "state_dict", lambda self: {"examples": 0})
+    with pytest.raises(DarwinError, match=r"did not move on after .* documents: expected that of datasets 5\.2"):
+        draw(shards, 4, tmp_path / "cache")

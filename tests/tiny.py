@@ -29,6 +29,7 @@ from transformers import (
 )
 
 VOCAB = 320
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 COMMON = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -36,9 +37,9 @@ COMMON = {
     "num_hidden_layers": 3,
     "max_position_embeddings": 256,
     "initializer_range": 0.3,  # large enough for attention and logits to be far from uniform
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 3,
 }
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama-mha": LlamaConfig(**COMMON, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=False),
@@ -104,7 +105,8 @@ def write_text(path: Path) -> Path:
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on the documents."""
     trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(documents()[:20], vocab_size=VOCAB, special_tokens=["<end>"], show_progress=False)
+    trained.train_from_iterator(documents()[:20], vocab_size=VOCAB, special_tokens=SPECIAL, show_progress=False)
+    unknown, begin, end, padding = SPECIAL
     return PreTrainedTokenizerFast(
-        tokenizer_object=trained._tokenizer, bos_token="<end>", eos_token="<end>", pad_token="<end>"
+        tokenizer_object=trained._tokenizer, unk_token=unknown, bos_token=begin, eos_token=end, pad_token=padding
     )

@@ -19,6 +19,7 @@ Kind = Literal["attention", "mlp"]
 KINDS: tuple[Kind, ...] = ("attention", "mlp")
 Structure = Literal["kv_group", "balanced", "head"]
 MetricName = Literal["kl", "top-k-kl", "perplexity"]
+MovesName = Literal["priced", "within_kinds"]
 
 
 class DarwinError(ValueError):

@@ -52,9 +52,8 @@ from darwinlm.search.evolution import evolve
 from darwinlm.search.fitness import Fitness
 from darwinlm.search.held_out import curves
 from darwinlm.search.latency import latency_costs
-from darwinlm.search.mutation import spread
 from darwinlm.search.sensitivity import find_starts
-from darwinlm.search.uniform import fullest, uniform
+from darwinlm.search.uniform import later_start, uniform
 from darwinlm.training.refit import refit, set_consumers
 from darwinlm.types import Curve, DarwinError, Genome, SearchResult
 
@@ -286,7 +285,7 @@ def _allocate(work: _Work, database: Database) -> SearchResult:
         if start_genome is None:
             starts = find_starts(work.uniform, budget, fitness, config, seed, work.run.search)
         else:
-            start, budget = fullest(lambda rng: spread(start_genome, work.budget, rng), budget, seed)
+            start, budget = later_start(start_genome, work.uniform, budget, config.moves, seed)
             starts = {"earlier": start}
         result = evolve(starts, budget, fitness, config, seed, work.run.history_path)
     if parallel.first():

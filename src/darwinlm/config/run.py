@@ -22,7 +22,7 @@ from darwinlm.config.checks import (
     expect_positive,
     expect_seed,
 )
-from darwinlm.types import MetricName, SelectionStage, Structure, UsageError
+from darwinlm.types import MetricName, MovesName, SelectionStage, Structure, UsageError
 
 Stage = Literal["database", "search", "export", "report"]
 STARTS = ("sensitivity", "uniform")  # anything else is the file of an earlier genome
@@ -71,7 +71,7 @@ class SearchConfig:
     start: str = "sensitivity"
     """The first parent: sensitivity (least summed sensitivity, by dynamic programming), uniform (the paper's), or the
     genome of an earlier search, a file as for --genome, that loses further levels at random units (gradual pruning)."""
-    moves: Literal["priced", "within_kinds"] = "priced"
+    moves: MovesName = "priced"
     """How mutants differ from their parent: priced lets attention and MLPs trade levels by cost, within_kinds is the
     paper's level-switch mutation."""
     metric: MetricName = "kl"

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from functools import cached_property, lru_cache
+from importlib.metadata import version
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
@@ -172,10 +173,15 @@ class TokenStore:
         documents = self._documents.shard(min(self._documents.num_shards, LANES), lane)
         if start is not None:
             documents.load_state_dict(start)
-        size = min(FIRST_PART << number, LARGEST_PART)
+        size, before = min(FIRST_PART << number, LARGEST_PART), documents.state_dict()
         with _explained(self.source):
             kept = list(islice(self._kept_texts(documents), size))
         state = documents.state_dict()
+        if kept and state == before:  # as with datasets 5.0.0: every part would be the first one again
+            raise DarwinError(
+                f"the position in {self.source} did not move on after {len(kept)} documents: expected that of datasets "
+                f"5.2 or newer, found version {version('datasets')}; upgrade it"
+            )
         # Neighbouring documents are often alike, so they are put in the order of their hashes.
         kept.sort(key=lambda text: hashlib.sha256(text.encode()).digest())
         tokens, whole = _pack(kept, self.tokenizer, self.config.sequence_length, most)

@@ -21,6 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from darwinlm.export.gguf_vocabulary import add_vocabulary
 from darwinlm.export.verify import verify_gguf
+from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import FAMILIES, Family, head_dim
 from darwinlm.model.pruned import block_sizes_of, family_of, register
 from darwinlm.model.shards import WEIGHTS, read_index
@@ -61,6 +62,7 @@ def export_gguf(directory: Path, out: Path, file_type: FileType = "f16", verify:
     name = out.stem if out.suffix == ".gguf" else out.absolute().name
     file = out if out.suffix == ".gguf" else out / f"{name}-{file_type.upper()}.gguf"
     config, tokenizer = _read(directory)
+    Checkpoint(directory).check_head()
     model = _Model(config)
     model.check()
     with _open_weights(directory) as weights, new_file(file) as partial_file:

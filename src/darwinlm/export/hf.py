@@ -7,11 +7,21 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.export.verify import Expected, verify_export
+from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.licence import licence_files
-from darwinlm.model.pruned import auto_map, family_of, module_name, pruned_model, render
+from darwinlm.model.pruned import (
+    auto_map,
+    family_of,
+    module_name,
+    pruned_model,
+    remaining_blocks,
+    render,
+    renumber_blocks,
+)
 from darwinlm.runtime.files import new_directory
 from darwinlm.runtime.progress import quiet_transformers, say
 from darwinlm.types import BlockSizes
@@ -28,7 +38,8 @@ def export_hf(
 ) -> Path:
     """Write a stitched model as a directory that `AutoModelForCausalLM` loads, and return `out`.
 
-    It holds the weights in the model's own precision, the config, the tokenizer, the generation config, the model card
+    It holds the weights in the model's own precision, but those of `origin` that are the same and more precise there,
+    such as norms in float32, as they are; the config, the tokenizer, the generation config, the model card
     `card` as README.md, the code of the model unless a stock class can load it, and the licence files that lie in
     `origin`, the directory of the model that this one was made from. The directory appears whole or not at all. If
     `expected` is given, it appears only after a fresh process has loaded it and computed those logits.
@@ -40,7 +51,7 @@ def export_hf(
     exported = pruned_model(model, sizes)
     with new_directory(out) as directory:
         with quiet_transformers():
-            exported.save_pretrained(directory)
+            exported.save_pretrained(directory, state_dict=_precise_weights(model, exported, sizes, origin))
         for weights in directory.glob("*.safetensors"):  # safetensors 0.8 lets only their owner read them
             shutil.copymode(directory / "config.json", weights)
         tokenizer.save_pretrained(directory)
@@ -56,6 +67,24 @@ def export_hf(
             difference = verify_export(directory, expected)
             say(f"export: loads without darwinlm, largest difference of a logit {difference:.1e}")
     return out
+
+
+def _precise_weights(
+    model: PreTrainedModel, exported: PreTrainedModel, sizes: Sequence[BlockSizes], origin: Path | None
+) -> dict[str, Tensor] | None:
+    """Return the weights to write, tied ones once; None for those of `exported` as they are."""
+    if origin is None:
+        return None
+    dense = Checkpoint(origin)
+    precise = {name: dense.precise(name, parameter) for name, parameter in model.named_parameters()}
+    tied = {name for name, _ in exported.named_parameters(remove_duplicate=False)}
+    once = dict(exported.named_parameters())
+    renumbered = renumber_blocks(precise, remaining_blocks(sizes))
+    return {
+        name: renumbered.get(name, tensor)
+        for name, tensor in exported.state_dict().items()
+        if name in once or name not in tied
+    }
 
 
 def _complete_config(path: Path, full_auto_map: dict[str, str]) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from functools import cached_property
@@ -29,6 +30,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from darwinlm.model.families import Family, find_family, find_units
@@ -99,8 +101,15 @@ class Checkpoint:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The precision that the weights are stored in."""
-        return getattr(torch, str(self.config.dtype).removeprefix("torch.")) if self.config.dtype else torch.float32
+        """The precision of the config or, where it names none, that in which most of the weights are stored."""
+        if self.config.dtype:
+            return getattr(torch, str(self.config.dtype).removeprefix("torch."))
+        sizes: Counter[torch.dtype] = Counter()
+        for name in self.shards:
+            tensor = self._stored(name)
+            if tensor.dtype.is_floating_point:
+                sizes[tensor.dtype] += tensor.numel()
+        return max(sizes, key=sizes.__getitem__, default=torch.float32)
 
     @cached_property
     def shards(self) -> dict[str, str]:
@@ -115,14 +124,20 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """A hash of the architecture and of every weight: two models share it only if they are the same.
 
-        It is the one time that all weights are read before they are used, so here they are checked too.
+        It is the one time that all weights are read before they are used, so here they are checked too. Tensors that
+        the model does not read, such as old masks of -inf, may hold anything.
 
         Raises:
+            UsageError: as `check_head`.
             DarwinError: if a tensor is missing or unreadable, or holds NaN or infinity.
         """
+        self.check_head()
+        model = self.skeleton()
+        weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        read = weights | {name.removeprefix(f"{model.base_model_prefix}.") for name in weights}
         digest = hashlib.sha256(json.dumps(self.config.to_diff_dict(), sort_keys=True, default=str).encode())
         for name in sorted(self.shards):
-            tensor = self.tensor(name)
+            tensor = self.tensor(name) if name in read else self._stored(name)
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
@@ -181,13 +196,42 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor as stored. Raises `DarwinError` if it is missing, unreadable, or not finite."""
-        if name not in self.shards:
-            raise DarwinError(f"{self.path} lacks the tensor {name}; the checkpoint is incomplete, fetch it again")
-        with self._open(self.shards[name]) as shard:
-            tensor = shard.get_tensor(name)
+        tensor = self._stored(name)
         if not is_finite(tensor):
             raise DarwinError(f"{name} in {self.path} holds NaN or infinity; a model must have finite weights")
         return tensor
+
+    def _stored(self, name: str) -> torch.Tensor:
+        if name not in self.shards:
+            raise DarwinError(f"{self.path} lacks the tensor {name}; the checkpoint is incomplete, fetch it again")
+        with self._open(self.shards[name]) as shard:
+            return shard.get_tensor(name)
+
+    def check_head(self) -> None:
+        """Raise `UsageError` if the config ties the output embedding to the input's, and the weights hold another."""
+        if not getattr(self.config, "tie_word_embeddings", False):
+            return
+        model = self.skeleton()
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        names = [f"{path}.weight" for end in ends for path, module in model.named_modules() if module is end]
+        if len(names) == 2 and all(name in self.shards for name in names):
+            stored = [self._stored(name) for name in names]
+            if not torch.equal(*stored):
+                raise UsageError(
+                    f"{self.path / 'config.json'} ties the embeddings: expected {names[1]} to be equal to {names[0]}, "
+                    "found another; say tie_word_embeddings false there, or remove that tensor, whichever is meant"
+                )
+
+    def precise(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of a model that was made from this one, as stored here if that has the same values, more precise."""
+        if tensor.dtype.itemsize >= torch.float32.itemsize or name not in self.shards:
+            return tensor
+        with self._open(self.shards[name]) as shard:
+            if shard.get_slice(name).get_dtype() not in ("F32", "F64"):
+                return tensor
+        stored = self._stored(name)
+        same = stored.shape == tensor.shape and torch.equal(stored.to(tensor.dtype), tensor.cpu())
+        return stored if same else tensor
 
     @contextmanager
     def _open(self, shard: str) -> Iterator[safe_open]:
@@ -201,7 +245,7 @@ class Checkpoint:
 def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The whole model of a config without its weights: parameters on the meta device, tied ones once, buffers real."""
     register()
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **({"dtype": dtype} if dtype else {}))
     model.tie_weights()
     return model

@@ -71,6 +71,23 @@ def spread(genome: Genome, budget: Budget, rng: Random) -> Genome:
     return restore(smaller, budget, rng)
 
 
+def spread_within_kinds(genome: Genome, sums: Genome, budget: Budget, rng: Random) -> Genome:
+    """Return a start genome for a smaller model as in the paper: each kind's residual levels go to random units of it.
+
+    Args:
+        sums: a genome of the smaller model's size, whose sums of levels of each kind the result has.
+    """
+    levels = list(genome.levels)
+    for kind in KINDS:
+        members = [i for i, unit in enumerate(budget.grid.units) if unit.kind == kind]
+        residual = sum(sums.levels[i] - levels[i] for i in members)
+        step = 1 if residual > 0 else -1
+        for _ in range(abs(residual)):
+            open_to_it = [i for i in members if 0 <= levels[i] + step <= budget.ceilings[i]]
+            levels[rng.choice(open_to_it)] += step
+    return Genome(tuple(levels))
+
+
 def restore(genome: Genome, budget: Budget, rng: Random, indices: Sequence[int] | None = None) -> Genome:
     """Give single levels back to random units while the model fits; if `indices` is given, only to those units."""
     indices = range(len(genome.levels)) if indices is None else indices

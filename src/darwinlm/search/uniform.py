@@ -9,8 +9,8 @@ from darwinlm.config.run import RunConfig
 from darwinlm.genome import Grid
 from darwinlm.runtime.progress import say
 from darwinlm.search.budget import BELOW, Budget, Costs, Target, amount_of, limit_of
-from darwinlm.search.mutation import restore
-from darwinlm.types import KINDS, Genome, UsageError
+from darwinlm.search.mutation import restore, spread, spread_within_kinds
+from darwinlm.types import KINDS, Genome, MovesName, UsageError
 
 FILLINGS = 32  # random ways to give back single levels, of which the one that uses most of the budget is taken
 
@@ -60,6 +60,21 @@ def fullest(draw: Callable[[Random], Genome], budget: Budget, seed: int) -> tupl
             f"{budget.costs.measure}: {amount_of(closest)} is the closest found below it; raise --database.levels"
         )
     return genome, budget.down_to(genome)
+
+
+def later_start(earlier: Genome, uniform: Genome, budget: Budget, moves: MovesName, seed: int) -> tuple[Genome, Budget]:
+    """Return the start of a search for a smaller model from an earlier result (section 4.1), and the budget.
+
+    With moves within kinds, which keep each kind's sum of levels, the start has the sums of `uniform`, unless rounding
+    to whole structures makes every such genome too large. Otherwise units of any kind lose levels until it fits.
+    """
+    if moves == "within_kinds":
+        drawn = [spread_within_kinds(earlier, uniform, budget, Random(f"{seed} {way}")) for way in range(FILLINGS)]
+        fitting = [genome for genome in drawn if budget.fits(genome)]
+        if fitting:
+            start = max(fitting, key=budget.cost)
+            return start, budget.down_to(start)
+    return fullest(lambda rng: spread(earlier, budget, rng), budget, seed)
 
 
 def ceilings(grid: Grid, keep_attention: bool = False) -> tuple[int, ...]:
