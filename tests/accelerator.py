@@ -108,9 +108,6 @@ _active: list[Synchronisations] = []  # the innermost `with` block's last
 
 @contextmanager
 def _simulated() -> Iterator[Synchronisations]:
-    if not hasattr(torch, NAME):  # registered once a process
-        backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
-        _register_autocast()
     counted = Synchronisations()
     _active.append(counted)
     try:
@@ -118,29 +115,6 @@ def _simulated() -> Iterator[Synchronisations]:
             yield counted
     finally:
         _active.pop()
-
-
-_autocast = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
-
-
-def _register_autocast() -> None:
-    """Products compute in the precision of `torch.autocast`; all else in that of its inputs."""
-    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
-
-    def cast(operation: Any) -> Callable[..., Any]:
-        def low(value: Any) -> Any:
-            floating = isinstance(value, torch.Tensor) and value.is_floating_point()
-            return value.to(torch.get_autocast_dtype(NAME)) if floating else value
-
-        def compute(*arguments: Any, **keywords: Any) -> Any:
-            with torch._C._ExcludeDispatchKeyGuard(key):
-                return operation(*_map(low, arguments), **_map(low, keywords))
-
-        return compute
-
-    for name in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention"):
-        _autocast[0].impl(name, cast(getattr(aten, name)), "AutocastPrivateUse1")
-    _autocast[1].fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 
 
 class Simulated(torch.Tensor):
@@ -308,3 +282,32 @@ def _load(*arguments: Any, map_location: Any = None, **keywords: Any) -> Any:
     wanted = not callable(map_location) and not isinstance(map_location, dict) and _is_here(map_location)
     loaded = _torch_load(*arguments, map_location="cpu" if wanted else map_location, **keywords)
     return _map(lambda leaf: leaf.to(NAME) if wanted and isinstance(leaf, torch.Tensor) else leaf, loaded)
+
+
+_autocast = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
+
+
+def _register_autocast() -> None:
+    """Products compute in the precision of `torch.autocast`; all else in that of its inputs."""
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+
+    def cast(operation: Any) -> Callable[..., Any]:
+        def low(value: Any) -> Any:
+            floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+            return value.to(torch.get_autocast_dtype(NAME)) if floating else value
+
+        def compute(*arguments: Any, **keywords: Any) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(key):
+                return operation(*_map(low, arguments), **_map(low, keywords))
+
+        return compute
+
+    for name in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention"):
+        _autocast[0].impl(name, cast(getattr(aten, name)), "AutocastPrivateUse1")
+    _autocast[1].fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+
+
+if DEVICE == NAME:
+    # On import, before any test: the threads of autograd are started once, for the devices that there are by then.
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
+    _register_autocast()

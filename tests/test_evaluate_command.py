@@ -250,11 +250,6 @@ def test_what_cannot_be_measured_is_refused(
         (["--data", str(text), "--tokens", "1"], "--tokens: expected at least 2, found 1"),
         (["--data", "nowhere.txt", "--window", "64"], "no text at nowhere.txt"),
         (["--data", str(text), "--window", "64", "--out", str(tmp_path)], "--out: expected a file that can be written"),
-        (["--data", "nowhere.txt", "--tasks", "nothing"], "--tasks: expected tasks of lm-eval"),
-        (
-            ["--data", "nowhere.txt", "--tasks", "ai2_arc"],
-            "a tag without figures; name its tasks: arc_challenge, arc_easy",
-        ),
         (["--data", str(text), "--out", str(tmp_path / "o"), "--against", str(tmp_path / "none")], "no model at"),
     ):
         assert runs.call("evaluate", model, *flags) == 2, flags
@@ -262,3 +257,19 @@ def test_what_cannot_be_measured_is_refused(
     assert not (tmp_path / "o").exists()
     with pytest.raises(UsageError, match="--prompts: expected prompts of at least one word"):
         EvaluateConfig("M", prompts=("",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ("nothing", "--tasks: expected tasks of lm-eval"),
+        ("ai2_arc", "a tag without figures; name its tasks: arc_challenge, arc_easy"),
+    ],
+)
+def test_tasks_that_cannot_be_asked_are_refused(
+    task: str, words: str, checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the text is read. lm-eval takes ten seconds to read the names of its tasks."""
+    assert runs.call("evaluate", str(checkpoints["llama-mha"]), "--data", "nowhere.txt", "--tasks", task) == 2
+    assert words in capsys.readouterr().err

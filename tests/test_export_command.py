@@ -36,6 +36,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_hf(stitched, sizes, byte_pair_tokenizer("qwen2"), tmp_path_factory.mktemp("source") / "model", CARD)
 
 
+@pytest.mark.slow
 def test_a_directory_for_vllm(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "for-vllm"
     assert export(source, "--compat", "vllm", "--out", out) == 0
