@@ -36,6 +36,7 @@ from darwinlm.evaluation.rows import evaluate
 from darwinlm.evaluation.speed import speed
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime import timing
+from darwinlm.runtime.timing import Ratio
 from darwinlm.types import UsageError
 
 VOCAB = 61
@@ -215,6 +216,8 @@ def test_speed_lets_models_take_turns(
     speeds = speed(models, token_ids, config)
     assert (speeds["dense"].prefill_tokens_per_s, speeds["slow"].prefill_tokens_per_s) == (0.5, 0.05)
     assert (speeds["dense"].decode_tokens_per_s, speeds["slow"].decode_tokens_per_s) == (0.5, 0.05)
+    assert speeds["dense"].decode_ratio == Ratio(1, 1, 1)
+    assert speeds["slow"].prefill_ratio == Ratio(0.1, 0.1, 0.1)
     assert calls == (["dense"] * 5 + ["slow"] * 5) * 3
 
 

@@ -17,13 +17,18 @@ from darwinlm.evaluation.rows import Row
 from darwinlm.genome import Grid, level_grid
 from darwinlm.report.figures import levels_figure, search_figure
 from darwinlm.report.run_report import print_table, write_report
+from darwinlm.runtime.timing import Ratio
 from darwinlm.types import Generation, Genome, Unit
 
+SAME = Ratio(1.0, 1.0, 1.0)
 ROWS = (
-    Row("dense", 200_000_000, 10.0, 0.0, 1000.0, 40.0, 400_000_000, ("Water boils at 100 C", "Rome was\n\nbig")),
-    Row("uniform", 150_000_000, 31.5, 1.25, 1500.0, 50.0, 300_000_000, ("Water boils at at", "Rome was ```[b]was")),
-    Row("searched", 150_000_000, 14.25, 0.375, 1120.0, 44.0, 300_000_000, ("Water boils at 90 C", "Rome was | old")),
-)
+    Row("dense", 200_000_000, 10.0, 0.0, 1000.0, 40.0, SAME, SAME, 400_000_000,
+        ("Water boils at 100 C", "Rome was\n\nbig")),
+    Row("uniform", 150_000_000, 31.5, 1.25, 1500.0, 50.0, Ratio(1.5, 1.5, 1.5), Ratio(1.25, 1.25, 1.25), 300_000_000,
+        ("Water boils at at", "Rome was ```[b]was")),
+    Row("searched", 150_000_000, 14.25, 0.375, 1120.0, 44.0, Ratio(1.12, 1.05, 1.2), Ratio(1.1, 0.8, 1.3), 300_000_000,
+        ("Water boils at 90 C", "Rome was | old")),
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -72,10 +77,11 @@ def test_table_has_exactly_the_promised_keys(
     write(tmp_path, grid, genomes, history)
     table = json.loads((tmp_path / "table.json").read_text())
     assert len(table) == len(ROWS)
-    keys = ["model", "parameters", "perplexity", "kl", "prefill_tokens_per_s", "decode_tokens_per_s", "bytes", "texts"]
+    speeds = ["prefill_tokens_per_s", "decode_tokens_per_s", "prefill_ratio", "decode_ratio"]
+    keys = ["model", "parameters", "perplexity", "kl", *speeds, "bytes", "texts"]
     for record, row in zip(table, ROWS, strict=True):
         assert list(record) == keys
-        assert record == {key: getattr(row, key) for key in keys}
+        assert record == json.loads(json.dumps({key: getattr(row, key) for key in keys}))
 
 
 def test_markdown_says_all(tmp_path: Path, grid: Grid, genomes: dict[str, Genome], history: list[Generation]):
@@ -86,7 +92,8 @@ def test_markdown_says_all(tmp_path: Path, grid: Grid, genomes: dict[str, Genome
     assert "| data | vital-wiki\\|c4 |" in lines
     assert "| dense | 200.0 M (100 %) | 10.00 | 0.0000 | 1,000 (1.00x) | 40.0 (1.00x) | 400.0 MB |" in lines
     assert "| uniform | 150.0 M (75 %) | 31.50 | 1.2500 | 1,500 (1.50x) | 50.0 (1.25x) | 300.0 MB |" in lines
-    assert "| searched | 150.0 M (75 %) | 14.25 | 0.3750 | 1,120 (1.12x) | 44.0 (1.10x) | 300.0 MB |" in lines
+    speeds = "1,120 (1.12x, 1.05-1.20) | 44.0 (1.10x?, 0.80-1.30)"
+    assert f"| searched | 150.0 M (75 %) | 14.25 | 0.3750 | {speeds} | 300.0 MB |" in lines
     assert "(levels.png)" in text
     assert "(search.png)" in text
     assert "dense     Rome was big" in lines
@@ -166,7 +173,8 @@ def test_printed_table_fits_and_keeps_its_texts(capsys: pytest.CaptureFixture[st
     assert printed.count("word") == 100
     assert next(line for line in lines if "SmolLM2 searched" in line).split() == [
         *("SmolLM2", "searched", "150.0", "M", "(75", "%)", "14.25", "0.3750"),
-        *("1,120", "(1.12x)", "44.0", "(1.10x)", "300.0", "MB"),
+        *("1,120", "(1.12x)", "44.0", "(1.10x?)", "300.0", "MB"),
     ]
+    assert "? other work kept this machine busy while speeds were measured: report.md has their range" in lines
     assert "SmolLM2 uniform   Rome was ```[b]was" in lines
     assert "SmolLM2 dense     Rome was big" in lines

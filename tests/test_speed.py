@@ -17,6 +17,7 @@ import tiny
 from darwinlm.config.evaluation import SpeedConfig
 from darwinlm.evaluation.speed import count, measure
 from darwinlm.model.size import parameter_bytes
+from darwinlm.runtime.timing import Ratio
 from darwinlm.types import UsageError
 
 SHORT = SpeedConfig(batch=2, prompt_tokens=12, new_tokens=4, repeats=2)
@@ -68,7 +69,7 @@ def test_command_prints_both_models(
     lines = capsys.readouterr().out.splitlines()
     titles = "parameters|prefill, tokens/s|decode, tokens/s|time to first token, s|KV cache, MB|peak memory, MB"
     assert [line.split("  ")[0] for line in lines[1:]] == titles.split("|")
-    assert lines[3].endswith("times, 1.00 predicted")
+    assert lines[3].endswith("x; 1.00x predicted")
     assert runs.call(*command, "--prompt-tokens", "8", "--repeats", "1", "--out", str(tmp_path / "speed.json")) == 0
     saved = json.loads((tmp_path / "speed.json").read_text())["speed"]
     assert f"{saved['model']['cache_bytes'] / 1e6:.1f}" in capsys.readouterr().out
@@ -96,3 +97,11 @@ def test_command_heeds_batch_lengths_precision_and_device(
 def test_numbers_that_make_no_sense_are_refused() -> None:
     with pytest.raises(UsageError, match="--new-tokens: expected at least 1, found 0"):
         SpeedConfig(new_tokens=0)
+
+
+def test_a_ratio_has_its_range_and_a_mark_where_that_is_wide() -> None:
+    """Medians of turns: a machine that is slow for one turn slows both works, and their ratio stays."""
+    steady, busy = Ratio.of([2.0, 20.0, 2.2], [1.0, 10.0, 1.0]), Ratio.of([2.0, 2.0, 2.0], [1.0, 4.0, 1.25])
+    assert (str(steady), steady.wide) == ("2.00x, 2.00-2.20", False)
+    assert (str(busy), busy.wide) == ("1.60x?, 0.50-2.00", True)
+    assert str(Ratio.of([3.0], [2.0])) == "1.50x"

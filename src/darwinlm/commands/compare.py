@@ -273,7 +273,7 @@ def _measure(bench: _Bench, method: str, kept: float, genome: Genome, seconds: f
     held_out = bench.tokens["evaluation"]
     quality = perplexity_and_kl(models, held_out, bench.of_dense[HELD_OUT])[method]
     speeds = speed(models, held_out, bench.config.evaluation)
-    dense, own = speeds[DENSE], speeds[method]
+    own = speeds[method]
     texts = {text: perplexity_and_kl(models, ids, bench.of_dense[text])[method] for text, ids in bench.texts.items()}
     return Cell(
         method,
@@ -284,10 +284,8 @@ def _measure(bench: _Bench, method: str, kept: float, genome: Genome, seconds: f
         kl=quality.kl,
         prefill_tokens_per_s=own.prefill_tokens_per_s,
         decode_tokens_per_s=own.decode_tokens_per_s,
-        speedup=(
-            own.prefill_tokens_per_s / dense.prefill_tokens_per_s,
-            own.decode_tokens_per_s / dense.decode_tokens_per_s,
-        ),
+        speedup=(own.prefill_ratio.median, own.decode_ratio.median),
+        uncertain_speed=own.prefill_ratio.wide or own.decode_ratio.wide,
         seconds=seconds,
         texts=texts,
     )

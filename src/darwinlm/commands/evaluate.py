@@ -27,6 +27,7 @@ from darwinlm.model.size import parameter_count
 from darwinlm.runtime.device import DTYPES, resolve_device
 from darwinlm.runtime.files import write_json
 from darwinlm.runtime.progress import say
+from darwinlm.runtime.timing import Ratio
 from darwinlm.types import DarwinError, UsageError
 
 DENSE = "dense"
@@ -301,13 +302,13 @@ def compare_speed(
         "decode": counted_before.decode_bytes / counted_after.decode_bytes,
     }
     speedups = {
-        "prefill": after.prefill_tokens_per_s / before.prefill_tokens_per_s,
-        "decode": after.decode_tokens_per_s / before.decode_tokens_per_s,
+        "prefill": Ratio.of(before.prefill_seconds, after.prefill_seconds),
+        "decode": Ratio.of(before.decode_seconds, after.decode_seconds),
     }
     rows = [("", "dense", "model", "")]
     rows += [("parameters", *(f"{parameter_count(model):,}" for model in models.values()), "")]
     rows += [
-        (f"{stage}, tokens/s", f"{a:.1f}", f"{b:.1f}", f"{speedups[stage]:.2f} times, {predicted[stage]:.2f} predicted")
+        (f"{stage}, tokens/s", f"{a:.1f}", f"{b:.1f}", f"{speedups[stage]}; {predicted[stage]:.2f}x predicted")
         for stage, a, b in (
             ("prefill", before.prefill_tokens_per_s, after.prefill_tokens_per_s),
             ("decode", before.decode_tokens_per_s, after.decode_tokens_per_s),
@@ -319,7 +320,10 @@ def compare_speed(
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for name, left, right, note in rows:
         print(f"{name:{widths[0]}}  {left:>{widths[1]}}  {right:>{widths[2]}}  {note}".rstrip())
-    return {"dense": asdict(before), "model": asdict(after), "speedup": speedups, "predicted": predicted}
+    if any(ratio.wide for ratio in speedups.values()):
+        print("? a wide range: this machine did other work meanwhile; measure again when it does not")
+    ranges = {stage: ratio._asdict() for stage, ratio in speedups.items()}
+    return {"dense": asdict(before), "model": asdict(after), "speedup": ranges, "predicted": predicted}
 
 
 def _megabytes(number: int | None) -> str:

@@ -15,6 +15,7 @@ from darwinlm.evaluation.quality import Quality, perplexity_and_kl
 from darwinlm.evaluation.speed import speed
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime.progress import track
+from darwinlm.runtime.timing import Ratio
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Row:
     Attributes:
         parameters: the number of parameters; tied tensors count once.
         kl: KL(dense || model) in nats a token; 0 for the dense model itself.
+        prefill_ratio, decode_ratio: the speeds as multiples of the dense model's.
         bytes: the size of the checkpoint.
         continuations: each prompt, followed by the model's continuation.
         texts: the model's quality on further texts, by name.
@@ -35,6 +37,8 @@ class Row:
     kl: float
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
+    prefill_ratio: Ratio
+    decode_ratio: Ratio
     bytes: int
     continuations: tuple[str, ...]
     texts: dict[str, Quality] = field(default_factory=dict)
@@ -70,6 +74,8 @@ def evaluate(
             kl=qualities[name].kl,
             prefill_tokens_per_s=speeds[name].prefill_tokens_per_s,
             decode_tokens_per_s=speeds[name].decode_tokens_per_s,
+            prefill_ratio=speeds[name].prefill_ratio,
+            decode_ratio=speeds[name].decode_ratio,
             bytes=sizes_in_bytes[name],
             continuations=written[name],
             texts={text: by_model[name] for text, by_model in further.items()},

@@ -23,6 +23,7 @@ from darwinlm.model.families import head_dim
 from darwinlm.model.pruned import block_sizes_of
 from darwinlm.model.size import parameter_bytes
 from darwinlm.runtime import timing
+from darwinlm.runtime.timing import Ratio
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -36,6 +37,7 @@ class Measured:
 
     Attributes:
         first_token_s: seconds from the prompt to the first new token, which is all of prefill.
+        prefill_seconds, decode_seconds: those of every turn.
         peak_bytes: the highest memory while the model runs, weights included; None where the system does not report it.
         cache_bytes: the size of the keys and values at the end.
     """
@@ -45,6 +47,8 @@ class Measured:
     first_token_s: float
     peak_bytes: int | None
     cache_bytes: int
+    prefill_seconds: tuple[float, ...]
+    decode_seconds: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -105,15 +109,17 @@ def _generate(model: PreTrainedModel, prompts: Int[Tensor, "batch length"], new_
 
 
 def _summary(model: PreTrainedModel, turns: list[_Turn], config: SpeedConfig) -> Measured:
-    first = median(turn.seconds.first_token for turn in turns)
-    decode = median(turn.seconds.further_tokens for turn in turns)
+    prefill = tuple(turn.seconds.first_token for turn in turns)
+    decode = tuple(turn.seconds.further_tokens for turn in turns)
     extra = [turn.extra_bytes for turn in turns if turn.extra_bytes is not None]
     return Measured(
-        prefill_tokens_per_s=config.batch * config.prompt_tokens / first,
-        decode_tokens_per_s=config.batch * config.new_tokens / decode,
-        first_token_s=first,
+        prefill_tokens_per_s=config.batch * config.prompt_tokens / median(prefill),
+        decode_tokens_per_s=config.batch * config.new_tokens / median(decode),
+        first_token_s=median(prefill),
         peak_bytes=parameter_bytes(model) + max(extra) if extra else None,
         cache_bytes=turns[-1].cache_bytes,
+        prefill_seconds=prefill,
+        decode_seconds=decode,
     )
 
 
@@ -165,10 +171,12 @@ DECODE_PROMPT = 16  # tokens in the cache before decoding is timed
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second in reading a prompt, and in writing one token at a time."""
+    """Tokens a second in reading a prompt, and in writing one token at a time, also beside the first model's."""
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
+    prefill_ratio: Ratio
+    decode_ratio: Ratio
 
 
 @torch.inference_mode()
@@ -185,11 +193,17 @@ def speed(
     works = {name: partial(_short_turn, model, text.to(model.device), config) for name, model in models.items()}
     with evaluation_mode(models.values()):
         turns = timing.alternate(works, config.repeats, "speed")
-    result = {}
-    for name, seconds in turns.items():
-        prefill, decode = map(median, zip(*seconds, strict=True))
-        result[name] = Speed(config.speed_tokens / prefill, config.decode_tokens / decode)
-    return result
+    seconds = {name: list(zip(*turns_of, strict=True)) for name, turns_of in turns.items()}
+    first = next(iter(seconds.values()))
+    return {
+        name: Speed(
+            config.speed_tokens / median(prefill),
+            config.decode_tokens / median(decode),
+            Ratio.of(first[0], prefill),
+            Ratio.of(first[1], decode),
+        )
+        for name, (prefill, decode) in seconds.items()
+    }
 
 
 def _short_turn(model: PreTrainedModel, text: Int[Tensor, "1 length"], config: EvaluationConfig) -> tuple[float, float]:

@@ -47,6 +47,7 @@ class Cell:
         refused: if the method gives no model of this size, the reason; the figures are then missing.
         perplexity, kl: the perplexity, and KL(dense || model) in nats a token, on held-out documents.
         speedup: the speeds of prefill and of decoding, as multiples of the dense model's in the same run.
+        uncertain_speed: whether its multiples differed much from turn to turn.
         seconds: the time that the method took to find the genome, without that for the database.
         texts: perplexity and KL on further texts, by name.
         scores: the scores in tasks.
@@ -62,6 +63,7 @@ class Cell:
     prefill_tokens_per_s: float = math.nan
     decode_tokens_per_s: float = math.nan
     speedup: tuple[float, float] = (1.0, 1.0)
+    uncertain_speed: bool = False
     seconds: float = 0.0
     texts: dict[str, Quality] = field(default_factory=dict)
     scores: tuple[Score, ...] = ()
@@ -134,15 +136,15 @@ def _columns(cell: Cell, titles: Sequence[str]) -> list[str]:
     start = ["" if cell.method == DENSE else cell.size, cell.method]
     if cell.refused is not None:
         return [*start, *["-"] * (len(titles) - 2)]
-    prefill, decode = cell.speedup
+    prefill, decode = (f"{ratio:.2f}x{'?' if cell.uncertain_speed else ''}" for ratio in cell.speedup)
     qualities = [Quality(cell.perplexity, cell.kl), *cell.texts.values()]
     return [
         *start,
         f"{cell.parameters:,}",
         *(figure for quality in qualities for figure in (f"{quality.perplexity:.2f}", f"{quality.kl:.4f}")),
         *map(str, cell.scores),
-        f"{cell.prefill_tokens_per_s:.1f} ({prefill:.2f}x)",
-        f"{cell.decode_tokens_per_s:.1f} ({decode:.2f}x)",
+        f"{cell.prefill_tokens_per_s:.1f} ({prefill})",
+        f"{cell.decode_tokens_per_s:.1f} ({decode})",
         f"{cell.seconds:.0f}",
     ]
 

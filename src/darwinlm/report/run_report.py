@@ -27,23 +27,36 @@ class _Column:
     Attributes:
         value: its figure in a row.
         text: the figure as it is written.
-        ratio: the format of the figure's ratio to the dense model's; if empty, no ratio is written.
+        ratio: how the figure's ratio to the dense model's is written, given both rows; None if it is not.
     """
 
     title: str
     value: Callable[[Row], float]
     text: Callable[[Row], str]
-    ratio: str = ""
+    ratio: Callable[[Row, Row], str] | None = None
 
 
 COLUMNS = (
-    _Column("parameters", lambda row: row.parameters, lambda row: tables.parameters(row.parameters), "{:.0%}"),
+    _Column(
+        "parameters",
+        lambda row: row.parameters,
+        lambda row: tables.parameters(row.parameters),
+        lambda row, dense: f"{100 * row.parameters / dense.parameters:.0f} %",
+    ),
     _Column("perplexity", lambda row: row.perplexity, lambda row: f"{row.perplexity:.2f}"),
     _Column("KL", lambda row: row.kl, lambda row: f"{row.kl:.4f}"),
     _Column(
-        "prefill tok/s", lambda row: row.prefill_tokens_per_s, lambda row: _rate(row.prefill_tokens_per_s), "{:.2f}x"
+        "prefill tok/s",
+        lambda row: row.prefill_tokens_per_s,
+        lambda row: _rate(row.prefill_tokens_per_s),
+        lambda row, _: str(row.prefill_ratio),
     ),
-    _Column("decode tok/s", lambda row: row.decode_tokens_per_s, lambda row: _rate(row.decode_tokens_per_s), "{:.2f}x"),
+    _Column(
+        "decode tok/s",
+        lambda row: row.decode_tokens_per_s,
+        lambda row: _rate(row.decode_tokens_per_s),
+        lambda row, _: str(row.decode_ratio),
+    ),
     _Column("size", lambda row: row.bytes, lambda row: tables.size(row.bytes)),
 )
 
@@ -76,16 +89,22 @@ def _rate(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.1f}"
 
 
-def _cells(row: Row, dense: Row, columns: Sequence[_Column]) -> list[str]:
-    cells = []
+def _cells(rows: Sequence[Row], columns: Sequence[_Column], ranges: bool = True) -> list[list[str]]:
+    """Return the cells of every row, the model's name first. Ratios have one width, so that figures line up.
+
+    Args:
+        ranges: whether the ranges of ratios are in them.
+    """
+    written = [[row.model for row in rows]]
     for column in columns:
-        cell = column.text(row)
-        if column.ratio:
-            share = column.value(row) / column.value(dense) if column.value(dense) else 1.0
-            # Ratios are padded to one width, so that the figures before them line up.
-            cell += f"{'(' + column.ratio.format(share).replace('%', ' %') + ')':>8}"
-        cells.append(cell)
-    return cells
+        cells = [column.text(row) for row in rows]
+        if column.ratio is not None:
+            ratios = [column.ratio(row, rows[0]) for row in rows]
+            ratios = [f"({ratio if ranges else ratio.partition(',')[0]})" for ratio in ratios]
+            width = max(map(len, ratios))
+            cells = [f"{cell} {ratio:>{width}}" for cell, ratio in zip(cells, ratios, strict=True)]
+        written.append(cells)
+    return [list(row) for row in zip(*written, strict=True)]
 
 
 def print_table(rows: Sequence[Row]) -> None:
@@ -94,7 +113,9 @@ def print_table(rows: Sequence[Row]) -> None:
     The first row is the dense model's. A figure's ratio to the dense model's follows it in brackets.
     """
     columns = _columns(rows)
-    tables.show(_titles(columns), [[[row.model, *_cells(row, rows[0], columns)] for row in rows]])
+    tables.show(_titles(columns), [_cells(rows, columns, ranges=False)])
+    if any(ratio.wide for row in rows for ratio in (row.prefill_ratio, row.decode_ratio)):
+        print("? other work kept this machine busy while speeds were measured: report.md has their range")
     console = tables.screen(WIDTH)
     for texts in _by_prompt(rows):
         grid = Table.grid(padding=(0, 2, 0, 0))
@@ -157,6 +178,8 @@ def _record(row: Row) -> dict[str, object]:
         "kl": row.kl,
         "prefill_tokens_per_s": row.prefill_tokens_per_s,
         "decode_tokens_per_s": row.decode_tokens_per_s,
+        "prefill_ratio": row.prefill_ratio,
+        "decode_ratio": row.decode_ratio,
         "bytes": row.bytes,
         "texts": {text: asdict(quality) for text, quality in row.texts.items()},
     }
@@ -165,7 +188,7 @@ def _record(row: Row) -> dict[str, object]:
 NOTE = """\
 KL is KL(dense ‖ model) in nats a token; perplexity and KL are over the same held-out tokens{texts}.
 Speeds are medians of alternating runs of the models on one machine, one sequence at a time. In brackets: the ratio to
-{dense}."""
+{dense}, and its range over the runs. A question mark is where that is wide, as on a machine with other work to do."""
 
 
 NOTE_ON_TEXTS = ", and over as many from the beginning of each named text, which no stage has seen"
@@ -213,6 +236,6 @@ def _markdown(title: str, rows: Sequence[Row], settings: Mapping[str, str], pict
 def models_table(rows: Sequence[Row]) -> str:
     """Return the models' figures as a Markdown table, followed by a note that explains them."""
     columns = _columns(rows)
-    table = tables.markdown(_titles(columns), [[row.model, *_cells(row, rows[0], columns)] for row in rows])
+    table = tables.markdown(_titles(columns), _cells(rows, columns))
     note = NOTE.format(dense=rows[0].model, texts=NOTE_ON_TEXTS if rows[0].texts else "")
     return "\n".join([table, "", note])

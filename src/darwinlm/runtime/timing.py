@@ -3,12 +3,39 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from statistics import median
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from darwinlm.runtime.progress import track
+
+WIDE = 1.25  # the most over the least of several ratios, beyond which other work must have been in the way
+
+
+class Ratio(NamedTuple):
+    """How many times as fast as another a work is that takes turns with it, over all turns."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, others: Sequence[float], seconds: Sequence[float]) -> Ratio:
+        """Compare the seconds of a work with those of the other in the same turns."""
+        ratios = [other / own for other, own in zip(others, seconds, strict=True)]
+        return cls(median(ratios), min(ratios), max(ratios))
+
+    @property
+    def wide(self) -> bool:
+        """Whether the turns differ so much that the median is no fact about the works."""
+        return self.most > WIDE * self.least
+
+    def __str__(self) -> str:
+        found, least, most = (f"{value:.2f}" for value in self)
+        return f"{found}x" if least == most else f"{found}x{'?' if self.wide else ''}, {least}-{most}"
+
 
 Name = TypeVar("Name", bound=Hashable)
 Result = TypeVar("Result")
