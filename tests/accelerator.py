@@ -120,7 +120,7 @@ def _simulated() -> Iterator[Synchronisations]:
 class Simulated(torch.Tensor):
     """A tensor on the device, whose data is `held` on the CPU."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> Simulated:

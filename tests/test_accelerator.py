@@ -27,10 +27,15 @@ from darwinlm.database.eliminate import QUEUE, eliminate, solve_levels
 from darwinlm.database.stitch import Stitcher
 from darwinlm.rivals.methods import METHODS
 from darwinlm.search.fitness import Fitness
-from darwinlm.types import Genome, SelectionStage, Unit
+from darwinlm.types import Genome, MetricName, SelectionStage, Structure, Unit
 from pruned import prune
 
-STRUCTURES = [("llama-mha", "head"), ("llama-gqa", "kv_group"), ("llama-gqa", "head"), ("qwen2", "balanced")]
+STRUCTURES: list[tuple[str, Structure]] = [
+    ("llama-mha", "head"),
+    ("llama-gqa", "kv_group"),
+    ("llama-gqa", "head"),
+    ("qwen2", "balanced"),
+]
 
 
 def problem(outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,13 +55,13 @@ def test_a_tensor_that_was_left_on_the_cpu_is_an_error() -> None:
     with accelerator():
         there = torch.ones(3, device=DEVICE)
         with pytest.raises((DeviceMismatchError, RuntimeError)):
-            there + torch.ones(3)
+            _ = there + torch.ones(3)
 
 
 def test_waits_are_counted() -> None:
     with accelerator() as waits:
         values = torch.ones(3, device=DEVICE)
-        values.sum() + values
+        _ = values.sum() + values
         assert sum(waits.values()) == 0
         assert float(values.sum()) == 3
         assert sum(waits.values()) == 1
@@ -84,7 +89,7 @@ def test_a_removal_is_one_wait_and_the_structures_are_those_of_the_cpu(width: in
 
 
 @pytest.mark.parametrize("metric", ["kl", "perplexity"])
-def test_a_scored_batch_is_two_waits(metric: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_a_scored_batch_is_two_waits(metric: MetricName, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """One for the score, and one in transformers, which looks whether several texts are packed in a sequence."""
     case = prune(checkpoints["llama-gqa"], tmp_path / "database")
     text = torch.randint(0, tiny.VOCAB, (16, 32), generator=torch.Generator().manual_seed(0))
@@ -116,7 +121,7 @@ def on_both(config: RunConfig, tmp_path: Path, until: Stage = "report") -> tuple
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "structure"), STRUCTURES)
 def test_every_command_runs_on_the_device(
-    family: str, structure: str, checkpoints: dict[str, Path], text: Path, tmp_path: Path
+    family: str, structure: Structure, checkpoints: dict[str, Path], text: Path, tmp_path: Path
 ) -> None:
     dense = checkpoints[family]
     search = replace(runs.SHORT.search, start="sensitivity")

@@ -16,7 +16,7 @@ import trainings
 from darwinlm.cli import PRESETS
 from darwinlm.commands import gradual as recipes
 from darwinlm.commands.gradual import _size_at, gradual
-from darwinlm.config.run import RunConfig, read_config
+from darwinlm.config.run import DatabaseConfig, RunConfig, read_config
 from darwinlm.config.training import GradualConfig, GradualStage, TrainConfig
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.pruned import block_sizes_of, load
@@ -166,9 +166,14 @@ def test_training_is_checked_before_anything_is_pruned_and_may_be_mended(
         gradual(good)
 
 
+def test_without_stages_there_is_one_to_half_of_the_levels(text: Path):
+    config = GradualConfig("M", str(text), "O", database=DatabaseConfig(levels=4))
+    assert config.stages == (GradualStage(2.0, 10**10),)
+
+
 def test_levels_that_do_not_rise_are_refused(text: Path):
-    for levels in ((), (2.0, 2.0), (11.0,)):
-        with pytest.raises(UsageError, match="--stages: expected at least one stage, levels that rise"):
+    for levels in ((2.0, 2.0), (11.0,)):
+        with pytest.raises(UsageError, match="--stages: expected levels that rise between 0 and 10"):
             GradualConfig("M", str(text), "O", stages=tuple(GradualStage(level, 0) for level in levels))
 
 

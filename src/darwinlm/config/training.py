@@ -166,8 +166,9 @@ class GradualConfig:
     """Text: as for darwinlm compress."""
     out: str
     """Directory of all stages. The same command resumes it."""
-    stages: tuple[GradualStage, ...] = (GradualStage(5.0, 10_000_000_000),)
-    """Target level and training tokens of each stage; the levels rise."""
+    stages: tuple[GradualStage, ...] = ()
+    """Target level and training tokens of each stage; the levels rise. If none is given, there is one stage, to half of
+    database.levels, with 10 billion tokens."""
     seed: int = 0
     """Seed of everything random."""
     device: str = "auto"
@@ -187,11 +188,13 @@ class GradualConfig:
 
     def __post_init__(self) -> None:
         expect_named(self, "model", "data", "out")
+        if not self.stages:
+            object.__setattr__(self, "stages", (GradualStage(self.database.levels / 2, 10_000_000_000),))
         levels = [stage.target_level for stage in self.stages]
         within = all(0 < level < self.database.levels for level in levels)
         rising = levels == sorted(set(levels))
-        expected = f"at least one stage, levels that rise between 0 and {self.database.levels}"
-        expect(bool(levels) and within and rising, "stages", expected, levels)
+        expected = f"levels that rise between 0 and {self.database.levels}"
+        expect(within and rising, "stages", expected, levels)
         expect_seed(self.seed)
         for stage in self.stages:
             if stage.tokens:

@@ -177,8 +177,8 @@ class _Weights:
 
 @contextmanager
 def _open_weights(directory: Path) -> Iterator[_Weights]:
-    shards = read_index(directory)
-    files = [WEIGHTS] if shards is None else sorted(set(shards.values()))
+    index = read_index(directory)
+    files = [WEIGHTS] if index is None else sorted(set(index.values()))
     with ExitStack() as stack:
         shards: dict[str, Any] = {}
         for file in files:

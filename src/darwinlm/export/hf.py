@@ -79,12 +79,9 @@ def _precise_weights(
     precise = {name: dense.precise(name, parameter) for name, parameter in model.named_parameters()}
     tied = {name for name, _ in exported.named_parameters(remove_duplicate=False)}
     once = dict(exported.named_parameters())
+    state: dict[str, Tensor] = exported.state_dict()
     renumbered = renumber_blocks(precise, remaining_blocks(sizes))
-    return {
-        name: renumbered.get(name, tensor)
-        for name, tensor in exported.state_dict().items()
-        if name in once or name not in tied
-    }
+    return {name: renumbered.get(name, tensor) for name, tensor in state.items() if name in once or name not in tied}
 
 
 def _complete_config(path: Path, full_auto_map: dict[str, str]) -> None:

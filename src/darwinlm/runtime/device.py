@@ -6,6 +6,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,7 +57,7 @@ def exact_products() -> Iterator[None]:
     TF32 keeps 10 bits of each factor. A Hessian that is summed or factorised so need not be positive definite any more,
     and other structures would leave than on a CPU. Convolutions, which have a setting of their own, are left alone.
     """
-    backends = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
     settings = [backend for backend in backends if hasattr(backend, "fp32_precision")]  # torch 2.9 and newer
     before = [backend.fp32_precision for backend in settings]
     try:

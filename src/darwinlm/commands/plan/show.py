@@ -54,26 +54,27 @@ def plan_command(config: GradualConfig, target: str | None = None, target_level:
     """Print what a recipe takes on this machine, or one pruning to a size, and what is left of the model at each level.
 
     Raises:
-        UsageError: as `show`, if a target cannot be read or reached, or if two are given.
+        UsageError: as `find_config` and `_show`, if a target cannot be read or reached, or if two are given.
     """
     expect_one_size(target, target_level)
+    model = find_config(config.model)
     if target is not None:
-        target_level = _level_of(Target.parse(target), config)
+        target_level = _level_of(Target.parse(target), model, config)
     if target_level is not None:
         expect_level(target_level, config.database.levels)
         config = replace(config, stages=(GradualStage(target_level, 0),))
-    show(config)
+    _show(model, config)
 
 
-def show(config: GradualConfig) -> None:
+def _show(model: PretrainedConfig, config: GradualConfig) -> None:
     """Print what a recipe takes on this machine: the sizes, the database of the dense model, then every stage.
 
     The database of a later stage takes less than that of the first, and is not counted.
 
     Raises:
-        UsageError: if there is no such model, its family is not supported, or a setting cannot be used.
+        UsageError: if the model's family is not supported, or a setting cannot be used.
     """
-    model, calibration, database = find_config(config.model), config.calibration, config.database
+    calibration, database = config.calibration, config.database
     find_family(model)  # before seconds are spent on rates
     rates = measure_rates(DTYPES[calibration.dtype])
     block = block_rates(model, resolve_dtype("auto", torch.device("cpu")))
@@ -98,13 +99,13 @@ def _size_rows(grid: Grid, parameters: int, model: PretrainedConfig, config: Gra
     return rows
 
 
-def _level_of(target: Target, config: GradualConfig) -> float:
+def _level_of(target: Target, model: PretrainedConfig, config: GradualConfig) -> float:
     """The lowest uniform level, to a hundredth, at which a model costs no more than the target.
 
     Raises:
         UsageError: if the target has to be measured, or no level in the database is as small.
     """
-    model, levels = find_config(config.model), config.database.levels
+    levels = config.database.levels
     whole = skeleton(model)
     grid = find_grid(whole, model, config.database)
     if target.measure == "latency":
