@@ -40,6 +40,8 @@ TABLE_KEYS = {
     "kl",
     "prefill_tokens_per_s",
     "decode_tokens_per_s",
+    "prefill_ratio",
+    "decode_ratio",
     "bytes",
     "texts",
 }
