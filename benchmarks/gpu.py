@@ -22,10 +22,10 @@ from statistics import median
 from typing import Any, get_args
 
 import torch
+from elimination import make_problem
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
 
 from darwinlm.config.run import SearchConfig
-from darwinlm.database.cholesky import dampen
 from darwinlm.database.eliminate import eliminate, solve_levels
 from darwinlm.losses.gradients import KLGradient
 from darwinlm.losses.logits import Logits
@@ -33,7 +33,7 @@ from darwinlm.losses.metrics import Metric, metric
 from darwinlm.model.families import find_units
 from darwinlm.runtime.device import processor_name, resolve_device
 from darwinlm.runtime.files import write_json
-from darwinlm.runtime.timing import now
+from darwinlm.runtime.timing import alternate, now
 from darwinlm.types import MetricName, Unit
 
 LENGTH = 2048  # tokens in a sequence
@@ -77,28 +77,22 @@ class Measured:
 
 def measured(model: str, step: str, work: Callable[[], Any], device: torch.device, repeats: int = 3) -> Measured:
     """The median of some repetitions after a first one that warms up."""
-    times = []
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(repeats + 1):
+
+    def timed() -> float:
         began = now(device)
         work()
-        times.append(now(device) - began)
+        return now(device) - began
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = median(alternate({step: timed}, repeats, f"{model}, {step}")[step])
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    return Measured(model, step, median(times[1:]), memory)
-
-
-def problem(d_out: int, d_in: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """A random weight, and the damped Hessian of inputs of unlike size, in float32; the same on every device."""
-    generator = torch.Generator().manual_seed(0)
-    X = torch.randn(2 * d_in, d_in, generator=generator) * torch.rand(d_in, generator=generator).add_(0.1)
-    X = X.to(device)
-    return torch.randn(d_out, d_in, generator=generator).to(device), dampen(2 / len(X) * X.T @ X)
+    return Measured(model, step, seconds, memory)
 
 
 def same_order(device: torch.device) -> str:
     """How many of the first structures leave in one order on the device and the CPU, and how many are kept alike."""
-    weight, hessian = problem(1024, TEST.structures, torch.device("cpu"))
+    weight, hessian = make_problem(1024, TEST.structures)
     here = eliminate(TEST, weight, hessian).order
     there = eliminate(TEST, weight.to(device), hessian.to(device)).order
     alike = int((here == there).long().cumprod(0).sum())
@@ -117,7 +111,7 @@ def eliminations(name: str, model: PreTrainedModel, device: torch.device) -> lis
     found = []
     for unit in find_units(model, model.config, "kv_group")[:2]:
         consumer: Any = model.get_submodule(unit.consumer)
-        weight, hessian = problem(consumer.out_features, consumer.in_features, device)
+        weight, hessian = (each.to(device) for each in make_problem(consumer.out_features, consumer.in_features))
         unit = dataclasses.replace(unit, name=f"block-00-{unit.kind}")
         shape = f"{unit.kind}, {consumer.in_features} inputs, {unit.structures} structures"
         removed = [level * unit.structures // 10 for level in range(10)]

@@ -27,8 +27,9 @@ from darwinlm.database.eliminate import QUEUE, eliminate, solve_levels
 from darwinlm.database.stitch import Stitcher
 from darwinlm.rivals.methods import METHODS
 from darwinlm.search.fitness import Fitness
-from darwinlm.types import Genome, MetricName, SelectionStage, Structure, Unit
+from darwinlm.types import Genome, MetricName, SelectionStage, Structure
 from pruned import prune
+from test_eliminate import make_problem, make_unit
 
 STRUCTURES: list[tuple[str, Structure]] = [
     ("llama-mha", "head"),
@@ -36,19 +37,6 @@ STRUCTURES: list[tuple[str, Structure]] = [
     ("llama-gqa", "head"),
     ("qwen2", "balanced"),
 ]
-
-
-def problem(outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight and a Hessian in float32, of random numbers that are the same everywhere."""
-    generator = torch.Generator().manual_seed(0)
-    X = torch.randn(4 * inputs, inputs, generator=generator)
-    return torch.randn(outputs, inputs, generator=generator), dampen(2 * X.T @ X / len(X))
-
-
-def made(structures: int, width: int, readers: int = 1) -> Unit:
-    """A unit, its structures in groups of `readers`, which leave in turns if there are several in a group."""
-    kind = "mlp" if width == 1 else "attention"
-    return Unit(f"block-00-{kind}", 0, kind, "consumer", (), width, structures, 0, 0, readers, in_turns=readers > 1)
 
 
 def test_a_tensor_that_was_left_on_the_cpu_is_an_error() -> None:
@@ -70,8 +58,9 @@ def test_waits_are_counted() -> None:
 @pytest.mark.parametrize(("width", "readers"), [(1, 1), (8, 1), (8, 4)])
 def test_a_removal_is_one_wait_and_the_structures_are_those_of_the_cpu(width: int, readers: int) -> None:
     structures = 320 if width == 1 else 16
-    unit = made(structures, width, readers)
-    weight, hessian = problem(48, structures * width)
+    unit = replace(make_unit(structures, width), readers=readers, in_turns=readers > 1)
+    weight, _, hessian = make_problem(48, structures * width, 4 * structures * width, dtype=torch.float32)
+    hessian = dampen(hessian)
     on_cpu = eliminate(unit, weight, hessian)
     with accelerator() as waits:
         there = weight.to(DEVICE), hessian.to(DEVICE)

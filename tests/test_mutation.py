@@ -31,6 +31,10 @@ def uniform_at(share: float, shape: tuple[int, int, int], rng: Random, keep_atte
     return uniform_genome(level_grid(units(*shape), 10, 32), share * 10, 10, rng, keep_attention)
 
 
+of_two_sizes = given(shapes, st.floats(0.1, 0.5), st.floats(0.5, 0.9), st.integers(0, 1000))
+"""The grid, the share that is removed before and after, and a seed."""
+
+
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
 @settings(max_examples=40, deadline=None)
 @given(shapes, st.floats(0.15, 0.85), st.integers(0, 1000), st.integers(1, 4), st.booleans())
@@ -119,7 +123,7 @@ def test_where_no_mutant_exists_there_is_none() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(shapes, st.floats(0.1, 0.5), st.floats(0.5, 0.9), st.integers(0, 1000))
+@of_two_sizes
 def test_spreading_only_removes_until_the_model_fits(
     shape: tuple[int, int, int], before: float, after: float, seed: int
 ) -> None:
@@ -162,17 +166,16 @@ def test_what_fits_is_given_back(shape: tuple[int, int, int], share: float, seed
 
 
 @settings(max_examples=40, deadline=None)
-@given(shapes, st.floats(0.1, 0.5), st.floats(0.5, 0.9), st.integers(0, 1000))
+@of_two_sizes
 def test_residual_levels_stay_within_their_kind(
     shape: tuple[int, int, int], before: float, after: float, seed: int
 ) -> None:
     """As in the paper: each kind has the sum of levels of the smaller model, from whatever an earlier search found."""
     rng = Random(seed)
-    later = uniform_at(after, shape, rng)
+    earlier, later = uniform_at(before, shape, rng), uniform_at(after, shape, rng)
+    found = within_kinds(earlier, budget_of(earlier, shape), rng, 3) or earlier
     budget = budget_of(later, shape)
-    earlier = within_kinds(uniform_at(before, shape, rng), budget_of(uniform_at(before, shape, rng), shape), rng, 3)
-    start = uniform_at(before, shape, rng) if earlier is None else earlier
-    smaller = spread_within_kinds(start, later, budget, rng)
+    smaller = spread_within_kinds(found, later, budget, rng)
     for kind in ("attention", "mlp"):
         members = [i for i, unit in enumerate(budget.grid.units) if unit.kind == kind]
         assert sum(smaller.levels[i] for i in members) == sum(later.levels[i] for i in members)

@@ -323,7 +323,7 @@ def _export(work: _Work, result: SearchResult, model: PreTrainedModel) -> None:
             )
         sizes = block_sizes(work.grid, result.best, work.checkpoint.config)
         counts = parameter_count(work.checkpoint.skeleton()), parameter_count(model)
-        card = model_card(work.config.model, licence_of(work.checkpoint.path), _settings(work, result), *counts)
+        card = _card(work, result, counts)
         export_hf(model, sizes, work.checkpoint.tokenizer, exported, card, expected, work.checkpoint.path)
         for refusal in check_vllm(exported):
             say(f"vLLM would refuse this export: {refusal}")
@@ -353,10 +353,7 @@ def _report(work: _Work, result: SearchResult, rows: list[Row], elsewhere: dict[
     genomes = {"uniform": work.uniform, "searched": result.best}
     title = f"{short_name(work.config.model)} at {_target(work.config)}"
     settings = _settings(work, result)
-    counts = rows[0].parameters, rows[-1].parameters
-    card = model_card(
-        work.config.model, licence_of(work.checkpoint.path), settings, *counts, run_report.models_table(rows)
-    )
+    card = _card(work, result, (rows[0].parameters, rows[-1].parameters), run_report.models_table(rows))
     write_text(work.run.exported / "README.md", card)
     metric = label(work.config.search.metric)
     history = result.history
@@ -366,6 +363,11 @@ def _report(work: _Work, result: SearchResult, rows: list[Row], elsewhere: dict[
     run_report.print_table(rows)
     for path in [work.run.exported, *paths]:
         print(path)
+
+
+def _card(work: _Work, result: SearchResult, parameters: tuple[int, int], table: str = "") -> str:
+    """The export's model card, with the parameters of the dense and of the pruned model, and what was measured."""
+    return model_card(work.config.model, licence_of(work.checkpoint.path), _settings(work, result), *parameters, table)
 
 
 def _settings(work: _Work, result: SearchResult) -> dict[str, str]:

@@ -298,8 +298,8 @@ def _check_resumable(last: Path, work: _Work) -> None:
     """Raise `DarwinError` if a training cannot go on from a checkpoint exactly."""
     if _sharded(work.config) and not (last / SHARDS).is_dir():
         raise DarwinError(
-            f"--training.fsdp: expected {SHARDS} in {last}, found none: no sharded training of this "
-            "version wrote it; resume without --training.fsdp, or choose another --out"
+            f"--training.fsdp: expected {SHARDS} in {last}, found none: no sharded training of this version wrote it; "
+            "choose another --out"
         )
     if not _sharded(work.config) and not (last / OPTIMIZER).exists():
         raise DarwinError(

@@ -384,9 +384,9 @@ def _shards(source: str) -> list[Path]:
 def _identity(source: str) -> object:
     """Return what identifies a source: name, size and time of each local file, or the full name of any other."""
     files = _shards(source)
-    if files or source in PACKAGED:
-        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] or source
-    return astuple(dataset_named(source))
+    if files:
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return source if source in PACKAGED else astuple(dataset_named(source))
 
 
 @contextmanager

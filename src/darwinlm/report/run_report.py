@@ -15,6 +15,7 @@ from darwinlm.genome import Grid
 from darwinlm.report import tables
 from darwinlm.report.figures import levels_figure, save_figure, search_figure
 from darwinlm.runtime.files import write_json, write_text
+from darwinlm.runtime.timing import Ratio
 from darwinlm.types import Curve, Generation, Genome
 
 WIDTH = 100  # columns that the continuations of models take
@@ -25,39 +26,27 @@ class _Column:
     """One column of the table.
 
     Attributes:
-        value: its figure in a row.
-        text: the figure as it is written.
-        ratio: how the figure's ratio to the dense model's is written, given both rows; None if it is not.
+        text: its figure in a row, as it is written.
+        ratio: the figure's ratio to the dense model's, given both rows: a share, or a ratio with its range. None if it
+            is not written.
     """
 
     title: str
-    value: Callable[[Row], float]
     text: Callable[[Row], str]
-    ratio: Callable[[Row, Row], str] | None = None
+    ratio: Callable[[Row, Row], float | Ratio] | None = None
 
 
 COLUMNS = (
     _Column(
         "parameters",
-        lambda row: row.parameters,
         lambda row: tables.parameters(row.parameters),
-        lambda row, dense: f"{100 * row.parameters / dense.parameters:.0f} %",
+        lambda row, dense: row.parameters / dense.parameters,
     ),
-    _Column("perplexity", lambda row: row.perplexity, lambda row: f"{row.perplexity:.2f}"),
-    _Column("KL", lambda row: row.kl, lambda row: f"{row.kl:.4f}"),
-    _Column(
-        "prefill tok/s",
-        lambda row: row.prefill_tokens_per_s,
-        lambda row: _rate(row.prefill_tokens_per_s),
-        lambda row, _: str(row.prefill_ratio),
-    ),
-    _Column(
-        "decode tok/s",
-        lambda row: row.decode_tokens_per_s,
-        lambda row: _rate(row.decode_tokens_per_s),
-        lambda row, _: str(row.decode_ratio),
-    ),
-    _Column("size", lambda row: row.bytes, lambda row: tables.size(row.bytes)),
+    _Column("perplexity", lambda row: f"{row.perplexity:.2f}"),
+    _Column("KL", lambda row: f"{row.kl:.4f}"),
+    _Column("prefill tok/s", lambda row: _rate(row.prefill_tokens_per_s), lambda row, _: row.prefill_ratio),
+    _Column("decode tok/s", lambda row: _rate(row.decode_tokens_per_s), lambda row, _: row.decode_ratio),
+    _Column("size", lambda row: tables.size(row.bytes)),
 )
 
 
@@ -78,10 +67,9 @@ def _of_text(text: str) -> tuple[_Column, _Column]:
     return (
         _Column(
             f"perplexity {name}",
-            lambda row: row.texts[text].perplexity,
             lambda row: f"{row.texts[text].perplexity:.2f}",
         ),
-        _Column(f"KL {name}", lambda row: row.texts[text].kl, lambda row: f"{row.texts[text].kl:.4f}"),
+        _Column(f"KL {name}", lambda row: f"{row.texts[text].kl:.4f}"),
     )
 
 
@@ -99,12 +87,17 @@ def _cells(rows: Sequence[Row], columns: Sequence[_Column], ranges: bool = True)
     for column in columns:
         cells = [column.text(row) for row in rows]
         if column.ratio is not None:
-            ratios = [column.ratio(row, rows[0]) for row in rows]
-            ratios = [f"({ratio if ranges else ratio.partition(',')[0]})" for ratio in ratios]
+            ratios = [f"({_ratio(column.ratio(row, rows[0]), ranges)})" for row in rows]
             width = max(map(len, ratios))
             cells = [f"{cell} {ratio:>{width}}" for cell, ratio in zip(cells, ratios, strict=True)]
         written.append(cells)
     return [list(row) for row in zip(*written, strict=True)]
+
+
+def _ratio(ratio: float | Ratio, ranges: bool) -> str:
+    if isinstance(ratio, Ratio):
+        return str(ratio) if ranges else ratio.brief
+    return f"{100 * ratio:.0f} %"
 
 
 def print_table(rows: Sequence[Row]) -> None:

@@ -32,9 +32,14 @@ class Ratio(NamedTuple):
         """Whether the turns differ so much that the median is no fact about the works."""
         return self.most > WIDE * self.least
 
+    @property
+    def brief(self) -> str:
+        """The median, with a question mark where the range is wide."""
+        return f"{self.median:.2f}x{'?' if self.wide else ''}"
+
     def __str__(self) -> str:
-        found, least, most = (f"{value:.2f}" for value in self)
-        return f"{found}x" if least == most else f"{found}x{'?' if self.wide else ''}, {least}-{most}"
+        least, most = f"{self.least:.2f}", f"{self.most:.2f}"
+        return self.brief if least == most else f"{self.brief}, {least}-{most}"
 
 
 Name = TypeVar("Name", bound=Hashable)

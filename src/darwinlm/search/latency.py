@@ -8,7 +8,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -104,11 +104,16 @@ def measure(
     dense = checkpoint.load(checkpoint.dtype, device)
     stitcher = Stitcher(dense, checkpoint.family, _FirstStructures(dense, grid))
     first = {_shape(grid, index): index for index in reversed(range(len(grid.units)))}
-    timed: dict[tuple[int, int] | str, PreTrainedModel] = {"dense": dense, "no block": _no_block(stitcher)}
+    ends = _no_block(stitcher)
+    timed: dict[Any, _Pass] = {
+        "dense": _Pass(dense, whole=True),
+        "no block": _Pass(ends, whole=True),
+        "no block's decoder": _Pass(ends),
+    }
     for index in first.values():
         for level in range(grid.highest(index) + 1):
             genome = grid.dense().replace(_others_removed(grid, index) | {index: level})
-            timed[index, level] = _one_block(stitcher, genome, grid.units[index].block)
+            timed[index, level] = _Pass(_one_block(stitcher, genome, grid.units[index].block))
     seconds = _medians(timed, config)
     rows: dict[int, list[int]] = {}
     for index in first.values():
@@ -195,18 +200,23 @@ def _no_block(stitcher: Stitcher) -> PreTrainedModel:
     return model
 
 
-def _medians(models: dict[tuple[int, int] | str, PreTrainedModel], config: LatencyConfig) -> dict[Any, float]:
-    """Return the median seconds of each model's forward passes over the same random tokens."""
+class _Pass(NamedTuple):
+    """A forward pass of the whole model with its last logits, or of its decoder alone."""
+
+    model: PreTrainedModel
+    whole: bool = False
+
+
+def _medians(passes: dict[Any, _Pass], config: LatencyConfig) -> dict[Any, float]:
+    """Return the median seconds of each forward pass over the same random tokens."""
     generator = torch.Generator().manual_seed(0)
-    vocabulary = next(iter(models.values())).config.vocab_size
+    vocabulary = next(iter(passes.values())).model.config.vocab_size
     ids = torch.randint(vocabulary, (config.batch, config.context + config.tokens), generator=generator)
     context, tokens = ids[:, : config.context], ids[:, config.context :]
     works = {
-        name: partial(_seconds, model, tokens.to(model.device), _filled(model, context), name in ("dense", "no block"))
-        for name, model in models.items()
+        name: partial(_seconds, model, tokens.to(model.device), _filled(model, context), whole)
+        for name, (model, whole) in passes.items()
     }
-    ends = models["no block"]
-    works["no block's decoder"] = partial(_seconds, ends, tokens.to(ends.device), _filled(ends, context), False)
     return {name: median(seconds) for name, seconds in timing.alternate(works, config.repeats, "latency").items()}
 
 

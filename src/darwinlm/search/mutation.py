@@ -65,8 +65,7 @@ def spread(genome: Genome, budget: Budget, rng: Random) -> Genome:
     Raises:
         AssertionError: if no genome fits the budget; `limit_of` refuses such budgets.
     """
-    capped = Genome(tuple(min(level, top) for level, top in zip(genome.levels, budget.ceilings, strict=True)))
-    smaller = _prune_until_it_fits(budget.worth(capped), budget, range(len(genome.levels)), rng)
+    smaller = _prune_until_it_fits(budget.worth(_capped(genome, budget)), budget, range(len(genome.levels)), rng)
     assert smaller is not None
     return restore(smaller, budget, rng)
 
@@ -77,7 +76,7 @@ def spread_within_kinds(genome: Genome, sums: Genome, budget: Budget, rng: Rando
     Args:
         sums: a genome of the smaller model's size, whose sums of levels of each kind the result has.
     """
-    levels = list(genome.levels)
+    levels = list(_capped(genome, budget).levels)
     for kind in KINDS:
         members = [i for i, unit in enumerate(budget.grid.units) if unit.kind == kind]
         residual = sum(sums.levels[i] - levels[i] for i in members)
@@ -94,6 +93,11 @@ def restore(genome: Genome, budget: Budget, rng: Random, indices: Sequence[int] 
     while (larger := _restore(genome, budget, indices, rng, fitting=True)) is not None:
         genome = larger
     return genome
+
+
+def _capped(genome: Genome, budget: Budget) -> Genome:
+    """Return the genome with no level above its ceiling."""
+    return Genome(tuple(min(level, top) for level, top in zip(genome.levels, budget.ceilings, strict=True)))
 
 
 def _count(rng: Random, most: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 
 from darwinlm.config.run import RunConfig
@@ -45,14 +45,24 @@ def _largest(budget: Budget, config: RunConfig) -> tuple[Genome, Budget]:
 
 
 def fullest(draw: Callable[[Random], Genome], budget: Budget, seed: int) -> tuple[Genome, Budget]:
-    """Return the most expensive of several random genomes within the budget, and the budget.
-
-    Where that genome costs less than the budget's floor, the floor is lowered to its cost, and the user is told so.
+    """Return the most expensive of several random genomes within the budget, and the budget, as `_dearest` does.
 
     Args:
         draw: draws one genome that fits the budget.
     """
-    genome = max((draw(Random(f"{seed} {way}")) for way in range(FILLINGS)), key=budget.cost)
+    return _dearest(_drawn(draw, seed), budget)
+
+
+def _drawn(draw: Callable[[Random], Genome], seed: int) -> list[Genome]:
+    return [draw(Random(f"{seed} {way}")) for way in range(FILLINGS)]
+
+
+def _dearest(genomes: Sequence[Genome], budget: Budget) -> tuple[Genome, Budget]:
+    """Return the most expensive of several genomes that fit the budget, and the budget.
+
+    Where that genome costs less than the budget's floor, the floor is lowered to its cost, and the user is told so.
+    """
+    genome = max(genomes, key=budget.cost)
     if not budget.admits(genome):
         closest = budget.cost(genome)
         say(
@@ -69,11 +79,10 @@ def later_start(earlier: Genome, uniform: Genome, budget: Budget, moves: MovesNa
     to whole structures makes every such genome too large. Otherwise units of any kind lose levels until it fits.
     """
     if moves == "within_kinds":
-        drawn = [spread_within_kinds(earlier, uniform, budget, Random(f"{seed} {way}")) for way in range(FILLINGS)]
+        drawn = _drawn(lambda rng: spread_within_kinds(earlier, uniform, budget, rng), seed)
         fitting = [genome for genome in drawn if budget.fits(genome)]
         if fitting:
-            start = max(fitting, key=budget.cost)
-            return start, budget.down_to(start)
+            return _dearest(fitting, budget)
     return fullest(lambda rng: spread(earlier, budget, rng), budget, seed)
 
 

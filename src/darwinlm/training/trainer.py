@@ -100,8 +100,6 @@ class RecoveryTrainer(Trainer):
         if settings and state.distributed_type == DistributedType.MULTI_CPU:
             state.distributed_type = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**settings)
-            if self.accelerator.mixed_precision != "no":
-                state.fsdp_plugin.set_mixed_precision(self.accelerator.mixed_precision)
             self.is_fsdp_enabled = True
         if self.is_fsdp_enabled and self.accelerator.mixed_precision == "bf16":
             state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
