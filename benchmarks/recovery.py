@@ -39,7 +39,7 @@ from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import block_sizes, find_units
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime.files import read_json, write_json
-from darwinlm.search.budget import parameter_costs
+from darwinlm.search.costs import parameter_costs
 from darwinlm.search.uniform import uniform
 from darwinlm.training.directory import Training
 
@@ -53,7 +53,8 @@ def models(run: Run, out: Path) -> dict[str, Path]:
     units = find_units(dense.skeleton(), dense.config, settings.database.structure)
     grid = level_grid(units, settings.database.levels, settings.database.granularity)
     database = Database(run.database, grid, read_json(run.database / MANIFEST)["provenance"])
-    even, _ = uniform(grid, parameter_costs(grid, parameter_count(dense.skeleton())), settings)
+    dense_parameters = parameter_count(dense.skeleton())
+    even, _ = uniform(grid, parameter_costs(grid, dense_parameters), settings, dense_parameters)
     found = {}
     for name, genome in (("searched", run.genome), ("uniform", even)):
         found[name] = out / name

@@ -50,8 +50,9 @@ from darwinlm.model.families import find_grid, linear_at
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime import parallel
 from darwinlm.runtime.files import read_json, write_json
-from darwinlm.search.budget import Budget, parameter_costs
+from darwinlm.search.budget import Budget
 from darwinlm.search.candidate_training import CandidateTrainer, rounded
+from darwinlm.search.costs import parameter_costs
 from darwinlm.search.fitness import Fitness
 from darwinlm.search.mutation import within_kinds
 from darwinlm.search.uniform import uniform
@@ -149,7 +150,7 @@ REFERENCES: dict[tuple[int, int], Divergence] = {}
 
 def staged(bench: Bench, plan: Generation, *, narrow: bool, chunked: bool, nested: bool) -> None:
     """A generation with some of the levers; without any it is the published form."""
-    tuner = CandidateTrainer(bench.training_text, 1e-5, CPU)
+    tuner = CandidateTrainer(bench.training_text.split(1), 1e-5, CPU)
     for number, (candidates, stage) in enumerate(zip(plan.candidates, plan.stages, strict=True)):
         before = FITNESS_TOKENS[number - 1] if nested and number and not stage.training_tokens else 0
         text = bench.fresh(stage.fitness_tokens - before, number)
@@ -158,7 +159,7 @@ def staged(bench: Bench, plan: Generation, *, narrow: bool, chunked: bool, neste
         for genome in [*again, *candidates]:
             model: Any = bench.stitcher.stitch(genome) if narrow else zero_masked(bench, genome)
             if stage.training_tokens and chunked:
-                trained = tuner.train(genome, model, stage.training_tokens // LENGTH)  # forgets: from scratch
+                trained = tuner.train(genome, model, stage.training_tokens)  # forgets: from scratch
                 with rounded(trained.model, model.dtype) as scored:
                     score(scored)
                 continue
@@ -213,7 +214,7 @@ def work_apart(run: Path, file: Path) -> None:
     schedule = stages(given["training"])
     rounds = tuple(tuple(Genome(tuple(levels)) for levels in stage) for stage in given["candidates"])
     plan = Generation(Genome(tuple(given["parent"])), rounds, schedule)
-    fitness = Fitness(bench.stitcher, bench.text, bench.training_text, SearchConfig(stages=schedule))
+    fitness = Fitness(bench.stitcher, bench.text, bench.training_text, SearchConfig(stages=schedule, scrambled=0.0))
     with parallel.together():
         ours(fitness, plan)  # it ends for all at once: scores are shared
         taken = seconds(lambda: ours(fitness, plan))
@@ -244,8 +245,9 @@ def open_bench(path: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Bench, 
 def even_at(bench: Bench, config: RunConfig, level: float) -> tuple[Genome, Budget]:
     """The uniform genome at a level, and the budget that it sets."""
     grid = bench.stitcher.grid
-    costs = parameter_costs(grid, parameter_count(bench.stitcher.dense))
-    return uniform(grid, costs, replace(config, target_level=level))
+    dense_parameters = parameter_count(bench.stitcher.dense)
+    costs = parameter_costs(grid, dense_parameters)
+    return uniform(grid, costs, replace(config, target_level=level), dense_parameters)
 
 
 def mutants(parent: Genome, budget: Budget, count: int) -> list[Genome]:
@@ -280,7 +282,9 @@ def planned(bench: Bench, plan: Generation) -> float:
     """Operations of a generation of ours, as `darwinlm plan` counts them."""
     dense, search = bench.stitcher.dense, SearchConfig(stages=plan.stages, generations=1)
     none = RefitConfig(tokens=0)
-    work = plan_search(parameter_count(dense), dense.config, bench.stitcher.grid, plan.parent, search, none).generations
+    work = plan_search(
+        parameter_count(dense), dense.config, bench.stitcher.grid, plan.parent, search, none, LENGTH
+    ).generations
     return work.forward + work.training
 
 
@@ -295,7 +299,7 @@ def measure(run: Path, bench: Bench, plan: Generation, fitness: Fitness, rate: f
         ),
     }
     if training:
-        config = SearchConfig(stages=plan.stages, trains="all")
+        config = SearchConfig(stages=plan.stages, trains="all", scrambled=0.0)
         every = Fitness(bench.stitcher, bench.text, bench.training_text, config)
         forms["and survivors train on, parent known"] = partial(ours, every, plan)
         ours(every, plan)
@@ -346,7 +350,7 @@ def main() -> None:
     rate = product_rate()
     print(f"{torch.get_num_threads()} threads, level {config.database.levels / 3:g} of {config.database.levels}")
     for training in (False, True):
-        search = SearchConfig(stages=stages(training))
+        search = SearchConfig(stages=stages(training), scrambled=0.0)
         fitness = Fitness(bench.stitcher, bench.text, bench.training_text, search)
         plan = plan_of(parent, offspring, fitness, training)
         REFERENCES.clear()

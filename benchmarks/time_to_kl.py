@@ -27,7 +27,6 @@ from torch import Tensor
 
 from darwinlm.config.run import RunConfig, SearchConfig
 from darwinlm.data.corpus import read_corpus
-from darwinlm.data.draw import scored_text
 from darwinlm.model.checkpoint import find_checkpoint
 from darwinlm.search.budget import Budget
 from darwinlm.search.evolution import evolve
@@ -50,8 +49,7 @@ class Moment:
 
 
 def scorer(bench: Bench, config: SearchConfig) -> Fitness:
-    text = scored_text(bench.text[: config.stages[-1].fitness_tokens // LENGTH], config)
-    return Fitness(bench.stitcher, text, bench.training_text, config)
+    return Fitness(bench.stitcher, bench.text, bench.training_text, config)
 
 
 def judge(name: str, genome: Genome, seconds: float, bench: Bench, held_out: HeldOut) -> Moment:

@@ -114,7 +114,7 @@ def test_table_and_picture_show_all_cells(config: CompareConfig, cells: dict[Any
     for method in METHODS:
         assert f"| params=0.88 | {method} |" in table
     assert "- shortgpt at params=0.48: whole blocks cannot make the model this small" in table
-    scored = scored_tokens(level_grid(Checkpoint(Path(config.model)).units, 8, 4), config.search)
+    scored = scored_tokens(level_grid(Checkpoint(Path(config.model)).units, 8, 4), config.search, 32)
     assert f"- ours: 2 generations of 3 offspring, {scored:,} scored tokens" in table
     assert "masks learn on 256\n" in table
     assert (Path(config.out) / PICTURE).read_bytes().startswith(b"\x89PNG")

@@ -255,7 +255,7 @@ def test_products_are_exact_in_hessians_and_elimination_alone(monkeypatch):
         allowed = precisions()
         found = eliminate(make_unit(40), W, H)
         solve_levels(make_unit(40), W, H, found, [0, 3])
-        gram = _Gram(make_unit(40), torch.nn.Linear(40, 8))
+        gram = _Gram(make_unit(40), torch.nn.Linear(40, 8), length=len(X))
         monkeypatch.setattr(gram, "sum", _Spied(gram.sum, lambda: seen.append(precisions())))
         gram(gram.consumer, (X,))
         assert precisions() == allowed == ("tf32", "bf16")

@@ -14,7 +14,7 @@ from darwinlm.config.run import DatabaseConfig, RunConfig, SearchConfig
 from darwinlm.genome import Grid, level_grid
 from darwinlm.runtime.files import read_lines
 from darwinlm.runtime.progress import console
-from darwinlm.search.budget import parameter_costs
+from darwinlm.search.costs import parameter_costs
 from darwinlm.search.evolution import evolve
 from darwinlm.search.mutation import priced
 from darwinlm.search.uniform import uniform
@@ -29,7 +29,7 @@ CONFIG = SearchConfig(generations=25, offspring=8, stages=STAGES, moves="within_
 def at_level(grid: Grid, level: float, levels: int = 8):
     """Return the uniform genome of a level, and the budget that it sets."""
     config = RunConfig("M", "D", "O", level, database=DatabaseConfig(levels=levels))
-    return uniform(grid, parameter_costs(grid, 10**5), config)
+    return uniform(grid, parameter_costs(grid, 10**5), config, 10**5)
 
 
 class KnownFitness:

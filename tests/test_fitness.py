@@ -11,10 +11,14 @@ from typing import Any, Literal
 
 import pytest
 import torch
+import yaml
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import tiny
+from darwinlm.cli import PRESETS
 from darwinlm.config.run import SearchConfig
+from darwinlm.data.packing import scramble
 from darwinlm.database.stitch import Stitcher
 from darwinlm.losses.logits import Logits
 from darwinlm.losses.metrics import Divergence
@@ -26,6 +30,9 @@ from darwinlm.types import Genome, MetricName, SelectionStage
 from pruned import prune, token_ids, zero_masked
 
 STAGES = tuple(SelectionStage(1, tokens) for tokens in (64, 128, 256))
+PAPER = tuple(
+    SelectionStage(**stage) for stage in yaml.safe_load((PRESETS / "paper.yaml").read_text())["search"]["stages"]
+)
 
 
 @pytest.fixture(scope="module", params=["llama-gqa", "qwen2"])
@@ -36,7 +43,7 @@ def stitcher(
 
 
 def fitness(stitcher: Stitcher, stages: tuple[SelectionStage, ...] = STAGES, metric: MetricName = "kl") -> Fitness:
-    config = SearchConfig(stages=stages, learning_rate=1e-3, metric=metric, top_k=20)
+    config = SearchConfig(stages=stages, learning_rate=1e-3, metric=metric, top_k=20, scrambled=0.0)
     return Fitness(stitcher, token_ids(1, 8), token_ids(2, 8), config)
 
 
@@ -295,5 +302,89 @@ def test_processes_share_candidates_and_keep_those_they_have_begun(
 
 def test_a_candidate_that_diverges_is_worst(stitcher: Stitcher) -> None:
     scorer = fitness(stitcher)
-    scorer._sums[stitcher.grid.dense()] = [float("nan")]
+    scorer._sums[stitcher.grid.dense()] = {0: float("nan")}
     assert scorer.score(stitcher.grid.dense(), STAGES[0]) == float("inf")
+
+
+EXACT = tuple(SelectionStage(1, tokens) for tokens in (20, 50, 64, 90))
+
+
+@pytest.mark.parametrize("metric", ["kl", "perplexity"])
+def test_a_stage_scores_exactly_its_tokens(stitcher: Stitcher, metric: MetricName) -> None:
+    """Whole sequences of 32 tokens, then the beginning of the next one, scrambled at its own end."""
+    scrambled = 0.0 if metric == "perplexity" else 0.25
+    config = SearchConfig(stages=EXACT, metric=metric)
+    text, (genome,) = token_ids(1, 8), random_genomes(stitcher, 1)
+    scorer, candidate = Fitness(stitcher, text, text, config), stitcher.stitch(genome)
+    for stage in EXACT:
+        whole, rest = divmod(stage.fitness_tokens, 32)
+        parts = [*scramble(text[:whole], scrambled).split(1), scramble(text[whole : whole + 1, :rest], scrambled)]
+        sums = [
+            oracle(metric, stitcher.dense, candidate, part) * weight(metric, part) for part in parts if part.numel()
+        ]
+        predicted = sum(weight(metric, part) for part in parts if part.numel())
+        assert scorer.score(genome, stage) == pytest.approx(sum(sums) / predicted, rel=1e-4, abs=1e-6)
+
+
+def weight(metric: MetricName, ids: torch.Tensor) -> int:
+    """The number of tokens that a mean is over: without a context, the first is not predicted."""
+    return ids.numel() - (metric == "perplexity")
+
+
+@pytest.mark.parametrize(
+    ("length", "stages"),
+    [
+        (48, tuple(SelectionStage(1, 8 << i, tokens) for i, tokens in enumerate((70, 350, 700, 1400)))),
+        pytest.param(250, PAPER, marks=pytest.mark.slow),
+    ],
+)
+def test_candidates_are_scored_and_trained_on_the_tokens_that_stages_name(
+    stitcher: Stitcher, length: int, stages: tuple[SelectionStage, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As counted where the embedding looks tokens up, for sequences of a length that divides none of the numbers."""
+    config = SearchConfig(stages=stages, learning_rate=1e-4)
+    text = torch.randint(4, tiny.VOCAB, (stages[-1].training_tokens // length + 1, length))
+    scorer = Fitness(stitcher, text, text, config)
+    assert scorer.score(stitcher.grid.dense(), stages[0]) >= 0  # and the dense model has run
+    (genome,), read, look_up = random_genomes(stitcher, 1), list[int](), functional.embedding
+
+    def spy(ids: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        read.append(ids.numel())
+        return look_up(ids, *arguments, **keywords)
+
+    monkeypatch.setattr(functional, "embedding", spy)
+    trained = 0
+    for stage in stages:
+        read.clear()
+        scorer.score(genome, stage)
+        scorer._trainer.forget_all_but([genome])
+        expected = stage.training_tokens - trained + stage.fitness_tokens
+        assert sum(read) == expected, "and what earlier stages have trained is not trained again"
+        trained = stage.training_tokens
+
+
+@pytest.mark.parametrize("length", [16, 48, 64, 1000])
+def test_the_tokens_that_stages_add_are_those_that_are_scored(
+    stitcher: Stitcher, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`plan`, and the budget of other methods, count what a search really reads."""
+    config = SearchConfig(stages=tuple(SelectionStage(1, tokens) for tokens in (20, 20, 50, 64, 90)))
+    text = torch.randint(4, tiny.VOCAB, (8, length))
+    if length > 64:
+        text = text[:, :120]
+        length = 120
+    scorer, read, look_up = Fitness(stitcher, text, text, config), list[int](), functional.embedding
+    scorer.score(stitcher.grid.dense(), config.stages[-1])
+
+    def spy(ids: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        read.append(ids.numel())
+        return look_up(ids, *arguments, **keywords)
+
+    assert scorer._metrics
+    monkeypatch.setattr(functional, "embedding", spy)
+    (genome,), added = random_genomes(stitcher, 1), []
+    for stage in config.stages:
+        read.clear()
+        scorer.score(genome, stage)
+        added.append(sum(read))
+    assert added == config.added_tokens(length)

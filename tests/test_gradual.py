@@ -17,7 +17,7 @@ from darwinlm.cli import PRESETS
 from darwinlm.commands import gradual as recipes
 from darwinlm.commands.gradual import _size_at, gradual
 from darwinlm.config.run import DatabaseConfig, RunConfig, read_config
-from darwinlm.config.training import GradualConfig, GradualStage, TrainConfig
+from darwinlm.config.training import GradualConfig, GradualStage, TrainConfig, steps_of
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.pruned import block_sizes_of, load
 from darwinlm.runtime.files import read_json
@@ -197,7 +197,11 @@ def test_a_recipe_of_the_paper_runs_on_a_tiny_model_of_its_family(
     assert config.search == read_config(tmp_path / "paper.yaml").search
     training = config.training
     assert (training.batch_size, training.warmup_steps, config.stream.sequence_length) == (batch, warmup, context)
-    assert [(stage.target_level, stage.tokens) for stage in config.stages] == [(level, 10**10) for level in levels]
+    assert [stage.target_level for stage in config.stages] == levels
+    for stage in config.stages:
+        trained = steps_of(stage.tokens, training, config.stream) * batch * context
+        assert trained == stage.tokens == pytest.approx(10**10, rel=1e-3)
+    assert config.calibration.tokens == 2048 * context == 2048 * config.calibration.sequence_length
     stages = yaml.safe_dump([{"target_level": level, "tokens": 256} for level in levels], default_flow_style=True)
     scored = tmp_path / "scored.jsonl"
     lines = text.read_text().splitlines()

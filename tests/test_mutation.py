@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from darwinlm.genome import level_grid
-from darwinlm.search.budget import Budget, parameter_costs
+from darwinlm.search.budget import Bound, Budget
+from darwinlm.search.costs import parameter_costs
 from darwinlm.search.mutation import Move, priced, restore, spread, spread_within_kinds, within_kinds
 from darwinlm.search.uniform import ceilings, later_start, uniform_genome
 from darwinlm.types import Genome, MovesName
@@ -24,7 +25,7 @@ def budget_of(genome: Genome, shape: tuple[int, int, int], below: float = 0.01, 
     grid = level_grid(units(*shape), 10, 32)
     costs = parameter_costs(grid, 10**5)
     limit = float(costs.of(genome))
-    return Budget(grid, costs, limit, (1 - below) * limit, ceilings(grid, keep_attention))
+    return Budget(grid, (Bound(costs, limit, (1 - below) * limit),), ceilings(grid, keep_attention))
 
 
 def uniform_at(share: float, shape: tuple[int, int, int], rng: Random, keep_attention: bool = False) -> Genome:
@@ -49,7 +50,7 @@ def test_a_mutant_keeps_limit_floor_and_ceilings(
         return  # a grid of one step a unit may hold no mutant at all
     budget.grid.check(mutant)
     assert mutant != parent
-    assert budget.floor <= budget.cost(mutant) <= budget.limit
+    assert budget.main.floor <= budget.cost(mutant) <= budget.main.limit
     assert all(level <= top for level, top in zip(mutant.levels, budget.ceilings, strict=True))
     assert mutant.levels[0] < budget.grid.highest(0)
     if keep_attention:
@@ -150,7 +151,7 @@ def test_spreading_keeps_the_earlier_result_and_is_random() -> None:
     for genome in starts:
         given_back = sum(max(0, a - b) for a, b in zip(earlier.levels, genome.levels, strict=True))
         assert given_back <= 1  # the last gap
-        assert budget.cost(genome) >= 0.97 * budget.limit
+        assert budget.cost(genome) >= 0.97 * budget.main.limit
 
 
 @settings(max_examples=40, deadline=None)

@@ -20,8 +20,9 @@ import tiny
 from darwinlm.commands import compress
 from darwinlm.commands.run_directory import Run
 from darwinlm.config.run import CalibrationConfig, RefitConfig, RunConfig, SearchConfig, Stage, read_config
-from darwinlm.data.corpus import Corpus, is_held_out, read_corpus, scramble
+from darwinlm.data.corpus import Corpus, is_held_out, read_corpus
 from darwinlm.data.draw import draw_tokens, fit_to_text
+from darwinlm.data.packing import scramble
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import Database
 from darwinlm.genome import Grid, level_grid, prunable_parameters
@@ -115,8 +116,9 @@ def test_candidates_are_scored_on_text_whose_ends_are_scrambled(
     drawn = draw_tokens(read_corpus(config.data, checkpoint.tokenizer, 32, config.seed), config)
     database = Database(run.database, grid, read_json(run.database / "database.json")["provenance"])
     stitcher = Stitcher(checkpoint.load(torch.float32, torch.device("cpu")), checkpoint.family, database)
+    as_it_is = replace(settings, scrambled=0.0)
     scores = {
-        share: Fitness(stitcher, scramble(drawn["search"], share), drawn["training"], settings).score(
+        share: Fitness(stitcher, scramble(drawn["search"], share), drawn["training"], as_it_is).score(
             run.genome, settings.stages[-1]
         )
         for share in (0.0, 0.5)
@@ -192,7 +194,7 @@ def test_settings_survive_yaml(compressed: Run):
 
 def test_a_second_call_does_nothing_again(compressed: Run, monkeypatch: pytest.MonkeyPatch):
     before = {path: path.stat().st_mtime_ns for path in compressed.path.rglob("*") if path.name != ".lock"}
-    monkeypatch.setattr(compress, "find_checkpoint", None)  # not even the model is looked at
+    monkeypatch.setattr(compress, "open_work", None)  # not even the model is looked at
     began = time.monotonic()
     again = compress.run(compressed.config)
     assert time.monotonic() - began < 5

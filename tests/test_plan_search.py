@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from darwinlm.commands.plan.work import SearchPlan, plan_search
 from darwinlm.config.run import RefitConfig, SearchConfig
 from darwinlm.model.size import parameter_count
-from darwinlm.search.budget import Budget, parameter_costs
+from darwinlm.search.budget import Bound, Budget
+from darwinlm.search.costs import parameter_costs
 from darwinlm.search.evolution import evolve
 from darwinlm.search.fitness import Fitness
 from darwinlm.search.sensitivity import find_starts
@@ -42,8 +43,9 @@ def case(
 
 def at(case: Pruned, config: SearchConfig = SEARCH, tokens: int = 256) -> tuple[Genome, SearchPlan]:
     uniform = uniform_genome(case.database.grid, 2.0, CONFIG.levels, Random(0))
-    settings = config, RefitConfig(tokens=tokens, batch_size=2)
-    return uniform, plan_search(parameter_count(case.dense), case.dense.config, case.database.grid, uniform, *settings)
+    model = parameter_count(case.dense), case.dense.config, case.database.grid
+    refit = RefitConfig(tokens=tokens, batch_size=2)
+    return uniform, plan_search(*model, uniform, config, refit, token_ids().shape[1])
 
 
 def moving(model: Any) -> int:
@@ -60,7 +62,7 @@ def test_start_and_generations_are_what_is_computed(case: Pruned, tmp_path: Path
     uniform, planned = at(case)
     grid = case.database.grid
     costs = parameter_costs(grid, parameter_count(case.dense))
-    budget = Budget(grid, costs, float(costs.of(uniform)), 0.0, ceilings(grid))
+    budget = Budget(grid, (Bound(costs, float(costs.of(uniform))),), ceilings(grid))
     scorer, found = Fitness(case.stitcher, token_ids(1, 8), token_ids(2, 8), SEARCH), dict[str, Genome]()
 
     def start() -> None:

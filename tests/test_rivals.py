@@ -29,7 +29,8 @@ from darwinlm.rivals.problem import Problem
 from darwinlm.rivals.shortened_llama import taylor_importance
 from darwinlm.rivals.shortgpt import block_influence
 from darwinlm.runtime.files import read_lines
-from darwinlm.search.budget import Budget, parameter_costs
+from darwinlm.search.budget import Bound, Budget
+from darwinlm.search.costs import parameter_costs
 from darwinlm.search.fitness import Fitness
 from darwinlm.search.uniform import ceilings, uniform_genome
 from darwinlm.types import Genome, SelectionStage, UsageError
@@ -75,7 +76,7 @@ def problem_of(model: PreTrainedModel, path: Path, blocks_gone: int, **changes: 
     costs = parameter_costs(grid, parameter_count(model))
     of_a_block = sum(row[0] for row in costs.units[:2])
     limit = float(costs.of(grid.dense()) - blocks_gone * of_a_block)
-    budget = Budget(grid, costs, limit, 0.99 * limit, ceilings(grid))
+    budget = Budget(grid, (Bound(costs, limit, 0.99 * limit),), ceilings(grid))
     stitcher = Stitcher(model, FAMILIES["llama"], Database(path / "database", grid, {}))
     text = written_by(model)
     fitness = Fitness(stitcher, text, text[:2], SEARCH)
@@ -136,7 +137,8 @@ def test_the_first_block_stays_though_it_does_nothing(method: str, tmp_path: Pat
     assert len(gone) == 2
     assert 0 not in gone
     assert 6 in gone
-    everything = replace(problem, budget=replace(problem.budget, limit=problem.budget.cost(problem.budget.least) + 1.0))
+    least = replace(problem.budget.main, limit=problem.budget.cost(problem.budget.least) + 1.0)
+    everything = replace(problem, budget=replace(problem.budget, bounds=(least,)))
     with pytest.raises(UsageError, match="whole blocks cannot make the model this small: expected a budget"):
         METHODS[method].allocate(everything)
 
@@ -239,7 +241,7 @@ def test_ziplm_is_the_best_of_all_genomes_and_its_search_finds_weights(
     relative = [[error / row[-1] for error in row] for row in table]
     assert all(row[0] == 0 and row[-1] == 1 and row == sorted(row) for row in relative)
     rest = costs.fixed + 0.6 * (costs.of(grid.dense()) - costs.fixed)
-    budget = Budget(grid, costs, rest, 0.0, ceilings(grid))
+    budget = Budget(grid, (Bound(costs, rest),), ceilings(grid))
     genomes = map(Genome, itertools.product(*(range(top + 1) for top in budget.ceilings)))
     fitting = [genome for genome in genomes if budget.fits(genome)]
 
@@ -268,7 +270,7 @@ def test_evolution_is_no_worse_than_its_start_with_training_and_without(
     uniform = uniform_genome(grid, 2.0, 4, Random(0))
     costs = parameter_costs(grid, parameter_count(case.dense))
     limit = float(costs.of(uniform))
-    budget = Budget(grid, costs, limit, 0.97 * limit, ceilings(grid))
+    budget = Budget(grid, (Bound(costs, limit, 0.97 * limit),), ceilings(grid))
     for method, stage in (("evolution", SelectionStage(1, 128)), ("training-aware", SEARCH.stages[-1])):
         fitness = Fitness(case.stitcher, token_ids(), token_ids(1)[:1], SEARCH)
         state = tmp_path / method

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from darwinlm.config.run import SearchConfig
 from darwinlm.genome import Grid, level_grid
 from darwinlm.runtime.progress import console
-from darwinlm.search.budget import Budget, parameter_costs
+from darwinlm.search.budget import Bound, Budget
+from darwinlm.search.costs import parameter_costs
 from darwinlm.search.sensitivity import find_starts, least_sensitive, sensitivities
 from darwinlm.search.uniform import ceilings
 from darwinlm.types import DarwinError, Genome, SelectionStage
@@ -32,7 +33,7 @@ def test_it_is_the_best_of_all_genomes_within_the_budget(seed: int, share: float
     table = [sorted(rng.random() for _ in removed) for removed in grid.removed]
     costs = parameter_costs(grid, 5000)
     limit = costs.fixed + share * (costs.of(grid.dense()) - costs.fixed)
-    budget = Budget(grid, costs, limit, 0.0, ceilings(grid))
+    budget = Budget(grid, (Bound(costs, limit),), ceilings(grid))
 
     def total(genome: Genome) -> float:
         return sum(row[level] for row, level in zip(table, genome.levels, strict=True))
@@ -42,7 +43,7 @@ def test_it_is_the_best_of_all_genomes_within_the_budget(seed: int, share: float
     genome = least_sensitive(budget, table)
     assert budget.fits(genome)
     # Costs are rounded up to cells, so a genome that fills the budget to the last parameter may be passed over.
-    tight = replace(budget, limit=limit - 0.001 * (limit - costs.fixed))
+    tight = replace(budget, bounds=(Bound(costs, limit - 0.001 * (limit - costs.fixed)),))
     assert total(genome) == pytest.approx(total(best)) or not tight.fits(best)
 
 
@@ -50,8 +51,8 @@ def test_it_is_the_best_of_all_genomes_within_the_budget(seed: int, share: float
 def test_where_rounding_leaves_no_room_it_is_the_cheapest_genome(share: float) -> None:
     grid = level_grid(units(2, heads=3, channels=160), 5, 32)
     costs = parameter_costs(grid, 10**5)
-    roomy = Budget(grid, costs, 1e9, 0.0, ceilings(grid))
-    budget = replace(roomy, limit=share * costs.of(roomy.least))
+    roomy = Budget(grid, (Bound(costs, 1e9),), ceilings(grid))
+    budget = replace(roomy, bounds=(Bound(costs, share * costs.of(roomy.least)),))
     genome = least_sensitive(budget, [[float(level) for level in range(len(removed))] for removed in grid.removed])
     assert budget.fits(genome)
 
@@ -62,11 +63,11 @@ def test_a_start_that_is_smaller_than_asked_for_does_not_stand_in_for_one_that_i
     uniform = Genome(tuple(grid.highest(index) // 2 for index in range(len(grid.units))))
     limit = float(costs.of(uniform))
     smaller, config = uniform.replace({0: grid.highest(0)}), SearchConfig(stages=(STAGE,))
-    budget = Budget(grid, costs, limit, limit, ceilings(grid))
+    budget = Budget(grid, (Bound(costs, limit, limit),), ceilings(grid))
     starts = find_starts(uniform, budget, Counting(grid), config, 0, tmp_path)
     assert starts
     assert all(budget.admits(genome) for genome in starts.values())
-    near, none = replace(budget, floor=0.99 * limit), replace(budget, limit=limit - 1)
+    near, none = (replace(budget, bounds=(b,)) for b in (Bound(costs, limit, 0.99 * limit), Bound(costs, limit - 1)))
     assert "uniform" not in find_starts(smaller, near, Counting(grid), config, 0, tmp_path)
     assert find_starts(smaller, none, Counting(grid), config, 0, tmp_path), "better than nothing"
 
@@ -141,4 +142,4 @@ def test_a_unit_without_which_nothing_is_finite_is_kept(tmp_path: Path) -> None:
     table = sensitivities(grid, Diverging(grid), STAGE, tmp_path / "state.json")
     costs = parameter_costs(grid, 5000)
     limit = costs.fixed + 0.5 * (costs.of(grid.dense()) - costs.fixed)
-    assert least_sensitive(Budget(grid, costs, limit, 0.0, ceilings(grid)), table).levels[3] <= 2
+    assert least_sensitive(Budget(grid, (Bound(costs, limit),), ceilings(grid)), table).levels[3] <= 2

@@ -23,7 +23,8 @@ from darwinlm.model.size import parameter_count
 from darwinlm.rivals import sheared_llama as sheared
 from darwinlm.rivals.problem import Problem, mask_tokens
 from darwinlm.rivals.sheared_llama import HardConcrete, learn_masks, nearest_genome, sheared_llama
-from darwinlm.search.budget import Budget, parameter_costs
+from darwinlm.search.budget import Bound, Budget
+from darwinlm.search.costs import parameter_costs
 from darwinlm.search.fitness import Fitness
 from darwinlm.search.uniform import ceilings
 from darwinlm.types import DarwinError
@@ -55,7 +56,7 @@ def problem(idle: list[set[int]], tmp_path: Path) -> Problem:
     costs = parameter_costs(grid, parameter_count(model))
     lost = sum(unit.parameters(0) - unit.parameters(count) for unit, count in zip(units, IDLE, strict=True))
     limit = costs.of(grid.dense()) - 0.85 * lost
-    budget = Budget(grid, costs, limit, 0.0, ceilings(grid))
+    budget = Budget(grid, (Bound(costs, limit),), ceilings(grid))
     stitcher = Stitcher(model, FAMILIES["llama"], Database(tmp_path / "database", grid, {}))
     text = written_by(model, 200)
     fitness = Fitness(stitcher, text[:1], text[:1], SEARCH)
@@ -94,9 +95,9 @@ def test_masks_settle_on_the_size_by_themselves(problem: Problem, monkeypatch: p
 @pytest.mark.parametrize("share", [0.15, 0.5, 0.85])
 def test_the_genome_fits_every_budget_and_fills_it(problem: Problem, share: float) -> None:
     """The shift meets the budget even if masks had too few steps to come near it."""
-    costs, grid = problem.budget.costs, problem.budget.grid
+    costs, grid = problem.budget.main.costs, problem.budget.grid
     limit = costs.fixed + (1 - share) * (costs.of(grid.dense()) - costs.fixed)
-    budget = replace(problem.budget, limit=limit)
+    budget = replace(problem.budget, bounds=(Bound(costs, limit),))
     short = replace(problem, budget=budget, config=replace(SEARCH, mask_tokens=2 * LENGTH))
     lost = (structures - kept.sum().item() for structures, kept in zip(THERE, learn_masks(short), strict=True))
     expected = sum(map(np.interp, lost, grid.removed, costs.units))
@@ -151,6 +152,6 @@ def test_by_default_it_takes_as_long_as_the_search(problem: Problem) -> None:
     plain = replace(problem, config=SearchConfig())
     assert plain.scored_tokens == scored
     grid = plain.budget.grid
-    assert mask_tokens(grid, plain.config) == scored // 3
-    assert mask_tokens(grid, SearchConfig(mask_tokens=2000)) == 2000
+    assert mask_tokens(grid, plain.config, LENGTH) == scored // 3
+    assert mask_tokens(grid, SearchConfig(mask_tokens=2000), LENGTH) == 2000
     assert replace(plain, config=SearchConfig(start="uniform", generations=0)).scored_tokens == 8192

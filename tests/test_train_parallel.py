@@ -141,7 +141,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch.utils.data import Dataset
-from darwinlm.commands.train import SHARDING
+from darwinlm.training.arguments import SHARDING
 from darwinlm.config.training import DistillationConfig
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.runtime import parallel

@@ -9,6 +9,7 @@ from pydoc_data.topics import topics
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -84,10 +85,10 @@ def build(family: str, seed: int = 0) -> PreTrainedModel:
     return model.requires_grad_(False)
 
 
-def write_checkpoint(path: Path, family: str, seed: int = 0) -> Path:
+def write_checkpoint(path: Path, family: str, seed: int = 0, adds_bos: bool = False) -> Path:
     """Write a tiny model with its tokenizer."""
     build(family, seed).save_pretrained(path)
-    tokenizer().save_pretrained(path)
+    tokenizer(adds_bos).save_pretrained(path)
     return path
 
 
@@ -102,11 +103,19 @@ def write_text(path: Path) -> Path:
     return path
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the documents."""
+def tokenizer(adds_bos: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the documents.
+
+    Args:
+        adds_bos: whether it puts a BOS before every text, as those of Llama, Mistral and Gemma do.
+    """
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(documents()[:20], vocab_size=VOCAB, special_tokens=SPECIAL, show_progress=False)
     unknown, begin, end, padding = SPECIAL
+    if adds_bos:
+        trained._tokenizer.post_processor = TemplateProcessing(
+            single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, SPECIAL.index(begin))]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=trained._tokenizer, unk_token=unknown, bos_token=begin, eos_token=end, pad_token=padding
     )

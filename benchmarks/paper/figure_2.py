@@ -55,7 +55,9 @@ class Candidate:
 def score(bench: Bench, training_text: torch.Tensor, genomes: Sequence[Genome], training: str, out: Path) -> None:
     """Append the candidates that `out` lacks, a line of JSON each."""
     stages = tuple(SelectionStage(1, FITNESS_TOKENS, tokens) for tokens in (0, LITTLE, MUCH))
-    fitness = Fitness(bench.stitcher, bench.text, training_text, replace(TRAININGS[training], stages=stages))
+    fitness = Fitness(
+        bench.stitcher, bench.text, training_text, replace(TRAININGS[training], stages=stages, scrambled=0.0)
+    )
     known = {candidate.number for candidate in read(out) if candidate.training == training}
     for number, genome in enumerate(genomes):
         if number not in known:

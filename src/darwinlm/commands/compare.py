@@ -17,7 +17,8 @@ from darwinlm.config.checks import expect
 from darwinlm.config.evaluation import CompareConfig
 from darwinlm.config.run import RefitConfig, RunConfig
 from darwinlm.data.corpus import read_corpus
-from darwinlm.data.draw import draw_texts, draw_tokens, scored_text
+from darwinlm.data.draw import draw_texts, draw_tokens
+from darwinlm.data.packing import bos_of
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import MANIFEST, Database
 from darwinlm.evaluation.quality import perplexity_and_kl
@@ -34,7 +35,8 @@ from darwinlm.runtime.device import resolve_device, resolve_dtype
 from darwinlm.runtime.files import locked_directory, read_record, write_record, write_text
 from darwinlm.runtime.progress import say
 from darwinlm.runtime.stopwatch import Stopwatch
-from darwinlm.search.budget import Costs, Target, parameter_costs
+from darwinlm.search.budget import Target
+from darwinlm.search.costs import Costs, parameter_costs
 from darwinlm.search.fitness import Fitness
 from darwinlm.search.uniform import uniform
 from darwinlm.types import DarwinError, Genome, UsageError
@@ -200,14 +202,16 @@ def _choose(bench: _Bench, method: Method, kept: float) -> tuple[Genome, float]:
     config, settings = bench.config, bench.config.search
     text = bench.tokens["search"]
     # Each method pays for its own scores: nothing of another's is reused.
-    fitness_text = scored_text(text, settings) if method.ours else text
-    uniform_genome, budget = uniform(bench.grid, bench.costs, replace(bench.run, target=f"params={kept!r}"))
+    scored_by = settings if method.ours else replace(settings, scrambled=0.0)
+    bos = bos_of(bench.tokenizer)
+    wanted, dense_parameters = replace(bench.run, target=f"params={kept!r}"), parameter_count(bench.searched.dense)
+    uniform_genome, budget = uniform(bench.grid, bench.costs, wanted, dense_parameters)
     state = Path(config.out) / "state" / f"{method.name}-{kept:g}"
     problem = Problem(
         stitcher=bench.searched,
         budget=budget,
         uniform=uniform_genome,
-        fitness=Fitness(bench.searched, fitness_text, bench.tokens["training"], settings),
+        fitness=Fitness(bench.searched, text, bench.tokens["training"], scored_by, bos),
         token_ids=text,
         calibration=bench.tokens["calibration"],
         config=settings,
@@ -243,10 +247,11 @@ def _requests(config: CompareConfig) -> tuple[list[Request], dict[str, Any]]:
 def _protocol(bench: _Bench) -> list[str]:
     """The notes below the table: on how much text genomes are chosen and judged."""
     config = bench.config
-    search, scored = config.search, scored_tokens(bench.grid, config.search)
+    search, length = config.search, config.calibration.sequence_length
+    scored, masked = (count(bench.grid, search, length) for count in (scored_tokens, mask_tokens))
     return [
         f"ours: {search.generations} generations of {search.offspring} offspring, {scored:,} scored tokens, the start "
-        f"included; as many for rivals that search; sheared-llama's masks learn on {mask_tokens(bench.grid, search):,}",
+        f"included; as many for rivals that search; sheared-llama's masks learn on {masked:,}",
         f"judged on {bench.tokens['evaluation'].numel():,} held-out tokens; seed {config.seed}",
     ]
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
 from math import inf
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.commands.in_memory import Given, read_arguments
@@ -19,13 +17,11 @@ from darwinlm.commands.run_directory import (
     Run,
     claim,
     explain_failures,
-    read_genome,
-    versions,
     versions_text,
 )
-from darwinlm.config.run import STARTS, RunConfig, Stage
-from darwinlm.data.corpus import fingerprint, read_corpus
-from darwinlm.data.draw import draw_texts, draw_tokens, fit_to_text, scored_text
+from darwinlm.commands.work import Work, open_work
+from darwinlm.config.run import RunConfig, Stage
+from darwinlm.data.packing import bos_of
 from darwinlm.database.calibrate import calibrate
 from darwinlm.database.stitch import Stitcher, repeat_shared
 from darwinlm.database.store import Database, add_unit
@@ -34,26 +30,23 @@ from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected, verify_export
 from darwinlm.export.vllm import check_vllm
-from darwinlm.genome import Grid
 from darwinlm.losses.metrics import label
-from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
-from darwinlm.model.families import block_sizes, find_family, find_grid
+from darwinlm.model.families import block_sizes
 from darwinlm.model.licence import licence_of
-from darwinlm.model.pruned import family_of, load, pruned_config
+from darwinlm.model.pruned import load
 from darwinlm.model.size import parameter_bytes, parameter_count
 from darwinlm.report import run_report
 from darwinlm.runtime import parallel
-from darwinlm.runtime.device import DTYPES, resolve_device, resolve_dtype
+from darwinlm.runtime.device import DTYPES
 from darwinlm.runtime.files import write_text
 from darwinlm.runtime.names import short_name
 from darwinlm.runtime.progress import say, track
-from darwinlm.search.budget import Budget, Costs, Target, amount_of, cache_costs, flop_costs, parameter_costs
+from darwinlm.search.costs import parameter_costs, shared_parameter_costs
 from darwinlm.search.evolution import evolve
 from darwinlm.search.fitness import Fitness
 from darwinlm.search.held_out import curves
-from darwinlm.search.latency import latency_costs
 from darwinlm.search.sensitivity import find_starts
-from darwinlm.search.uniform import later_start, uniform
+from darwinlm.search.uniform import later_start
 from darwinlm.training.refit import refit, set_consumers
 from darwinlm.types import Curve, DarwinError, Genome, SearchResult
 
@@ -113,7 +106,7 @@ def run(config: RunConfig, until: Stage = "report", given: Given | None = None) 
         if this.finished:
             say(f"{this.path} is finished: {this.report_path} has its figures")
             return this
-        work = _open(this, config, until)
+        work = open_work(this, config, until)
         database = _eliminate(work)
         if until == "database":
             return this
@@ -130,122 +123,7 @@ def run(config: RunConfig, until: Stage = "report", given: Given | None = None) 
     return this
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Work:
-    """What every stage reads: the run, the dense model and its units, the text, and where to compute.
-
-    Attributes:
-        uniform: the uniform genome at the target's size.
-        given_genome: the genome of `--genome`, which replaces the search.
-        start_genome: the genome of an earlier search from which this one starts.
-        tokens: token blocks by purpose, for the stages that are run.
-        texts: further texts to judge models on.
-        dtype: precision of the search.
-        models: the dense model in each precision that was asked for, loaded once.
-    """
-
-    run: Run
-    config: RunConfig
-    checkpoint: Checkpoint
-    grid: Grid
-    uniform: Genome
-    budget: Budget
-    given_genome: Genome | None
-    start_genome: Genome | None
-    tokens: dict[str, Int[Tensor, "sequences length"]]
-    texts: dict[str, Int[Tensor, "_ length"]]
-    device: torch.device
-    dtype: torch.dtype
-    provenance: dict[str, Any]
-    models: dict[torch.dtype, PreTrainedModel] = field(default_factory=dict)
-
-    @property
-    def database_settings(self) -> dict[str, Any]:
-        """Settings that determine the database's content."""
-        config = self.config
-        return {"calibration": asdict(config.calibration), "database": asdict(config.database), "seed": config.seed}
-
-    def dense(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The dense model in a precision."""
-        if dtype not in self.models:
-            self.models[dtype] = self.checkpoint.load(dtype, self.device)
-        return self.models[dtype]
-
-    def keep_only(self, dtype: torch.dtype) -> None:
-        """Free the dense model in every other precision."""
-        for other in self.models.keys() - {dtype}:
-            del self.models[other]
-
-
-def _open(this: Run, config: RunConfig, until: Stage) -> _Work:
-    """Everything that can be wrong with the arguments is found here, before hours are spent."""
-    try:
-        device = resolve_device(config.device)
-        with parallel.first_before_others():
-            checkpoint = find_checkpoint(config.model, this.path)
-        find_family(checkpoint.config)
-        if until in ("export", "report"):
-            family_of(checkpoint.config)  # that it can be exported
-        checkpoint.check_length(config.calibration.sequence_length)
-        grid = find_grid(checkpoint.skeleton(), checkpoint.config, config.database)
-        for sentence in grid.fewer(config.database.levels):
-            say(sentence)
-        corpus = read_corpus(config.data, checkpoint.tokenizer, config.calibration.sequence_length, config.seed)
-        config = fit_to_text(corpus, config) if config.fit_data else config
-        tokens, texts = draw_tokens(corpus, config, until), draw_texts(corpus, config)
-        provenance = {
-            "model": checkpoint.fingerprint,
-            "text": corpus.fingerprint,
-            "grid": {
-                "levels": config.database.levels,
-                "granularity": config.database.granularity,
-                "structure": config.database.structure,
-            },
-            "versions": versions(),
-        } | ({"evaluation text": {text: fingerprint(ids) for text, ids in texts.items()}} if texts else {})
-        uniform_genome, budget = uniform(grid, _costs(this, config, checkpoint, grid, device), config)
-        given_genome = start_genome = None
-        if config.genome is not None:
-            given_genome = read_genome(Path(config.genome), grid, provenance)
-            pruned_config(checkpoint.config, block_sizes(grid, given_genome, checkpoint.config))  # it can be exported
-        elif config.search.start not in STARTS:
-            start_genome = read_genome(Path(config.search.start), grid, {"grid": provenance["grid"]}, "--search.start")
-        dtype = resolve_dtype(config.dtype, device)
-    except DarwinError:
-        if parallel.first():
-            this.abandon()
-        raise
-    return _Work(
-        run=this,
-        config=config,
-        checkpoint=checkpoint,
-        grid=grid,
-        uniform=uniform_genome,
-        budget=budget,
-        given_genome=given_genome,
-        start_genome=start_genome,
-        tokens=tokens,
-        texts=texts,
-        device=device,
-        dtype=dtype,
-        provenance=provenance,
-    )
-
-
-def _costs(this: Run, config: RunConfig, checkpoint: Checkpoint, grid: Grid, device: torch.device) -> Costs:
-    """What every level of every unit costs, in the measure of the target."""
-    measure = "params" if config.target is None else Target.parse(config.target).measure
-    if measure == "flops":
-        return flop_costs(grid, checkpoint.config, config.calibration.sequence_length)
-    if measure == "kv-cache":
-        return cache_costs(grid, checkpoint.config, checkpoint.dtype.itemsize)
-    if measure == "latency":
-        with parallel.first_before_others():
-            return latency_costs(checkpoint, grid, config.latency, device, this.search / "latency.json")
-    return parameter_costs(grid, parameter_count(checkpoint.skeleton()))
-
-
-def _eliminate(work: _Work) -> Database:
+def _eliminate(work: Work) -> Database:
     """Calibrate the dense model and eliminate structures, one block after another, into the database."""
     config, checkpoint = work.config, work.checkpoint
     database = Database(work.run.database, work.grid, work.provenance | work.database_settings)
@@ -263,15 +141,25 @@ def _eliminate(work: _Work) -> Database:
     for unit in track(statistics, "database", len(mine), len(finished.intersection(mine))):
         add_unit(database, unit, config.database, checkpoint.dtype)
     parallel.wait_for_all()
+    if parallel.first():
+        say(f"database: {_first_token(work, database)}")
     return database
 
 
-def _allocate(work: _Work, database: Database) -> SearchResult:
+def _first_token(work: Work, database: Database) -> str:
+    """How much of the Hessians comes from the first token of each sequence, as a sentence."""
+    shares = database.first_token()
+    what = "the first token" if bos_of(work.checkpoint.tokenizer) is None else "the BOS token"
+    most = max(shares, key=shares.__getitem__)
+    return f"{what} makes up {median(shares.values()):.1%} of a unit's Hessian, at most {shares[most]:.1%} ({most})"
+
+
+def _allocate(work: Work, database: Database) -> SearchResult:
     """The best genome found within the budget, or the one that was given. All processes search, the first writes."""
     config = work.config.search
     stitcher = _stitcher(work, database, work.dtype)
-    text = scored_text(work.tokens["search"], config)
-    fitness = Fitness(stitcher, text, work.tokens["training"], config)
+    bos = bos_of(work.checkpoint.tokenizer)
+    fitness = Fitness(stitcher, work.tokens["search"], work.tokens["training"], config, bos)
     if work.given_genome is not None:
         score = fitness.score(work.given_genome, config.stages[-1])
         if score == inf:
@@ -287,17 +175,17 @@ def _allocate(work: _Work, database: Database) -> SearchResult:
         else:
             start, budget = later_start(start_genome, work.uniform, budget, config.moves, seed)
             starts = {"earlier": start}
-        result = evolve(starts, budget, fitness, config, seed, work.run.history_path)
+        result = evolve(starts, budget, fitness, config, seed, work.run.history_path, fitness.length)
     if parallel.first():
         work.run.save_search(result, work.grid, work.provenance)
     return result
 
 
-def _stitcher(work: _Work, database: Database, dtype: torch.dtype) -> Stitcher:
+def _stitcher(work: Work, database: Database, dtype: torch.dtype) -> Stitcher:
     return Stitcher(work.dense(dtype), work.checkpoint.family, database)
 
 
-def _finish(work: _Work, database: Database, name: str, genome: Genome) -> PreTrainedModel:
+def _finish(work: Work, database: Database, name: str, genome: Genome) -> PreTrainedModel:
     """The pruned model of a genome, its consumers solved again against the dense distribution by the refit.
 
     The refit computes in the search's precision, the model has the checkpoint's.
@@ -311,7 +199,7 @@ def _finish(work: _Work, database: Database, name: str, genome: Genome) -> PreTr
     return model
 
 
-def _export(work: _Work, result: SearchResult, model: PreTrainedModel) -> None:
+def _export(work: Work, result: SearchResult, model: PreTrainedModel) -> None:
     """Write the searched model as a directory that transformers loads, and prove it in a fresh process."""
     exported = work.run.exported
     expected = Expected.of(model) if work.config.verify else None
@@ -331,7 +219,7 @@ def _export(work: _Work, result: SearchResult, model: PreTrainedModel) -> None:
         verify_export(exported, expected)
 
 
-def _evaluate(work: _Work, uniform_model: PreTrainedModel) -> list[Row]:
+def _evaluate(work: Work, uniform_model: PreTrainedModel) -> list[Row]:
     """Dense, uniform and searched on held-out documents; the searched one as it was reloaded from its export."""
     reloaded: Any = load(work.run.exported)
     dense = work.dense(work.checkpoint.dtype)
@@ -341,14 +229,14 @@ def _evaluate(work: _Work, uniform_model: PreTrainedModel) -> list[Row]:
     return evaluate(models, held_out, tokenizer, work.config.evaluation, sizes, work.texts)
 
 
-def _curves(work: _Work, database: Database, result: SearchResult) -> dict[str, Curve]:
+def _curves(work: Work, database: Database, result: SearchResult) -> dict[str, Curve]:
     """How the search did on text that it never saw."""
     stitcher = _stitcher(work, database, work.checkpoint.dtype)
     texts = {f"{work.config.data}, held out": work.tokens["evaluation"]} | work.texts
     return curves(stitcher, result.history, texts, work.run.search / "curves.json") if result.history else {}
 
 
-def _report(work: _Work, result: SearchResult, rows: list[Row], elsewhere: dict[str, Curve]) -> None:
+def _report(work: Work, result: SearchResult, rows: list[Row], elsewhere: dict[str, Curve]) -> None:
     """Tables and pictures, in the run directory and on the screen."""
     genomes = {"uniform": work.uniform, "searched": result.best}
     title = f"{short_name(work.config.model)} at {_target(work.config)}"
@@ -365,18 +253,18 @@ def _report(work: _Work, result: SearchResult, rows: list[Row], elsewhere: dict[
         print(path)
 
 
-def _card(work: _Work, result: SearchResult, parameters: tuple[int, int], table: str = "") -> str:
+def _card(work: Work, result: SearchResult, parameters: tuple[int, int], table: str = "") -> str:
     """The export's model card, with the parameters of the dense and of the pruned model, and what was measured."""
     return model_card(work.config.model, licence_of(work.checkpoint.path), _settings(work, result), *parameters, table)
 
 
-def _settings(work: _Work, result: SearchResult) -> dict[str, str]:
+def _settings(work: Work, result: SearchResult) -> dict[str, str]:
     """What made the result, for people."""
     config = work.config
     search = {"Genome": f"{config.genome}, without a budget", "Compared with": f"uniform at {_target(config)}"}
     if result.history:
         search = {
-            "Target": f"at most {amount_of(work.budget.limit)} {work.budget.costs.measure}: {_target(config)}",
+            "Target": f"at most {work.budget.text}: {_target(config)}",
             "Search": f"{len(result.history) - 1} generations of {config.search.offspring} offspring",
             f"Search {label(config.search.metric)}": (
                 f"{result.history[0].fitness:.4f} (start) to {result.fitness:.4f} nats a token"
@@ -387,10 +275,20 @@ def _settings(work: _Work, result: SearchResult) -> dict[str, str]:
         "Text": config.data,
         "Calibration": f"{config.calibration.tokens:,} tokens",
         **search,
+        **_sizes(work, result.best),
         "Refit": f"{config.refit.tokens:,} tokens" if config.refit.tokens else "none",
         "Seed": str(config.seed),
         "Versions": versions_text(),
     }
+
+
+def _sizes(work: Work, genome: Genome) -> dict[str, str]:
+    """The size of the export beside the paper's count, where the two may differ."""
+    if not any(unit.uneven for unit in work.grid.units):
+        return {}
+    dense = parameter_count(work.checkpoint.skeleton())
+    exported, counted = (costs(work.grid, dense).of(genome) for costs in (parameter_costs, shared_parameter_costs))
+    return {"Size": f"{exported:,} parameters; {counted:,} as the paper counts, with K and V shared by what is left"}
 
 
 def _target(config: RunConfig) -> str:

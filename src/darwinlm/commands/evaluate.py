@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from darwinlm.commands.run_directory import open_model, versions
 from darwinlm.config.evaluation import EvaluateConfig, SpeedConfig
 from darwinlm.data.corpus import TESTS, is_held_out, token_stream
+from darwinlm.data.packing import bos_of
 from darwinlm.evaluation.generation import Writing, write
 from darwinlm.evaluation.quality import Quality, quality_over, windows_over
 from darwinlm.evaluation.speed import count, measure
@@ -153,7 +154,7 @@ def _qualities(
     measured: dict[str, tuple[float, float | None]] = {}
     for group in filter(None, groups):
         stream = read_text(text, group[0].tokenizer, config)
-        windows = windows_over(stream, config.window, config.stride or config.window)
+        windows = windows_over(stream, config.window, config.stride or config.window, bos_of(group[0].tokenizer))
         models = {subject.name: subject.model for subject in group}
         qualities: Mapping[str, Quality] = quality_over(models, windows)
         for name, quality in qualities.items():
@@ -238,8 +239,8 @@ def protocol(cards: Sequence[Card], config: EvaluateConfig) -> dict[str, str]:
         others = [f"{config.documents} documents"] if len(own) < len(cards[0].qualities) else []
         what = "; ".join([*own, *others])
         how["perplexity"] = (
-            f"windows of {config.window} tokens, {windows}; at most {config.tokens:,} tokens; {what}; of a "
-            "token, so not comparable across tokenizers"
+            f"windows of {config.window} tokens, {windows}, after a BOS where the tokenizer adds one; at most "
+            f"{config.tokens:,} tokens; {what}; of a token, so not comparable across tokenizers"
         )
     if config.against is not None and config.data is not None:
         how["KL"] = f"KL({config.against} || model) in nats a token"

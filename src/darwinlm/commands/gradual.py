@@ -24,7 +24,7 @@ from darwinlm.runtime import parallel
 from darwinlm.runtime.files import write_json, write_text
 from darwinlm.runtime.names import short_name
 from darwinlm.runtime.progress import say
-from darwinlm.search.budget import parameter_costs
+from darwinlm.search.costs import parameter_costs
 from darwinlm.search.uniform import uniform_genome
 from darwinlm.training.trainer import FINISHED
 

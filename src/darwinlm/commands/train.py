@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
@@ -12,13 +11,14 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.integrations import get_available_reporting_integrations
 
 from darwinlm.commands.run_directory import FREE, TRAIN_SETTINGS, claim, explain_failures, open_model, versions_text
 from darwinlm.config.checks import expect
 from darwinlm.config.training import TrainConfig
-from darwinlm.data.stream import Sequences, draw_held_out, draw_sequences, tokenizer_fingerprint
+from darwinlm.data.packing import tokenizer_fingerprint
+from darwinlm.data.stream import Sequences, draw_held_out, draw_sequences
 from darwinlm.export.card import trained_card
 from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected
@@ -31,7 +31,7 @@ from darwinlm.runtime.device import resolve_device, resolve_dtype
 from darwinlm.runtime.files import read_json, write_record
 from darwinlm.runtime.progress import quiet_transformers, say
 from darwinlm.training.adapters import add_adapters, merge_adapters
-from darwinlm.training.arguments import arguments_on
+from darwinlm.training.arguments import accumulation, is_sharded, training_arguments
 from darwinlm.training.directory import Training
 from darwinlm.training.teacher_logits import CachedTeacher, TaughtSequences, TeacherLogits
 from darwinlm.training.trainer import FINISHED, Batch, DivergedError, RecoveryTrainer, Teacher
@@ -41,14 +41,6 @@ LEFT_BEHIND = ("cache", "student", "teacher")  # what a refused command may leav
 
 
 OPTIMIZER, SHARDS = "optimizer.pt", "pytorch_model_fsdp_0"  # in a checkpoint; the latter if it is sharded
-
-
-# Gradients are reduced after every batch, so that what is kept of them in float32 is sharded too.
-SHARDING = {
-    "fsdp": True,
-    "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"},
-    "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
-}
 
 
 def train(config: TrainConfig) -> Training:
@@ -93,7 +85,7 @@ def check(config: TrainConfig, student: Checkpoint, teacher: Checkpoint | None) 
     vocabulary = student.config.vocab_size
     expect(distillation.top_k <= vocabulary, "distillation.top_k", f"at most {vocabulary:,}", distillation.top_k)
     _check_reports(training.report_to)
-    _accumulation(config)
+    accumulation(config)
     if training.lora_rank and find_spec("peft") is None:
         raise UsageError("--training.lora-rank wants the package peft: pip install darwinlm[lora]")
     if training.fsdp and parallel.processes() == 1:
@@ -192,18 +184,6 @@ def _check_reports(names: Sequence[str]) -> None:
             )
 
 
-def _accumulation(config: TrainConfig) -> int:
-    """Forward passes of one process in a step. Raises `UsageError` unless they make up the batch."""
-    together = config.training.micro_batch_size * parallel.processes()
-    if config.training.batch_size % together:
-        raise UsageError(
-            f"--training.batch-size: expected a multiple of {together} ({parallel.processes()} processes with "
-            f"{config.training.micro_batch_size} sequences at a time), found {config.training.batch_size}; "
-            "change it or --training.micro-batch-size"
-        )
-    return config.training.batch_size // together
-
-
 def _check_tokenizers(config: TrainConfig, student: Checkpoint, teacher: Checkpoint) -> None:
     tokenizers = [tokenizer_fingerprint(checkpoint.tokenizer) for checkpoint in (student, teacher)]
     known = len(student.tokenizer)
@@ -270,7 +250,7 @@ def _train(work: _Work) -> Path:
     with quiet_transformers():
         trainer = RecoveryTrainer(
             model,
-            _arguments(work, resumed=last is not None),
+            training_arguments(config, work.device, work.dtype, training.checkpoints, resumed=last is not None),
             sequences,
             held_out,
             teacher,
@@ -296,64 +276,16 @@ def _train(work: _Work) -> Path:
 
 def _check_resumable(last: Path, work: _Work) -> None:
     """Raise `DarwinError` if a training cannot go on from a checkpoint exactly."""
-    if _sharded(work.config) and not (last / SHARDS).is_dir():
+    if is_sharded(work.config) and not (last / SHARDS).is_dir():
         raise DarwinError(
             f"--training.fsdp: expected {SHARDS} in {last}, found none: no sharded training of this version wrote it; "
             "choose another --out"
         )
-    if not _sharded(work.config) and not (last / OPTIMIZER).exists():
+    if not is_sharded(work.config) and not (last / OPTIMIZER).exists():
         raise DarwinError(
             f"expected {OPTIMIZER} in {last}, found none: resume a sharded training with --training.fsdp and several "
             "processes, or remove that checkpoint, and the training goes on from the one before"
         )
-
-
-def _sharded(config: TrainConfig) -> bool:
-    return config.training.fsdp and parallel.processes() > 1
-
-
-def _arguments(work: _Work, resumed: bool) -> TrainingArguments:
-    config = work.config.training
-    low = work.dtype == torch.bfloat16
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if low else "no"  # which a launcher may have set otherwise
-    return arguments_on(
-        work.device,
-        output_dir=str(work.training.checkpoints),
-        max_steps=work.config.steps,
-        per_device_train_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=_accumulation(work.config),
-        learning_rate=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        optim="adamw_torch",
-        weight_decay=0.0,
-        max_grad_norm=config.max_gradient_norm,
-        bf16=low,
-        **(_activation_checkpointing() if config.gradient_checkpointing else {}),
-        logging_steps=config.log_every,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
-        eval_steps=config.evaluate_every,
-        eval_on_start=not resumed,
-        save_steps=config.save_every,
-        save_total_limit=2,
-        seed=work.config.seed,
-        report_to=list(config.report_to) or "none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        average_tokens_across_devices=False,
-        dataloader_drop_last=True,
-        dataloader_pin_memory=work.device.type == "cuda",
-        use_cpu=work.device.type == "cpu",
-        ddp_find_unused_parameters=False,
-        **(SHARDING if _sharded(work.config) else {}),
-    )
-
-
-def _activation_checkpointing() -> dict[str, Any]:
-    """The arguments by their name in the transformers that is installed: it has changed within 5."""
-    names = {field.name for field in fields(TrainingArguments)}
-    name = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in names)
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def _trained(work: _Work, last: Path) -> PreTrainedModel:

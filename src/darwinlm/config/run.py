@@ -92,7 +92,7 @@ class SearchConfig:
         SelectionStage(survivors=1, fitness_tokens=8192),
     )
     """Rounds of selection within a generation: survivors, fitness tokens, and total training tokens so far. Survivors
-    continue their training."""
+    continue their training. Tokens are exact: whole sequences, then the beginning of the next one."""
     max_switches: int = 3
     """Largest number of level switches in one mutant."""
     learning_rate: float = 1e-5
@@ -117,20 +117,31 @@ class SearchConfig:
             expect(stage.survivors >= 1, flag, "at least 1 survivor in every stage", stage.survivors)
             expect(stage.fitness_tokens >= 1, flag, "at least 1 fitness token in every stage", stage.fitness_tokens)
             expect(stage.training_tokens >= 0, flag, "0 or more training tokens", stage.training_tokens)
+            predicts = self.metric != "perplexity" or stage.fitness_tokens > 1
+            expect(predicts, flag, "at least 2 fitness tokens for perplexity", stage.fitness_tokens)
         survivors = [stage.survivors for stage in self.stages]
         falling = survivors == sorted(survivors, reverse=True)
         expect(falling, flag, "no more survivors than in the stage before", survivors)
         trained = [stage.training_tokens for stage in self.stages]
         expect(trained == sorted(trained), flag, "no fewer training tokens than in the stage before", trained)
 
-    @property
-    def generation_tokens(self) -> int:
-        """Tokens that the candidates of a generation are scored on where none is trained."""
-        tokens, scored, candidates = 0, 0, self.offspring
+    def added_tokens(self, length: int) -> list[int]:
+        """For each stage, the tokens that it scores a candidate on beyond earlier stages, where none is trained.
+
+        Whole sequences of `length` tokens are scored once; the beginning of a sequence is scored by itself.
+        """
+        added, scored = [], {0: 0}  # whole sequences by fitness tokens
         for stage in self.stages:
-            tokens += candidates * max(0, stage.fitness_tokens - scored)
-            scored, candidates = stage.fitness_tokens, stage.survivors
-        return tokens
+            sequences, rest = divmod(stage.fitness_tokens, length)
+            new = max(0, sequences - max(scored.values())) * length
+            added.append(0 if stage.fitness_tokens in scored else new + rest)
+            scored[stage.fitness_tokens] = sequences
+        return added
+
+    def generation_tokens(self, length: int) -> int:
+        """Tokens that the candidates of a generation are scored on where none is trained."""
+        candidates = [self.offspring, *(stage.survivors for stage in self.stages)]
+        return sum(count * added for count, added in zip(candidates, self.added_tokens(length), strict=False))
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from darwinlm.data.hub import ALIASES, stream_dataset
+from darwinlm.data.packing import as_sequences, bos_of, end_of_text, interleave, one_stream, text_length
 from darwinlm.types import DarwinError, UsageError
 
 HELD_OUT_SHARE = 0.1
@@ -62,19 +63,6 @@ def fingerprint(blocks: Int[Tensor, "sequences length"]) -> str:
     return hashlib.sha256(blocks.numpy().tobytes()).hexdigest()
 
 
-def scramble(blocks: Int[Tensor, "sequences length"], share: float) -> Int[Tensor, "sequences length"]:
-    """The blocks, with this share of each, at its end, in random order; the same order every time.
-
-    Such an end has the text's words but none of its form: what a model does there tells how it fares on other text.
-    """
-    rng, length = torch.Generator().manual_seed(0), blocks.shape[1]
-    scrambled = blocks.clone()
-    for block in scrambled:
-        end = block[length - round(share * length) :]
-        end.copy_(end[torch.randperm(len(end), generator=rng)])
-    return scrambled
-
-
 @dataclass(frozen=True)
 class Corpus:
     """Documents of one or several sources, and the token blocks drawn from them.
@@ -93,8 +81,8 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all documents and weights."""
-        digest = hashlib.sha256()
+        """A hash of all documents and weights, and of the tokens that are put between and before them."""
+        digest = hashlib.sha256(f"{bos_of(self.tokenizer)} {end_of_text(self.tokenizer)}".encode())
         for _, documents, weight in self.sources:
             digest.update(f"{weight}".encode())
             for document in documents:
@@ -124,8 +112,8 @@ class Corpus:
 
         def count(documents: Sequence[str]) -> int:
             chosen = [document for document in documents if is_held_out(document) == held_out]
-            stream, _ = one_stream(chosen, self.tokenizer, most * self.sequence_length)
-            return min(most, len(stream) // self.sequence_length)
+            stream, _ = one_stream(chosen, self.tokenizer, most * self._text_length)
+            return min(most, len(stream) // self._text_length)
 
         return tuple(count(documents) for _, documents, _ in self.sources)
 
@@ -146,8 +134,8 @@ class Corpus:
         Raises:
             UsageError: if the text is unknown, unreadable or too short.
         """
-        flag, count = "--evaluation.texts", -(-tokens // self.sequence_length)
-        needed = count * self.sequence_length
+        flag = "--evaluation.texts"
+        needed = -(-tokens // self.sequence_length) * self._text_length
         used = {document for _, documents, _ in self.sources for document in documents if not is_held_out(document)}
         stream = token_stream(text, self.tokenizer, needed, lambda document: document not in used, flag)
         if len(stream) < needed:
@@ -155,7 +143,11 @@ class Corpus:
                 f"{flag}: too little text in {text}: expected {needed:,} tokens that nothing else uses, found "
                 f"{len(stream):,}; give more text or lower --evaluation.tokens"
             )
-        return stream.view(count, self.sequence_length)
+        return as_sequences(stream, self.sequence_length, self.tokenizer)
+
+    @cached_property
+    def _text_length(self) -> int:
+        return text_length(self.sequence_length, self.tokenizer)
 
     def _draw(self, tokens: dict[str, int], held_out: bool) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = {purpose: [] for purpose in tokens}
@@ -167,13 +159,13 @@ class Corpus:
             blocks = self._pack(name, chosen, sum(sequences), tokens)
             for purpose, block in zip(tokens, blocks.split(sequences), strict=True):
                 parts[purpose].append(block)
-        return {purpose: _interleave(blocks) for purpose, blocks in parts.items()}
+        return {purpose: interleave(blocks) for purpose, blocks in parts.items()}
 
     def _pack(
         self, name: str, documents: list[str], count: int, purposes: Mapping[str, int]
     ) -> Int[Tensor, "count length"]:
-        """The first `count` blocks of the documents' tokens, one after another, an end-of-text token between them."""
-        needed = count * self.sequence_length
+        """The first `count` blocks of the documents' tokens."""
+        needed = count * self._text_length
         stream, _ = one_stream(documents, self.tokenizer, needed)
         if len(stream) < needed:
             shares = ", ".join(
@@ -184,7 +176,7 @@ class Corpus:
                 f"{self.sequence_length}), found {len(stream):,}; give more text, ask for fewer tokens, or let "
                 "--fit-data scale them to the text"
             )
-        return torch.tensor(stream[:needed]).view(count, self.sequence_length)
+        return as_sequences(stream[:needed], self.sequence_length, self.tokenizer)
 
 
 def read_corpus(data: str, tokenizer: PreTrainedTokenizerBase, sequence_length: int, seed: int) -> Corpus:
@@ -231,7 +223,7 @@ def token_stream(
     counts: Callable[[str], bool],
     flag: str = "--data",
 ) -> Int[Tensor, " tokens"]:
-    """The first tokens of a text to judge models on, at most `tokens`.
+    """The first tokens of a text to judge models on, at most `tokens`, without a BOS.
 
     Documents that count, with an end-of-text token after each; the test and validation sets of `TESTS` as in the
     literature: all their lines as one text, blank lines between them.
@@ -245,12 +237,13 @@ def token_stream(
     if name in TESTS:
         return torch.tensor(_first_tokens(read_documents(TESTS[name], flag), tokenizer, tokens), dtype=torch.long)
     ids: list[int] = []
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    end = end_of_text(tokenizer)
+    separator = [] if end is None else [end]
     seen: set[str] = set()
     for document in read_documents(name, flag):
         if document.strip() and document not in seen and counts(document):
             seen.add(document)
-            ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
+            ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + separator
         if len(ids) >= tokens:
             break
     return torch.tensor(ids[:tokens], dtype=torch.long)
@@ -265,7 +258,7 @@ def _first_tokens(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, 
     while True:
         more = list(islice(source, max(DOCUMENTS, len(read))))
         read += more
-        ids: list[int] = tokenizer("\n\n".join(read), verbose=False)["input_ids"]
+        ids: list[int] = tokenizer("\n\n".join(read), add_special_tokens=False, verbose=False)["input_ids"]
         if not more or len(ids) >= tokens + TAIL:
             return ids[:tokens]
 
@@ -355,27 +348,3 @@ def text_of(record: object, where: str) -> str:
         if isinstance(text, str | None):
             return text or ""
     raise UsageError(f"{where} has no text: expected a column {' or '.join(TEXT_COLUMNS)}; rename the text's column")
-
-
-def one_stream(
-    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, tokens: int, batch: int = 16
-) -> tuple[list[int], bool]:
-    """The tokens of documents one after another, an end-of-text token after each, and whether all documents are in it.
-
-    No more batches of documents are read once there are `tokens`.
-    """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    stream: list[int] = []
-    for start in range(0, len(documents), batch):
-        if len(stream) >= tokens:
-            return stream, False
-        these = list(documents[start : start + batch])
-        for ids in tokenizer(these, add_special_tokens=False, verbose=False)["input_ids"]:
-            stream += ids + end
-    return stream, True
-
-
-def _interleave(parts: list[Tensor]) -> Tensor:
-    """Blocks of several sources in turn, evenly spread, so that every prefix is close to the mixture."""
-    positions = torch.cat([(torch.arange(len(part)) + 0.5) / max(len(part), 1) for part in parts])
-    return torch.cat(parts)[positions.argsort(stable=True)]

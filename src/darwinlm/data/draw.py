@@ -8,8 +8,8 @@ from dataclasses import replace
 from jaxtyping import Int
 from torch import Tensor
 
-from darwinlm.config.run import RunConfig, SearchConfig, Stage
-from darwinlm.data.corpus import Corpus, scramble
+from darwinlm.config.run import RunConfig, Stage
+from darwinlm.data.corpus import Corpus
 from darwinlm.runtime.progress import say
 from darwinlm.types import SelectionStage, UsageError
 
@@ -95,11 +95,6 @@ def _fitted(corpus: Corpus, counts: dict[str, int], held_out: bool) -> dict[str,
 
     kept = bisect_left(range(spare + 1), True, key=too_much) - 1
     return None if kept < 0 else scaled(kept)
-
-
-def scored_text(text: Int[Tensor, "sequences length"], config: SearchConfig) -> Int[Tensor, "sequences length"]:
-    """What candidates are scored on, of the text that was drawn for the search."""
-    return text if config.metric == "perplexity" else scramble(text, config.scrambled)
 
 
 def draw_texts(corpus: Corpus, config: RunConfig) -> dict[str, Int[Tensor, "_ length"]]:

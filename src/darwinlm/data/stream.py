@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.metadata import version
 from itertools import islice, zip_longest
@@ -19,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import IterableDataset, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets import IterableDataset
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from darwinlm.config.training import StreamConfig
-from darwinlm.data.corpus import PACKAGED, is_held_out, name_and_weight, one_stream, read_documents, text_of
-from darwinlm.data.hub import dataset_named, stream_dataset
+from darwinlm.data.corpus import is_held_out, name_and_weight, text_of
+from darwinlm.data.packing import as_sequences, one_stream, text_length, tokenizer_fingerprint
+from darwinlm.data.sources import check_distinct, explained, identity_of, stream_of
 from darwinlm.runtime import parallel
 from darwinlm.runtime.files import open_tensors, read_record, sweep, write_record, write_tensors
 from darwinlm.runtime.progress import say
@@ -40,9 +39,6 @@ FIRST_PART, LARGEST_PART = 64, 8192  # in documents; each part of a lane is twic
 
 
 OPEN_FILES = 512  # that are mapped into memory at a time: Linux allows a process 65,530 maps
-
-
-LOADERS = {".jsonl": "json", ".parquet": "parquet"}
 
 
 MANIFEST = "tokens.json"
@@ -75,7 +71,7 @@ class TokenStore:
     ) -> TokenStore:
         """The store of these documents in a cache directory, with the parts that earlier runs have written."""
         provenance = {
-            "source": _identity(source),
+            "source": identity_of(source),
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "filter": {"column": config.score_column, "least": config.min_score, "held_out": held_out},
             "sequence_length": config.sequence_length,
@@ -174,7 +170,7 @@ class TokenStore:
         if start is not None:
             documents.load_state_dict(start)
         size, before = min(FIRST_PART << number, LARGEST_PART), documents.state_dict()
-        with _explained(self.source):
+        with explained(self.source):
             kept = list(islice(self._kept_texts(documents), size))
         state = documents.state_dict()
         if kept and state == before:  # as with datasets 5.0.0: every part would be the first one again
@@ -212,7 +208,7 @@ class TokenStore:
 
     @cached_property
     def _documents(self) -> IterableDataset:
-        return _stream(self.source)
+        return stream_of(self.source)
 
     def _exhausted(self, lane: int) -> bool:
         parts = self._parts(lane)
@@ -290,7 +286,7 @@ def _draw(
 ) -> Sequences:
     """Draw the first sequences of a mixture, from its sources in turn according to their weights."""
     sources = [name_and_weight(part.strip()) for part in data.split(",")]
-    _check_distinct([source for source, _ in sources])
+    check_distinct([source for source, _ in sources])
     # Sequence k of a source has the position (k + 1/2) / weight, so that any prefix has about the right weights.
     positions = [(torch.arange(sequences, dtype=torch.float64) + 0.5) / weight for _, weight in sources]
     first = torch.cat(positions).argsort(stable=True)[:sequences] // sequences
@@ -304,101 +300,13 @@ def _draw(
     return Sequences(tuple(stores), places)
 
 
-def _check_distinct(sources: Sequence[str]) -> None:
-    """Raise `UsageError` if a file or a data set is in two of the sources: a training would see its text twice."""
-    owners: dict[object, str] = {}
-    for source in sources:
-        files = [file.resolve() for file in _shards(source)]
-        for text in files or [source if source in PACKAGED else dataset_named(source)]:
-            if text in owners:
-                what = text if isinstance(text, Path) else source
-                raise UsageError(
-                    f"--data: expected every text in one source, found {what} in {owners[text]} and in {source}; name "
-                    "it once, with a weight if it is to count more"
-                )
-            owners[text] = source
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of a tokenizer's vocabulary and rules, which tokenizers that give the same tokens share."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = json.dumps(sorted(tokenizer.get_vocab().items()))
-    if backend is not None:
-        parts: Mapping[str, Any] = json.loads(backend.to_str())
-        kept = {name: parts.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
-        content += json.dumps(kept, sort_keys=True)
-    return hashlib.sha256(f"{content}{tokenizer.eos_token_id}".encode()).hexdigest()
-
-
 def _pack(
     documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, most: int
 ) -> tuple[Int[Tensor, "sequences length"], bool]:
     """Return at most `most` sequences of the documents' tokens, and whether these are all that the documents give."""
-    stream, whole = one_stream(documents, tokenizer, most * length)
-    count = min(len(stream) // length, most)
-    tokens = torch.tensor(stream[: count * length], dtype=torch.int32).view(count, length)
-    return tokens, whole and len(stream) // length <= most
-
-
-def _stream(source: str) -> IterableDataset:
-    """Return the documents of a source as records, in the shards that the source has."""
-    files = _shards(source)
-    if files and files[0].suffix in LOADERS:
-        with _explained(source):
-            names = [str(file) for file in files]
-            return load_dataset(LOADERS[files[0].suffix], data_files=names, split="train", streaming=True)
-    if source in PACKAGED or files:
-        return IterableDataset.from_generator(_in_memory, gen_kwargs={"source": source})
-    with _explained(source):
-        return stream_dataset(source)
-
-
-def _in_memory(source: str) -> Iterator[dict[str, str]]:
-    documents = dict.fromkeys(read_documents(source))
-    for text in sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest()):
-        yield {"text": text}
-
-
-def _shards(source: str) -> list[Path]:
-    """Return the local files of a source that is a file, a directory or a pattern with `*`, or none for other sources.
-
-    Raises:
-        UsageError: if the source is one of these, but there are no such files.
-    """
-    path = Path(source).expanduser()
-    if "*" in source:
-        files = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
-    elif path.is_dir():
-        files = sorted(entry for entry in path.iterdir() if entry.suffix in LOADERS)
-    elif path.suffix in (".txt", *LOADERS):
-        files = [path] if path.is_file() else []
-    else:
-        return []
-    files = [file for file in files if file.stat().st_size]  # an empty shard has no columns
-    if not files or len({file.suffix for file in files}) > 1:
-        kinds = " and ".join(sorted({file.suffix for file in files})) or "none"
-        raise UsageError(f"no text at {source}: expected .jsonl or .parquet files of one kind, found {kinds}; check it")
-    return files
-
-
-def _identity(source: str) -> object:
-    """Return what identifies a source: name, size and time of each local file, or the full name of any other."""
-    files = _shards(source)
-    if files:
-        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    return source if source in PACKAGED else astuple(dataset_named(source))
-
-
-@contextmanager
-def _explained(source: str) -> Iterator[None]:
-    """Turn the errors of reading a source into a `UsageError` that explains them in one sentence."""
-    try:
-        yield
-    except (DatasetNotFoundError, OSError, ValueError) as error:
-        if isinstance(error, DarwinError):
-            raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"no text in {source} that can be read ({reason}); check --data") from None
+    stream, whole = one_stream(documents, tokenizer, most * text_length(length, tokenizer))
+    sequences = as_sequences(stream, length, tokenizer).to(torch.int32)
+    return sequences[:most], whole and len(sequences) <= most
 
 
 def mapped(file: Path, delete: Path | None = None) -> Any:

@@ -68,7 +68,8 @@ def calibrate(
     with closing(stream):
         for block in range(last + 1):
             layer = checkpoint.fill(model, checkpoint.family.block(block), dtype, device)
-            grams = [_Gram(unit, linear_at(model, unit.consumer)) for unit in pending if unit.block == block]
+            length = token_ids.shape[1]
+            grams = [_Gram(unit, linear_at(model, unit.consumer), length) for unit in pending if unit.block == block]
             with ExitStack() as hooks:
                 for gram in grams:
                     hooks.callback(gram.consumer.register_forward_pre_hook(gram).remove)
@@ -88,13 +89,19 @@ def calibrate(
 
 
 class _Gram:
-    """A forward pre-hook that sums `x x^T` over a consumer's inputs: its lower half, in panels of rows."""
+    """A forward pre-hook that sums `x x^T` over a consumer's inputs: its lower half, in panels of rows.
 
-    def __init__(self, unit: Unit, consumer: nn.Linear):
+    The trace over the first token of each sequence, a BOS if the model expects one, is summed apart as well: models
+    direct attention that is not needed there, and their activations at it can be larger than all others.
+    """
+
+    def __init__(self, unit: Unit, consumer: nn.Linear, length: int):
         self.unit = unit
         self.consumer = consumer
+        self.length = length
         size = unit.structures * unit.structure_width
         self.sum = torch.zeros(size, size, device=consumer.weight.device)
+        self.first = torch.zeros(1, dtype=torch.float64, device=consumer.weight.device)
         self.tokens = 0
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -103,6 +110,7 @@ class _Gram:
             for start in range(0, x.shape[1], PANEL):
                 stop = start + PANEL
                 self.sum[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
+        self.first += x[:: self.length].double().square().sum()
         self.tokens += x.shape[0]
 
     def share(self, owner: int) -> None:
@@ -112,6 +120,7 @@ class _Gram:
         count = torch.tensor([self.tokens], dtype=torch.int64, device=self.sum.device)
         parallel.sum_at(count, owner)
         parallel.sum_at(self.sum, owner)
+        parallel.sum_at(self.first, owner)
         self.tokens = int(count)
 
     def statistics(self) -> UnitStatistics:
@@ -123,8 +132,9 @@ class _Gram:
         for start in range(PANEL, len(self.sum), PANEL):
             stop = start + PANEL
             self.sum[:start, start:stop] = self.sum[start:stop, :start].T
+        first = self.first.item() / max(self.sum.diagonal().double().sum().item(), torch.finfo().tiny)
         hessian = self.sum.mul_(2 / self.tokens)
-        return UnitStatistics(self.unit, self.consumer.weight.detach(), hessian, self.tokens)
+        return UnitStatistics(self.unit, self.consumer.weight.detach(), hessian, self.tokens, first)
 
 
 class _Stream:

@@ -12,12 +12,16 @@ from darwinlm.types import Unit
 
 @dataclass(frozen=True)
 class UnitStatistics:
-    """A unit's statistics from calibration: `hessian = 2/tokens * sum x x^T` over its consumer's inputs, undamped."""
+    """A unit's statistics from calibration: `hessian = 2/tokens * sum x x^T` over its consumer's inputs, undamped.
+
+    `first_token` is the share of the Hessian's trace that comes from the first token of each sequence.
+    """
 
     unit: Unit
     weight: Float[Tensor, "d_out d_in"]
     hessian: Float[Tensor, "d_in d_in"]
     tokens: int
+    first_token: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ order; nothing is inferred from zeros.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from darwinlm.database.cholesky import dampen
 from darwinlm.database.levels import Elimination, Level, UnitStatistics
 from darwinlm.genome import Grid
 from darwinlm.runtime import parallel
-from darwinlm.runtime.files import DamagedError, read_record, read_tensors, write_record, write_tensors
+from darwinlm.runtime.files import DamagedError, read_notes, read_record, read_tensors, write_record, write_tensors
 from darwinlm.types import DarwinError, UsageError
 
 MANIFEST = "database.json"
@@ -53,12 +55,16 @@ class Database:
         """Names of the units that are in the database."""
         return {unit.name for unit in self.grid.units if self._file(unit.name).exists()}
 
-    def add(self, elimination: Elimination, levels: list[Level], dtype: torch.dtype) -> None:
-        """Write a unit's levels, with weights rounded to `dtype`, as one file that appears only when it is complete."""
+    def add(self, elimination: Elimination, levels: list[Level], dtype: torch.dtype, first_token: float = 0.0) -> None:
+        """Write a unit's levels, with weights rounded to `dtype`, as one file that appears only when it is complete.
+
+        Args:
+            first_token: as in `UnitStatistics`, to be noted in the file.
+        """
         tensors = {f"weight.{level.level}": level.weight.to(dtype).contiguous().cpu() for level in levels}
         tensors["order"] = elimination.order.to(torch.int32).cpu()
         tensors["errors"] = elimination.errors.double().cpu()
-        write_tensors(self._file(elimination.unit.name), tensors, self.provenance)
+        write_tensors(self._file(elimination.unit.name), tensors, self.provenance, first_token=first_token)
 
     def level(self, index: int, level: int) -> Level:
         """Unit `index` at a level that is neither dense nor empty.
@@ -81,23 +87,35 @@ class Database:
         errors = [0.0, *self._tensors(index)["errors"].tolist()]
         return [errors[count] for count in self.grid.removed[index]]
 
+    def first_token(self) -> dict[str, float]:
+        """The share of each unit's Hessian that comes from the first token of each sequence, by the unit's name."""
+        shares = {}
+        for unit in self.grid.units:
+            with self._whole(unit.name) as file:
+                shares[unit.name] = read_notes(file, "first_token")["first_token"]
+        return shares
+
     def _tensors(self, index: int) -> dict[str, Tensor]:
         """A unit's tensors, whose checksum is verified when they are first read."""
         if index not in self._units:
             name = self.grid.units[index].name
-            file = self._file(name)
-            if not file.exists():
-                raise DarwinError(
-                    f"{self.path} lacks the unit {name}: the database is unfinished; run the command again"
-                )
-            try:
+            with self._whole(name) as file:
                 _, self._units[index] = read_tensors(file)
-            except DamagedError:
-                raise DarwinError(
-                    f"damaged database: {file} was truncated or altered after it was written; delete that file and run "
-                    "the command again, it alone is rebuilt"
-                ) from None
         return self._units[index]
+
+    @contextmanager
+    def _whole(self, name: str) -> Iterator[Path]:
+        """The file of a unit, to be read. Raises `DarwinError` if it is missing, or proves to be damaged."""
+        file = self._file(name)
+        if not file.exists():
+            raise DarwinError(f"{self.path} lacks the unit {name}: the database is unfinished; run the command again")
+        try:
+            yield file
+        except DamagedError:
+            raise DarwinError(
+                f"damaged database: {file} was truncated or altered after it was written; delete that file and run "
+                "the command again, it alone is rebuilt"
+            ) from None
 
     def _file(self, name: str) -> Path:
         return self.path / f"{name}.safetensors"
@@ -110,4 +128,4 @@ def add_unit(database: Database, statistics: UnitStatistics, config: DatabaseCon
     hessian = dampen(statistics.hessian, config.damping)
     elimination = eliminate.eliminate(unit, statistics.weight, hessian)
     levels = eliminate.solve_levels(unit, statistics.weight, hessian, elimination, database.grid.removed[index])
-    database.add(elimination, levels, dtype)
+    database.add(elimination, levels, dtype, statistics.first_token)

@@ -36,19 +36,23 @@ class Window:
     first: int = 1
 
 
-def windows_over(stream: Int[Tensor, " tokens"], length: int, stride: int) -> list[Window]:
+def windows_over(stream: Int[Tensor, " tokens"], length: int, stride: int, bos: int | None = None) -> list[Window]:
     """Return windows of at most `length` tokens, each `stride` tokens after the one before; no token counts twice.
 
     With `stride == length` the windows are disjoint, and the first token of each does not count, because nothing
     precedes it. With a smaller stride, every token but the first of the text counts; after the first window, each has
-    at least `length - stride` tokens before it.
+    at least `length - stride` tokens before it. With a BOS, each window begins with it, has one token less of the text,
+    and every token of the text counts.
     """
     windows, end = [], 0
-    for start in range(0, len(stream), stride):
-        window = Window(stream[start : start + length], max(1, end - start))
+    before = stream[:0] if bos is None else torch.tensor([bos])
+    text = length - len(before)
+    for start in range(0, len(stream), min(stride, text)):
+        ids = torch.cat([before, stream[start : start + text]])
+        window = Window(ids, max(1, end - start + len(before)))
         if len(window.token_ids) > window.first:
             windows.append(window)
-        end = start + length
+        end = start + text
         if end >= len(stream):
             break
     return windows

@@ -9,6 +9,7 @@ from typing import Any
 import gguf
 from transformers import PreTrainedTokenizerBase
 
+from darwinlm.data.packing import bos_of
 from darwinlm.types import UsageError
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -62,7 +63,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, 
         if token is not None:
             getattr(writer, f"add_{name}_token_id")(token)
     bare = tokenizer("a")["input_ids"]
-    writer.add_add_bos_token(bare[0] == tokenizer.bos_token_id)
+    writer.add_add_bos_token(bos_of(tokenizer) is not None)
     writer.add_add_eos_token(bare[-1] == tokenizer.eos_token_id)
     template: Any = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):

@@ -55,8 +55,8 @@ def too_large(budget: Budget, least: Genome | None = None) -> UsageError:
     smallest = budget.cost(least or without_blocks(budget, removable_blocks(budget)))
     return UsageError(
         f"whole {'modules' if least else 'blocks'} cannot make the model this small: expected a budget of at least "
-        f"{amount_of(smallest)} {budget.costs.measure}, found {amount_of(budget.limit)}; give a larger one, or a "
-        "method that prunes within units"
+        f"{amount_of(smallest)} {budget.main.costs.measure}, found {amount_of(budget.main.limit)}; give a larger one, "
+        "or a method that prunes within units"
     )
 
 

@@ -31,20 +31,21 @@ def evopress(problem: Problem) -> Genome:
     config = problem.config
     starts = {f"random {n}": _random(budget, rng) for n in range(config.offspring)}
     remaining = problem.scored_tokens - len(starts) * config.stages[-1].fitness_tokens
-    generations = max(config.generations, remaining // config.generation_tokens)
+    generations = max(config.generations, remaining // config.generation_tokens(problem.length))
     config = replace(config, stages=untrained, moves="within_kinds", generations=generations)
     if not all(map(budget.fits, starts.values())):
         raise too_large(problem.budget, _whole(grid, Genome(budget.ceilings)))
-    scorer = _OfModules(problem.fitness, grid)
-    return _whole(grid, evolve(starts, budget, scorer, config, problem.seed, problem.state / "history.jsonl").best)
+    scorer, history = _OfModules(problem.fitness, grid), problem.state / "history.jsonl"
+    return _whole(grid, evolve(starts, budget, scorer, config, problem.seed, history, problem.length).best)
 
 
 def _of_modules(budget: Budget) -> Budget:
     """Return the budget for genomes of two levels, present and removed. Their steps are too large for a floor."""
     grid = Grid(budget.grid.units, tuple((0, unit.structures) for unit in budget.grid.units))
-    costs = replace(budget.costs, units=tuple((costs[0], costs[-1]) for costs in budget.costs.units))
+    costs = replace(budget.main.costs, units=tuple((costs[0], costs[-1]) for costs in budget.main.costs.units))
+    bound = replace(budget.main, costs=costs, floor=0.0)
     ceilings = tuple(int(top == budget.grid.highest(i)) for i, top in enumerate(budget.ceilings))
-    return replace(budget, grid=grid, costs=costs, ceilings=ceilings, floor=0.0)
+    return Budget(grid, (bound,), ceilings)
 
 
 def _whole(grid: Grid, genome: Genome) -> Genome:

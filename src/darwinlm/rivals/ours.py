@@ -30,4 +30,4 @@ def training_aware(problem: Problem) -> Genome:
 def _search(problem: Problem, config: SearchConfig) -> Genome:
     budget, state = problem.budget, problem.state
     starts = find_starts(problem.uniform, budget, problem.fitness, config, problem.seed, state)
-    return evolve(starts, budget, problem.fitness, config, problem.seed, state / "history.jsonl").best
+    return evolve(starts, budget, problem.fitness, config, problem.seed, state / "history.jsonl", problem.length).best

@@ -44,23 +44,32 @@ class Problem:
     state: Path
 
     @property
+    def length(self) -> int:
+        """The tokens in a sequence."""
+        return self.token_ids.shape[1]
+
+    @property
     def scored_tokens(self) -> int:
         """The tokens that an allocator of another paper may score genomes on: as many as our search scores on."""
-        return scored_tokens(self.budget.grid, self.config)
+        return scored_tokens(self.budget.grid, self.config, self.length)
 
 
-def scored_tokens(grid: Grid, config: SearchConfig) -> int:
-    """Return the tokens that our search scores genomes on without training, including its start."""
-    return start_tokens(grid, config) + config.generations * config.generation_tokens
+def scored_tokens(grid: Grid, config: SearchConfig, length: int) -> int:
+    """Return the tokens that our search scores genomes on without training, including its start.
+
+    Args:
+        length: tokens in a sequence.
+    """
+    return start_tokens(grid, config) + config.generations * config.generation_tokens(length)
 
 
-def mask_tokens(grid: Grid, config: SearchConfig) -> int:
+def mask_tokens(grid: Grid, config: SearchConfig, length: int) -> int:
     """Return the tokens that masks are learned on.
 
     By default they take as long as our search: a forward and a backward pass over a token take about as long as scoring
     three tokens.
     """
-    return scored_tokens(grid, config) // 3 if config.mask_tokens is None else config.mask_tokens
+    return scored_tokens(grid, config, length) // 3 if config.mask_tokens is None else config.mask_tokens
 
 
 Allocator = Callable[[Problem], Genome]

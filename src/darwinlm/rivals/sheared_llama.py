@@ -66,7 +66,8 @@ def learn_masks(problem: Problem) -> tuple[Float[Tensor, " _"], ...]:
     minimised = {"params": [masks.log_alpha], "lr": MASK_RATE}
     maximised = {"params": [lagrangian.multipliers], "lr": MULTIPLIER_RATE, "maximize": True}
     optimizer = torch.optim.Adam([minimised, maximised])
-    steps, skipped = max(1, -(-mask_tokens(problem.budget.grid, problem.config) // text.shape[1])), 0
+    length, skipped = text.shape[1], 0
+    steps = max(1, -(-mask_tokens(problem.budget.grid, problem.config, length) // length))
     with _frozen(dense):
         for step in track(range(steps), "masks", steps, status=lambda: str(lagrangian)):
             optimizer.zero_grad()
@@ -96,7 +97,7 @@ def nearest_genome(budget: Budget, kept: Sequence[Float[Tensor, " _"]]) -> Genom
     Args:
         kept: for each unit, the probability that each of its structures stays, from which a unit's cost is expected.
     """
-    rows = zip(budget.costs.units, _expected_costs(budget, kept), strict=True)
+    rows = zip(budget.main.costs.units, _expected_costs(budget, kept), strict=True)
     return least_sensitive(budget, [[(cost - expected.item()) ** 2 for cost in costs] for costs, expected in rows])
 
 
@@ -133,8 +134,8 @@ class _Lagrangian:
     def __init__(self, budget: Budget, device: torch.device):
         self.budget = budget
         self.multipliers = torch.tensor([0.0, QUADRATIC], device=device, requires_grad=True)
-        self.prunable = sum(costs[0] for costs in budget.costs.units)
-        self.target = (budget.cost(budget.grid.dense()) - budget.limit) / self.prunable
+        self.prunable = sum(costs[0] for costs in budget.main.costs.units)
+        self.target = (budget.cost(budget.grid.dense()) - budget.main.limit) / self.prunable
         self.removed = 0.0
 
     def __str__(self) -> str:
@@ -155,15 +156,15 @@ def _shift(masks: HardConcrete, budget: Budget) -> None:
     for _ in range(40):
         middle = (low + high) / 2
         masks.log_alpha.copy_(learned + middle)
-        cost = budget.costs.fixed + sum(cost.item() for cost in _expected_costs(budget, masks.kept()))
-        low, high = (low, middle) if cost > budget.limit else (middle, high)
+        cost = budget.main.costs.fixed + sum(cost.item() for cost in _expected_costs(budget, masks.kept()))
+        low, high = (low, middle) if cost > budget.main.limit else (middle, high)
 
 
 def _expected_costs(budget: Budget, kept: Sequence[Tensor]) -> list[Tensor]:
     """Return each unit's cost at its expected number of structures, interpolated linearly between two levels."""
     costs = []
     for index, probability in enumerate(kept):
-        removed, levels = budget.grid.removed[index], budget.costs.units[index]
+        removed, levels = budget.grid.removed[index], budget.main.costs.units[index]
         lost = len(probability) - probability.sum()
         above = next((level for level, count in enumerate(removed) if count > lost.item()), len(removed) - 1)
         per_structure = (levels[above] - levels[above - 1]) / (removed[above] - removed[above - 1])

@@ -311,6 +311,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return content, tensors
 
 
+def read_notes(path: Path, *keys: str) -> dict[str, Any]:
+    """The provenance and the notes in a file of `write_tensors`, whose tensors are not read.
+
+    Raises:
+        DarwinError: as `open_tensors`, and if one of `keys` is missing.
+    """
+    with open_tensors(path) as opened:
+        record = _record_of(opened)
+    _expect_keys(path, record, keys)
+    return record
+
+
 def _record_of(opened: Any) -> dict[str, Any]:
     """The record in the metadata of a safetensors file, an empty one if it has none that can be read."""
     try:

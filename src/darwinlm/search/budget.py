@@ -1,18 +1,15 @@
-"""What a genome costs in parameters, operations, cache or seconds, and the budget: the most that it may cost."""
+"""The budget of a search: the most that a genome may cost, in one measure or in several."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, get_args
 
-from transformers import PretrainedConfig
-
 from darwinlm.genome import Grid
-from darwinlm.model.families import head_dim, key_value_heads
-from darwinlm.types import Genome, Unit, UsageError
+from darwinlm.search.costs import Costs
+from darwinlm.types import Genome, UsageError
 
 Measure = Literal["params", "flops", "kv-cache", "latency"]
 
@@ -58,79 +55,21 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Costs:
-    """The cost, in one measure, of each unit at each level and of the rest of the model.
-
-    Costs are whole numbers, so that sums are exact and do not depend on their order.
+class Bound:
+    """The most that a genome may cost in one measure.
 
     Attributes:
-        measure: name and unit of the measure, as messages show it.
-        units: the cost of unit `u` at a level is `units[u][level]`.
-        fixed: the cost of what no genome removes, such as embeddings and the final norm.
+        floor: the least that a genome should cost, so that the budget is used.
     """
 
-    measure: str
-    units: tuple[tuple[int, ...], ...]
-    fixed: int
+    costs: Costs
+    limit: float
+    floor: float = 0.0
 
-    def of(self, genome: Genome) -> int:
-        """Return the cost of the whole model that a genome describes."""
-        return self.fixed + sum(costs[level] for costs, level in zip(self.units, genome.levels, strict=True))
-
-
-def parameter_costs(grid: Grid, dense_parameters: int) -> Costs:
-    """Return the costs in parameters of an export.
-
-    Where KV groups differ in size, an export gives every query head a KV head of its own, which these costs include.
-
-    Args:
-        dense_parameters: parameters of the whole dense model.
-    """
-    units = _tabulate(grid, _exported_parameters)
-    return Costs("parameters", units, dense_parameters - sum(costs[0] for costs in units))
-
-
-def flop_costs(grid: Grid, config: PretrainedConfig, context: int) -> Costs:
-    """Return the costs in floating-point operations for one token of a sequence of `context` tokens.
-
-    They are two for each weight, and those of causal attention, in which a token sees half the sequence on average.
-    """
-
-    def flops(unit: Unit, removed: int) -> int:
-        weights = max(0, _exported_parameters(unit, removed) - unit.fixed_parameters)
-        columns = (unit.structures - removed) * unit.structure_width if unit.kind == "attention" else 0
-        return 2 * weights + 2 * columns * context
-
-    return Costs("FLOPs a token", _tabulate(grid, flops), 2 * config.vocab_size * config.hidden_size)
-
-
-def cache_costs(grid: Grid, config: PretrainedConfig, bytes_each: int) -> Costs:
-    """Return the costs in bytes of keys and values that each token adds to the cache.
-
-    Args:
-        bytes_each: bytes of one number in the cache.
-    """
-
-    def cached(unit: Unit, removed: int) -> int:
-        remaining = unit.structures - removed
-        if unit.kind != "attention" or not remaining:
-            return 0
-        queries = remaining * unit.structure_width // head_dim(config)
-        return 2 * key_value_heads(unit, remaining, queries) * head_dim(config) * bytes_each
-
-    return Costs("bytes of cache a token", _tabulate(grid, cached), 0)
-
-
-def _tabulate(grid: Grid, cost: Callable[[Unit, int], int]) -> tuple[tuple[int, ...], ...]:
-    rows = zip(grid.units, grid.removed, strict=True)
-    return tuple(tuple(cost(unit, removed) for removed in levels) for unit, levels in rows)
-
-
-def _exported_parameters(unit: Unit, removed: int) -> int:
-    remaining = unit.structures - removed
-    if unit.uneven and removed and remaining:
-        return remaining * (unit.structure_parameters + unit.shared_parameters) + unit.fixed_parameters
-    return unit.parameters(removed)
+    @property
+    def text(self) -> str:
+        """The limit and its measure, for messages."""
+        return f"{amount_of(self.limit)} {self.costs.measure}"
 
 
 @dataclass(frozen=True)
@@ -138,59 +77,79 @@ class Budget:
     """The bounds within which a genome is sought.
 
     Attributes:
-        limit: the most that a genome may cost.
-        floor: the least that a genome should cost, so that the budget is used.
+        bounds: at least one; a genome keeps within all of them.
         ceilings: the highest level that each unit may take.
     """
 
     grid: Grid
-    costs: Costs
-    limit: float
-    floor: float
+    bounds: tuple[Bound, ...]
     ceilings: tuple[int, ...]
 
+    @property
+    def main(self) -> Bound:
+        """The first bound, by whose costs genomes are compared in size."""
+        return self.bounds[0]
+
+    @property
+    def text(self) -> str:
+        """The limits, for messages."""
+        return " and ".join(bound.text for bound in self.bounds)
+
     def cost(self, genome: Genome) -> int:
-        """Return the cost of the whole model that a genome describes."""
-        return self.costs.of(genome)
+        """Return the cost of the whole model that a genome describes, in the measure of the main bound."""
+        return self.main.costs.of(genome)
+
+    def exceeded(self, genome: Genome) -> list[Bound]:
+        """Return the bounds that the genome exceeds."""
+        return [bound for bound in self.bounds if bound.costs.of(genome) > bound.limit]
 
     def fits(self, genome: Genome) -> bool:
-        """Return whether the genome costs no more than the limit and no unit is above its ceiling."""
+        """Return whether the genome keeps within all bounds and no unit is above its ceiling."""
         within = all(0 <= level <= top for level, top in zip(genome.levels, self.ceilings, strict=True))
-        return within and self.cost(genome) <= self.limit
+        return within and not self.exceeded(genome)
 
     def admits(self, genome: Genome) -> bool:
-        """Return whether the genome fits, and does not cost less than the floor."""
-        return self.fits(genome) and self.cost(genome) >= self.floor
+        """Return whether the genome fits, and costs no less than the floors."""
+        return self.fits(genome) and all(bound.costs.of(genome) >= bound.floor for bound in self.bounds)
 
     def check(self, flag: str, value: str) -> None:
-        """Raise `UsageError` if no genome is within the limit, or if the dense model already is.
+        """Raise `UsageError` if no genome is within the main limit, or if the dense model already is within all.
 
         Args:
             flag: the flag that set the limit, for the message.
             value: what the flag was given, for the message.
         """
         least, dense = self.cost(self.least), self.cost(self.grid.dense())
-        if not least <= self.limit < dense:
+        if least > self.main.limit or not self.exceeded(self.grid.dense()):
             raise UsageError(
-                f"{flag}: expected {self.costs.measure} from {amount_of(least)} ({least / dense:.1%} of the dense "
+                f"{flag}: expected {self.main.costs.measure} from {amount_of(least)} ({least / dense:.1%} of the dense "
                 f"model: all that can be pruned) to less than {amount_of(dense)} (dense), found {value}; give another "
                 "value, or another --database.structure"
             )
 
     def down_to(self, genome: Genome) -> Budget:
-        """Return the same budget with a floor that is at most the cost of the genome."""
-        return replace(self, floor=min(self.floor, float(self.cost(genome))))
+        """Return the same budget with floors that are at most the cost of the genome."""
+        lowered = (replace(b, floor=min(b.floor, float(b.costs.of(genome)))) for b in self.bounds)
+        return replace(self, bounds=tuple(lowered))
 
     @cached_property
     def steps(self) -> tuple[tuple[int, ...], ...]:
-        """The levels of each unit that save something: each costs less than every lower level.
+        """The levels of each unit that save something: each costs less, by some bound, than every lower level.
 
         A unit whose cost does not depend on its level has only level 0.
         """
         return tuple(
-            tuple(level for level in range(top + 1) if all(costs[level] < cost for cost in costs[:level]))
-            for costs, top in zip(self.costs.units, self.ceilings, strict=True)
+            tuple(
+                level
+                for level in range(top + 1)
+                if any(all(costs[level] < cost for cost in costs[:level]) for costs in self._costs_of(index))
+            )
+            for index, top in enumerate(self.ceilings)
         )
+
+    def _costs_of(self, index: int) -> list[tuple[int, ...]]:
+        """Return the costs of a unit at each level, by bound."""
+        return [bound.costs.units[index] for bound in self.bounds]
 
     @cached_property
     def least(self) -> Genome:
@@ -201,10 +160,6 @@ class Budget:
         """Return the genome with each unit at its highest level among `steps` that is not above the genome's level."""
         levels = zip(self.steps, genome.levels, strict=True)
         return Genome(tuple(max(step for step in steps if step <= level) for steps, level in levels))
-
-    def cheaper(self, genome: Genome, index: int) -> int | None:
-        """Return the next higher level of a unit, at which it costs less, or None if there is none."""
-        return next((step for step in self.steps[index] if step > genome.levels[index]), None)
 
     def dearer(self, genome: Genome, index: int) -> int | None:
         """Return the next lower level of a unit, at which it costs more, or None if there is none."""
@@ -219,7 +174,7 @@ def limit_of(target: Target, costs: Costs, grid: Grid, ceilings: tuple[int, ...]
     """
     amount = target.amount * 1e9 if target.measure == "latency" else target.amount  # costs of latency are nanoseconds
     limit = target.amount * costs.of(grid.dense()) if target.share else amount
-    budget = Budget(grid, costs, limit, (1 - BELOW) * limit, ceilings)
+    budget = Budget(grid, (Bound(costs, limit, (1 - BELOW) * limit),), ceilings)
     budget.check("--target", amount_of(limit))
     return budget
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import tempfile
 import weakref
-from collections.abc import Collection, Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import IO, Any
 
 import torch
@@ -27,7 +29,7 @@ KEPT_BYTES = 8 << 30
 
 @dataclass
 class Trained:
-    """A candidate in training, and the number of sequences that it has been trained on.
+    """A candidate in training, and the number of pieces of text that it has been trained on.
 
     Weights that train are float32, because at a learning rate of 1e-5 rounding to bfloat16 would undo a step. All other
     weights are frozen and shared with the candidate; input and output embeddings always are.
@@ -35,7 +37,7 @@ class Trained:
 
     model: PreTrainedModel
     optimizer: torch.optim.AdamW
-    sequences: int
+    pieces: int
 
     @property
     def bytes(self) -> int:
@@ -44,13 +46,13 @@ class Trained:
 
 
 class CandidateTrainer:
-    """Trains candidates on prefixes of the same sequences, with one AdamW step for each sequence.
+    """Trains candidates on the same pieces of text, with one AdamW step for each piece.
 
-    A candidate that is trained on 10 sequences and later up to 50 equals, to the last bit, one that is trained on 50 at
+    A candidate that is trained on 10 pieces and later up to 50 equals, to the last bit, one that is trained on 50 at
     once. The states that `keep` stores therefore save time and never change a result.
 
     Args:
-        token_ids: the sequences to train on.
+        pieces: the text to train on. Candidates are trained on as many tokens as some of the first pieces have.
         learning_rate: the constant learning rate.
         device: where the candidates are.
         teacher: the model whose distribution the candidates learn; if None, they learn the text's next tokens.
@@ -59,29 +61,31 @@ class CandidateTrainer:
 
     def __init__(
         self,
-        token_ids: Int[Tensor, "sequences length"],
+        pieces: Sequence[Int[Tensor, "1 piece_length"]],
         learning_rate: float,
         device: torch.device,
         teacher: PreTrainedModel | None = None,
         trains: Collection[str] | None = None,
     ):
-        self.token_ids = token_ids
+        self.pieces = pieces
         self.learning_rate = learning_rate
         self.device = device
         self.teacher = teacher
         self.trains = trains
-        self._teacher_states: dict[int, Tensor] = {}  # its last hidden states by sequence, which all candidates need
+        self._ends = list(accumulate(piece.numel() for piece in pieces))  # in tokens
+        self._teacher_states: dict[int, Tensor] = {}  # its last hidden states by piece, which all candidates need
         self._kept: dict[Genome, Trained] = {}
         self._spilled: dict[Genome, tuple[IO[bytes], int]] = {}
 
-    def train(self, genome: Genome, candidate: PreTrainedModel, sequences: int) -> Trained:
-        """Return the candidate trained on the first `sequences` sequences. The weights of `candidate` do not change."""
-        trained = self._resume(genome, candidate, sequences)
+    def train(self, genome: Genome, candidate: PreTrainedModel, tokens: int) -> Trained:
+        """Return the candidate trained on the first `tokens` tokens. The weights of `candidate` do not change."""
+        pieces = bisect_right(self._ends, tokens)
+        trained = self._resume(genome, candidate, pieces)
         model: Any = trained.model.eval()  # no dropout: a score depends on the genome alone
         logits = Logits.of(model)
-        for sequence in range(trained.sequences, min(sequences, len(self.token_ids))):
-            self._step(model, logits, trained.optimizer, sequence, candidate.dtype)
-        trained.sequences = sequences
+        for piece in range(trained.pieces, pieces):
+            self._step(model, logits, trained.optimizer, piece, candidate.dtype)
+        trained.pieces = pieces
         return trained
 
     def keep(self, genome: Genome, trained: Trained) -> None:
@@ -100,23 +104,23 @@ class CandidateTrainer:
         for genome in self._spilled.keys() - survivors:
             self._spilled.pop(genome)[0].close()
 
-    def _resume(self, genome: Genome, candidate: PreTrainedModel, sequences: int) -> Trained:
-        """Return the genome's kept state if it has seen at most `sequences` sequences, or else an untrained one."""
+    def _resume(self, genome: Genome, candidate: PreTrainedModel, pieces: int) -> Trained:
+        """Return the genome's kept state if it has seen at most `pieces` pieces, or else an untrained one."""
         kept = self._kept.pop(genome, None)
         if kept is None and genome in self._spilled:
             kept = self._unspill(genome, candidate)
-        return kept if kept is not None and kept.sequences <= sequences else self._start(candidate)
+        return kept if kept is not None and kept.pieces <= pieces else self._start(candidate)
 
     def _start(self, candidate: PreTrainedModel) -> Trained:
         model = trainable_copy(candidate, self.trains)
         weights = [p for p in model.parameters() if p.requires_grad]
         return Trained(model, torch.optim.AdamW(weights, lr=self.learning_rate, weight_decay=0.0, fused=True), 0)
 
-    def _step(
-        self, model: Any, logits: Logits, optimizer: torch.optim.AdamW, sequence: int, dtype: torch.dtype
-    ) -> None:
-        ids, low = self.token_ids[sequence : sequence + 1].to(self.device), dtype == torch.bfloat16
-        loss_gradient = self._loss_gradient(ids, sequence)
+    def _step(self, model: Any, logits: Logits, optimizer: torch.optim.AdamW, piece: int, dtype: torch.dtype) -> None:
+        ids, low = self.pieces[piece].to(self.device), dtype == torch.bfloat16
+        if ids.shape[1] == 1:  # no token is predicted from another
+            return
+        loss_gradient = self._loss_gradient(ids, piece)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low):
             hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state
             states = hidden[:, :-1].flatten(0, 1)
@@ -126,30 +130,30 @@ class CandidateTrainer:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def _loss_gradient(self, ids: Int[Tensor, "one length"], sequence: int) -> CrossEntropyGradient | KLGradient:
-        """Return the gradient, for logits, of the mean loss over all tokens of a sequence but the last."""
+    def _loss_gradient(self, ids: Int[Tensor, "1 piece_length"], piece: int) -> CrossEntropyGradient | KLGradient:
+        """Return the gradient, for logits, of the mean loss over all tokens of a piece but the last."""
         if self.teacher is None:
             return CrossEntropyGradient(ids[:, 1:].flatten())
-        if sequence not in self._teacher_states:
+        if piece not in self._teacher_states:
             with torch.no_grad():
                 hidden = self.teacher.get_decoder()(ids, use_cache=False).last_hidden_state
-            self._teacher_states[sequence] = hidden[:, :-1].flatten(0, 1)
-        states = self._teacher_states[sequence]
+            self._teacher_states[piece] = hidden[:, :-1].flatten(0, 1)
+        states = self._teacher_states[piece]
         return KLGradient(Logits.of(self.teacher), states, len(states))
 
     def _spill(self, genome: Genome, trained: Trained) -> None:
         file = tempfile.TemporaryFile()  # noqa: SIM115, it has no name and disappears with the process
         weakref.finalize(self, file.close)
         torch.save(state_of(_training(trained.model), trained.optimizer), file)
-        self._spilled[genome] = file, trained.sequences
+        self._spilled[genome] = file, trained.pieces
 
     def _unspill(self, genome: Genome, candidate: PreTrainedModel) -> Trained:
-        file, sequences = self._spilled.pop(genome)
+        file, pieces = self._spilled.pop(genome)
         trained = self._start(candidate)
         with file:
             file.seek(0)
             set_state(_training(trained.model), trained.optimizer, torch.load(file, map_location=self.device))
-        trained.sequences = sequences
+        trained.pieces = pieces
         return trained
 
 

@@ -15,7 +15,7 @@ from darwinlm.losses.metrics import label
 from darwinlm.runtime import parallel
 from darwinlm.runtime.files import as_json, read_lines, write_lines
 from darwinlm.runtime.progress import say, track
-from darwinlm.search.budget import Budget, amount_of
+from darwinlm.search.budget import Budget
 from darwinlm.search.fitness import Scorer
 from darwinlm.search.mutation import Move, priced, within_kinds
 from darwinlm.types import DarwinError, Generation, Genome, SearchResult
@@ -27,7 +27,13 @@ DUPLICATE_TRIES = 100  # draws beyond the number of offspring, as mutants may re
 
 
 def evolve(
-    starts: Mapping[str, Genome], budget: Budget, fitness: Scorer, config: SearchConfig, seed: int, history_path: Path
+    starts: Mapping[str, Genome],
+    budget: Budget,
+    fitness: Scorer,
+    config: SearchConfig,
+    seed: int,
+    history_path: Path,
+    length: int = 1,
 ) -> SearchResult:
     """Search for the genome within the budget whose candidate is closest to the dense model (Algorithm 1).
 
@@ -39,6 +45,9 @@ def evolve(
     rewritten after each generation, is therefore all that an interrupted search needs to continue as if it had never
     stopped. The number of processes may change in between, but not the threads of each: the last bits of sums depend
     on these.
+
+    Args:
+        length: tokens in a sequence of the fitness's text, for the history's count of tokens.
 
     Raises:
         DarwinError: if the fitness of every start is NaN or infinite, or the history is damaged or of another search.
@@ -58,17 +67,17 @@ def evolve(
         offspring = _offspring(history[-1].genome, budget, config, rng)
         if not offspring:
             say(
-                f"search: it ends after {number - 1} generations, no genome within {amount_of(budget.limit)} "
-                f"{budget.costs.measure} is a mutation away; raise --database.levels for more"
+                f"search: it ends after {number - 1} generations, no genome within {budget.text} is a mutation away; "
+                "raise --database.levels for more"
             )
             break
         if len(offspring) < config.offspring and not scarce:
             scarce = True
             say(
                 f"search: generation {number} has {len(offspring)} distinct mutants, not {config.offspring}: no more "
-                f"were found within {amount_of(budget.limit)} {budget.costs.measure}"
+                f"were found within {budget.text}"
             )
-        history.append(_generation(number, history[-1], offspring, fitness, config))
+        history.append(_generation(number, history[-1], offspring, fitness, config, length))
         _write(history_path, history, provenance)
     return SearchResult(history[-1].genome, history[-1].fitness, tuple(history))
 
@@ -105,20 +114,20 @@ def _offspring(parent: Genome, budget: Budget, config: SearchConfig, rng: Random
 
 
 def _generation(
-    number: int, before: Generation, offspring: Sequence[Genome], fitness: Scorer, config: SearchConfig
+    number: int, before: Generation, offspring: Sequence[Genome], fitness: Scorer, config: SearchConfig, length: int
 ) -> Generation:
     """Return the generation that the selection stages make of parent and offspring; candidates that diverge leave."""
     began = time.monotonic()
-    candidates, trained, scored, diverged = list(offspring), 0, 0, 0
+    candidates, trained, diverged = list(offspring), 0, 0
     by_stage: list[float] = []
     scores: list[float] = []
     fitness_tokens = training_tokens = 0
-    for stage in config.stages:
+    for stage, added in zip(config.stages, config.added_tokens(length), strict=True):
         scores = fitness.scores(candidates, stage, before.genome) if candidates else []
         # Training counts only the tokens that a stage adds; so does scoring where nothing is trained.
-        fitness_tokens += len(candidates) * max(0, stage.fitness_tokens - (0 if stage.training_tokens else scored))
+        fitness_tokens += len(candidates) * (stage.fitness_tokens if stage.training_tokens else added)
         training_tokens += len(candidates) * (stage.training_tokens - trained)
-        trained, scored = stage.training_tokens, stage.fitness_tokens
+        trained = stage.training_tokens
         diverged += scores.count(inf)
         if stage is config.stages[-1]:  # the parent first, so that it wins a tie
             candidates, scores = [before.genome, *candidates], [before.fitness, *scores]

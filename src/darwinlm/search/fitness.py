@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from math import inf, isfinite
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from darwinlm.config.run import SearchConfig
+from darwinlm.data.packing import cut, scramble
 from darwinlm.database.stitch import Stitcher
 from darwinlm.losses.logits import Logits
 from darwinlm.losses.metrics import Metric, metric
@@ -39,18 +41,21 @@ class Scorer(Protocol):
 class Fitness:
     """Scores genomes by a metric on fixed tokens; lower is better.
 
-    Every candidate sees the same tokens, and a stage with more of them extends those of the stage before it. Therefore
-    nothing is computed twice for a genome. Without training, a later stage scores only the sequences that it adds; with
-    training, it trains only on the sequences that it adds. Without training, a forward pass also begins at the first
+    A stage takes exactly its number of tokens from the beginning of the text: whole sequences, then the beginning of
+    the next. Every candidate sees the same tokens, and nothing is computed twice for a genome. Without training, a
+    later stage scores only what it adds: whole sequences that no earlier one has scored, and its own beginning of one.
+    With training, it trains only on the tokens that it adds. Without training, a forward pass also begins at the first
     block in which the candidate differs from its parent. None of this changes a score.
 
     Candidates are split among processes. A score does not depend on which process computes it.
 
     Args:
         stitcher: makes the candidates; its dense model is the reference.
-        token_ids: the tokens that the metric is computed on; a stage takes a prefix of them.
-        training_ids: the tokens that candidates are trained on before they are scored; a stage takes a prefix of them.
+        token_ids: the text that the metric is computed on. A share of each sequence, once it is cut, is put in random
+            order (`config.scrambled`), but not for perplexity.
+        training_ids: the text that candidates are trained on before they are scored.
         config: settings whose stages determine the batches, so that a score does not depend on earlier calls.
+        bos: the token that begins every sequence, if the model expects one.
     """
 
     def __init__(
@@ -59,24 +64,41 @@ class Fitness:
         token_ids: Int[Tensor, "sequences length"],
         training_ids: Int[Tensor, "training_sequences length"],
         config: SearchConfig,
+        bos: int | None = None,
     ):
         self.stitcher = stitcher
         self.device = stitcher.dense.device
         self.length = token_ids.shape[1]
         self._last_training = max(stage.training_tokens for stage in config.stages)
-        ends = {self._sequences(stage.fitness_tokens) for stage in config.stages}
-        step = max(1, BATCH_TOKENS // self.length)
-        ends = sorted(ends.union(range(step, max(ends), step)))
-        self._batches = [token_ids[start:end].to(self.device) for start, end in zip([0, *ends], ends, strict=False)]
+        self._batches, self._of_tokens = self._batch(token_ids, config)
         self._config = config
         teacher = stitcher.dense if config.loss == "distillation" else None
         consumers = [unit.consumer for unit in stitcher.grid.units] if config.trains == "consumers" else None
-        self._trainer = CandidateTrainer(training_ids, config.learning_rate, self.device, teacher, consumers)
-        self._sums: dict[Genome, list[float]] = {}  # of untrained candidates, one sum for each batch
+        pieces = cut(training_ids, {stage.training_tokens for stage in config.stages}, bos)
+        self._trainer = CandidateTrainer(pieces, config.learning_rate, self.device, teacher, consumers)
+        self._sums: dict[Genome, dict[int, float]] = {}  # of untrained candidates, one sum for each batch
         self._trained: dict[tuple[Genome, SelectionStage], float] = {}
         self._owners: dict[Genome, int] = {}  # the process that holds earlier results for a genome
         self._parent: Genome | None = None
         self._traces: dict[int, _Trace] = {}
+
+    def _batch(
+        self, token_ids: Int[Tensor, "sequences length"], config: SearchConfig
+    ) -> tuple[list[Tensor], dict[int, list[int]]]:
+        """Return the batches, and for each number of fitness tokens which of them a stage scores."""
+        share = 0.0 if config.metric == "perplexity" else config.scrambled
+        counts = {stage.fitness_tokens: divmod(stage.fitness_tokens, self.length) for stage in config.stages}
+        most, step = max(sequences for sequences, _ in counts.values()), max(1, BATCH_TOKENS // self.length)
+        ends = sorted({0, *(sequences for sequences, _ in counts.values()), *range(0, most, step)})
+        whole = scramble(token_ids[:most], share)
+        batches = [whole[start:end] for start, end in pairwise(ends)]
+        of_tokens = {}
+        for tokens, (sequences, rest) in counts.items():
+            of_tokens[tokens] = list(range(ends.index(sequences)))
+            if rest > (config.metric == "perplexity"):  # which no single token has
+                of_tokens[tokens].append(len(batches))
+                batches.append(scramble(token_ids[sequences : sequences + 1, :rest], share))
+        return [batch.to(self.device) for batch in batches], of_tokens
 
     @cached_property
     def _metrics(self) -> list[Metric]:
@@ -119,37 +141,29 @@ class Fitness:
             if key not in self._trained:
                 self._trained[key] = self._score_trained(genome, stage)
             return self._trained[key]
-        sums = self._sums.setdefault(genome, [])
-        if len(sums) < self._count(stage):
+        sums = self._sums.setdefault(genome, {})
+        missing = [index for index in self._of_tokens[stage.fitness_tokens] if index not in sums]
+        if missing:
             model = self.stitcher.stitch(genome)
-            for index in range(len(sums), self._count(stage)):
+            for index in missing:
                 trace = None if parent is None else self._trace(parent, index)
-                sums.append(self._total(model, index, trace, 0 if parent is None else self._fork(genome, parent)))
-        return self._mean(sums[: self._count(stage)])
+                sums[index] = self._total(model, index, trace, 0 if parent is None else self._fork(genome, parent))
+        return self._mean(stage, sums)
 
     def _score_trained(self, genome: Genome, stage: SelectionStage) -> float:
         candidate = self.stitcher.stitch(genome)
-        trained = self._trainer.train(genome, candidate, self._sequences(stage.training_tokens))
+        trained = self._trainer.train(genome, candidate, stage.training_tokens)
         with rounded(trained.model, candidate.dtype) as model:
-            score = self._mean([self._total(model, index) for index in range(self._count(stage))])
+            sums = {index: self._total(model, index) for index in self._of_tokens[stage.fitness_tokens]}
+            score = self._mean(stage, sums)
         if stage.training_tokens < self._last_training:
             self._trainer.keep(genome, trained)
         return score
 
-    def _sequences(self, tokens: int) -> int:
-        return -(-tokens // self.length)
-
-    def _count(self, stage: SelectionStage) -> int:
-        """Return how many batches make up a stage's fitness tokens."""
-        sequences, reached = self._sequences(stage.fitness_tokens), 0
-        for count, batch in enumerate(self._batches, 1):
-            reached += len(batch)
-            if reached >= sequences:
-                return count
-        raise AssertionError("a stage asks for more fitness tokens than any stage given to Fitness")
-
-    def _mean(self, sums: list[float]) -> float:
-        mean = sum(sums) / sum(metric.tokens for metric in self._metrics[: len(sums)])
+    def _mean(self, stage: SelectionStage, sums: Mapping[int, float]) -> float:
+        """Return the mean over a stage's tokens, given the sum over each batch."""
+        indices = self._of_tokens[stage.fitness_tokens]
+        mean = sum(sums[index] for index in indices) / sum(self._metrics[index].tokens for index in indices)
         return mean if isfinite(mean) else inf
 
     @torch.inference_mode()

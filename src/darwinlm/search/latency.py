@@ -26,7 +26,7 @@ from darwinlm.runtime import timing
 from darwinlm.runtime.device import processor_name
 from darwinlm.runtime.files import read_record, write_record
 from darwinlm.runtime.progress import say
-from darwinlm.search.budget import Costs
+from darwinlm.search.costs import Costs
 from darwinlm.types import Genome, Unit, UsageError
 
 NANO = 1e9

@@ -120,20 +120,22 @@ def _switch(genome: Genome, budget: Budget, rng: Random) -> Genome:
 
 
 def _restore(genome: Genome, budget: Budget, indices: Sequence[int], rng: Random, fitting: bool) -> Genome | None:
-    """Move a random unit of `indices` a level down, within the limit if `fitting`; None if no unit allows it."""
-    room = budget.limit - budget.cost(genome)
-    options = []
-    for i in indices:
-        level, costs = budget.dearer(genome, i), budget.costs.units[i]
-        if level is not None and (not fitting or costs[level] - costs[genome.levels[i]] <= room):
-            options.append((i, level))
+    """Move a random unit of `indices` a level down, within the limits if `fitting`; None if no unit allows it."""
+    options = [(i, level) for i in indices if (level := budget.dearer(genome, i)) is not None]
+    for bound in budget.bounds if fitting else ():
+        costs, room = bound.costs.units, bound.limit - bound.costs.of(genome)
+        options = [(i, level) for i, level in options if costs[i][level] - costs[i][genome.levels[i]] <= room]
     return genome.replace(dict([rng.choice(options)])) if options else None
 
 
 def _prune_until_it_fits(genome: Genome, budget: Budget, indices: Sequence[int], rng: Random) -> Genome | None:
     """Remove levels from random units of `indices` until the model fits; return None if it never does."""
-    while budget.cost(genome) > budget.limit:
-        options = [(i, level) for i in indices if (level := budget.cheaper(genome, i)) is not None]
+    while exceeded := budget.exceeded(genome):
+        costs, options = exceeded[0].costs.units, []
+        for i in indices:
+            now = genome.levels[i]
+            level = next((step for step in budget.steps[i] if step > now and costs[i][step] < costs[i][now]), None)
+            options += [] if level is None else [(i, level)]
         if not options:
             return None
         genome = genome.replace(dict([rng.choice(options)]))

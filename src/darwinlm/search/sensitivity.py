@@ -17,7 +17,7 @@ from darwinlm.genome import Grid
 from darwinlm.runtime import parallel
 from darwinlm.runtime.files import read_record, write_record
 from darwinlm.runtime.progress import say, track
-from darwinlm.search.budget import Budget
+from darwinlm.search.budget import Bound, Budget
 from darwinlm.search.fitness import Scorer
 from darwinlm.search.mutation import restore
 from darwinlm.types import Genome, SelectionStage
@@ -108,15 +108,31 @@ def _measured_on(grid: Grid) -> dict[str, Any]:
 
 
 def least_sensitive(budget: Budget, table: list[list[float]]) -> Genome:
-    """Return the genome within the budget's limit whose sensitivities have the least sum.
+    """Return the genome within the budget whose sensitivities have the least sum.
 
-    This is dynamic programming over units. Costs are rounded up to whole cells, so the limit is never exceeded.
+    Each bound allots levels to the units that cost something by it and that no earlier bound has allotted levels to.
+    Where two bounds limit the same units, the result can therefore exceed the later one.
     """
-    cell = (budget.limit - budget.costs.fixed) / CELLS
+    levels = dict[int, int]()
+    for bound in budget.bounds:
+        costs = bound.costs.units
+        levels |= _least_sensitive(
+            budget, bound, [i for i in range(len(table)) if i not in levels and any(costs[i])], table
+        )
+    return budget.least.replace(levels)
+
+
+def _least_sensitive(budget: Budget, bound: Bound, indices: list[int], table: list[list[float]]) -> dict[int, int]:
+    """Return the levels of the units `indices` within one bound, by dynamic programming over these units.
+
+    Costs are rounded up to whole cells, so the limit is never exceeded.
+    """
+    cell = (bound.limit - bound.costs.fixed) / CELLS
     best = np.zeros(CELLS + 1)  # the least sum of sensitivities over the units so far, for each cost in cells
     choices = []
-    cells = [[int(np.ceil(cost / cell)) for cost in costs] for costs in budget.costs.units]
-    for index, sensitivity in enumerate(table):
+    cells = {index: [int(np.ceil(cost / cell)) for cost in bound.costs.units[index]] for index in indices}
+    for index in indices:
+        sensitivity = table[index]
         options = np.full((len(sensitivity), CELLS + 1), np.inf)
         for level in budget.steps[index]:
             needed = cells[index][level]
@@ -125,10 +141,9 @@ def least_sensitive(budget: Budget, table: list[list[float]]) -> Genome:
         choices.append(options.argmin(axis=0))
         best = options.min(axis=0)
     if np.isinf(best[CELLS]):  # rounded up, even the cheapest genome may exceed the limit
-        return budget.least
-    levels, remaining = [], CELLS
-    for index in reversed(range(len(table))):
-        level = int(choices[index][remaining])
-        levels.append(level)
-        remaining -= cells[index][level]
-    return Genome(tuple(reversed(levels)))
+        return {index: budget.least.levels[index] for index in indices}
+    levels, remaining = {}, CELLS
+    for index, choice in zip(reversed(indices), reversed(choices), strict=True):
+        levels[index] = int(choice[remaining])
+        remaining -= cells[index][levels[index]]
+    return levels

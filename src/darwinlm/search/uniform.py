@@ -3,35 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from random import Random
 
 from darwinlm.config.run import RunConfig
 from darwinlm.genome import Grid
 from darwinlm.runtime.progress import say
-from darwinlm.search.budget import BELOW, Budget, Costs, Target, amount_of, limit_of
+from darwinlm.search.budget import BELOW, Bound, Budget, Target, amount_of, limit_of
+from darwinlm.search.costs import Costs, level_costs, parameter_costs
 from darwinlm.search.mutation import restore, spread, spread_within_kinds
 from darwinlm.types import KINDS, Genome, MovesName, UsageError
 
 FILLINGS = 32  # random ways to give back single levels, of which the one that uses most of the budget is taken
 
 
-def uniform(grid: Grid, costs: Costs, config: RunConfig) -> tuple[Genome, Budget]:
+def uniform(grid: Grid, costs: Costs, config: RunConfig, dense_parameters: int) -> tuple[Genome, Budget]:
     """Return the uniform genome at a run's target, and the budget within which a search looks for others.
 
-    For a target level, the cost of the genome of that level is the limit. For `--target`, and where that genome removes
-    attention that must stay, the uniform genome is the largest one that fits, with single levels given back.
+    For a target level, what the genome of that level costs is the limit: with moves within kinds, the levels that each
+    kind has left (section 3.5 of the paper), and otherwise the parameters of its export. For `--target`, and where that
+    genome removes attention that must stay, the uniform genome is the largest one that fits, with single levels given
+    back. In any case an export has fewer parameters than the dense model.
+
+    Args:
+        costs: what levels cost in the measure of `config.target`, in parameters where there is none.
+        dense_parameters: parameters of the whole dense model.
 
     Raises:
         UsageError: if the target cannot be reached, or is no smaller than the dense model.
     """
-    tops = ceilings(grid, config.keep_attention)
+    tops, exported = ceilings(grid, config.keep_attention), parameter_costs(grid, dense_parameters)
     if config.target is not None:
-        return _largest(limit_of(Target.parse(config.target), costs, grid, tops), config)
+        budget = limit_of(Target.parse(config.target), costs, grid, tops)
+        genome, budget = _largest(_smaller_than_dense(budget, exported), config)
+        check_export(exported.of(genome), dense_parameters, config)
+        return genome, budget
     genome = uniform_genome(grid, config.level, config.database.levels, Random(config.seed))
-    limit = costs.of(genome)
-    budget = Budget(grid, costs, float(limit), (1 - BELOW) * limit, tops)
+    limit = exported.of(genome)
+    budget = Budget(grid, (Bound(exported, float(limit), (1 - BELOW) * limit),), tops)
     budget.check("--target-level", f"{config.level:g}, at which it has {amount_of(limit)}")
+    if config.search.moves == "within_kinds":
+        budget = _smaller_than_dense(replace(budget, bounds=_levels_left(grid, genome)), exported)
     return (genome, budget) if budget.fits(genome) else _largest(budget, config)
+
+
+def _levels_left(grid: Grid, genome: Genome) -> tuple[Bound, ...]:
+    """Return a bound for each kind that holds it to the sum of levels that the genome has (section 3.5)."""
+    by_kind = (level_costs(grid, kind) for kind in KINDS if any(unit.kind == kind for unit in grid.units))
+    return tuple(Bound(costs, float(costs.of(genome)), float(costs.of(genome))) for costs in by_kind)
+
+
+def _smaller_than_dense(budget: Budget, exported: Costs) -> Budget:
+    """Return the budget with a bound on the size of the export, where another bound does not imply it."""
+    dense = exported.of(budget.grid.dense())
+    implied = budget.main.costs.measure == exported.measure or not any(unit.uneven for unit in budget.grid.units)
+    return budget if implied else replace(budget, bounds=(*budget.bounds, Bound(exported, float(dense - 1))))
+
+
+def check_export(parameters: int, dense_parameters: int, config: RunConfig) -> None:
+    """Raise `UsageError` if an export would have as many parameters as the dense model, or more."""
+    if parameters >= dense_parameters:
+        raise UsageError(
+            f"expected an export of less than the dense model's {dense_parameters:,} parameters, found {parameters:,}: "
+            f"with --database.structure {config.database.structure}, K and V are repeated for every query head that is "
+            "left; prune more, or give --database.structure kv_group or balanced"
+        )
 
 
 def _largest(budget: Budget, config: RunConfig) -> tuple[Genome, Budget]:
@@ -66,8 +102,8 @@ def _dearest(genomes: Sequence[Genome], budget: Budget) -> tuple[Genome, Budget]
     if not budget.admits(genome):
         closest = budget.cost(genome)
         say(
-            f"the level grid is too coarse to come within {BELOW:.0%} of {amount_of(budget.limit)} "
-            f"{budget.costs.measure}: {amount_of(closest)} is the closest found below it; raise --database.levels"
+            f"the level grid is too coarse to come within {BELOW:.0%} of {budget.main.text}: {amount_of(closest)} is "
+            "the closest found below it; raise --database.levels"
         )
     return genome, budget.down_to(genome)
 

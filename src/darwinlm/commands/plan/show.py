@@ -21,7 +21,8 @@ from darwinlm.model.size import parameter_count
 from darwinlm.report import tables
 from darwinlm.runtime.device import DTYPES, resolve_dtype
 from darwinlm.runtime.names import hub_name
-from darwinlm.search.budget import Target, cache_costs, flop_costs, limit_of, parameter_costs
+from darwinlm.search.budget import Target, limit_of
+from darwinlm.search.costs import counted_costs, parameter_costs, shared_parameter_costs
 from darwinlm.search.uniform import ceilings, uniform_genome
 from darwinlm.types import UsageError
 
@@ -88,13 +89,22 @@ def _show(model: PretrainedConfig, config: GradualConfig) -> None:
 
 
 def _size_rows(grid: Grid, parameters: int, model: PretrainedConfig, config: GradualConfig) -> list[Row]:
-    """A row for each level: parameters of the uniform model, the share of the dense model that is kept, and bytes."""
+    """A row for each level: parameters of the uniform model, the share of the dense model that is kept, and bytes.
+
+    Where an export repeats K and V, they are those of the export, and the paper's count stands beside them.
+    """
     costs, levels = parameter_costs(grid, parameters), config.database.levels
+    shared = shared_parameter_costs(grid, parameters)
     each = (model.dtype or torch.float32).itemsize
     rows = [("parameters", f"{tables.parameters(parameters)}, {tables.size(each * parameters)}")]
     for level in range(1, levels):
-        left = costs.of(uniform_genome(grid, float(level), levels, Random(0)))
+        genome = uniform_genome(grid, float(level), levels, Random(0))
+        left, counted = costs.of(genome), shared.of(genome)
         size = f"{tables.parameters(left)}, {tables.size(each * left)}, params={left / parameters:.3f}"
+        if counted < left:
+            size += f"; {tables.parameters(counted)} where heads that are left share K and V"
+        if left >= parameters:
+            size += "; refused, for it is no smaller than the dense model"
         rows.append((f"at level {level} of {levels}, {config.database.structure}", size))
     return rows
 
@@ -110,12 +120,9 @@ def _level_of(target: Target, model: PretrainedConfig, config: GradualConfig) ->
     grid = find_grid(whole, model, config.database)
     if target.measure == "latency":
         raise UsageError("--target: expected params, flops or kv-cache, which a plan can count, found latency")
-    costs = {
-        "params": lambda: parameter_costs(grid, parameter_count(whole)),
-        "flops": lambda: flop_costs(grid, model, config.calibration.sequence_length),
-        "kv-cache": lambda: cache_costs(grid, model, (model.dtype or torch.float32).itemsize),
-    }[target.measure]()
-    limit = limit_of(target, costs, grid, ceilings(grid)).limit
+    context, bytes_each = config.calibration.sequence_length, (model.dtype or torch.float32).itemsize
+    costs = counted_costs(target.measure, grid, model, parameter_count(whole), context, bytes_each)
+    limit = limit_of(target, costs, grid, ceilings(grid)).main.limit
     for hundredths in range(1, 100 * levels):
         level = hundredths / 100
         if costs.of(uniform_genome(grid, level, levels, Random(config.seed))) <= limit:
@@ -141,7 +148,8 @@ def _stage_rows(
 ) -> list[Row]:
     """What the search, the refit and the training of a stage take."""
     name = f"level {stage.target_level:g}"
-    search = plan_search(at.parameters, model, at.grid, at.uniform, config.search, config.refit)
+    length = config.calibration.sequence_length
+    search = plan_search(at.parameters, model, at.grid, at.uniform, config.search, config.refit, length)
     parts = {
         "the start": search.start,
         f"{config.search.generations} generations": search.generations,

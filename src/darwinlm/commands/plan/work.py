@@ -16,7 +16,7 @@ from darwinlm.genome import Grid, prunable_parameters
 from darwinlm.model.checkpoint import skeleton
 from darwinlm.model.families import find_grid, head_dim
 from darwinlm.runtime.device import DTYPES
-from darwinlm.search.budget import parameter_costs
+from darwinlm.search.costs import parameter_costs
 from darwinlm.search.sensitivity import measured_levels
 from darwinlm.search.uniform import uniform_genome
 from darwinlm.training.teacher_logits import LOGIT_BYTES
@@ -51,13 +51,20 @@ class SearchPlan:
 
 
 def plan_search(
-    parameters: int, config: PretrainedConfig, grid: Grid, uniform: Genome, search: SearchConfig, refit: RefitConfig
+    parameters: int,
+    config: PretrainedConfig,
+    grid: Grid,
+    uniform: Genome,
+    search: SearchConfig,
+    refit: RefitConfig,
+    length: int,
 ) -> SearchPlan:
     """Two operations a weight and token forwards; backwards two for the stream, and two for each weight that trains.
 
     Args:
         parameters: of the dense model, embeddings in.
         uniform: a genome of the size that is searched for.
+        length: tokens in a sequence.
     """
     blocks, pruned = (prunable_parameters(grid, genome) for genome in (grid.dense(), uniform))
     head = config.vocab_size * config.hidden_size
@@ -70,13 +77,12 @@ def plan_search(
     )
     trained = consumers if search.trains == "consumers" else pruned
     teacher = dense if search.loss == "distillation" else 0
-    scores, steps, scored, before = 0.0, 0.0, 0, 0
-    candidates = search.offspring
-    for stage in search.stages:
+    scores, steps, before, candidates = 0.0, 0.0, 0, search.offspring
+    for stage, added in zip(search.stages, search.added_tokens(length), strict=True):
         again = stage.training_tokens > 0  # a candidate that has trained is another one
-        scores += candidates * 2.0 * small * max(0, stage.fitness_tokens - (0 if again else scored))
+        scores += candidates * 2.0 * small * (stage.fitness_tokens if again else added)
         steps += candidates * (4.0 * small + 2.0 * trained) * (stage.training_tokens - before)
-        candidates, scored, before = stage.survivors, stage.fitness_tokens, stage.training_tokens
+        candidates, before = stage.survivors, stage.training_tokens
     return SearchPlan(
         start=Work(_start(grid, dense, blocks, small, search) + 2.0 * teacher * before),
         generations=Work(search.generations * scores, search.generations * steps),

@@ -1,0 +1,147 @@
+"""What every stage of a run reads, opened and checked before hours are spent."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from darwinlm.commands.run_directory import Run, read_genome, versions
+from darwinlm.config.run import STARTS, RunConfig, Stage
+from darwinlm.data.corpus import fingerprint, read_corpus
+from darwinlm.data.draw import draw_texts, draw_tokens, fit_to_text
+from darwinlm.genome import Grid
+from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
+from darwinlm.model.families import block_sizes, find_family, find_grid
+from darwinlm.model.pruned import family_of, pruned_config
+from darwinlm.model.size import parameter_count
+from darwinlm.runtime import parallel
+from darwinlm.runtime.device import resolve_device, resolve_dtype
+from darwinlm.runtime.progress import say
+from darwinlm.search.budget import Budget, Target
+from darwinlm.search.costs import Costs, counted_costs, parameter_costs
+from darwinlm.search.latency import latency_costs
+from darwinlm.search.uniform import check_export, uniform
+from darwinlm.types import DarwinError, Genome
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What every stage reads: the run, the dense model and its units, the text, and where to compute.
+
+    Attributes:
+        uniform: the uniform genome at the target's size.
+        given_genome: the genome of `--genome`, which replaces the search.
+        start_genome: the genome of an earlier search from which this one starts.
+        tokens: token blocks by purpose, for the stages that are run.
+        texts: further texts to judge models on.
+        dtype: precision of the search.
+        models: the dense model in each precision that was asked for, loaded once.
+    """
+
+    run: Run
+    config: RunConfig
+    checkpoint: Checkpoint
+    grid: Grid
+    uniform: Genome
+    budget: Budget
+    given_genome: Genome | None
+    start_genome: Genome | None
+    tokens: dict[str, Int[Tensor, "sequences length"]]
+    texts: dict[str, Int[Tensor, "_ length"]]
+    device: torch.device
+    dtype: torch.dtype
+    provenance: dict[str, Any]
+    models: dict[torch.dtype, PreTrainedModel] = field(default_factory=dict)
+
+    @property
+    def database_settings(self) -> dict[str, Any]:
+        """Settings that determine the database's content."""
+        config = self.config
+        return {"calibration": asdict(config.calibration), "database": asdict(config.database), "seed": config.seed}
+
+    def dense(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The dense model in a precision."""
+        if dtype not in self.models:
+            self.models[dtype] = self.checkpoint.load(dtype, self.device)
+        return self.models[dtype]
+
+    def keep_only(self, dtype: torch.dtype) -> None:
+        """Free the dense model in every other precision."""
+        for other in self.models.keys() - {dtype}:
+            del self.models[other]
+
+
+def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
+    """Everything that can be wrong with the arguments is found here, before hours are spent."""
+    try:
+        device = resolve_device(config.device)
+        with parallel.first_before_others():
+            checkpoint = find_checkpoint(config.model, this.path)
+        find_family(checkpoint.config)
+        if until in ("export", "report"):
+            family_of(checkpoint.config)  # that it can be exported
+        checkpoint.check_length(config.calibration.sequence_length)
+        grid = find_grid(checkpoint.skeleton(), checkpoint.config, config.database)
+        for sentence in grid.fewer(config.database.levels):
+            say(sentence)
+        corpus = read_corpus(config.data, checkpoint.tokenizer, config.calibration.sequence_length, config.seed)
+        config = fit_to_text(corpus, config) if config.fit_data else config
+        tokens, texts = draw_tokens(corpus, config, until), draw_texts(corpus, config)
+        provenance = {
+            "model": checkpoint.fingerprint,
+            "text": corpus.fingerprint,
+            "grid": {
+                "levels": config.database.levels,
+                "granularity": config.database.granularity,
+                "structure": config.database.structure,
+            },
+            "versions": versions(),
+        } | ({"evaluation text": {text: fingerprint(ids) for text, ids in texts.items()}} if texts else {})
+        dense_parameters = parameter_count(checkpoint.skeleton())
+        costs = _costs(this, config, checkpoint, grid, device)
+        uniform_genome, budget = uniform(grid, costs, config, dense_parameters)
+        given_genome = start_genome = None
+        if config.genome is not None:
+            given_genome = read_genome(Path(config.genome), grid, provenance)
+            exported = parameter_costs(grid, dense_parameters).of(given_genome)
+            check_export(exported, dense_parameters, config)
+            pruned_config(checkpoint.config, block_sizes(grid, given_genome, checkpoint.config))  # it can be exported
+        elif config.search.start not in STARTS:
+            start_genome = read_genome(Path(config.search.start), grid, {"grid": provenance["grid"]}, "--search.start")
+        dtype = resolve_dtype(config.dtype, device)
+    except DarwinError:
+        if parallel.first():
+            this.abandon()
+        raise
+    return Work(
+        run=this,
+        config=config,
+        checkpoint=checkpoint,
+        grid=grid,
+        uniform=uniform_genome,
+        budget=budget,
+        given_genome=given_genome,
+        start_genome=start_genome,
+        tokens=tokens,
+        texts=texts,
+        device=device,
+        dtype=dtype,
+        provenance=provenance,
+    )
+
+
+def _costs(this: Run, config: RunConfig, checkpoint: Checkpoint, grid: Grid, device: torch.device) -> Costs:
+    """What every level of every unit costs, in the measure of the target."""
+    measure = "params" if config.target is None else Target.parse(config.target).measure
+    if measure == "latency":
+        with parallel.first_before_others():
+            return latency_costs(checkpoint, grid, config.latency, device, this.search / "latency.json")
+    dense_parameters = parameter_count(checkpoint.skeleton())
+    length = config.calibration.sequence_length
+    return counted_costs(measure, grid, checkpoint.config, dense_parameters, length, checkpoint.dtype.itemsize)

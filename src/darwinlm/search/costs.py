@@ -1,0 +1,129 @@
+"""What a genome costs: in parameters, operations, cache, or levels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PretrainedConfig
+
+from darwinlm.genome import Grid
+from darwinlm.model.families import head_dim, key_value_heads
+from darwinlm.types import Genome, Kind, Unit
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The cost, in one measure, of each unit at each level and of the rest of the model.
+
+    Costs are whole numbers, so that sums are exact and do not depend on their order.
+
+    Attributes:
+        measure: name and unit of the measure, as messages show it.
+        units: the cost of unit `u` at a level is `units[u][level]`.
+        fixed: the cost of what no genome removes, such as embeddings and the final norm.
+    """
+
+    measure: str
+    units: tuple[tuple[int, ...], ...]
+    fixed: int
+
+    def of(self, genome: Genome) -> int:
+        """Return the cost of the whole model that a genome describes."""
+        return self.fixed + sum(costs[level] for costs, level in zip(self.units, genome.levels, strict=True))
+
+
+def parameter_costs(grid: Grid, dense_parameters: int) -> Costs:
+    """Return the costs in parameters of an export.
+
+    Where KV groups differ in size, an export gives every query head a KV head of its own, which these costs include.
+
+    Args:
+        dense_parameters: parameters of the whole dense model.
+    """
+    units = _tabulate(grid, _exported_parameters)
+    return Costs("parameters", units, dense_parameters - sum(costs[0] for costs in units))
+
+
+def shared_parameter_costs(grid: Grid, dense_parameters: int) -> Costs:
+    """Return the costs in parameters where query heads that are left share K and V, as the paper counts them.
+
+    They are those of `parameter_costs` unless KV groups can differ in size.
+    """
+    units = _tabulate(grid, Unit.parameters)
+    return Costs("parameters", units, dense_parameters - sum(costs[0] for costs in units))
+
+
+def level_costs(grid: Grid, kind: Kind) -> Costs:
+    """Return the costs in levels of a kind of unit: as many as a unit has not lost yet."""
+    units = tuple(
+        tuple(grid.highest(i) - level if unit.kind == kind else 0 for level in range(grid.highest(i) + 1))
+        for i, unit in enumerate(grid.units)
+    )
+    return Costs(f"levels of {'MLPs' if kind == 'mlp' else 'attentions'}", units, 0)
+
+
+def flop_costs(grid: Grid, config: PretrainedConfig, context: int) -> Costs:
+    """Return the costs in floating-point operations for one token of a sequence of `context` tokens.
+
+    They are two for each weight, and those of causal attention, in which a token sees half the sequence on average.
+    """
+
+    def flops(unit: Unit, removed: int) -> int:
+        weights = max(0, _exported_parameters(unit, removed) - unit.fixed_parameters)
+        columns = (unit.structures - removed) * unit.structure_width if unit.kind == "attention" else 0
+        return 2 * weights + 2 * columns * context
+
+    return Costs("FLOPs a token", _tabulate(grid, flops), 2 * config.vocab_size * config.hidden_size)
+
+
+def cache_costs(grid: Grid, config: PretrainedConfig, bytes_each: int) -> Costs:
+    """Return the costs in bytes of keys and values that each token adds to the cache.
+
+    Args:
+        bytes_each: bytes of one number in the cache.
+    """
+
+    def cached(unit: Unit, removed: int) -> int:
+        remaining = unit.structures - removed
+        if unit.kind != "attention" or not remaining:
+            return 0
+        queries = remaining * unit.structure_width // head_dim(config)
+        return 2 * key_value_heads(unit, remaining, queries) * head_dim(config) * bytes_each
+
+    return Costs("bytes of cache a token", _tabulate(grid, cached), 0)
+
+
+def _tabulate(grid: Grid, cost: Callable[[Unit, int], int]) -> tuple[tuple[int, ...], ...]:
+    rows = zip(grid.units, grid.removed, strict=True)
+    return tuple(tuple(cost(unit, removed) for removed in levels) for unit, levels in rows)
+
+
+def _exported_parameters(unit: Unit, removed: int) -> int:
+    remaining = unit.structures - removed
+    if unit.uneven and removed and remaining:
+        return remaining * (unit.structure_parameters + unit.shared_parameters) + unit.fixed_parameters
+    return unit.parameters(removed)
+
+
+def counted_costs(
+    measure: Literal["params", "flops", "kv-cache"],
+    grid: Grid,
+    config: PretrainedConfig,
+    dense_parameters: int,
+    context: int,
+    bytes_each: int,
+) -> Costs:
+    """Return the costs in a measure that can be counted.
+
+    Args:
+        dense_parameters: parameters of the whole dense model.
+        context: tokens of a sequence, of which causal attention sees half on average.
+        bytes_each: bytes of one number in the cache.
+    """
+    if measure == "flops":
+        return flop_costs(grid, config, context)
+    if measure == "kv-cache":
+        return cache_costs(grid, config, bytes_each)
+    return parameter_costs(grid, dense_parameters)
