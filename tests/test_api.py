@@ -22,6 +22,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 SHORT = {name: getattr(runs.SHORT, name) for name in ("calibration", "database", "search", "refit", "evaluation")}
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_page_run(
     checkpoints: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -48,6 +49,7 @@ def compress(out: Path, model: Any = None, data: Any = None, **settings: Any) ->
     return darwinlm.compress(model, documents, out=out, **settings)
 
 
+@pytest.mark.slow
 def test_models_and_texts_in_memory_give_what_files_give(
     checkpoints: dict[str, Path], text: Path, tmp_path: Path
 ) -> None:
@@ -122,6 +124,7 @@ def test_a_directory_that_is_refused_stays_as_it_was(checkpoints: dict[str, Path
     assert runs.files(run.path) == before
 
 
+@pytest.mark.slow
 def test_a_run_of_a_model_in_memory_may_be_moved(tmp_path: Path) -> None:
     run = compress(tmp_path / "run")
     run.report_path.unlink()

@@ -202,6 +202,7 @@ def test_methods_have_names_and_targets_bounds(config: CompareConfig, capsys: py
     assert not Path(f"{config.out}-none").exists()
 
 
+@pytest.mark.slow
 def test_by_default_methods_that_train_nothing_are_compared(config: CompareConfig, tmp_path: Path) -> None:
     plain = replace(config, out=str(tmp_path / "out"), methods=(), targets=TARGETS[:1])
     assert [cell.method for cell in compare(plain)] == [
@@ -210,6 +211,7 @@ def test_by_default_methods_that_train_nothing_are_compared(config: CompareConfi
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # lm-eval's and its dependencies'
 def test_tasks_are_asked_of_every_model_and_only_once(
     config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -213,6 +213,7 @@ def test_bad_export_never_gets_its_name(outcome: Outcome, tmp_path: Path, capsys
     assert list(tmp_path.iterdir()) == [good]
 
 
+@pytest.mark.slow
 def test_verify_says_why_an_export_does_not_load(tmp_path: Path) -> None:
     with pytest.raises(DarwinError, match="to load in a fresh process, found"):
         verify_export(tmp_path, Expected(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, 8)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from huggingface_hub import ModelCard
 
 import runs
@@ -17,6 +18,7 @@ FILES = {"LICENSE": "the licence", "Notice.txt": "a notice", "USE_POLICY.md": "a
 CARD = "---\nlicense: other\nlicense_name: llama3.1\nlicense_link: LICENSE\n---\n# A model\n"
 
 
+@pytest.mark.slow
 def test_licence_files_and_the_cards_licence_go_along(text: Path, tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "model", "llama-gqa")
     for name, content in (FILES | {"README.md": CARD, "licenses.json": "{}"}).items():

@@ -48,7 +48,13 @@ TABLE_KEYS = {
 }
 
 
-@pytest.fixture(scope="module", params=tiny.FAMILIES)
+QUICK = ("llama-gqa", "qwen3")  # with tied embeddings, and with norms of heads; the others take a while
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(family, marks=[] if family in QUICK else pytest.mark.slow) for family in tiny.FAMILIES],
+)
 def compressed(
     request: pytest.FixtureRequest,
     checkpoints: dict[str, Path],

@@ -63,6 +63,7 @@ def problem(idle: list[set[int]], tmp_path: Path) -> Problem:
     return Problem(stitcher, budget, grid.dense(), fitness, text, text, SEARCH, 0, tmp_path)
 
 
+@pytest.mark.slow
 def test_masks_close_on_exactly_what_nothing_reads(problem: Problem, idle: list[set[int]]) -> None:
     weights = {name: parameter.clone() for name, parameter in problem.stitcher.dense.named_parameters()}
     kept = learn_masks(problem)

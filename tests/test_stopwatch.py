@@ -16,6 +16,7 @@ def work(file: Path) -> None:
         time.sleep(60)
 
 
+@pytest.mark.slow
 def test_a_killed_process_has_its_seconds_counted(tmp_path: Path):
     file = tmp_path / "state" / "seconds"
     process = get_context("spawn").Process(target=work, args=(file,))

@@ -287,6 +287,7 @@ def test_top_k_of_the_whole_vocabulary_trains_like_the_teacher_itself(whole: Tra
     )
 
 
+@pytest.mark.slow
 def test_the_teachers_logits_are_written_once_for_many_runs(whole: TrainConfig, tmp_path: Path):
     """Another seed reads them; what is deleted, or cut off by a kill, is written again and alone."""
     export, text, dense = Path(whole.model), Path(whole.data), Path(str(whole.teacher))
@@ -312,6 +313,7 @@ def test_the_teachers_logits_are_written_once_for_many_runs(whole: TrainConfig, 
     train(third)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_k", [0, 8])
 def test_a_teacher_may_have_another_padding(
     top_k: int, checkpoints: dict[str, Path], text: Path, tmp_path: Path
