@@ -30,10 +30,10 @@ DIE = """
 import os, signal, sys
 from darwinlm.database.store import Database
 whole = Database.add
-def add(self, elimination, levels, dtype):
+def add(self, elimination, *given):
     if elimination.unit.block == 1:
         {how}
-    whole(self, elimination, levels, dtype)
+    whole(self, elimination, *given)
 Database.add = add
 from darwinlm.cli import main
 raise SystemExit(main())
