@@ -2,6 +2,7 @@
 
     python benchmarks/between_commits.py 09624f4              # three quarters of an hour to two hours on two cores
     python benchmarks/between_commits.py 09624f4 --rounds 3
+    python benchmarks/between_commits.py 48f69ef --no-demo
 
 Each side runs in processes of its own, with its own sources and the same installed packages. The sides take turns, of
 which the first warms up and does not count. The table gives medians, and of the ratio now / earlier the range too.
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=1, help="turns of the demo that count, after the first (%(default)s)"
     )
+    parser.add_argument("--no-demo", action="store_true", help="only elimination, in ten minutes")
     arguments = parser.parse_args()
     archive = subprocess.run(["git", "archive", arguments.commit], cwd=ROOT, capture_output=True)
     if archive.returncode:
@@ -85,7 +87,8 @@ def main() -> None:
         subprocess.run(["tar", "-x", "-C", directory], input=archive.stdout, check=True)
         for case in CASES:
             print(row(f"eliminate {case}", partial(eliminate, case=case), Path(directory), 4), flush=True)
-        print(row("demo", demo, Path(directory), arguments.rounds), flush=True)
+        if not arguments.no_demo:
+            print(row("demo", demo, Path(directory), arguments.rounds), flush=True)
 
 
 if __name__ == "__main__":
