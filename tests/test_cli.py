@@ -144,6 +144,21 @@ def test_a_size_is_given_in_one_way(ran: list[tuple[RunConfig, str]], capsys: py
     assert (config.target, config.target_level) == ("params=0.9", None)
 
 
+@pytest.mark.parametrize(
+    ("of_file", "typed"), [("target_level: 4", "--target"), ("target: params=0.7", "--target-level")]
+)
+def test_a_size_that_is_typed_replaces_that_of_a_file(
+    of_file: str, typed: str, tmp_path: Path, ran: list[tuple[RunConfig, str]]
+) -> None:
+    (tmp_path / "file.yaml").write_text(of_file)
+    value = {"--target": "params=0.6", "--target-level": "3"}[typed]
+    for flags in ([typed, value], [f"{typed}={value}"]):
+        command = ["compress", "M", "--data", "D", "--out", "O", "--config", str(tmp_path / "file.yaml")]
+        assert cli.main([*command, *flags]) == 0
+        size = (ran[-1][0].target, ran[-1][0].target_level)
+        assert size == (("params=0.6", None) if typed == "--target" else (None, 3.0))
+
+
 def test_without_a_size_half_of_the_levels_is_the_target(ran: list[tuple[RunConfig, str]]) -> None:
     """So a database of few levels needs no target level."""
     for levels in ("4", "10"):

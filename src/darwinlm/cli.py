@@ -29,6 +29,7 @@ DESCRIPTION = "Compress a large language model: a smaller dense model by one com
 FOLDER = Path(__file__).parent
 PRESETS, RECIPES = FOLDER / "presets", FOLDER / "recipes"  # settings that come with darwinlm
 DENSE_MODEL = "a hub id, a directory, a .gguf file, or smollm2-135m"
+SIZES = ("--target", "--target-level")
 ALWAYS_SHOWN = ("help", "help_all", "config", "preset", "data", "out")
 CONFIG_HELP = "a YAML file of settings; flags win over it"
 
@@ -301,8 +302,11 @@ def _files_first(arguments: Sequence[str]) -> list[str]:
         (rest if flag is None else of_flag[flag]).append(argument)
     names = [f"{name.removeprefix('--preset=')}.yaml" for name in of_flag["--preset"]]
     files = [folder / name for name in names for folder in (PRESETS, RECIPES)]
-    given = [f"--config={path}" for path in files if path.is_file()]
-    return [*rest[:1], *of_flag["--preset"], *given, *of_flag["--config"], *rest[1:]]
+    given = [f"--config={path}" for path in files if path.is_file()] + of_flag["--config"]
+    typed = {argument.partition("=")[0] for argument in rest}
+    # A size that is typed replaces that of a file, which may be given in the other way.
+    replaced = [other for flag, other in (SIZES, SIZES[::-1]) if given and flag in typed and other not in typed]
+    return [*rest[:1], *of_flag["--preset"], *given, *(f"{other}=null" for other in replaced), *rest[1:]]
 
 
 def _parser(arguments: Sequence[str]) -> ArgumentParser:

@@ -62,24 +62,25 @@ class Rates:
 
 
 def columns(unit: Unit) -> int:
+    """Return the input columns of a unit's consumer."""
     return unit.structures * unit.structure_width
 
 
 def elimination_operations(unit: Unit, d_out: int) -> int:
-    """The inverse, `W^T W`, and three symmetric updates a column."""
+    """Return the operations of an elimination: the inverse, `W^T W`, and three symmetric updates for each column."""
     d = columns(unit)
     return 2 * d**3 + d_out * d**2
 
 
 def solve_operations(grid: Grid, index: int, d_out: int) -> int:
-    """One Cholesky factor, and for every level that keeps `k` columns a product and a triangular solve."""
+    """Return the operations of a unit's level solves: one Cholesky factor, and for each level a product and a solve."""
     unit, d = grid.units[index], columns(grid.units[index])
     kept = [(unit.structures - removed) * unit.structure_width for removed in grid.removed[index][1:-1]]
     return d**3 // 3 + sum(d_out * (2 * k * (d - k) + k * k) for k in kept)
 
 
 def measure_rates(dtype: torch.dtype = torch.float32, size: int = 3072) -> Rates:
-    """A few seconds of the real work on a small matrix tell the rates."""
+    """Measure this machine's rates on a small matrix, in a few seconds of the real work."""
     products = _product_rate(torch.float32, size)
     forward = products if dtype == torch.float32 else _product_rate(dtype, size)
     d_out = size // 3
@@ -105,7 +106,7 @@ def measure_rates(dtype: torch.dtype = torch.float32, size: int = 3072) -> Rates
 
 
 def block_rates(config: PretrainedConfig, dtype: torch.dtype, length: int = 512, sequences: int = 4) -> BlockRates:
-    """Measured on a model's first block: search and training are made of it. Weights that train are float32."""
+    """Measure a model's first block, for search and training run such blocks. Weights that train are float32."""
     decoder, weights = _first_block(config, dtype)
     stream = torch.ones(sequences, length, config.hidden_size, dtype=dtype)
     operations = 2 * sum(weight.numel() for weight in weights) * length
@@ -125,7 +126,7 @@ def block_rates(config: PretrainedConfig, dtype: torch.dtype, length: int = 512,
 
 
 def _first_block(config: PretrainedConfig, dtype: torch.dtype) -> tuple[nn.Module, list[nn.Parameter]]:
-    """A decoder of one block and the last norm, and the block's weights."""
+    """Return a decoder of one block and the last norm, and the block's weights."""
     model, family = skeleton(config, dtype), find_family(config)
     blocks: Any = model.get_submodule(family.blocks)
     del blocks[1:]
@@ -137,7 +138,7 @@ def _first_block(config: PretrainedConfig, dtype: torch.dtype) -> tuple[nn.Modul
 
 
 def _product_rate(dtype: torch.dtype, size: int) -> float:
-    """Operations a second of a square product; a smaller one where a product in this precision takes long.
+    """Return the operations a second of a square product, of a smaller one where such products take long.
 
     Without instructions for it, bfloat16 is far slower than float32, and the whole size would take minutes.
     """
@@ -177,7 +178,7 @@ def _disk_rate(count: int = 1 << 28) -> float:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """The shorter of two goes: the first one warms up."""
+    """Return the shorter of two timings; the first one warms up."""
     times = []
     for _ in range(2):
         start = time.perf_counter()

@@ -30,7 +30,7 @@ Row = tuple[str, str]  # what is counted, and how much it is
 
 
 def find_config(model: str) -> PretrainedConfig:
-    """The config that a user means by `MODEL_OR_CONFIG`: a model, a directory with a config, or the file itself.
+    """Return the config that a user means by `MODEL_OR_CONFIG`: a model, a directory with a config, or the file itself.
 
     Raises:
         UsageError: if there is none.
@@ -89,7 +89,7 @@ def _show(model: PretrainedConfig, config: GradualConfig) -> None:
 
 
 def _size_rows(grid: Grid, parameters: int, model: PretrainedConfig, config: GradualConfig) -> list[Row]:
-    """A row for each level: parameters of the uniform model, the share of the dense model that is kept, and bytes.
+    """Return a row for each level: parameters of the uniform model, the share that is kept of the dense one, and bytes.
 
     Where an export repeats K and V, they are those of the export, and the paper's count stands beside them.
     """
@@ -110,7 +110,7 @@ def _size_rows(grid: Grid, parameters: int, model: PretrainedConfig, config: Gra
 
 
 def _level_of(target: Target, model: PretrainedConfig, config: GradualConfig) -> float:
-    """The lowest uniform level, to a hundredth, at which a model costs no more than the target.
+    """Return the lowest uniform level, to a hundredth, at which a model costs no more than the target.
 
     Raises:
         UsageError: if the target has to be measured, or no level in the database is as small.
@@ -133,7 +133,7 @@ def _level_of(target: Target, model: PretrainedConfig, config: GradualConfig) ->
 
 
 def _database_rows(first: Plan, config: GradualConfig) -> list[Row]:
-    """What measuring the dense model and building its database take."""
+    """Return the rows for measuring the dense model and building its database."""
     return [
         (f"calibration, {config.calibration.tokens:,} tokens", _duration(first.calibration_seconds)),
         ("elimination", _duration(first.elimination_seconds)),
@@ -146,7 +146,7 @@ def _database_rows(first: Plan, config: GradualConfig) -> list[Row]:
 def _stage_rows(
     stage: GradualStage, at: Plan, model: PretrainedConfig, block: BlockRates, config: GradualConfig
 ) -> list[Row]:
-    """What the search, the refit and the training of a stage take."""
+    """Return the rows for the search, the refit and the training of a stage."""
     name = f"level {stage.target_level:g}"
     length = config.calibration.sequence_length
     search = plan_search(at.parameters, model, at.grid, at.uniform, config.search, config.refit, length)

@@ -25,24 +25,25 @@ from darwinlm.types import Genome, SelectionStage, Unit
 
 @dataclass(frozen=True)
 class Work:
-    """Operations, by the rate that they are done at."""
+    """Floating-point operations of forward passes and of training steps, which run at different rates."""
 
     forward: float
     training: float = 0.0
 
     def seconds(self, rates: BlockRates) -> float:
-        """What it takes at these rates."""
+        """Return the seconds that the work takes at these rates."""
         return self.forward / rates.forward + self.training / rates.training
 
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """Work that comes after the database, the scores of attention left out.
+    """The work that follows the database. Attention scores are not counted.
 
     Attributes:
-        start: until the first generation.
-        generations: of all of them; what mutants share with their parent is counted, though it is computed once.
-        refit: of the searched and of the uniform model.
+        start: the work before the first generation.
+        generations: the work of all generations. Blocks that mutants share with their parent are counted for each
+            mutant, although they are computed once.
+        refit: the work of refitting the searched and the uniform model.
     """
 
     start: Work
@@ -59,10 +60,13 @@ def plan_search(
     refit: RefitConfig,
     length: int,
 ) -> SearchPlan:
-    """Two operations a weight and token forwards; backwards two for the stream, and two for each weight that trains.
+    """Count the work of a search and of its refits.
+
+    A forward pass takes two operations for each weight and token. A backward pass takes two for the hidden states, and
+    two for each weight that trains.
 
     Args:
-        parameters: of the dense model, embeddings in.
+        parameters: parameters of the dense model, embeddings included.
         uniform: a genome of the size that is searched for.
         length: tokens in a sequence.
     """
@@ -91,7 +95,11 @@ def plan_search(
 
 
 def _start(grid: Grid, dense: int, blocks: int, small: int, search: SearchConfig) -> float:
-    """The dense model on all tokens, sensitivities with the dense prefix reused, and the starts in the last stage."""
+    """Return the operations before the first generation.
+
+    They are those of the dense model on all tokens, of sensitivities with the dense prefix reused, and of the starts in
+    the last stage.
+    """
     last: SelectionStage = search.stages[-1]
     operations, starts = 2.0 * dense * last.fitness_tokens, 1
     if search.start == "sensitivity":
@@ -104,17 +112,17 @@ def _start(grid: Grid, dense: int, blocks: int, small: int, search: SearchConfig
 
 @dataclass(frozen=True)
 class Plan:
-    """What the dense model has, what is left of it, and what the database takes.
+    """The size of the dense model and of a uniform one, and what building the database takes.
 
     Attributes:
-        grid: its units and their levels.
+        grid: the model's units and their levels.
         uniform: the uniform genome at the target level.
-        parameters: of the dense model, embeddings in.
-        target_parameters: of the uniform model at the target level as it is exported, which is a run's budget.
-        calibration_seconds, elimination_seconds: of the whole model.
-        memory_bytes: the most that is held at a time, beside the interpreter with torch.
-        disk_bytes: the database.
-        spilled_bytes: activations in a temporary file.
+        parameters: parameters of the dense model, embeddings included.
+        target_parameters: parameters of the uniform model at the target level, as it is exported.
+        calibration_seconds, elimination_seconds: the seconds that each takes for the whole model.
+        memory_bytes: the most bytes that are held at a time, without the interpreter and torch.
+        disk_bytes: the size of the database.
+        spilled_bytes: the size of the activations that are kept in a temporary file.
     """
 
     grid: Grid
@@ -135,7 +143,7 @@ def plan(
     target_level: float,
     rates: Rates,
 ) -> Plan:
-    """Work out what a run on a model of this config takes.
+    """Return what a run on a model of this config takes.
 
     Args:
         rates: measured with the precision of `calibration`.
@@ -170,7 +178,7 @@ def plan(
 
 
 def _measured(unit: Unit, config: PretrainedConfig, calibration: CalibrationConfig, rates: Rates) -> float:
-    """Seconds to load a unit, and of its forward pass and its Hessian."""
+    """Return the seconds that loading a unit, its forward pass and its Hessian take."""
     tokens, d, hidden = calibration.tokens, columns(unit), config.hidden_size
     operations = 2 * tokens * unit.parameters(0)
     # Tensors a token between two residual streams: norm, sum, output; then gate, up, activation and product, or
@@ -190,7 +198,7 @@ def _measured(unit: Unit, config: PretrainedConfig, calibration: CalibrationConf
 
 
 def _eliminated(grid: Grid, index: int, d_out: int, rates: Rates) -> float:
-    """Seconds of a unit's elimination and of its level solves."""
+    """Return the seconds that a unit's elimination and its level solves take."""
     unit = grid.units[index]
     swept = columns(unit) ** 2 / rates.sweeps if unit.structure_width == 1 else 0.0
     solved = solve_operations(grid, index, d_out) / rates.solves
@@ -198,6 +206,7 @@ def _eliminated(grid: Grid, index: int, d_out: int, rates: Rates) -> float:
 
 
 def _level_bytes(grid: Grid, index: int, d_out: int, stored: int) -> int:
+    """Return the bytes that a unit's levels take in the database."""
     unit = grid.units[index]
     return sum(
         (unit.structures - removed) * unit.structure_width * d_out * stored for removed in grid.removed[index][1:-1]
@@ -207,7 +216,7 @@ def _level_bytes(grid: Grid, index: int, d_out: int, stored: int) -> int:
 def _working_bytes(
     units: tuple[Unit, ...], config: PretrainedConfig, calibration: CalibrationConfig, dtype: torch.dtype
 ) -> int:
-    """The most that a block holds: in its forward pass, or in the elimination of its larger unit."""
+    """Return the most bytes that a block needs, in its forward pass or in the elimination of its larger unit."""
     first = [unit for unit in units if unit.block == 0]
     squares = [FLOAT * columns(unit) ** 2 for unit in first]
     weights = [FLOAT * columns(unit) * config.hidden_size for unit in first]
@@ -223,10 +232,11 @@ class TrainingPlan:
     """What a training takes.
 
     Attributes:
-        work: of the student in training, and of the teacher forwards.
-        memory_bytes: float32 weights, gradients and both moments of AdamW, over all processes, without activations.
-        teacher_bytes: the dense model in each process; none where its logits are read from the disk.
-        disk_bytes: tokens, the teacher's top-k logits, and the two checkpoints that are kept.
+        work: the student's training, and the teacher's forward passes.
+        memory_bytes: the size of float32 weights, gradients and both moments of AdamW, over all processes; activations
+            are not counted.
+        teacher_bytes: the size of the dense model in each process; 0 where its logits are read from the disk.
+        disk_bytes: the size of the tokens, of the teacher's top-k logits, and of the two checkpoints that are kept.
         communication_bytes: what each process receives for every micro-batch where weights are sharded: all weights in
             bfloat16, forwards and backwards, and gradients in float32. 0 where they are not.
     """
@@ -240,7 +250,11 @@ class TrainingPlan:
 
 
 def plan_training(parameters: int, teacher_parameters: int, tokens: int, config: GradualConfig) -> TrainingPlan:
-    """Six operations a weight and token, two more where activations are computed again, two a weight of the teacher."""
+    """Return what a training takes.
+
+    It is six operations for each weight and token, eight where activations are computed again, and two for each weight
+    of the teacher.
+    """
     student = parameters * (8 if config.training.gradient_checkpointing else 6)
     distillation = config.distillation
     taught = distillation.weight > 0  # online or once to the disk: a pass either way
