@@ -58,7 +58,7 @@ def test_a_mutant_keeps_limit_floor_and_ceilings(
         assert all(mutant.levels[i] < budget.grid.highest(i) for i in attentions)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(shapes, st.floats(0.15, 0.85), st.integers(0, 1000), st.integers(1, 4))
 def test_level_switches_keep_each_kinds_level_sum(
     shape: tuple[int, int, int], share: float, seed: int, switches: int
