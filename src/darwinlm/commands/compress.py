@@ -210,7 +210,7 @@ def _export(work: Work, result: SearchResult, model: PreTrainedModel) -> None:
                 "--database.structure kv_group and balanced share them"
             )
         sizes = block_sizes(work.grid, result.best, work.checkpoint.config)
-        counts = parameter_count(work.checkpoint.skeleton()), parameter_count(model)
+        counts = work.dense_parameters, parameter_count(model)
         card = _card(work, result, counts)
         export_hf(model, sizes, work.checkpoint.tokenizer, exported, card, expected, work.checkpoint.path)
         for refusal in check_vllm(exported):
@@ -286,8 +286,8 @@ def _sizes(work: Work, genome: Genome) -> dict[str, str]:
     """The size of the export beside the paper's count, where the two may differ."""
     if not any(unit.uneven for unit in work.grid.units):
         return {}
-    dense = parameter_count(work.checkpoint.skeleton())
-    exported, counted = (costs(work.grid, dense).of(genome) for costs in (parameter_costs, shared_parameter_costs))
+    both = (parameter_costs, shared_parameter_costs)
+    exported, counted = (costs(work.grid, work.dense_parameters).of(genome) for costs in both)
     return {"Size": f"{exported:,} parameters; {counted:,} as the paper counts, with K and V shared by what is left"}
 
 

@@ -35,6 +35,7 @@ class Work:
     """What every stage reads: the run, the dense model and its units, the text, and where to compute.
 
     Attributes:
+        dense_parameters: parameters of the dense model.
         uniform: the uniform genome at the target's size.
         given_genome: the genome of `--genome`, which replaces the search.
         start_genome: the genome of an earlier search from which this one starts.
@@ -48,6 +49,7 @@ class Work:
     config: RunConfig
     checkpoint: Checkpoint
     grid: Grid
+    dense_parameters: int
     uniform: Genome
     budget: Budget
     given_genome: Genome | None
@@ -104,7 +106,7 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
             "versions": versions(),
         } | ({"evaluation text": {text: fingerprint(ids) for text, ids in texts.items()}} if texts else {})
         dense_parameters = parameter_count(checkpoint.skeleton())
-        costs = _costs(this, config, checkpoint, grid, device)
+        costs = _costs(this, config, checkpoint, grid, device, dense_parameters)
         uniform_genome, budget = uniform(grid, costs, config, dense_parameters)
         given_genome = start_genome = None
         if config.genome is not None:
@@ -124,6 +126,7 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
         config=config,
         checkpoint=checkpoint,
         grid=grid,
+        dense_parameters=dense_parameters,
         uniform=uniform_genome,
         budget=budget,
         given_genome=given_genome,
@@ -136,12 +139,13 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
     )
 
 
-def _costs(this: Run, config: RunConfig, checkpoint: Checkpoint, grid: Grid, device: torch.device) -> Costs:
+def _costs(
+    this: Run, config: RunConfig, checkpoint: Checkpoint, grid: Grid, device: torch.device, dense_parameters: int
+) -> Costs:
     """What every level of every unit costs, in the measure of the target."""
     measure = "params" if config.target is None else Target.parse(config.target).measure
     if measure == "latency":
         with parallel.first_before_others():
             return latency_costs(checkpoint, grid, config.latency, device, this.search / "latency.json")
-    dense_parameters = parameter_count(checkpoint.skeleton())
     length = config.calibration.sequence_length
     return counted_costs(measure, grid, checkpoint.config, dense_parameters, length, checkpoint.dtype.itemsize)

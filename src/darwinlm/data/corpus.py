@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from darwinlm.data.hub import ALIASES, stream_dataset
-from darwinlm.data.packing import as_sequences, bos_of, end_of_text, interleave, one_stream, text_length
+from darwinlm.data.packing import as_sequences, bos_of, end_of_text, interleave, one_stream, separator, text_length
 from darwinlm.types import DarwinError, UsageError
 
 HELD_OUT_SHARE = 0.1
@@ -237,13 +237,12 @@ def token_stream(
     if name in TESTS:
         return torch.tensor(_first_tokens(read_documents(TESTS[name], flag), tokenizer, tokens), dtype=torch.long)
     ids: list[int] = []
-    end = end_of_text(tokenizer)
-    separator = [] if end is None else [end]
+    between = separator(tokenizer)
     seen: set[str] = set()
     for document in read_documents(name, flag):
         if document.strip() and document not in seen and counts(document):
             seen.add(document)
-            ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + separator
+            ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + between
         if len(ids) >= tokens:
             break
     return torch.tensor(ids[:tokens], dtype=torch.long)

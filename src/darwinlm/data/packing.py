@@ -51,6 +51,12 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{content}{bos_of(tokenizer)} {end_of_text(tokenizer)}".encode()).hexdigest()
 
 
+def separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens between two documents: one, or none if the tokenizer has no such token."""
+    end = end_of_text(tokenizer)
+    return [] if end is None else [end]
+
+
 def text_length(length: int, tokenizer: PreTrainedTokenizerBase) -> int:
     """The tokens of text in a sequence of `length`, which begins with a BOS where the model expects one."""
     return length - (bos_of(tokenizer) is not None)
@@ -63,15 +69,14 @@ def one_stream(
 
     No more batches of documents are read once there are `tokens`.
     """
-    end = end_of_text(tokenizer)
-    separator = [] if end is None else [end]
+    between = separator(tokenizer)
     stream: list[int] = []
     for start in range(0, len(documents), batch):
         if len(stream) >= tokens:
             return stream, False
         these = list(documents[start : start + batch])
         for ids in tokenizer(these, add_special_tokens=False, verbose=False)["input_ids"]:
-            stream += ids + separator
+            stream += ids + between
     return stream, True
 
 
