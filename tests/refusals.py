@@ -12,7 +12,7 @@ import pytest
 import runs
 from darwinlm.config.run import RunConfig
 
-PROGRESS = ("reading ", "database: ", "search: ", "generation ")
+PROGRESS = ("reading ", "database: ", "search: ", "generation ", "perplexity and KL: ", "speed: ", "continuations: ")
 
 
 def only_sentence(stderr: str) -> str:

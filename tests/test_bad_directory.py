@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 
 import runs
 from darwinlm.commands import compress
+from darwinlm.commands.run_directory import Run, load
 from darwinlm.config.run import RunConfig
 from darwinlm.runtime.files import locked_directory, read_lines, write_lines, write_record
+from darwinlm.types import DarwinError
 from refusals import as_if_nothing_had_happened, copied_model, only_sentence, refused
 
 
@@ -126,11 +128,77 @@ def test_damaged_unit(
 ):
     whole = runs.files(measured)
     damage(measured / "block-01-mlp.safetensors")
-    words = "block-01-mlp.safetensors", "truncated or altered", "delete that file and run the command again"
+    words = "block-01-mlp.safetensors", "truncated, altered or renamed", "delete it and run the command again"
     refused(config, capsys, 1, *words)
     (measured / "block-01-mlp.safetensors").unlink()  # as it was told
     assert runs.call(*runs.command(config, name="database")) == 0
     assert runs.files(measured) == whole
+
+
+def test_swapped_units(measured: Path, config: RunConfig, capsys: pytest.CaptureFixture[str]):
+    """Each is whole, but says which it is."""
+    one, other = (measured / f"block-0{block}-mlp.safetensors" for block in (0, 1))
+    data = one.read_bytes(), other.read_bytes()
+    other.write_bytes(data[0])
+    one.write_bytes(data[1])
+    refused(config, capsys, 1, "block-00-mlp.safetensors was", "renamed after it was written")
+
+
+def test_a_unit_of_another_database(
+    measured: Path, config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    other = replace(config, out=str(tmp_path / "other"), seed=1)
+    compress.run(other, until="database")
+    file = "database/block-01-mlp.safetensors"
+    shutil.copy(tmp_path / "other" / file, tmp_path / "run" / file)
+    refused(config, capsys, 1, "block-01-mlp.safetensors", "is of another database", "delete that file")
+
+
+@pytest.fixture
+def unfinished(config: RunConfig, tmp_path: Path) -> Path:
+    """A run that wants only its report."""
+    compress.run(config)
+    (tmp_path / "run" / "report.md").unlink()
+    return tmp_path / "run"
+
+
+def test_a_damaged_refit(unfinished: Path, config: RunConfig, capsys: pytest.CaptureFixture[str]):
+    refit = unfinished / "refit"
+    _flip(refit / "uniform.safetensors")
+    refused(config, capsys, 1, "uniform.safetensors is damaged (its checksum does not match)", "delete it")
+    shutil.copy(refit / "searched.safetensors", refit / "uniform.safetensors")
+    refused(config, capsys, 1, "it was written as refit/searched.safetensors", "delete it")
+
+
+def test_damaged_curves(unfinished: Path, config: RunConfig, capsys: pytest.CaptureFixture[str]):
+    file = unfinished / "search" / "curves.json"
+    whole = json.loads(file.read_text())
+    write_record(file, {"curves": whole["curves"]}, {"genomes": [], "texts": []})
+    refused(config, capsys, 1, "curves.json is of another search", "delete it")
+    file.write_text(json.dumps(whole).replace("0.", "1.", 1))
+    refused(config, capsys, 1, "curves.json is damaged", "delete it")
+
+
+def test_a_damaged_export_is_refused_and_made_again(
+    unfinished: Path, config: RunConfig, capsys: pytest.CaptureFixture[str]
+):
+    before = runs.files(unfinished / "model")
+    for damage, file in ((_flip, "model.safetensors"), (_truncate, "tokenizer.json"), (Path.unlink, "config.json")):
+        damage(unfinished / "model" / file)
+        with pytest.raises(DarwinError, match=f"the model in .* is damaged: expected the {file}"):
+            load(unfinished)
+        (unfinished / "report.md").unlink(missing_ok=True)
+        assert runs.call(*runs.command(config)) == 0
+        assert "the model is written again" in capsys.readouterr().err
+        after = runs.files(unfinished / "model")
+        assert {name for name in before if after.get(name) != before[name]} <= {"README.md"}  # which has speeds
+
+
+def test_a_damaged_table(unfinished: Path):
+    table = unfinished / "table.json"
+    table.write_text(table.read_text().replace('"perplexity": ', '"perplexity": 1', 1))
+    with pytest.raises(DarwinError, match=r"table\.json is damaged"):
+        _ = Run(unfinished).table
 
 
 def test_damaged_manifest(measured: Path, config: RunConfig, capsys: pytest.CaptureFixture[str]):

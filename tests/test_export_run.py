@@ -85,7 +85,7 @@ def test_damaged_unit(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     unit = next(name for name, level in levels.items() if level in (1, 2))
     file = run / "database" / f"{unit}.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    refused(run, capsys, 1, file.name, "truncated or altered", "it alone is rebuilt")
+    refused(run, capsys, 1, file.name, "truncated, altered or renamed", "it alone is rebuilt")
 
 
 def test_search_that_has_not_finished(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

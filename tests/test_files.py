@@ -148,7 +148,7 @@ TENSORS = {
 def test_tensors_come_back_with_their_record(tmp_path: Path) -> None:
     write_tensors(tmp_path / "tensors", TENSORS, {"levels": (1, 2)}, steps=7)
     record, tensors = read_tensors(tmp_path / "tensors")
-    assert record == {"provenance": {"levels": [1, 2]}, "steps": 7}
+    assert record == {"provenance": {"levels": [1, 2]}, "name": f"{tmp_path.name}/tensors", "steps": 7}
     assert tensors.keys() == TENSORS.keys()
     assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
     assert [tensors[name].dtype for name in TENSORS] == [tensor.dtype for tensor in TENSORS.values()]

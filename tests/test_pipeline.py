@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -160,6 +161,7 @@ def test_the_run_directory_holds_what_the_design_says_and_nothing_else(compresse
     assert len(code) <= 1
     assert found - code == {
         "run.yaml",
+        "model.json",
         "table.json",
         "report.md",
         "levels.png",
@@ -339,7 +341,7 @@ def test_the_dense_model_is_loaded_once_in_each_precision(
 def test_stages_fit_a_text_that_is_too_short(checkpoints: dict[str, Path], text: Path, tmp_path: Path):
     """Every stage has whole sequences of it, and a command that runs fewer stages draws the same."""
     short = tmp_path / "short.jsonl"
-    short.write_text("\n".join(text.read_text().splitlines()[:12]))
+    short.write_text("".join(json.dumps({"text": document}) + "\n" for document in tiny.few_documents(12)))
     calibration = CalibrationConfig(tokens=1 << 20, sequence_length=32, batch_size=4)
     config = runs.short(checkpoints["llama-gqa"], short, tmp_path / "run", calibration=calibration)
     shares = r"calibration 1,048,576 \(--calibration.tokens\), search 128 .*, refit 128 \(--refit.tokens\)"

@@ -75,7 +75,7 @@ def test_table_has_exactly_the_promised_keys(
     tmp_path: Path, grid: Grid, genomes: dict[str, Genome], history: list[Generation]
 ):
     write(tmp_path, grid, genomes, history)
-    table = json.loads((tmp_path / "table.json").read_text())
+    table = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert len(table) == len(ROWS)
     speeds = ["prefill_tokens_per_s", "decode_tokens_per_s", "prefill_ratio", "decode_ratio"]
     keys = ["model", "parameters", "perplexity", "kl", *speeds, "bytes", "texts"]

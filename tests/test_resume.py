@@ -72,7 +72,10 @@ def _end(run: Path) -> dict[str, object]:
     result = json.loads(files["search/result.json"])
     kept = {name: data for name, data in files.items() if name.startswith("model/") and name != "model/README.md"}
     database = {name: data for name, data in files.items() if name.startswith("database/")}
-    table = [(row["model"], row["parameters"], row["perplexity"], row["kl"]) for row in json.loads(files["table.json"])]
+    table = [
+        (row["model"], row["parameters"], row["perplexity"], row["kl"])
+        for row in json.loads(files["table.json"])["rows"]
+    ]
     return {"history": runs.history(run), "result": result, "model": kept, "database": database, "table": table}
 
 
@@ -158,6 +161,7 @@ def finished(checkpoints: dict[str, Path], text: Path, tmp_path_factory: pytest.
         "search/result.json",
         "refit/searched.safetensors",
         "model",
+        "model.json",
         "table.json",
         "report.md",
     ],

@@ -29,6 +29,8 @@ from transformers import (
     Starcoder2Config,
 )
 
+from darwinlm.data.corpus import is_held_out
+
 VOCAB = 320
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 COMMON = {
@@ -95,6 +97,13 @@ def write_checkpoint(path: Path, family: str, seed: int = 0, adds_bos: bool = Fa
 def documents() -> list[str]:
     """Technical prose: the topics of Python's own help."""
     return list(topics.values())
+
+
+def few_documents(count: int) -> list[str]:
+    """Some documents, the first of which is held out: the hash decides, and the text of every Python is another."""
+    chosen = list(dict.fromkeys(documents()))
+    held_out = [document for document in chosen if is_held_out(document)][:1]
+    return held_out + [document for document in chosen if not is_held_out(document)][: count - 1]
 
 
 def write_text(path: Path) -> Path:

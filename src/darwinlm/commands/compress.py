@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from math import inf
 from pathlib import Path
@@ -33,7 +34,7 @@ from darwinlm.export.vllm import check_vllm
 from darwinlm.losses.metrics import label
 from darwinlm.model.families import block_sizes
 from darwinlm.model.licence import licence_of
-from darwinlm.model.pruned import load
+from darwinlm.model.pruned import foreign_code, load
 from darwinlm.model.size import parameter_bytes, parameter_count
 from darwinlm.report import run_report
 from darwinlm.runtime import parallel
@@ -203,6 +204,9 @@ def _export(work: Work, result: SearchResult, model: PreTrainedModel) -> None:
     """Write the searched model as a directory that transformers loads, and prove it in a fresh process."""
     exported = work.run.exported
     expected = Expected.of(model) if work.config.verify else None
+    if exported.exists() and (change := _change(work.run)):
+        say(f"export: {change} in {exported} is not what was written; the model is written again")
+        shutil.rmtree(exported)
     if not exported.exists():
         if any(unit.uneven for unit in work.grid.units):
             say(
@@ -213,10 +217,19 @@ def _export(work: Work, result: SearchResult, model: PreTrainedModel) -> None:
         counts = work.dense_parameters, parameter_count(model)
         card = _card(work, result, counts)
         export_hf(model, sizes, work.checkpoint.tokenizer, exported, card, expected, work.checkpoint.path)
+        work.run.seal_export()
         for refusal in check_vllm(exported):
             say(f"vLLM would refuse this export: {refusal}")
     elif expected is not None:
         verify_export(exported, expected)
+
+
+def _change(this: Run) -> str | None:
+    """The first file of the export that must not be used, for it is not what was written, or None."""
+    try:
+        return this.damage or foreign_code(this.exported)
+    except DarwinError:  # the process died before it had sealed the export
+        return this.seal_path.name
 
 
 def _evaluate(work: Work, uniform_model: PreTrainedModel) -> list[Row]:

@@ -22,8 +22,9 @@ from darwinlm.genome import Grid
 from darwinlm.model import pruned
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.hub import HUB_ERRORS, fetch_model
-from darwinlm.runtime.files import FORMAT_VERSION, check_record, read_json, read_record, sweep, write_record, write_text
+from darwinlm.runtime.files import FORMAT_VERSION, check_record, read_record, sweep, write_record, write_text
 from darwinlm.runtime.names import hub_model
+from darwinlm.runtime.seal import digests, first_change
 from darwinlm.types import DarwinError, Genome, SearchResult, UsageError
 
 SETTINGS, TRAIN_SETTINGS, GRADUAL_SETTINGS = "run.yaml", "train.yaml", "recipe.yaml"
@@ -33,6 +34,9 @@ MARK = f"# Settings of darwinlm, format {FORMAT_VERSION}\n"  # above them; 0.1.0
 
 # Settings that may change when something is resumed: it may be moved, and may need less memory or another disk.
 FREE = ("out", "verify", "cache", "training.micro_batch_size", "training.gradient_checkpointing", "training.report_to")
+
+
+CARD = ("README.md",)  # the export's, which the report rewrites, and users may
 
 
 AS_A_LIST = "search one on this model and these levels, or give its levels as a JSON list"
@@ -49,6 +53,7 @@ class Run:
         dense: where a model that is no directory of safetensors is converted to one.
         database, search, refit, exported: where its stages keep their artifacts.
         history_path: the search's, a line of JSON for each generation.
+        seal_path: the digests of the export's files.
         table_path, report_path: what it ends with.
     """
 
@@ -60,6 +65,7 @@ class Run:
         self.history_path = self.search / "history.jsonl"
         self.refit = self.path / "refit"
         self.exported = self.path / "model"
+        self.seal_path = self.path / "model.json"
         self.table_path = self.path / "table.json"
         self.report_path = self.path / "report.md"
 
@@ -103,9 +109,14 @@ class Run:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The compressed model, loaded from the run's export. Raises `DarwinError` if there is none yet."""
+        """The compressed model, loaded from the run's export.
+
+        Raises:
+            DarwinError: if there is none yet, or it is damaged.
+        """
         if not self.exported.exists():
             raise DarwinError(f"the run in {self.path} has no model yet; run darwinlm compress again to go on")
+        self.check_export()
         return pruned.load(self.exported)
 
     @property
@@ -113,9 +124,9 @@ class Run:
         """The rows of `table.json`: dense, uniform and searched, with their measurements.
 
         Raises:
-            DarwinError: if the run has not been evaluated yet.
+            DarwinError: if the run has not been evaluated yet, or the file is damaged.
         """
-        return read_json(self.table_path)
+        return read_record(self.table_path, "rows")["rows"]
 
     def save_search(self, result: SearchResult, grid: Grid, provenance: dict[str, Any]) -> None:
         """Write the genome that the search found, with the names of its units and what it was made from."""
@@ -129,6 +140,28 @@ class Run:
             file = self.database / f"{unit}.safetensors"
             if not file.exists():
                 raise DarwinError(f"{file} is missing; run darwinlm compress again, which measures that unit alone")
+
+    def seal_export(self) -> None:
+        """Note what the files of the export hold, so that damage to them is found."""
+        write_record(self.seal_path, {"files": digests(self.exported, CARD)}, {"genome": self.genome.levels})
+
+    @property
+    def damage(self) -> str | None:
+        """The first file of the export, other than its card, that is not what was written, or None if all are.
+
+        Raises:
+            DarwinError: if the record of what was written is missing or damaged.
+        """
+        return first_change(self.exported, read_record(self.seal_path, "files")["files"], CARD)
+
+    def check_export(self) -> None:
+        """Raise `DarwinError` if a file of the export, other than its model card, is not what was written."""
+        damage = self.damage
+        if damage is not None:
+            raise DarwinError(
+                f"the model in {self.exported} is damaged: expected the {damage} that the run wrote, found another or "
+                f"none; delete {self.exported} and {self.report_path}, and run darwinlm compress again"
+            )
 
     @property
     def _result_path(self) -> Path:
@@ -190,9 +223,13 @@ def find_export(path: Path) -> Path:
 
     Raises:
         UsageError: if there is no model there, or the run has none yet.
+        DarwinError: if the run's export is damaged.
     """
     inside = _is_run(path)
-    export = Run(path).exported if inside else path
+    run = Run(path)
+    export = run.exported if inside else path
+    if inside and run.seal_path.exists() and export.exists():
+        run.check_export()
     if not (export / "config.json").is_file():
         missing = "its run has not come to its export yet, run the same command again" if inside else "name one"
         raise UsageError(f"no model in {path}: expected config.json in {export}, found none; {missing}")

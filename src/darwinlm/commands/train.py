@@ -238,10 +238,14 @@ def _train(work: _Work) -> Path:
     """Train to the end, from the last checkpoint if there is one, and return the final checkpoint."""
     config, training = work.config, work.training
     last = training.last_checkpoint(work.provenance)
-    if last is not None and last.name == f"checkpoint-{config.steps}":
-        return last
     if last is not None:
-        _check_resumable(last, work)
+        finished = last.name == f"checkpoint-{config.steps}"
+        if not finished:
+            _check_resumable(last, work)
+        if parallel.first():  # torchrun ends the others where this one fails
+            training.check_checkpoint(last)
+        if finished:
+            return last
     set_seed(config.seed)
     model: Any = work.checkpoint.load(torch.float32, work.device).requires_grad_(True).train()
     if config.training.lora_rank:

@@ -28,7 +28,7 @@ from darwinlm.data.corpus import is_held_out, name_and_weight, text_of
 from darwinlm.data.packing import as_sequences, one_stream, text_length, tokenizer_fingerprint
 from darwinlm.data.sources import check_distinct, explained, identity_of, stream_of
 from darwinlm.runtime import parallel
-from darwinlm.runtime.files import open_tensors, read_record, sweep, write_record, write_tensors
+from darwinlm.runtime.files import open_tensors, read_record, read_tensors, sweep, write_record, write_tensors
 from darwinlm.runtime.progress import say
 from darwinlm.types import DarwinError, UsageError
 
@@ -150,7 +150,8 @@ class TokenStore:
         while done < sequences and not (parts and parts[-1]["end"]):
             start = parts[-1]["next"] if parts else None
             tokens, record = self._make_part(lane, start, len(parts), sequences - done)
-            file, provenance = self._file(lane, len(parts)), {"store": self.path.name}
+            file = self._file(lane, len(parts))
+            provenance = self._provenance(file)
             write_tensors(file, {"tokens": tokens}, provenance)
             write_record(file.with_suffix(".json"), record, provenance)
             parts.append(record)
@@ -215,7 +216,20 @@ class TokenStore:
         return bool(parts) and parts[-1]["end"]
 
     def _parts(self, lane: int) -> list[dict[str, Any]]:
-        return [read_record(file, "sequences", "whole", "end", "next") for file in self._files(lane)]
+        return [self._record(file) for file in self._files(lane)]
+
+    def _record(self, file: Path) -> dict[str, Any]:
+        record = read_record(file, "sequences", "whole", "end", "next")
+        if record["provenance"] != self._provenance(file):
+            raise DarwinError(
+                f"{file} is of another part: expected {self._provenance(file)}, found {record['provenance']}; delete "
+                f"{file.parent} and run the command again"
+            )
+        return record
+
+    def _provenance(self, file: Path) -> dict[str, str]:
+        """What a file of the store says that it is part of."""
+        return {"store": self.path.name, "part": f"{file.parent.name}/{file.stem}"}
 
     def _files(self, lane: int) -> list[Path]:
         """Return the files with the records of a lane's finished parts."""
@@ -312,12 +326,20 @@ def _pack(
 def mapped(file: Path, delete: Path | None = None) -> Any:
     """An open safetensors file, mapped into memory once in each process, and again if the file has been replaced.
 
+    Its checksum is verified when the process opens it first.
+
     Raises:
-        DarwinError: as `open_tensors`.
+        DarwinError: as `read_tensors`.
     """
     return _mapped(file, delete, file.stat().st_mtime_ns if file.exists() else 0)
 
 
 @lru_cache(maxsize=OPEN_FILES)
-def _mapped(file: Path, delete: Path | None, _: int) -> Any:
+def _mapped(file: Path, delete: Path | None, written: int) -> Any:
+    if (file, written) not in _verified:
+        read_tensors(file, delete)
+        _verified.add((file, written))
     return open_tensors(file, delete).__enter__()
+
+
+_verified = set[tuple[Path, int]]()  # files, and the times at which they were written

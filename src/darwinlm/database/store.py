@@ -21,7 +21,15 @@ from darwinlm.database.cholesky import dampen
 from darwinlm.database.levels import Elimination, Level, UnitStatistics
 from darwinlm.genome import Grid
 from darwinlm.runtime import parallel
-from darwinlm.runtime.files import DamagedError, read_notes, read_record, read_tensors, write_record, write_tensors
+from darwinlm.runtime.files import (
+    DamagedError,
+    as_json,
+    read_notes,
+    read_record,
+    read_tensors,
+    write_record,
+    write_tensors,
+)
 from darwinlm.types import DarwinError, UsageError
 
 MANIFEST = "database.json"
@@ -100,7 +108,13 @@ class Database:
         if index not in self._units:
             name = self.grid.units[index].name
             with self._whole(name) as file:
-                _, self._units[index] = read_tensors(file)
+                record, tensors = read_tensors(file)
+            if record["provenance"] != as_json(self.provenance):
+                raise DarwinError(
+                    f"{file} is of another database: expected what {self.path / MANIFEST} says it was made from, found "
+                    "another; delete that file and run the command again, it alone is rebuilt"
+                )
+            self._units[index] = tensors
         return self._units[index]
 
     @contextmanager
@@ -113,7 +127,7 @@ class Database:
             yield file
         except DamagedError:
             raise DarwinError(
-                f"damaged database: {file} was truncated or altered after it was written; delete that file and run "
+                f"damaged database: {file} was truncated, altered or renamed after it was written; delete it and run "
                 "the command again, it alone is rebuilt"
             ) from None
 

@@ -83,6 +83,16 @@ def render(family: str) -> str:
     return text.replace("Llama", CLASS_PREFIXES[family]).replace("llama", family)
 
 
+def foreign_code(directory: Path) -> str | None:
+    """Return the name of a file of Python in an export that is not what this package writes, or None if there is none.
+
+    Only a file that is compared first may be run.
+    """
+    ours = {f"{module_name(family)}.py": render(family) for family in CLASS_PREFIXES}
+    files = sorted(directory.rglob("*.py"))
+    return next((file.name for file in files if file.read_text(errors="replace") != ours.get(file.name)), None)
+
+
 @cache
 def pruned_classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]:
     """Return the config, model and causal language model classes of a family's pruned models.

@@ -14,7 +14,7 @@ from darwinlm.evaluation.rows import Row
 from darwinlm.genome import Grid
 from darwinlm.report import tables
 from darwinlm.report.figures import levels_figure, save_figure, search_figure
-from darwinlm.runtime.files import write_json, write_text
+from darwinlm.runtime.files import write_record, write_text
 from darwinlm.runtime.timing import Ratio
 from darwinlm.types import Curve, Generation, Genome
 
@@ -158,7 +158,7 @@ def write_report(
     if history:
         save_figure(out / "search.png", search_figure(history, metric, curves))
         pictures["search.png"] = f"{metric} of the best genome, generation by generation, and KL on text it never saw"
-    write_json(out / "table.json", [_record(row) for row in rows])
+    write_record(out / "table.json", {"rows": [_record(row) for row in rows]}, settings)
     write_text(out / "report.md", _markdown(title, rows, settings, pictures))
     return [out / name for name in ("report.md", "table.json", *pictures)]
 

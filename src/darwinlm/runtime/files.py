@@ -267,11 +267,13 @@ def read_lines(path: Path, *keys: str) -> tuple[dict[str, Any], list[dict[str, A
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any], **notes: Any) -> None:
     """Write contiguous tensors on the CPU to a safetensors file, atomically, with its record in the metadata.
 
+    The record names the file and its directory, so that a file is not taken for another of the same run.
+
     Args:
         provenance: what the tensors were made from.
         notes: more to remember, as JSON holds it.
     """
-    record = as_json({"provenance": provenance, **notes})
+    record = as_json({"provenance": provenance, "name": _name_of(path), **notes})
     record = {"format": FORMAT_VERSION, "sha256": _checksum(record, tensors), **record}
     with replaced(path) as temporary:
         save_file(dict(tensors), temporary, {RECORD: json.dumps(record)})
@@ -284,30 +286,41 @@ def open_tensors(path: Path, delete: Path | None = None) -> Any:
         delete: what is to be deleted where the file is damaged, for the next run to make it again; the file if None.
 
     Raises:
-        DarwinError: if it is missing, no such file, cut off, or of another format version.
+        DarwinError: if it is missing, no such file, cut off, another file of the run, or of another format version.
     """
     try:
         opened = safe_open(path, framework="pt")
     except (SafetensorError, FileNotFoundError) as error:
         raise _damaged(path, error, delete) from None
-    _check_version(path, _record_of(opened).get("format", 1))
+    record = _record_of(opened)
+    _check_version(path, record.get("format", 1))
+    if record.get("name") != _name_of(path):
+        raise _damaged(path, f"it was written as {record.get('name')}", delete)
     return opened
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _name_of(path: Path) -> str:
+    """The name of a file within its directory, which stays the same when a run is moved."""
+    return f"{path.absolute().parent.name}/{path.name}"
+
+
+def read_tensors(path: Path, delete: Path | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What `write_tensors` wrote: the provenance and the notes, and the tensors.
 
     The tensors are mapped into memory: each takes memory of its own only where it is changed.
 
+    Args:
+        delete: as for `open_tensors`.
+
     Raises:
         DarwinError: as `open_tensors`, and if the checksum does not match.
     """
-    with open_tensors(path) as opened:
+    with open_tensors(path, delete) as opened:
         record = _record_of(opened)
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     content = {key: item for key, item in record.items() if key not in ("format", "sha256")}
     if _checksum(content, tensors) != record.get("sha256"):
-        raise _damaged(path, "its checksum does not match")
+        raise _damaged(path, "its checksum does not match", delete)
     return content, tensors
 
 

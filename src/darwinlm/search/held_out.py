@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from darwinlm.database.stitch import Stitcher
 from darwinlm.losses.logits import Logits
 from darwinlm.losses.metrics import Divergence
-from darwinlm.runtime.files import read_record, write_record
+from darwinlm.runtime.files import as_json, read_record, write_record
 from darwinlm.runtime.progress import track
 from darwinlm.search.fitness import BATCH_TOKENS
-from darwinlm.types import Curve, Generation
+from darwinlm.types import Curve, DarwinError, Generation
 
 POINTS = 8  # the most that a curve has
 
@@ -63,14 +63,18 @@ def curves(
     Only generations that improved on the parent are considered; at most `POINTS` of them are measured, among them the
     first and the last. The curves are kept in `file`, which a later call only reads.
     """
-    if file.exists():
-        return {name: tuple(map(tuple, curve)) for name, curve in read_record(file)["curves"].items()}
     better = [line for i, line in enumerate(history) if i == 0 or line.genome != history[i - 1].genome]
     count = min(POINTS, len(better))
     points = [better[round(i * (len(better) - 1) / max(count - 1, 1))] for i in range(count)]
+    provenance = {"genomes": [line.genome.levels for line in points], "texts": list(texts)}
+    if file.exists():
+        record = read_record(file, "curves")
+        if record["provenance"] != as_json(provenance):
+            raise DarwinError(f"{file} is of another search: delete it, and the same command measures the curves again")
+        return {name: tuple(map(tuple, curve)) for name, curve in record["curves"].items()}
     held_out = HeldOut(stitcher.dense, {name: text[: -(-TOKENS // text.shape[1])] for name, text in texts.items()})
     divergences = [held_out(stitcher.stitch(line.genome)) for line in track(points, "curves", count)]
     measured = list(zip(points, divergences, strict=True))
     result = {name: tuple((line.generation, by_text[name]) for line, by_text in measured) for name in texts}
-    write_record(file, {"curves": result}, {"genomes": [line.genome.levels for line in points]})
+    write_record(file, {"curves": result}, provenance)
     return result

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from darwinlm.runtime.files import read_record
+from darwinlm.runtime.seal import first_change
 from darwinlm.training.trainer import FINISHED
-from darwinlm.types import UsageError
+from darwinlm.types import DarwinError, UsageError
 
 
 class Training:
@@ -59,3 +60,12 @@ class Training:
                 "found another; remove it, or choose another --out"
             )
         return newest.parent
+
+    def check_checkpoint(self, checkpoint: Path) -> None:
+        """Raise `DarwinError` if a file of a complete checkpoint is not what was written."""
+        changed = first_change(checkpoint, read_record(checkpoint / FINISHED, "files")["files"])
+        if changed is not None:
+            raise DarwinError(
+                f"the checkpoint {checkpoint} is damaged: expected the {changed} that the training wrote, found "
+                "another or none; delete the checkpoint, and the training goes on from the one before"
+            )

@@ -31,6 +31,7 @@ from darwinlm.evaluation.quality import perplexity_of
 from darwinlm.losses.distillation import LastHidden, Losses, Target, chunked_loss, hidden_for_logits
 from darwinlm.runtime.files import write_record, write_text
 from darwinlm.runtime.progress import say
+from darwinlm.runtime.seal import digests
 from darwinlm.types import DarwinError
 
 FINISHED = "darwinlm.json"  # written into a checkpoint once it is complete
@@ -203,7 +204,7 @@ class RecoveryTrainer(Trainer):
         if self.is_world_process_zero():
             step = self.state.global_step
             directory = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
-            write_record(directory / FINISHED, {"step": step}, self.provenance)
+            write_record(directory / FINISHED, {"step": step, "files": digests(directory)}, self.provenance)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Do as the Trainer does, but gather sharded weights singly and tied ones once, at which it (5.23) fails."""
