@@ -29,8 +29,6 @@ from transformers import (
     Starcoder2Config,
 )
 
-from darwinlm.data.corpus import is_held_out
-
 VOCAB = 320
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 COMMON = {
@@ -101,6 +99,8 @@ def documents() -> list[str]:
 
 def few_documents(count: int) -> list[str]:
     """Some documents, the first of which is held out: the hash decides, and the text of every Python is another."""
+    from darwinlm.data.corpus import is_held_out  # not before jaxtyping has its hook in place
+
     chosen = list(dict.fromkeys(documents()))
     held_out = [document for document in chosen if is_held_out(document)][:1]
     return held_out + [document for document in chosen if not is_held_out(document)][: count - 1]
