@@ -31,7 +31,7 @@ from smollm2 import Kept, dense_smollm2, export
 from darwinlm.config.evaluation import SpeedConfig
 from darwinlm.evaluation.speed import count, measure
 from darwinlm.export.gguf import export_gguf
-from darwinlm.model.pruned import load
+from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_count
 
 RESULTS = Path(__file__).with_name("RESULTS-speed.md")

@@ -17,7 +17,7 @@ import tiny
 from darwinlm.commands.compress import run
 from darwinlm.export.gguf import export_gguf
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
-from darwinlm.model.pruned import load
+from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_count
 from darwinlm.types import DarwinError, UsageError
 
@@ -74,10 +74,10 @@ def test_shards(model: Path, tmp_path: Path):
     tiny.build("qwen2").save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     tiny.tokenizer().save_pretrained(tmp_path / "sharded")
     sharded = Checkpoint(tmp_path / "sharded")
-    assert len(set(sharded.shards.values())) > 2
+    assert len({header.file for header in sharded.headers.values()}) > 2
     assert sharded.fingerprint == whole.fingerprint
     assert torch.equal(sharded.tensor("model.norm.weight"), whole.tensor("model.norm.weight"))
-    lost = sharded.shards["lm_head.weight"]
+    lost = sharded.headers["lm_head.weight"].file
     (tmp_path / "sharded" / lost).unlink()
     with pytest.raises(DarwinError, match=rf"{lost} cannot be read .* fetch the checkpoint again"):
         sharded.tensor("lm_head.weight")
@@ -226,7 +226,7 @@ def test_shards_elsewhere_are_refused(file: object, checkpoints: dict[str, Path]
     weights.rename(tmp_path / "elsewhere.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, file)}))
     readers = (
-        lambda: Checkpoint(model).shards,
+        lambda: Checkpoint(model).headers,
         lambda: load(model),
         lambda: export_gguf(model, tmp_path / "model.gguf", "f16"),
     )

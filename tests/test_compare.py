@@ -25,7 +25,7 @@ from darwinlm.evaluation.quality import perplexity_and_kl
 from darwinlm.evaluation.tasks import Request, run_tasks
 from darwinlm.genome import Grid, level_grid
 from darwinlm.model.checkpoint import Checkpoint
-from darwinlm.model.pruned import load
+from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_count
 from darwinlm.report.comparison import CELLS, DENSE, Cell, figure
 from darwinlm.rivals import methods as registry

@@ -85,7 +85,7 @@ def test_a_damaged_file_is_named_with_the_cure(tmp_path: Path, damage) -> None:
     damage(tmp_path / "block-01-mlp.safetensors")
     database = Database(tmp_path, GRID, MADE_FROM)
     database.level(0, 1)
-    with pytest.raises(DarwinError, match=r"damaged database: .*block-01-mlp\.safetensors .* delete that file"):
+    with pytest.raises(DarwinError, match=r"damaged database: .*block-01-mlp\.safetensors .* delete it"):
         database.level(1, 1)
 
 

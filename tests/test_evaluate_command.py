@@ -26,7 +26,7 @@ from darwinlm.evaluation.generation import repetition, write
 from darwinlm.evaluation.local_tasks import LOCAL
 from darwinlm.evaluation.quality import quality_over, windows_over
 from darwinlm.evaluation.tasks import SUITE, Request, Score
-from darwinlm.model.pruned import load
+from darwinlm.model.reading import load
 from darwinlm.types import UsageError
 
 PROMPTS = ("The list of", "A function is", "When the")

@@ -15,7 +15,7 @@ from darwinlm.config.run import EvaluationConfig, RunConfig
 from darwinlm.data.corpus import is_held_out, read_corpus
 from darwinlm.evaluation.quality import perplexity_and_kl
 from darwinlm.model.checkpoint import Checkpoint
-from darwinlm.model.pruned import load
+from darwinlm.model.reading import load
 from darwinlm.types import UsageError
 from refusals import as_if_nothing_had_happened, refused
 

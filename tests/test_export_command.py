@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import runs
 from darwinlm.export.hf import export_hf
 from darwinlm.export.vllm import check_vllm
-from darwinlm.model.pruned import load
+from darwinlm.model.reading import load
 from darwinlm.types import DarwinError
 from exports import CARD, Case, dense_model, stitched_model
 from refusals import only_sentence

@@ -19,7 +19,7 @@ import tiny
 from darwinlm.export.gguf import FileType, export_gguf
 from darwinlm.export.hf import export_hf
 from darwinlm.model.checkpoint import find_checkpoint
-from darwinlm.model.pruned import load
+from darwinlm.model.reading import load
 from darwinlm.types import DarwinError, UsageError
 from exports import LLAMA_3_ROPE, Case, dense_model, stitched_model
 from llama_cpp import Answer, difference, needs_llama_cpp

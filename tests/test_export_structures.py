@@ -12,7 +12,8 @@ import tiny
 from darwinlm.database.stitch import repeat_shared
 from darwinlm.export.hf import export_hf
 from darwinlm.model.families import block_sizes
-from darwinlm.model.pruned import block_sizes_of, load
+from darwinlm.model.pruned import block_sizes_of
+from darwinlm.model.reading import load
 from darwinlm.types import Structure
 
 

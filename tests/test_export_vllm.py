@@ -15,7 +15,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from darwinlm.export.hf import export_hf
 from darwinlm.export.vllm import _interface_calls, check_vllm, tensor_parallel_sizes, zero_stubs
-from darwinlm.model.pruned import block_sizes_of, load, pruned_model
+from darwinlm.model.pruned import block_sizes_of, pruned_model
+from darwinlm.model.reading import load
 from darwinlm.types import BlockSizes, UsageError
 from exports import CARD, CASES, VOCAB, dense_model, make_tokenizer, stitched_model
 

@@ -19,7 +19,8 @@ from darwinlm.commands.gradual import _size_at, gradual
 from darwinlm.config.run import DatabaseConfig, RunConfig, read_config
 from darwinlm.config.training import GradualConfig, GradualStage, TrainConfig, steps_of
 from darwinlm.model.checkpoint import Checkpoint
-from darwinlm.model.pruned import block_sizes_of, load
+from darwinlm.model.pruned import block_sizes_of
+from darwinlm.model.reading import load
 from darwinlm.runtime.files import read_json
 from darwinlm.types import UsageError
 from test_parallel import torchrun

@@ -57,7 +57,11 @@ def test_it_times_what_is_slow(checkpoints: dict[str, Path], monkeypatch: pytest
         for cost, gone in zip(row, removed, strict=True):
             weights = parameters * (unit.structures - gone) // unit.structures
             assert 2 * 4 * weights <= cost <= 1.25 * 2 * 4 * weights  # attention scores on top
-    assert rest == 2 * checkpoint.config.hidden_size * checkpoint.config.vocab_size  # the last token's logits
+    logits, rotary = (
+        2 * checkpoint.config.hidden_size * checkpoint.config.vocab_size,
+        4 * 4,
+    )  # a product in some versions
+    assert logits <= rest <= logits + rotary
     assert error == pytest.approx(0, abs=1e-6)
 
 

@@ -11,7 +11,7 @@ import torch
 
 import pruned
 from darwinlm.model.checkpoint import Checkpoint
-from darwinlm.model.pruned import load
+from darwinlm.model.reading import load
 from darwinlm.types import Genome, Structure
 
 

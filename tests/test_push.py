@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from darwinlm.export.hf import export_hf
-from darwinlm.model.pruned import auto_map, load, render
+from darwinlm.model.pruned import auto_map, render
+from darwinlm.model.reading import load
 from exports import CARD, CASES, dense_model, make_tokenizer, stitched_model
 from hub import local_hub
 

@@ -27,7 +27,7 @@ from darwinlm.config.training import DistillationConfig, TrainConfig
 from darwinlm.data.stream import draw_held_out, draw_sequences
 from darwinlm.evaluation.quality import perplexity_and_kl
 from darwinlm.model.checkpoint import Checkpoint
-from darwinlm.model.pruned import load
+from darwinlm.model.reading import load
 from darwinlm.types import DarwinError, UsageError
 
 PATIENCE = 60.0  # seconds

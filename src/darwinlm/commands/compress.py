@@ -34,7 +34,8 @@ from darwinlm.export.vllm import check_vllm
 from darwinlm.losses.metrics import label
 from darwinlm.model.families import block_sizes
 from darwinlm.model.licence import licence_of
-from darwinlm.model.pruned import foreign_code, load
+from darwinlm.model.pruned import foreign_code
+from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_bytes, parameter_count
 from darwinlm.report import run_report
 from darwinlm.runtime import parallel

@@ -23,7 +23,7 @@ from darwinlm.evaluation.quality import Quality, quality_over, windows_over
 from darwinlm.evaluation.speed import count, measure
 from darwinlm.evaluation.tasks import SUITE, Request, Score, find_tasks, requested, run_tasks
 from darwinlm.model.checkpoint import find_checkpoint
-from darwinlm.model.pruned import load
+from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime.device import DTYPES, resolve_device
 from darwinlm.runtime.files import write_json

@@ -14,7 +14,8 @@ from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected
 from darwinlm.export.vllm import check_vllm, tensor_parallel_sizes, zero_stubs
 from darwinlm.model.checkpoint import Checkpoint
-from darwinlm.model.pruned import block_sizes_of, load
+from darwinlm.model.pruned import block_sizes_of
+from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime.files import check_new
 from darwinlm.runtime.progress import say

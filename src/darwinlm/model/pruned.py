@@ -18,10 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
@@ -34,8 +32,6 @@ from transformers import (
 )
 
 from darwinlm.model.families import FAMILIES, PRUNED, head_dim
-from darwinlm.model.shards import read_index
-from darwinlm.runtime.progress import quiet_transformers
 from darwinlm.types import BlockSizes, DarwinError, UsageError
 
 EXPORTABLE = ("llama", "mistral", "qwen2", "qwen3")
@@ -281,31 +277,3 @@ def pruned_model(
     result.tie_weights()
     result.generation_config = model.generation_config
     return result.train(model.training)
-
-
-def load(directory: Path | str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """Load a causal language model, pruned or dense, from a directory, in evaluation mode.
-
-    Python code in the directory is never run.
-
-    Raises:
-        DarwinError: if weights are missing or unreadable, or do not have the shapes that the config gives, or if the
-            index of the shards names files elsewhere.
-    """
-    register()
-    read_index(Path(directory))  # refuses files elsewhere, which transformers would read
-    try:
-        with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-    except SafetensorError as error:
-        raise DarwinError(f"the weights in {directory} cannot be read ({error}); fetch the model again") from None
-    model, report = loaded
-    wrong = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])
-    if wrong:  # transformers would fill these with random numbers
-        raise DarwinError(
-            f"{directory} lacks {wrong[0]} in the shape that config.json says ({len(wrong)} such tensors); "
-            "the checkpoint is incomplete, fetch it again"
-        )
-    return model

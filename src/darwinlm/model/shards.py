@@ -1,8 +1,12 @@
-"""The weight files of a model directory, by the index that names them."""
+"""The weight files of a model directory: the index that names them, and what they say that they hold."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
 
 from darwinlm.runtime.files import read_json
 from darwinlm.types import DarwinError
@@ -11,6 +15,18 @@ WEIGHTS = "model.safetensors"
 
 
 INDEX = "model.safetensors.index.json"
+
+
+# Precisions by their names in safetensors files.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class Header(NamedTuple):
+    """What a file of weights says of a tensor: the file's name, the precision by its name in the file, the shape."""
+
+    file: str
+    precision: str
+    shape: tuple[int, ...]
 
 
 def read_index(directory: Path) -> dict[str, str] | None:
@@ -32,6 +48,33 @@ def read_index(directory: Path) -> dict[str, str] | None:
                 "from where it was published"
             )
     return shards
+
+
+def read_headers(directory: Path) -> dict[str, Header]:
+    """What the files of a model directory say of every tensor in them, by its name; no weight is read.
+
+    Raises:
+        DarwinError: if a file cannot be read, if a tensor is in two of them, or as `read_index`.
+    """
+    index = read_index(directory)
+    headers: dict[str, Header] = {}
+    for file in [WEIGHTS] if index is None else sorted(set(index.values())):
+        try:
+            with safe_open(directory / file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    stored = opened.get_slice(name)
+                    if name in headers:
+                        raise DarwinError(
+                            f"{name} is in {directory / file} and in {headers[name].file}: expected it once; fetch the "
+                            "checkpoint again"
+                        )
+                    headers[name] = Header(file, stored.get_dtype(), tuple(stored.get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise DarwinError(f"{directory / file} cannot be read ({error}); fetch the checkpoint again") from None
+    for name, file in (index or {}).items():
+        if name not in headers or headers[name].file != file:
+            raise DarwinError(f"{directory / INDEX}: expected {name} in {file}, found none; fetch the checkpoint again")
+    return headers
 
 
 def _is_bare(file: object) -> bool:

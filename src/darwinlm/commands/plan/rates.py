@@ -19,8 +19,9 @@ from transformers import PretrainedConfig
 from darwinlm.database import eliminate
 from darwinlm.database.cholesky import dampen
 from darwinlm.genome import Grid, level_grid
-from darwinlm.model.checkpoint import is_finite, skeleton
+from darwinlm.model.checkpoint import is_finite
 from darwinlm.model.families import find_family
+from darwinlm.model.reading import skeleton
 from darwinlm.model.shards import WEIGHTS
 from darwinlm.types import Unit
 

@@ -8,15 +8,18 @@ from pathlib import Path
 from random import Random
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from huggingface_hub import hf_hub_download
+from transformers import PretrainedConfig
 
 from darwinlm.commands.plan.rates import BlockRates, block_rates, measure_rates
 from darwinlm.commands.plan.work import Plan, plan, plan_search, plan_training
 from darwinlm.config.checks import expect_level, expect_one_size
 from darwinlm.config.training import GradualConfig, GradualStage
 from darwinlm.genome import Grid
-from darwinlm.model.checkpoint import PACKAGED, find_checkpoint, skeleton
+from darwinlm.model.checkpoint import PACKAGED, find_checkpoint
 from darwinlm.model.families import find_family, find_grid
+from darwinlm.model.hub import HUB_ERRORS
+from darwinlm.model.reading import read_config, skeleton
 from darwinlm.model.size import parameter_count
 from darwinlm.report import tables
 from darwinlm.runtime.device import DTYPES, resolve_dtype
@@ -39,16 +42,17 @@ def find_config(model: str) -> PretrainedConfig:
     if model in PACKAGED or path.suffix == ".gguf":
         with tempfile.TemporaryDirectory() as directory:
             return find_checkpoint(model, Path(directory)).config
+    name = hub_name(model)
+    if name is None:
+        return read_config(path)
     try:
-        name = hub_name(model)
-        if name is None:
-            return AutoConfig.from_pretrained(path if path.exists() else model, trust_remote_code=False)
-        return AutoConfig.from_pretrained(name.repository, revision=name.revision, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        file = hf_hub_download(name.repository, "config.json", revision=name.revision)
+    except HUB_ERRORS as error:
         reason = str(error).strip().partition("\n")[0]
         raise UsageError(
             f"no config at {model}: expected a model, a directory with config.json, or such a file ({reason}); check it"
         ) from None
+    return read_config(Path(file))
 
 
 def plan_command(config: GradualConfig, target: str | None = None, target_level: float | None = None) -> None:

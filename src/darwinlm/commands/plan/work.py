@@ -13,8 +13,8 @@ from darwinlm.config.run import CalibrationConfig, DatabaseConfig, RefitConfig, 
 from darwinlm.config.training import GradualConfig, steps_of
 from darwinlm.database.calibrate import PANEL, SPILL_BYTES
 from darwinlm.genome import Grid, prunable_parameters
-from darwinlm.model.checkpoint import skeleton
 from darwinlm.model.families import find_grid, head_dim
+from darwinlm.model.reading import skeleton
 from darwinlm.runtime.device import DTYPES
 from darwinlm.search.costs import parameter_costs
 from darwinlm.search.sensitivity import measured_levels

@@ -1,0 +1,154 @@
+"""Configs, tokenizers and models, from files that nobody has checked: the one place that reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from darwinlm.model.families import find_family
+from darwinlm.model.places import check_floats, check_strangers
+from darwinlm.model.pruned import register
+from darwinlm.model.shards import read_headers
+from darwinlm.runtime.files import read_json
+from darwinlm.runtime.progress import quiet_transformers
+from darwinlm.types import DarwinError, UsageError
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+# The most that a config may say: some times what the largest models have. More would fill the memory, or take for ever.
+LARGEST = {
+    "num_hidden_layers": 1 << 10,
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "vocab_size": 1 << 22,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 13,
+    "max_position_embeddings": 1 << 30,
+    "num_labels": 1 << 16,
+}
+
+
+@contextmanager
+def understood(what: str, cure: str) -> Iterator[None]:
+    """Turn whatever a library stumbles over in a file into one sentence.
+
+    Args:
+        what: the sentence's beginning, such as `DIRECTORY has no usable tokenizer`.
+        cure: what to do.
+
+    Raises:
+        UsageError: if anything but a `DarwinError` or too little memory was raised.
+    """
+    try:
+        yield
+    except (DarwinError, MemoryError):
+        raise
+    except BaseException as error:
+        # The Rust of tokenizers panics with an exception of its own kind.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UsageError(f"{what} ({reason}); {cure}") from None
+
+
+def read_config(path: Path) -> PretrainedConfig:
+    """The config of a model directory, or in a file. Code in the directory is never run.
+
+    Raises:
+        UsageError: if it is missing, no config of a model that transformers knows, or a size in it is absurd.
+        DarwinError: if it is no JSON.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"no config at {path}: expected a directory with config.json, or such a file; check it")
+    fields = read_json(file, "model_type")
+    check_sizes(fields, file)
+    family = str(fields["model_type"])
+    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # of which transformers would say that code is to be trusted
+        find_family(PretrainedConfig.from_dict({"model_type": family}))
+    register()  # the classes of pruned models are this package's own
+    with understood(f"{file} is no usable config", "fetch the model again"), quiet_transformers():
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def check_sizes(fields: Any, file: Path) -> None:
+    """Raise `UsageError` if a config, or a part of it, has a size above `LARGEST` or below 1."""
+    for name, value in fields.items() if isinstance(fields, dict) else ():
+        most = LARGEST.get(name)
+        for size in value if isinstance(value, list) else [value]:
+            if most is not None and isinstance(size, int | float) and not 1 <= size <= most:
+                raise UsageError(f"{file}: expected {name} from 1 to {most:,}, found {size:,}; fetch the model again")
+            check_sizes(size, file)
+
+
+def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory, without code of its own. Raises `UsageError` if none can be used."""
+    cure = "put the files of the model's tokenizer there"
+    with understood(f"no tokenizer in {directory}", cure), quiet_transformers():
+        if not any((directory / name).exists() for name in TOKENIZERS):  # transformers would make an empty one
+            raise FileNotFoundError(f"expected {' or '.join(TOKENIZERS)}, found none")
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer("", add_special_tokens=True)  # which finds what is wrong with its settings
+        tokenizer.init_kwargs.pop("auto_map", None)  # it names code, which an export would not have
+        return tokenizer
+
+
+def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The whole model of a config without its weights: parameters on the meta device, tied ones once, buffers real.
+
+    Raises:
+        UsageError: if no model can be built from the config.
+    """
+    register()
+    with understood("no model can be built from its config.json", "fetch the model again"):
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            typed = {"dtype": dtype} if dtype else {}
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **typed)
+        model.tie_weights()
+        return model
+
+
+def load(directory: Path | str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """Load a causal language model, pruned or dense, from a directory, in evaluation mode.
+
+    Python code in the directory is never run.
+
+    Raises:
+        UsageError: as `read_config`, `check_floats` and `check_strangers`.
+        DarwinError: if weights are missing or unreadable, or do not have the shapes that the config gives, or if the
+            index of the shards names files elsewhere.
+    """
+    directory = Path(directory)
+    empty, headers = skeleton(read_config(directory)), read_headers(directory)
+    parameters = {name for name, _ in empty.named_parameters(remove_duplicate=False)}
+    check_floats(directory, {name: header for name, header in headers.items() if name in parameters})
+    with understood(f"the weights in {directory} cannot be read", "fetch the model again"), quiet_transformers():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    model, report = loaded
+    wrong = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])
+    if wrong:  # transformers has filled these with random numbers
+        raise DarwinError(
+            f"{directory} lacks {wrong[0]} in the shape that config.json says ({len(wrong)} such tensors); "
+            "the checkpoint is incomplete, fetch it again"
+        )
+    check_strangers(directory, model, sorted(report["unexpected_keys"]))
+    return model
