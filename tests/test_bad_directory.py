@@ -19,7 +19,8 @@ import runs
 from darwinlm.commands import compress
 from darwinlm.commands.run_directory import Run, load
 from darwinlm.config.run import RunConfig
-from darwinlm.runtime.files import locked_directory, read_lines, write_lines, write_record
+from darwinlm.runtime.files import read_lines, write_lines, write_record
+from darwinlm.runtime.locking import locked_directory
 from darwinlm.types import DarwinError
 from refusals import as_if_nothing_had_happened, copied_model, only_sentence, refused
 

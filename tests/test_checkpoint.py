@@ -148,9 +148,9 @@ def test_tensors_of_a_wrong_shape(model: Path):
 
 
 def test_sequences_that_the_model_has_no_positions_for(model: Path):
-    Checkpoint(model).check_length(256)
+    Checkpoint(model).check_length(256, "window")
     with pytest.raises(UsageError, match="at most the 256 positions of the model, found 257"):
-        Checkpoint(model).check_length(257)
+        Checkpoint(model).check_length(257, "window")
 
 
 def test_what_is_no_model(tmp_path: Path, model: Path):

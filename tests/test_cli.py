@@ -16,7 +16,8 @@ import yaml
 import runs
 from darwinlm import __version__, cli
 from darwinlm.commands import compress, export  # noqa: F401, before `run` is replaced
-from darwinlm.config.run import DEMO, RunConfig, SearchConfig, read_config
+from darwinlm.config.files import read_settings
+from darwinlm.config.run import DEMO, RunConfig, SearchConfig
 from darwinlm.runtime.progress import console, say, track
 from darwinlm.types import DarwinError, SelectionStage, UsageError
 
@@ -169,7 +170,7 @@ def test_without_a_size_half_of_the_levels_is_the_target(ran: list[tuple[RunConf
 def test_run_yaml_is_a_recipe(tmp_path: Path, ran: list[tuple[RunConfig, str]]):
     written = dataclasses.replace(runs.SHORT, genome="G", device="cpu")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(yaml.safe_load(_yaml(written))))
-    assert read_config(tmp_path / "run.yaml") == written
+    assert read_settings(tmp_path / "run.yaml") == written
     assert cli.main(["compress", "--config", str(tmp_path / "run.yaml")]) == 0
     assert ran[0][0] == written
 

@@ -89,7 +89,7 @@ def test_absurd_counts_are_refused_at_once(at: int, count: int, file: Path, tmp_
     data = bytearray(file.read_bytes())
     struct.pack_into("<Q", data, at, count)
     file.write_bytes(data)
-    with pytest.raises(UsageError, match="check the file|fetch it again"):
+    with pytest.raises(UsageError, match=r"check the file|fetch it again"):
         find_checkpoint(str(file), tmp_path)
 
 

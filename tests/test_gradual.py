@@ -16,7 +16,8 @@ import trainings
 from darwinlm.cli import PRESETS
 from darwinlm.commands import gradual as recipes
 from darwinlm.commands.gradual import _size_at, gradual
-from darwinlm.config.run import DatabaseConfig, RunConfig, read_config
+from darwinlm.config.files import read_settings
+from darwinlm.config.run import DatabaseConfig, RunConfig
 from darwinlm.config.training import GradualConfig, GradualStage, TrainConfig, steps_of
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.pruned import block_sizes_of
@@ -76,7 +77,7 @@ def test_every_stage_is_smaller_and_no_unit_grows_again(finished: GradualConfig)
         for before, after in zip(first, second, strict=True):
             assert all(b >= a for b, a in zip(asdict(before).values(), asdict(after).values(), strict=True))
     assert "| 2 | 2 |" in (out / "report.md").read_text()
-    trainings_of = [read_config(out / f"{stage}-train" / "train.yaml", TrainConfig) for stage in (1, 2)]
+    trainings_of = [read_settings(out / f"{stage}-train" / "train.yaml", TrainConfig) for stage in (1, 2)]
     assert [training.skip for training in trainings_of] == [0, finished.stages[0].tokens]
 
 
@@ -84,7 +85,7 @@ def test_every_stage_is_smaller_and_no_unit_grows_again(finished: GradualConfig)
 def test_the_second_search_starts_from_the_model_that_was_trained(finished: GradualConfig):
     """Its run is on the trained export, and its first parent is that with further levels lost, as small as asked."""
     out = Path(finished.out)
-    second = read_config(out / "2-prune" / "run.yaml")
+    second = read_settings(out / "2-prune" / "run.yaml")
     assert second.model == str(out / "1-train" / "model")
     assert set(json.loads(Path(second.search.start).read_text())) == {0}
     manifest = json.loads((out / "2-prune" / "database" / "database.json").read_text())
@@ -192,10 +193,10 @@ def test_a_recipe_of_the_paper_runs_on_a_tiny_model_of_its_family(
     checkpoints: dict[str, Path], text: Path, tmp_path: Path,
 ):  # fmt: skip
     path = RECIPES / f"{recipe}.yaml"
-    config = read_config(path, GradualConfig)
+    config = read_settings(path, GradualConfig)
     preset = yaml.safe_load((PRESETS / "paper.yaml").read_text())
     (tmp_path / "paper.yaml").write_text(yaml.safe_dump({"model": "M", "data": "D", "out": "O", **preset}))
-    assert config.search == read_config(tmp_path / "paper.yaml").search
+    assert config.search == read_settings(tmp_path / "paper.yaml").search
     training = config.training
     assert (training.batch_size, training.warmup_steps, config.stream.sequence_length) == (batch, warmup, context)
     assert [stage.target_level for stage in config.stages] == levels

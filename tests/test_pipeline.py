@@ -20,7 +20,8 @@ import runs
 import tiny
 from darwinlm.commands import compress
 from darwinlm.commands.run_directory import Run
-from darwinlm.config.run import CalibrationConfig, RefitConfig, RunConfig, SearchConfig, Stage, read_config
+from darwinlm.config.files import read_settings
+from darwinlm.config.run import CalibrationConfig, RefitConfig, RunConfig, SearchConfig, Stage
 from darwinlm.data.corpus import Corpus, is_held_out, read_corpus
 from darwinlm.data.draw import draw_tokens, fit_to_text
 from darwinlm.data.packing import scramble
@@ -194,7 +195,7 @@ def test_the_model_card_says_what_it_is_and_how_good(compressed: Run):
 
 
 def test_settings_survive_yaml(compressed: Run):
-    config = read_config(compressed.path / "run.yaml")
+    config = read_settings(compressed.path / "run.yaml")
     assert config == runs.short(
         Path(config.model), Path(config.data), compressed.path, verify=compressed.path.name == VERIFIED
     )

@@ -130,12 +130,11 @@ def test_a_config_with_an_absurd_field_is_refused_at_once(
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"version": "1.0", "model": {"type": "BPE"}}', '{"a": '])
 def test_a_damaged_tokenizer_is_refused(name: str, content: str, model: Path) -> None:
     (model / name).write_text(content)
-    try:
-        tokenizer = Checkpoint(model).tokenizer
-    except UsageError as error:
-        assert "no tokenizer in" in str(error)
-    else:  # settings that are empty are the defaults
-        assert tokenizer("Hello", add_special_tokens=False) == tiny.tokenizer()("Hello", add_special_tokens=False)
+    if name == "tokenizer_config.json" and content == "{}":  # settings that are empty are the defaults
+        assert Checkpoint(model).tokenizer("Hello") == tiny.tokenizer()("Hello")
+        return
+    with pytest.raises(UsageError, match="no tokenizer in"):
+        _ = Checkpoint(model).tokenizer
 
 
 def test_an_auto_map_of_the_tokenizer_is_not_carried_on(model: Path, tmp_path: Path) -> None:

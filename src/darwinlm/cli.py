@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
 
 from darwinlm.config.evaluation import CompareConfig, EvaluateConfig, SpeedConfig
+from darwinlm.config.files import check_known, read_plain
 from darwinlm.config.run import DEMO, ExportConfig, RunConfig
 from darwinlm.config.training import GradualConfig, TrainConfig
 from darwinlm.rivals.methods import DEFAULT_METHODS, METHODS
@@ -279,18 +280,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: from the parser, after `--help` (0) or for arguments that it cannot read (2).
     """
-    arguments = _files_first(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser(arguments)
     try:
+        arguments = _files_first(_encoded(sys.argv[1:] if arguments is None else arguments))
+        parser = _parser(arguments)
         values = parser.instantiate(parser.parse_args(arguments))
         _run(next(command for command in COMMANDS if command.name == values.command), values[values.command])
     except UsageError as error:
         return _fail(str(error), 2)
+    except BrokenPipeError:
+        raise
     except (DarwinError, OSError) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from here", 130)
     return 0
+
+
+def _encoded(arguments: Sequence[str]) -> Sequence[str]:
+    """The arguments, if files of settings can hold them."""
+    for argument in arguments:
+        if argument.encode("utf-8", "replace").decode() != argument:
+            raise UsageError(f"expected arguments in UTF-8, found {argument!a}; rename what it names")
+    return arguments
 
 
 def _files_first(arguments: Sequence[str]) -> list[str]:
@@ -304,9 +315,20 @@ def _files_first(arguments: Sequence[str]) -> list[str]:
     files = [folder / name for name in names for folder in (PRESETS, RECIPES)]
     given = [f"--config={path}" for path in files if path.is_file()] + of_flag["--config"]
     typed = {argument.partition("=")[0] for argument in rest}
+    _check_files([argument.removeprefix("--config=") for argument in of_flag["--config"]], rest)
     # A size that is typed replaces that of a file, which may be given in the other way.
     replaced = [other for flag, other in (SIZES, SIZES[::-1]) if given and flag in typed and other not in typed]
     return [*rest[:1], *of_flag["--preset"], *given, *(f"{other}=null" for other in replaced), *rest[1:]]
+
+
+def _check_files(paths: Sequence[str], arguments: Sequence[str]) -> None:
+    """Raise `UsageError` if a file of settings holds anything but those of the command: the parser would import it."""
+    for command in [command for command in COMMANDS if command.recipe and command.name in arguments][:1]:
+        others = [flag.name.lstrip("-").replace("-", "_") for flag in command.flags]
+        others += [command.positional[0]] if command.positional else []
+        for path in paths:
+            if path != "--config":
+                check_known(path, read_plain(Path(path)), *command.settings, others=tuple(others))
 
 
 def _parser(arguments: Sequence[str]) -> ArgumentParser:

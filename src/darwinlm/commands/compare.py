@@ -32,7 +32,8 @@ from darwinlm.report.comparison import CELLS, DENSE, HELD_OUT, Cell, markdown, p
 from darwinlm.rivals.methods import DEFAULT_METHODS, METHODS, Method
 from darwinlm.rivals.problem import Problem, mask_tokens, scored_tokens
 from darwinlm.runtime.device import resolve_device, resolve_dtype
-from darwinlm.runtime.files import locked_directory, read_record, write_record, write_text
+from darwinlm.runtime.files import read_record, write_record, write_text
+from darwinlm.runtime.locking import locked_directory
 from darwinlm.runtime.progress import say
 from darwinlm.runtime.stopwatch import Stopwatch
 from darwinlm.search.budget import Target

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,17 +16,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from darwinlm.commands.run_directory import open_model, versions
 from darwinlm.config.evaluation import EvaluateConfig, SpeedConfig
 from darwinlm.data.corpus import TESTS, is_held_out, token_stream
-from darwinlm.data.packing import bos_of
+from darwinlm.data.packing import bos_of, check_ids
 from darwinlm.evaluation.generation import Writing, write
 from darwinlm.evaluation.quality import Quality, quality_over, windows_over
 from darwinlm.evaluation.speed import count, measure
 from darwinlm.evaluation.tasks import SUITE, Request, Score, find_tasks, requested, run_tasks
-from darwinlm.model.checkpoint import find_checkpoint
+from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime.device import DTYPES, resolve_device
 from darwinlm.runtime.files import write_json
 from darwinlm.runtime.progress import say
+from darwinlm.runtime.scratch import scratch_directory
 from darwinlm.runtime.timing import Ratio
 from darwinlm.types import DarwinError, UsageError
 
@@ -69,8 +69,8 @@ def evaluate(config: EvaluateConfig, timing: SpeedConfig, speed: bool = False) -
     """
     if speed and config.against is None:
         raise UsageError("--speed is beside the dense model: expected --against, found none; name it")
-    with tempfile.TemporaryDirectory(prefix="darwinlm-evaluate-") as workspace:
-        timed = open_model(config.model, Path(workspace)).path if speed else None
+    with scratch_directory("evaluate") as workspace:
+        timed = open_model(config.model, workspace).path if speed else None
         cards = evaluate_models(config) if config.asks_for_something or not speed else []
         if timed is not None:
             save(cards, config, compare_speed(timed, str(config.against), timing, config.device, config.dtype))
@@ -89,8 +89,8 @@ def evaluate_models(config: EvaluateConfig) -> list[Card]:
     if requests:
         find_tasks(requests, config)
     _check_file(config)
-    with tempfile.TemporaryDirectory(prefix="darwinlm-evaluate-") as workspace:
-        subjects = _subjects(config, Path(workspace))
+    with scratch_directory("evaluate") as workspace:
+        subjects = _subjects(config, workspace)
         dense = None if config.against is None else subjects[0]
         texts = [] if config.data is None else [part.strip() for part in config.data.split(",")]
         qualities = {text: _qualities(text, subjects, dense, config) for text in texts}
@@ -140,6 +140,8 @@ def _subjects(config: EvaluateConfig, workspace: Path) -> list[Subject]:
         checkpoint = open_model(name, workspace / str(number))
         if config.data is not None:
             checkpoint.check_length(config.window, "window")
+        if config.generation:
+            checkpoint.check_length(config.continuation_tokens, "continuation-tokens")
         dtype = DTYPES.get(config.dtype, checkpoint.dtype)
         subjects.append(Subject(label, checkpoint.load(dtype, device), checkpoint.tokenizer))
     return subjects
@@ -154,6 +156,7 @@ def _qualities(
     measured: dict[str, tuple[float, float | None]] = {}
     for group in filter(None, groups):
         stream = read_text(text, group[0].tokenizer, config)
+        check_ids(stream, group[0].model.config.vocab_size)
         windows = windows_over(stream, config.window, config.stride or config.window, bos_of(group[0].tokenizer))
         models = {subject.name: subject.model for subject in group}
         qualities: Mapping[str, Quality] = quality_over(models, windows)
@@ -292,9 +295,11 @@ def compare_speed(
         UsageError: if there is no such model or device.
     """
     where = resolve_device(device)
-    with tempfile.TemporaryDirectory(prefix="darwinlm-speed-") as workspace:
-        paths = {"dense": find_checkpoint(dense, Path(workspace)).path, "model": directory}
-        loaded: dict[str, Any] = {name: load(path, dtype) for name, path in paths.items()}
+    with scratch_directory("speed") as workspace:
+        checkpoints = {"dense": find_checkpoint(dense, workspace), "model": Checkpoint(directory)}
+        for checkpoint in checkpoints.values():
+            checkpoint.check_length(config.prompt_tokens + config.new_tokens, "prompt-tokens")
+        loaded: dict[str, Any] = {name: load(checkpoint.path, dtype) for name, checkpoint in checkpoints.items()}
     models: dict[str, PreTrainedModel] = {name: model.to(where) for name, model in loaded.items()}
     before, after = measure(models, config).values()
     counted_before, counted_after = (count(model, config) for model in models.values())

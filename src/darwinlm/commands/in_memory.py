@@ -13,13 +13,14 @@ from jsonargparse import ArgumentError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.commands.run_directory import GIVEN_MODEL, GIVEN_TEXT
-from darwinlm.config.run import RunConfig, settings_parser
+from darwinlm.config.files import check_known, settings_parser
+from darwinlm.config.run import RunConfig
 from darwinlm.data.corpus import text_of
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import find_family
 from darwinlm.runtime.files import write_text
 from darwinlm.runtime.progress import quiet_transformers
-from darwinlm.types import SelectionStage, UsageError
+from darwinlm.types import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,15 +120,8 @@ def _settings(values: Mapping[str, Any]) -> RunConfig:
     Raises:
         UsageError: if a name is no setting, or a value is of another type or cannot be used.
     """
-    _expect_known("compress", values, RunConfig)
-    sections: dict[str, Any] = {each.name: each.default_factory for each in dataclasses.fields(RunConfig)}
     plain = _as_in_yaml(values)
-    for name, content in plain.items():
-        if isinstance(sections[name], type):
-            _expect_section(name, content, sections[name])
-    stages = plain.get("search", {}).get("stages")
-    for stage in stages if isinstance(stages, list) else ():
-        _expect_section("search.stages", stage, SelectionStage)
+    check_known("compress", plain, RunConfig)
     parser = settings_parser(RunConfig)
     try:
         parsed = parser.parse_object(plain)
@@ -135,19 +129,6 @@ def _settings(values: Mapping[str, Any]) -> RunConfig:
         reason = " ".join(str(error).removeprefix("Parser key ").split())
         raise UsageError(f"a setting cannot be used: {reason}; give another value") from None
     return RunConfig(**parser.instantiate(parsed).as_dict())
-
-
-def _expect_section(name: str, content: Any, kind: type[Any]) -> None:
-    if not isinstance(content, dict):
-        raise UsageError(f"{name}: expected a dict of settings or their dataclass, found {content!r}; give one")
-    _expect_known(name, content, kind)
-
-
-def _expect_known(section: str, names: Iterable[str], kind: type[Any]) -> None:
-    known = [each.name for each in dataclasses.fields(kind)]
-    for name in names:
-        if name not in known:
-            raise UsageError(f"{section}: expected settings among {', '.join(known)}, found {name!r}; check its name")
 
 
 def _as_in_yaml(value: Any) -> Any:

@@ -17,7 +17,8 @@ import yaml
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from darwinlm.config.run import RunConfig, read_config
+from darwinlm.config.files import read_settings
+from darwinlm.config.run import RunConfig
 from darwinlm.genome import Grid
 from darwinlm.model import reading
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
@@ -98,7 +99,7 @@ class Run:
     @cached_property
     def config(self) -> RunConfig:
         """The settings that the run was started with; what it was given in memory is where the run is now."""
-        config = read_config(self.path / SETTINGS)
+        config = read_settings(self.path / SETTINGS)
         given = {name: str(self.path / file) for name, file in _given(asdict(config)).items()}
         return replace(config, **given)
 
@@ -190,7 +191,7 @@ def claim(path: Path, settings: str, config: Any, own: Sequence[str] = (), open_
         if strangers:
             raise UsageError(f"{path} is not empty and holds no run (found {strangers[0]}); choose another --out")
         _write_settings(file, config)
-    old, new = _plain(read_config(file, type(config))), _plain(config)
+    old, new = _plain(read_settings(file, type(config))), _plain(config)
     if not file.read_text(encoding="utf-8").startswith(MARK):
         raise UsageError(
             f"{path} holds a run of darwinlm 0.1.0, whose files this version does not read; use another --out, or "
@@ -343,6 +344,8 @@ def explain_failures(what: str, thrift: str) -> Iterator[None]:
     cure = "mend this and run the same command again"
     try:
         yield
+    except BrokenPipeError:
+        raise
     except (OSError, SafetensorError) as error:
         raise DarwinError(f"{what} has stopped: {error}; {cure}") from error
     except RuntimeError as error:

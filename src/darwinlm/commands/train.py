@@ -140,6 +140,8 @@ def _open(training: Training, config: TrainConfig) -> _Work:
             config.stream,
             cache,
         )
+        for drawn in (sequences, held_out):
+            drawn.check_ids(checkpoint.config.vocab_size)
         provenance = {
             "model": checkpoint.fingerprint,
             "teacher": None if teacher is None else teacher.fingerprint,

@@ -15,6 +15,7 @@ from darwinlm.commands.run_directory import Run, read_genome, versions
 from darwinlm.config.run import STARTS, RunConfig, Stage
 from darwinlm.data.corpus import fingerprint, read_corpus
 from darwinlm.data.draw import draw_texts, draw_tokens, fit_to_text
+from darwinlm.data.packing import check_ids
 from darwinlm.genome import Grid
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.families import block_sizes, find_family, find_grid
@@ -88,13 +89,21 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
         find_family(checkpoint.config)
         if until in ("export", "report"):
             family_of(checkpoint.config)  # that it can be exported
-        checkpoint.check_length(config.calibration.sequence_length)
+        checkpoint.check_length(config.calibration.sequence_length, "calibration.sequence-length")
+        if config.target is not None and Target.parse(config.target).measure == "latency":
+            checkpoint.check_length(config.latency.context + config.latency.tokens, "latency.context")
+        if until == "report":
+            judged = config.evaluation
+            checkpoint.check_length(judged.speed_tokens + judged.decode_tokens, "evaluation.speed-tokens")
+            checkpoint.check_length(judged.continuation_tokens, "evaluation.continuation-tokens")
         grid = find_grid(checkpoint.skeleton(), checkpoint.config, config.database)
         for sentence in grid.fewer(config.database.levels):
             say(sentence)
         corpus = read_corpus(config.data, checkpoint.tokenizer, config.calibration.sequence_length, config.seed)
         config = fit_to_text(corpus, config) if config.fit_data else config
         tokens, texts = draw_tokens(corpus, config, until), draw_texts(corpus, config)
+        for ids in (*tokens.values(), *texts.values()):
+            check_ids(ids, checkpoint.config.vocab_size)
         provenance = {
             "model": checkpoint.fingerprint,
             "text": corpus.fingerprint,

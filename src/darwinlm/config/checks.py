@@ -3,8 +3,30 @@
 from __future__ import annotations
 
 import math
+from typing import get_type_hints
 
 from darwinlm.types import UsageError
+
+# The most that a count may be: some times what anybody has asked for. More is a slip, and would fill memory or disk.
+LARGEST = {
+    "tokens": 10**14,
+    "skip": 10**14,
+    "training_tokens": 10**12,
+    "fitness_tokens": 10**10,
+    "evaluation_tokens": 10**10,
+    "mask_tokens": 10**10,
+    "limit": 10**9,
+    "warmup_steps": 10**9,
+    "log_every": 10**9,
+    "evaluate_every": 10**9,
+    "save_every": 10**9,
+    "levels": 1 << 12,
+    "offspring": 10**5,
+    "repeats": 10**4,
+}
+
+
+MOST = 1 << 20  # of anything else that is counted: sequences, tokens of a prompt, channels
 
 
 def expect(holds: bool, flag: str, expected: str, found: object) -> None:
@@ -14,32 +36,42 @@ def expect(holds: bool, flag: str, expected: str, found: object) -> None:
 
 
 def expect_at_least(config: object, section: str, **lowest: int) -> None:
-    """Raise `UsageError` if a field that is not None is below its lowest value.
+    """Raise `UsageError` if a field is no whole number, below its lowest value, or above what `LARGEST` allows.
 
     Args:
         section: the name of the settings that have the fields; empty for those of a command.
     """
+    types = get_type_hints(type(config))
     for name, least in lowest.items():
-        value = getattr(config, name)
-        expect(value is None or value >= least, f"{section}.{name}".lstrip("."), f"at least {least}", value)
+        value, flag = getattr(config, name), f"{section}.{name}".lstrip(".")
+        if value is None and types[name] is not int:
+            continue
+        most = LARGEST.get(name, MOST)
+        if type(value) is not int:
+            raise UsageError(f"--{flag.replace('_', '-')}: expected a whole number, found {value!r}; give one")
+        expect(value >= least, flag, f"at least {least}", value)
+        expect(value <= most, flag, f"at most {most:,}", f"{value:,}")
 
 
 def expect_positive(config: object, section: str, *names: str) -> None:
     """Raise `UsageError` unless every named field is a finite number above 0."""
     for name in names:
         value = getattr(config, name)
-        expect(0 < value < math.inf, f"{section}.{name}", "more than 0", value)
+        positive = isinstance(value, int | float) and 0 < value < math.inf
+        expect(positive, f"{section}.{name}", "a number above 0", value)
 
 
 def expect_seed(seed: int) -> None:
     """Raise `UsageError` unless every random generator accepts the seed."""
-    expect(0 <= seed < 2**32, "seed", "0 to 4294967295", seed)
+    expect(type(seed) is int and 0 <= seed < 2**32, "seed", "0 to 4294967295", seed)
 
 
 def expect_named(config: object, *names: str) -> None:
-    """Raise `UsageError` if a field is empty."""
+    """Raise `UsageError` if a field is empty, or could not be written to a file of settings."""
     for name in names:
-        expect(bool(getattr(config, name)), name, "a name", "nothing")
+        value = getattr(config, name)
+        expect(isinstance(value, str) and bool(value), name, "a name", repr(value) if value else "nothing")
+        expect(value.encode("utf-8", "replace").decode() == value, name, "a name in UTF-8", ascii(value))
 
 
 def expect_one_size(target: str | None, target_level: float | None) -> None:

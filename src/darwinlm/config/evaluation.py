@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from darwinlm.config.checks import expect_at_least
+from darwinlm.config.checks import expect_at_least, expect_named, expect_seed
 from darwinlm.config.run import CalibrationConfig, DatabaseConfig, EvaluationConfig, SearchConfig
 from darwinlm.types import UsageError
 
@@ -79,6 +79,7 @@ class EvaluateConfig(TasksConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        expect_named(self, "model")
         expect_at_least(self, "", tokens=2, window=2, stride=1, continuation_tokens=1)
         if self.stride is not None and self.stride > self.window:
             raise UsageError(
@@ -122,6 +123,8 @@ class CompareConfig(TasksConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        expect_named(self, "model", "data", "out")
+        expect_seed(self.seed)
         if not self.targets:
             raise UsageError("--targets: expected at least one size, found none; give one, such as params=0.8")
 

@@ -7,11 +7,7 @@ value that makes no sense.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
-from typing import Literal, TypeVar
-
-from jsonargparse import ArgumentError, ArgumentParser
+from typing import Literal
 
 from darwinlm.config.checks import (
     expect,
@@ -22,7 +18,7 @@ from darwinlm.config.checks import (
     expect_positive,
     expect_seed,
 )
-from darwinlm.types import MetricName, MovesName, SelectionStage, Structure, UsageError
+from darwinlm.types import MetricName, MovesName, SelectionStage, Structure
 
 Stage = Literal["database", "search", "export", "report"]
 STARTS = ("sensitivity", "uniform")  # anything else is the file of an earlier genome
@@ -114,9 +110,7 @@ class SearchConfig:
         flag = "search.stages"
         expect(len(self.stages) > 0, flag, "at least one stage", "none")
         for stage in self.stages:
-            expect(stage.survivors >= 1, flag, "at least 1 survivor in every stage", stage.survivors)
-            expect(stage.fitness_tokens >= 1, flag, "at least 1 fitness token in every stage", stage.fitness_tokens)
-            expect(stage.training_tokens >= 0, flag, "0 or more training tokens", stage.training_tokens)
+            expect_at_least(stage, flag, survivors=1, fitness_tokens=1, training_tokens=0)
             predicts = self.metric != "perplexity" or stage.fitness_tokens > 1
             expect(predicts, flag, "at least 2 fitness tokens for perplexity", stage.fitness_tokens)
         survivors = [stage.survivors for stage in self.stages]
@@ -280,34 +274,6 @@ class RunConfig:
     def level(self) -> float:
         """The uniform level of the result's size, where there is no `target`."""
         return self.database.levels / 2 if self.target_level is None else self.target_level
-
-
-Config = TypeVar("Config")
-
-
-@cache
-def settings_parser(kind: type) -> ArgumentParser:
-    """The parser of settings of a kind, which is slow to build."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind)
-    return parser
-
-
-def read_config(path: Path, kind: type[Config] = RunConfig) -> Config:
-    """Read settings from a YAML file that holds all of them, such as the `run.yaml` of a run directory.
-
-    Raises:
-        UsageError: if the file does not hold such settings.
-    """
-    parser = settings_parser(kind)
-    try:
-        settings = parser.parse_path(path)
-    except (ArgumentError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(
-            f"{path} does not hold the settings of a run ({reason}); restore it or use another directory"
-        ) from None
-    return kind(**parser.instantiate(settings).as_dict())
 
 
 # What `darwinlm demo` runs: a quarter of a small real model's prunable parameters, in minutes on two cores.

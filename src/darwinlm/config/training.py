@@ -152,7 +152,7 @@ class GradualStage:
     """Tokens to train on after the pruning; 0 trains nothing."""
 
     def __post_init__(self) -> None:
-        expect(self.tokens >= 0, "stages", "0 or more tokens", self.tokens)
+        expect_at_least(self, "stages", tokens=0)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from darwinlm.types import UsageError
+
 # Tokens that end a document in pre-training. An instruct model's own end token ends a turn of a chat instead.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>")  # noqa: RUF001
 
@@ -55,6 +57,19 @@ def separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens between two documents: one, or none if the tokenizer has no such token."""
     end = end_of_text(tokenizer)
     return [] if end is None else [end]
+
+
+def check_ids(ids: Int[Tensor, "*shape"], vocabulary: int) -> None:
+    """Raise `UsageError` if a text has a token for which the model's embedding has no row.
+
+    Args:
+        vocabulary: rows of the embedding.
+    """
+    if ids.numel() and int(ids.max()) >= vocabulary:
+        raise UsageError(
+            f"the tokenizer gives the token {int(ids.max()):,}: expected at most {vocabulary - 1:,}, the last row of "
+            "the model's embedding; put the tokenizer of this model beside it"
+        )
 
 
 def text_length(length: int, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from darwinlm.config.training import StreamConfig
 from darwinlm.data.corpus import is_held_out, name_and_weight, text_of
-from darwinlm.data.packing import as_sequences, one_stream, text_length, tokenizer_fingerprint
+from darwinlm.data.packing import as_sequences, check_ids, one_stream, text_length, tokenizer_fingerprint
 from darwinlm.data.sources import check_distinct, explained, identity_of, stream_of
 from darwinlm.runtime import parallel
 from darwinlm.runtime.files import open_tensors, read_record, read_tensors, sweep, write_record, write_tensors
@@ -256,6 +256,15 @@ class Sequences(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         store, *place = self.places[index].tolist()
         return {"input_ids": self.stores[store].read(*place)}
+
+    def check_ids(self, vocabulary: int) -> None:
+        """Raise `UsageError` if a sequence has a token beyond the rows of a model's embedding.
+
+        All of them are read only if the tokenizer has such a token.
+        """
+        if any(max(store.tokenizer.get_vocab().values()) >= vocabulary for store in self.stores):
+            for index in range(len(self)):
+                check_ids(self[index]["input_ids"], vocabulary)
 
     @cached_property
     def fingerprint(self) -> str:

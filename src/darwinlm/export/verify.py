@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from darwinlm.runtime.scratch import scratch_directory
 from darwinlm.types import DarwinError
 
 VERIFIED_SHAPE = (2, 64)  # sequences, and tokens of each, that an export is verified on
@@ -103,10 +103,10 @@ def verify_export(directory: Path, expected: Expected) -> float:
     """
     logits = expected.logits
     allowed = TOLERANCE * logits.abs().max().item()
-    with tempfile.TemporaryDirectory(prefix="darwinlm-verify-") as scratch:
+    with scratch_directory("verify") as scratch:
         inputs, outputs = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
         save_file({"token_ids": expected.token_ids.contiguous()}, inputs)
-        _run_apart(_FRESH_PROCESS, Path(scratch), directory.absolute(), inputs, outputs)
+        _run_apart(_FRESH_PROCESS, scratch, directory.absolute(), inputs, outputs)
         actual = load_file(outputs)["logits"]
     if actual.shape != logits.shape:
         raise DarwinError(
@@ -142,10 +142,10 @@ def verify_gguf(file: Path, digests: Mapping[str, str]) -> None:
     Raises:
         DarwinError: if the file cannot be read, or if a tensor is missing, is not in `digests`, or differs.
     """
-    with tempfile.TemporaryDirectory(prefix="darwinlm-verify-") as scratch:
+    with scratch_directory("verify") as scratch:
         expected = Path(scratch, "digests.json")
         expected.write_text(json.dumps(digests))
-        _run_apart(_READ_GGUF, Path(scratch), file.absolute(), expected)
+        _run_apart(_READ_GGUF, scratch, file.absolute(), expected)
 
 
 def _run_apart(script: str, scratch: Path, *arguments: Path) -> None:

@@ -106,8 +106,8 @@ class Checkpoint:
         """The model's tokenizer. Raises `UsageError` if the directory has none."""
         return read_tokenizer(self.path)
 
-    def check_length(self, length: int, flag: str = "calibration.sequence-length") -> None:
-        """Raise `UsageError` if a sequence is longer than the model has positions for."""
+    def check_length(self, length: int, flag: str) -> None:
+        """Raise `UsageError` if a sequence of `length` tokens, named by `flag`, is beyond the model's positions."""
         positions = getattr(self.config, "max_position_embeddings", None)
         if positions is not None and length > positions:
             raise UsageError(

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import atexit
 import importlib.util
+import json
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from darwinlm.model.families import FAMILIES, PRUNED, head_dim
+from darwinlm.runtime.scratch import scratch_directory
 from darwinlm.types import BlockSizes, DarwinError, UsageError
 
 EXPORTABLE = ("llama", "mistral", "qwen2", "qwen3")
@@ -80,13 +81,29 @@ def render(family: str) -> str:
 
 
 def foreign_code(directory: Path) -> str | None:
-    """Return the name of a file of Python in an export that is not what this package writes, or None if there is none.
+    """Return a file in an export that has or names Python code that is not this package's, or None if there is none.
 
-    Only a file that is compared first may be run.
+    Whoever trusts the code of the export runs only what was compared here.
     """
     ours = {f"{module_name(family)}.py": render(family) for family in CLASS_PREFIXES}
-    files = sorted(directory.rglob("*.py"))
-    return next((file.name for file in files if file.read_text(errors="replace") != ours.get(file.name)), None)
+    for file in sorted(directory.rglob("*.py")):
+        if file.read_text(errors="replace") != ours.get(file.name):
+            return file.name
+    known = [auto_map(family) for family in CLASS_PREFIXES]
+    for file in sorted(directory.glob("*.json")):
+        named = _find_auto_map(file)
+        if named is not None and named not in known:
+            return file.name
+    return None
+
+
+def _find_auto_map(file: Path) -> Any:
+    """Return where a file of JSON says that code is, None if it does not."""
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError:
+        return None
+    return content.get("auto_map") if isinstance(content, dict) else None
 
 
 @cache
@@ -112,9 +129,9 @@ def pruned_classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrained
 
 @cache
 def _module_directory() -> Path:
-    directory = Path(tempfile.mkdtemp(prefix="darwinlm-"))
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    return directory
+    until_the_end = ExitStack()
+    atexit.register(until_the_end.close)
+    return until_the_end.enter_context(scratch_directory("code"))
 
 
 @cache

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from darwinlm.runtime.locking import check_held
 from darwinlm.types import DarwinError, UsageError
 
 
@@ -67,7 +68,8 @@ def _partial(out: Path, directory: bool) -> Iterator[Path]:
         partial.parent.mkdir(parents=True, exist_ok=True)
         if directory:
             partial.mkdir(exist_ok=True)
-        descriptor = os.open(partial, os.O_RDONLY if directory else os.O_RDWR | os.O_CREAT, 0o666)
+        kind = os.O_RDONLY | os.O_DIRECTORY if directory else os.O_RDWR | os.O_CREAT
+        descriptor = os.open(partial, kind | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise UsageError(f"cannot write to {out.parent}: {error.strerror}; choose another place") from None
     try:
@@ -94,14 +96,11 @@ def _lock(descriptor: int, partial: Path, out: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, or a directory and its contents, if it exists."""
-    if path.is_dir():
+    """Remove a file, a link, or a directory and its contents, if it exists."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-LOCK = ".lock"
 
 
 FORMAT_VERSION = 2  # of the files of a run; those that version 0.1.0 wrote do not name theirs, which counts as 1
@@ -118,9 +117,14 @@ def replaced(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to, which then takes its place: a reader sees the old file or the new.
 
     The temporary file is removed on any failure; what a killed process leaves is removed by `sweep`.
+
+    Raises:
+        DarwinError: if the directory that this process has locked was removed since.
     """
+    check_held(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
+    temporary.unlink(missing_ok=True)  # of a killed process, or a link to elsewhere
     try:
         yield temporary
         os.replace(temporary, path)
@@ -349,29 +353,3 @@ def sweep(path: Path) -> None:
     """Remove the temporary files that a killed process left in a directory that this process has locked."""
     for leftover in [*path.glob("*.partial"), *path.glob("*/*.partial")]:
         _remove(leftover)
-
-
-@contextmanager
-def locked_directory(path: Path) -> Iterator[None]:
-    """Create the directory `path` and lock it for this process. A new one that stays empty is removed in the end.
-
-    Raises:
-        UsageError: if `path` cannot be written to, or if another process has locked it.
-    """
-    created = not path.exists()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / LOCK).open("w")
-    except OSError as error:
-        raise UsageError(f"cannot write to {path}: {error.strerror}; choose another directory") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another process is working in {path}; wait, or choose another directory") from None
-        try:
-            yield
-        finally:
-            if created and [entry.name for entry in path.iterdir()] == [LOCK]:
-                (path / LOCK).unlink()
-                path.rmdir()

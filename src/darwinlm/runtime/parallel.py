@@ -21,7 +21,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from darwinlm.runtime.files import locked_directory
+from darwinlm.runtime.locking import holding, locked_directory
 from darwinlm.runtime.progress import console
 from darwinlm.types import DarwinError, UsageError
 
@@ -122,7 +122,8 @@ def shared_directory(path: Path, prepare: Callable[[], object]) -> Iterator[None
     """
     if not first():
         wait_for_all()
-        yield
+        with holding(path):
+            yield
         return
     with locked_directory(path):
         prepare()

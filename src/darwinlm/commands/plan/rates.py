@@ -23,6 +23,7 @@ from darwinlm.model.checkpoint import is_finite
 from darwinlm.model.families import find_family
 from darwinlm.model.reading import skeleton
 from darwinlm.model.shards import WEIGHTS
+from darwinlm.runtime.scratch import scratch_directory
 from darwinlm.types import Unit
 
 
@@ -159,7 +160,7 @@ def _fill_rate(count: int = 1 << 25) -> float:
 
 def _load_rate(dtype: torch.dtype, count: int = 1 << 26) -> float:
     weight = torch.ones(count, dtype=torch.bfloat16)
-    with tempfile.TemporaryDirectory() as directory:
+    with scratch_directory("plan") as directory:
         file = Path(directory) / WEIGHTS
         save_file({"weight": weight}, file)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -24,6 +23,7 @@ from darwinlm.model.size import parameter_count
 from darwinlm.report import tables
 from darwinlm.runtime.device import DTYPES, resolve_dtype
 from darwinlm.runtime.names import hub_name
+from darwinlm.runtime.scratch import scratch_directory
 from darwinlm.search.budget import Target, limit_of
 from darwinlm.search.costs import counted_costs, parameter_costs, shared_parameter_costs
 from darwinlm.search.uniform import ceilings, uniform_genome
@@ -40,7 +40,7 @@ def find_config(model: str) -> PretrainedConfig:
     """
     path = Path(model).expanduser()
     if model in PACKAGED or path.suffix == ".gguf":
-        with tempfile.TemporaryDirectory() as directory:
+        with scratch_directory("plan") as directory:
             return find_checkpoint(model, Path(directory)).config
     name = hub_name(model)
     if name is None:

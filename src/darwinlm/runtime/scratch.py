@@ -1,0 +1,64 @@
+"""Temporary directories, which are removed in the end, or by the next process if this one is killed."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from darwinlm.types import DarwinError
+
+PREFIX = "darwinlm-"
+
+
+_LOCK = ".lock"  # in a temporary directory; it is locked as long as the process lives that has made it
+
+
+@contextmanager
+def scratch_directory(what: str) -> Iterator[Path]:
+    """A new temporary directory for the length of a `with` block.
+
+    Args:
+        what: it is for, as part of its name.
+
+    Raises:
+        DarwinError: if there is no place for temporary files, or it is full.
+    """
+    try:
+        root = Path(tempfile.gettempdir())
+        _sweep(root)
+        directory = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{what}-"))
+        lock = (directory / _LOCK).open("w")
+    except OSError as error:
+        raise DarwinError(
+            f"no temporary directory can be made ({error.strerror or error}): expected room in TMPDIR, /tmp or "
+            "/var/tmp; set TMPDIR to a directory that has some"
+        ) from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield directory
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or shutil.disk_usage(root).free > 1 << 20:
+                raise
+            raise DarwinError(f"the temporary directory {root} is full; free some of it, or set TMPDIR") from None
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _sweep(root: Path) -> None:
+    """Remove what killed processes of this user have left."""
+    for directory in root.glob(f"{PREFIX}*"):
+        try:
+            if directory.is_symlink() or directory.stat().st_uid != os.getuid():
+                continue
+            with (directory / _LOCK).open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(directory, ignore_errors=True)
+        except OSError:  # its process lives, or it is no directory of ours
+            continue
