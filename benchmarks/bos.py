@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from darwinlm.data.corpus import is_held_out, read_documents
+from darwinlm.data.corpus import is_held_out
+from darwinlm.data.documents import read_documents
 from darwinlm.database.calibrate import calibrate
 from darwinlm.evaluation.quality import perplexity_and_kl
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 import tiny
-from darwinlm.data import corpus
+from darwinlm.data import documents as of_sources
 from darwinlm.data.corpus import HELD_OUT_SHARE, Corpus, is_held_out, read_corpus, token_stream
 from darwinlm.data.packing import scramble
 from darwinlm.types import UsageError
@@ -218,7 +218,7 @@ def test_texts_of_the_literature_are_their_own_test_text_joined_by_blank_lines(
         assert (asked, flag) == (part, "--data")
         return iter(["alpha", "", "beta"])
 
-    monkeypatch.setattr(corpus, "_read_hub", read)
+    monkeypatch.setattr(of_sources, "_read_hub", read)
     tokenizer = tiny.tokenizer()
     found = token_stream(name, tokenizer, 100, lambda _: pytest.fail("all of it counts"))
     assert found.tolist() == tokenizer("alpha\n\n\n\nbeta")["input_ids"]

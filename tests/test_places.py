@@ -130,7 +130,9 @@ def test_a_config_with_an_absurd_field_is_refused_at_once(
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"version": "1.0", "model": {"type": "BPE"}}', '{"a": '])
 def test_a_damaged_tokenizer_is_refused(name: str, content: str, model: Path) -> None:
     (model / name).write_text(content)
-    if name == "tokenizer_config.json" and content == "{}":  # settings that are empty are the defaults
+    if (
+        name == "tokenizer_config.json" and content.startswith("{") and content.endswith("}")
+    ):  # no setting that it knows
         assert Checkpoint(model).tokenizer("Hello") == tiny.tokenizer()("Hello")
         return
     with pytest.raises(UsageError, match="no tokenizer in"):

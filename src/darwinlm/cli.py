@@ -325,7 +325,7 @@ def _check_files(paths: Sequence[str], arguments: Sequence[str]) -> None:
     """Raise `UsageError` if a file of settings holds anything but those of the command: the parser would import it."""
     for command in [command for command in COMMANDS if command.recipe and command.name in arguments][:1]:
         others = [flag.name.lstrip("-").replace("-", "_") for flag in command.flags]
-        others += [command.positional[0]] if command.positional else []
+        others += ["preset", *command.positional[:1]] if command.positional else ["preset"]
         for path in paths:
             if path != "--config":
                 check_known(path, read_plain(Path(path)), *command.settings, others=tuple(others))

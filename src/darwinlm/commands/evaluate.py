@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.commands.run_directory import open_model, versions
 from darwinlm.config.evaluation import EvaluateConfig, SpeedConfig
-from darwinlm.data.corpus import TESTS, is_held_out, token_stream
+from darwinlm.data.corpus import TESTS, is_held_out, parts_of, token_stream
 from darwinlm.data.packing import bos_of, check_ids
 from darwinlm.evaluation.generation import Writing, write
 from darwinlm.evaluation.quality import Quality, quality_over, windows_over
@@ -92,7 +92,7 @@ def evaluate_models(config: EvaluateConfig) -> list[Card]:
     with scratch_directory("evaluate") as workspace:
         subjects = _subjects(config, workspace)
         dense = None if config.against is None else subjects[0]
-        texts = [] if config.data is None else [part.strip() for part in config.data.split(",")]
+        texts = [] if config.data is None else parts_of(config.data)
         qualities = {text: _qualities(text, subjects, dense, config) for text in texts}
         cards = []
         for subject in subjects:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from darwinlm.commands.run_directory import GIVEN_MODEL, GIVEN_TEXT
 from darwinlm.config.files import check_known, settings_parser
 from darwinlm.config.run import RunConfig
-from darwinlm.data.corpus import text_of
+from darwinlm.data.documents import text_of
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import find_family
 from darwinlm.runtime.files import write_text

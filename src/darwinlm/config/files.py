@@ -58,7 +58,7 @@ def read_plain(path: Path) -> dict[str, Any]:
         plain = yaml.safe_load(data) if len(data) <= MOST else None
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"{path} cannot be read as YAML ({reason}); check the file") from None
+        raise UsageError(f"{path} cannot be read as YAML ({reason}); check the name and the file") from None
     if len(data) > MOST or not _is_small(plain):
         raise UsageError(f"{path} is too large for settings: expected at most {MOST:,} bytes and values; check it")
     if not isinstance(plain, dict):

