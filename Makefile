@@ -5,6 +5,7 @@
 #   make test          run the default tests: no network, tiny random models, one process
 #   make slow          run the tests on the real SmolLM2, and those of several processes
 #   make check         run ruff, pyright and import-linter
+#   make reliability   for three minutes, kill runs, damage their files and give malformed inputs, all at random
 #   make docs          build the documentation into site/; a warning is an error
 #   make gpu           on a machine with a GPU: the tests on it, then its times and memory; needs no network
 #   make gpu-wheels    fetch what `make gpu` needs on a machine that has torch and transformers but no network
@@ -21,7 +22,7 @@ export NO_MKDOCS_2_WARNING := true
 GPU_PYTHON := 3.12
 GPU := cuda
 WHEELS := build/wheels
-.PHONY: setup demo test slow check docs gpu gpu-wheels test-lowest format
+.PHONY: setup demo test slow check reliability docs gpu gpu-wheels test-lowest format
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -46,6 +47,9 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+reliability: $(READY)
+	$(BIN)/python benchmarks/reliability.py all --minutes 1 --out $$(mktemp -d)
 
 docs: $(READY)
 	$(BIN)/mkdocs build --strict --quiet
