@@ -21,12 +21,9 @@ import argparse
 import json
 import os
 import re
-import resource
 import shutil
-import signal
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +39,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))  # whose tiny models a
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 import yaml
+from forked import attempt
 
 import runs
 import tiny
@@ -49,7 +47,6 @@ from darwinlm.commands.run_directory import Run, load
 from darwinlm.config.run import RunConfig
 from darwinlm.export.gguf import export_gguf
 
-SECONDS, BYTES = 60, 8 << 30  # of one case
 GOOD = ("same", "refused", "accepted")
 
 
@@ -61,45 +58,6 @@ class Outcome:
     code: int
     printed: str
     about: str
-
-
-def attempt(work: Callable[[], int], log: Path, kill_after: float | None = None) -> tuple[str, int, str]:
-    """Run `work` in a fork. Returns `done`, `refused`, `traceback`, `hang` or `killed`; the code; what was printed."""
-    start = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
-            resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-            code = work()
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    end = start + (SECONDS if kill_after is None else kill_after)
-    while (waited := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < end:
-        time.sleep(0.005)
-    if waited[0] == 0:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        return ("hang" if kill_after is None else "killed"), -9, _read(log)
-    code, printed = os.waitstatus_to_exitcode(waited[1]), _read(log)
-    sentences = [line for line in printed.splitlines() if line.startswith("darwinlm: ")]
-    if code == 0 and "Traceback" not in printed:
-        return "done", code, printed
-    if "out of memory" in printed:
-        return "hang", code, printed
-    one = code in (1, 2) and len(sentences) == 1 and "Traceback" not in printed
-    return ("refused" if one else "traceback"), code, printed
-
-
-def _read(log: Path) -> str:
-    return log.read_text(errors="replace") if log.exists() else ""
 
 
 class Base:
