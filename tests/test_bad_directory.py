@@ -155,10 +155,16 @@ def test_a_unit_of_another_database(
     refused(config, capsys, 1, "block-01-mlp.safetensors", "is of another database", "delete that file")
 
 
+@pytest.fixture(scope="module")
+def finished(checkpoints: dict[str, Path], text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("finished") / "run"
+    return compress.run(runs.short(checkpoints["qwen2"], text, run)).path
+
+
 @pytest.fixture
-def unfinished(config: RunConfig, tmp_path: Path) -> Path:
-    """A run that wants only its report."""
-    compress.run(config)
+def unfinished(finished: Path, tmp_path: Path) -> Path:
+    """A run, at the place of `config`, that wants only its report."""
+    shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "report.md").unlink()
     return tmp_path / "run"
 

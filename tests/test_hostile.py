@@ -83,6 +83,7 @@ def test_a_file_of_settings_is_plain_and_small(content: str, tmp_path: Path) -> 
         read_plain(tmp_path / "settings.yaml")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["weights.py", "modeling_pruned_qwen2.py", "config.json", "tokenizer_config.json"])
 def test_code_in_a_run_is_not_run_by_resuming_it(
     place: str, config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -86,6 +86,7 @@ def test_names_that_are_no_text_are_refused_before_anything_is_written(
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_a_termination_acts_like_an_interruption(config: RunConfig) -> None:
     arguments, environment = runs.process(*runs.command(replace(config, verify=False)))
     process = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
@@ -100,6 +101,7 @@ def test_a_termination_acts_like_an_interruption(config: RunConfig) -> None:
     compress.run(config)
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_enough_ends_it_without_a_word(config: RunConfig) -> None:
     compress.run(config)  # finished: the command says so on stderr, and plan on stdout
     arguments, environment = runs.process("plan", config.model)
