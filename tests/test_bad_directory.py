@@ -186,6 +186,7 @@ def test_damaged_curves(unfinished: Path, config: RunConfig, capsys: pytest.Capt
     refused(config, capsys, 1, "curves.json is damaged", "delete it")
 
 
+@pytest.mark.slow
 def test_a_damaged_export_is_refused_and_made_again(
     unfinished: Path, config: RunConfig, capsys: pytest.CaptureFixture[str]
 ):

@@ -159,6 +159,7 @@ def test_a_resumed_comparison_measures_only_what_is_missing(
             compare(changed)
 
 
+@pytest.mark.slow
 def test_a_method_that_fails_does_not_stop_the_others(
     config: CompareConfig, cells: dict[Any, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

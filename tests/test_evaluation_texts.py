@@ -54,6 +54,7 @@ def test_blocks_begin_where_the_text_does_and_leave_out_what_the_corpus_uses(tex
         corpus.draw_beside("wikitext2=2", 8)
 
 
+@pytest.mark.slow
 def test_table_report_card_and_screen_have_them(
     config: RunConfig, other: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -263,6 +263,7 @@ def test_command_and_python_do_the_same(
     assert (run.exported / "model.safetensors").read_bytes() == (other.exported / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_stages_alone_are_the_whole(
     by_command: tuple[Run, subprocess.CompletedProcess[str]], checkpoints: dict[str, Path], text: Path, tmp_path: Path
 ):

@@ -77,6 +77,7 @@ def test_masks_close_on_exactly_what_nothing_reads(problem: Problem, idle: list[
     assert problem.budget.fits(genome)
 
 
+@pytest.mark.slow
 def test_masks_settle_on_the_size_by_themselves(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the second half of the steps, what masks remove is within 5 % of the target, before the final shift."""
     removed: list[float] = []

@@ -228,6 +228,7 @@ def test_a_reporter_is_told_what_the_log_says(export: Path, text: Path, tmp_path
     assert [event.value for event in told.Scalars("eval/perplexity")] == pytest.approx(kept)
 
 
+@pytest.mark.slow
 def test_wrong_arguments_are_one_sentence(
     export: Path, text: Path, checkpoints: dict[str, Path], whole: TrainConfig, tmp_path: Path
 ):
@@ -271,6 +272,7 @@ def test_a_checkpoint_of_another_training_is_refused(whole: TrainConfig, tmp_pat
         train(config)
 
 
+@pytest.mark.slow
 def test_top_k_of_the_whole_vocabulary_trains_like_the_teacher_itself(whole: TrainConfig, tmp_path: Path):
     """Logits from the disk, which are rounded to half precision."""
     export, text, dense = Path(whole.model), Path(whole.data), Path(str(whole.teacher))
