@@ -176,7 +176,7 @@ def test_sequences_longer_than_the_model_has_positions(config: RunConfig, capsys
 )
 def test_value_that_makes_no_sense(flag: str, value: str, config: RunConfig, capsys: pytest.CaptureFixture[str]):
     config = replace(config, target_level=None) if flag == "--target" else config
-    refused(config, capsys, 2, flag, ": expected ", ", found ", "give another value", flags=(flag, value))
+    refused(config, capsys, 2, f"{flag}: expected ", ", found ", "give another value", flags=(flag, value))
     as_if_nothing_had_happened(config)
 
 

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
+import flops
 import runs
 from darwinlm.commands import compress
 from darwinlm.config.run import DatabaseConfig, RunConfig, SearchConfig
 from darwinlm.database.stitch import repeat_shared
 from darwinlm.genome import Grid, level_grid
 from darwinlm.model.checkpoint import Checkpoint
-from darwinlm.model.families import head_dim
 from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime.progress import console
@@ -72,8 +72,7 @@ def test_flops_are_those_that_torch_counts(pruned: Pruned) -> None:
         model.set_attn_implementation("eager")  # which it knows
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(token_ids()[:1], use_cache=False)
-        rotary = head_dim(pruned.dense.config) * LENGTH  # a product too, in some versions of transformers
-        assert costs.of(genome) <= counter.get_total_flops() / LENGTH <= costs.of(genome) + rotary / LENGTH
+        assert (counter.get_total_flops() - flops.rotary(model, LENGTH)) / LENGTH == costs.of(genome)
 
 
 def test_a_group_that_keeps_a_head_keeps_its_cache() -> None:

@@ -207,7 +207,7 @@ def test_the_demo_has_its_own_settings(tmp_path: Path, ran: list[tuple[RunConfig
         ("compress M --data D --out O --dtype float8", ["--dtype", "'float32'", "float8"]),
         ("compress M --data D --out O --preset plain", ["--preset", "plain", "paper"]),
         ("compress M --data D --out O --search.metric accuracy", ["--search.metric", "'top-k-kl'", "accuracy"]),
-        ("compress M --data D --out O --config nowhere.yaml", ["nowhere.yaml", "cannot be read"]),
+        ("compress M --data D --out O --config nowhere.yaml", ["--config", "nowhere.yaml"]),
         ("compress M --data D --out O --search.stages [{survivors:1}]", ["survivors:1", "darwinlm --help"]),
         ("compress M --data D", ["required: --out;", "darwinlm compress --help"]),
         ("compress --data D --out O", ["required: MODEL;"]),

@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+import flops
 import runs
 from darwinlm.commands import compress
 from darwinlm.config.run import DatabaseConfig, LatencyConfig
@@ -57,11 +59,8 @@ def test_it_times_what_is_slow(checkpoints: dict[str, Path], monkeypatch: pytest
         for cost, gone in zip(row, removed, strict=True):
             weights = parameters * (unit.structures - gone) // unit.structures
             assert 2 * 4 * weights <= cost <= 1.25 * 2 * 4 * weights  # attention scores on top
-    logits, rotary = (
-        2 * checkpoint.config.hidden_size * checkpoint.config.vocab_size,
-        4 * 4,
-    )  # a product in some versions
-    assert logits <= rest <= logits + rotary
+    rotary = flops.rotary(checkpoint.load(torch.float32, CPU), 4)
+    assert rest == 2 * checkpoint.config.hidden_size * checkpoint.config.vocab_size + rotary  # the last token's logits
     assert error == pytest.approx(0, abs=1e-6)
 
 

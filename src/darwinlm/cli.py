@@ -328,7 +328,7 @@ def _check_files(paths: Sequence[str], arguments: Sequence[str]) -> None:
         others += ["preset", *command.positional[:1]] if command.positional else ["preset"]
         for path in paths:
             if path != "--config":
-                check_known(path, read_plain(Path(path)), *command.settings, others=tuple(others))
+                check_known(path, read_plain(Path(path), "--config"), *command.settings, others=tuple(others))
 
 
 def _parser(arguments: Sequence[str]) -> ArgumentParser:

@@ -35,7 +35,7 @@ def expect(holds: bool, flag: str, expected: str, found: object) -> None:
         raise UsageError(f"--{flag.replace('_', '-')}: expected {expected}, found {found}; give another value")
 
 
-def expect_at_least(config: object, section: str, **lowest: int) -> None:
+def expect_counts(config: object, section: str, **lowest: int) -> None:
     """Raise `UsageError` if a field is no whole number, below its lowest value, or above what `LARGEST` allows.
 
     Args:
@@ -43,14 +43,21 @@ def expect_at_least(config: object, section: str, **lowest: int) -> None:
     """
     types = get_type_hints(type(config))
     for name, least in lowest.items():
-        value, flag = getattr(config, name), f"{section}.{name}".lstrip(".")
-        if value is None and types[name] is not int:
-            continue
-        most = LARGEST.get(name, MOST)
-        if type(value) is not int:
-            raise UsageError(f"--{flag.replace('_', '-')}: expected a whole number, found {value!r}; give one")
-        expect(value >= least, flag, f"at least {least}", value)
-        expect(value <= most, flag, f"at most {most:,}", f"{value:,}")
+        value = getattr(config, name)
+        if value is not None or types[name] is int:
+            expect_count(value, f"{section}.{name}".lstrip("."), least, LARGEST.get(name, MOST))
+
+
+def expect_count(value: object, flag: str, least: int, most: int, what: str = "") -> None:
+    """Raise `UsageError` unless a value is a whole number within bounds.
+
+    Args:
+        what: is counted, if the flag does not say so.
+    """
+    if type(value) is not int:
+        raise UsageError(f"--{flag.replace('_', '-')}: expected a whole number{what}, found {value!r}; give one")
+    expect(value >= least, flag, f"at least {least}{what}", value)
+    expect(value <= most, flag, f"at most {most:,}{what}", f"{value:,}")
 
 
 def expect_positive(config: object, section: str, *names: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from darwinlm.config.checks import expect_at_least, expect_named, expect_seed
+from darwinlm.config.checks import expect_counts, expect_named, expect_seed
 from darwinlm.config.run import CalibrationConfig, DatabaseConfig, EvaluationConfig, SearchConfig
 from darwinlm.types import UsageError
 
@@ -28,7 +28,7 @@ class TasksConfig:
     """Questions at a time."""
 
     def __post_init__(self) -> None:
-        expect_at_least(self, "", shots=0, limit=1, batch_size=1)
+        expect_counts(self, "", shots=0, limit=1, batch_size=1)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class EvaluateConfig(TasksConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         expect_named(self, "model")
-        expect_at_least(self, "", tokens=2, window=2, stride=1, continuation_tokens=1)
+        expect_counts(self, "", tokens=2, window=2, stride=1, continuation_tokens=1)
         if self.stride is not None and self.stride > self.window:
             raise UsageError(
                 f"--stride: expected at most the --window of {self.window}, found {self.stride}; a longer one would "
@@ -143,4 +143,4 @@ class SpeedConfig:
     """Timings of each model; the median counts."""
 
     def __post_init__(self) -> None:
-        expect_at_least(self, "", batch=1, prompt_tokens=1, new_tokens=1, repeats=1)
+        expect_counts(self, "", batch=1, prompt_tokens=1, new_tokens=1, repeats=1)

@@ -46,24 +46,28 @@ def settings_parser(kind: type) -> ArgumentParser:
     return parser
 
 
-def read_plain(path: Path) -> dict[str, Any]:
+def read_plain(path: Path, flag: str | None = None) -> dict[str, Any]:
     """What a YAML file holds: dicts, lists and single values.
+
+    Args:
+        flag: which names the file, if one does.
 
     Raises:
         UsageError: if it cannot be read, has tags, is far too large, or holds no names with values.
     """
+    name = str(path) if flag is None else f"{flag}: {path}"
     try:
         with path.open("rb") as file:
             data = file.read(MOST + 1)
         plain = yaml.safe_load(data) if len(data) <= MOST else None
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"{path} cannot be read as YAML ({reason}); check the name and the file") from None
+        raise UsageError(f"{name} cannot be read as YAML ({reason}); check the name and the file") from None
     if len(data) > MOST or not _is_small(plain):
-        raise UsageError(f"{path} is too large for settings: expected at most {MOST:,} bytes and values; check it")
+        raise UsageError(f"{name} is too large for settings: expected at most {MOST:,} bytes and values; check it")
     if not isinstance(plain, dict):
         found = "nothing" if plain is None else type(plain).__name__
-        raise UsageError(f"{path}: expected settings by their names, found {found}; check the file")
+        raise UsageError(f"{name}: expected settings by their names, found {found}; check the file")
     return plain
 
 

@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from darwinlm.config.checks import (
+    LARGEST,
+    MOST,
     expect,
-    expect_at_least,
+    expect_count,
+    expect_counts,
     expect_level,
     expect_named,
     expect_one_size,
@@ -38,7 +41,7 @@ class CalibrationConfig:
     """Precision of the dense model's forward pass; bfloat16 is faster where the device is. Sums are float32."""
 
     def __post_init__(self) -> None:
-        expect_at_least(self, "calibration", tokens=1, sequence_length=2, batch_size=1)
+        expect_counts(self, "calibration", tokens=1, sequence_length=2, batch_size=1)
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class DatabaseConfig:
     """Share of the mean of the Hessian's diagonal that is added to it."""
 
     def __post_init__(self) -> None:
-        expect_at_least(self, "database", levels=1, granularity=1)
+        expect_counts(self, "database", levels=1, granularity=1)
         expect_positive(self, "database", "damping")
 
 
@@ -103,14 +106,16 @@ class SearchConfig:
     of those that our search scores on: a token forwards and backwards takes as long as three forwards."""
 
     def __post_init__(self) -> None:
-        expect_at_least(self, "search", generations=0, offspring=1, max_switches=1, top_k=1, mask_tokens=1)
+        expect_counts(self, "search", generations=0, offspring=1, max_switches=1, top_k=1, mask_tokens=1)
         expect(bool(self.start), "search.start", "sensitivity, uniform, or a file", "nothing")
         expect_positive(self, "search", "learning_rate")
         expect(0 <= self.scrambled <= 1, "search.scrambled", "a share between 0 and 1", self.scrambled)
         flag = "search.stages"
         expect(len(self.stages) > 0, flag, "at least one stage", "none")
         for stage in self.stages:
-            expect_at_least(stage, flag, survivors=1, fitness_tokens=1, training_tokens=0)
+            for name, least in (("survivors", 1), ("fitness_tokens", 1), ("training_tokens", 0)):
+                what = f" {name.replace('_', ' ')} in every stage"
+                expect_count(getattr(stage, name), flag, least, LARGEST.get(name, MOST), what)
             predicts = self.metric != "perplexity" or stage.fitness_tokens > 1
             expect(predicts, flag, "at least 2 fitness tokens for perplexity", stage.fitness_tokens)
         survivors = [stage.survivors for stage in self.stages]
@@ -154,7 +159,7 @@ class LatencyConfig:
     """File of timings to use: search/latency.json of an earlier run on the same device."""
 
     def __post_init__(self) -> None:
-        expect_at_least(self, "latency", batch=1, tokens=1, context=0, repeats=1)
+        expect_counts(self, "latency", batch=1, tokens=1, context=0, repeats=1)
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,7 @@ class RefitConfig:
     """Sequences in a step."""
 
     def __post_init__(self) -> None:
-        expect_at_least(self, "refit", tokens=0, batch_size=1)
+        expect_counts(self, "refit", tokens=0, batch_size=1)
         expect_positive(self, "refit", "learning_rate")
 
 
@@ -198,7 +203,7 @@ class EvaluationConfig:
     """Alternating timings of each model; the median counts."""
 
     def __post_init__(self) -> None:
-        expect_at_least(self, "evaluation", tokens=1, continuation_tokens=0, speed_tokens=1, decode_tokens=1, repeats=1)
+        expect_counts(self, "evaluation", tokens=1, continuation_tokens=0, speed_tokens=1, decode_tokens=1, repeats=1)
         expect(all(self.prompts), "evaluation.prompts", "prompts of at least one word", list(self.prompts))
         once = all(self.texts) and len(set(self.texts)) == len(self.texts)
         expect(once, "evaluation.texts", "texts by name, each once", list(self.texts))

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from darwinlm.config.checks import expect, expect_at_least, expect_named, expect_positive, expect_seed
+from darwinlm.config.checks import (
+    LARGEST,
+    expect,
+    expect_count,
+    expect_counts,
+    expect_named,
+    expect_positive,
+    expect_seed,
+)
 from darwinlm.config.run import CalibrationConfig, DatabaseConfig, EvaluationConfig, RefitConfig, SearchConfig
 
 
@@ -21,7 +29,7 @@ class StreamConfig:
     """Documents with a lower score are left out."""
 
     def __post_init__(self) -> None:
-        expect_at_least(self, "stream", sequence_length=2)
+        expect_counts(self, "stream", sequence_length=2)
         scored = self.score_column is not None or not self.min_score
         expect(scored, "stream.min_score", "--stream.score-column with it", f"{self.min_score:g} alone")
 
@@ -40,7 +48,7 @@ class DistillationConfig:
     def __post_init__(self) -> None:
         expect(0 <= self.weight <= 1, "distillation.weight", "0 to 1", self.weight)
         expect_positive(self, "distillation", "temperature")
-        expect_at_least(self, "distillation", top_k=0)
+        expect_counts(self, "distillation", top_k=0)
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "micro_batch_size", "log_every", "evaluate_every", "save_every", "evaluation_tokens")
-        expect_at_least(self, "training", warmup_steps=0, lora_rank=0, **dict.fromkeys(counts, 1))
+        expect_counts(self, "training", warmup_steps=0, lora_rank=0, **dict.fromkeys(counts, 1))
         expect_positive(self, "training", "learning_rate", "max_gradient_norm", "lora_alpha")
         expect(not (self.fsdp and self.lora_rank), "training.lora_rank", "0 with --training.fsdp", self.lora_rank)
         whole = self.save_every % self.log_every == 0  # else a resumed run would average its losses differently
@@ -117,7 +125,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         expect_named(self, "model", "data", "out")
-        expect_at_least(self, "", tokens=1, skip=0)
+        expect_counts(self, "", tokens=1, skip=0)
         expect_seed(self.seed)
         expect_more_than_warm_up(self.steps, self.training)
         if self.teacher is None:
@@ -152,7 +160,7 @@ class GradualStage:
     """Tokens to train on after the pruning; 0 trains nothing."""
 
     def __post_init__(self) -> None:
-        expect_at_least(self, "stages", tokens=0)
+        expect_count(self.tokens, "stages", 0, LARGEST["tokens"], " tokens")
 
 
 @dataclass(frozen=True)
