@@ -46,6 +46,7 @@ import tiny
 from darwinlm.commands.run_directory import Run, load
 from darwinlm.config.run import RunConfig
 from darwinlm.export.gguf import export_gguf
+from darwinlm.types import DarwinError
 
 GOOD = ("same", "refused", "accepted")
 
@@ -109,9 +110,7 @@ class Base:
                 weights = load(run).state_dict()
                 table = [(row["model"], row["kl"]) for row in Run(run).table]
                 file.write_text(f"{Run(run).genome} {table} {[tensor.sum().item() for tensor in weights.values()]}")
-            except Exception as error:
-                if type(error).__module__ != "darwinlm.types" and "darwinlm" not in type(error).__module__:
-                    raise
+            except DarwinError as error:
                 print(f"darwinlm: {error}", file=sys.stderr)
                 return 1
             return 0
@@ -142,28 +141,20 @@ def result_of(run: Path) -> object:
     return runs.history(run), json.loads((run / "search/result.json").read_text())["levels"], model, table
 
 
-def copied(base: Base, work: Path) -> Path:
-    """A copy of the finished run."""
-    run = work / "run"
-    shutil.copytree(base.run, run)
-    return run
-
-
 def damage(base: Base, rng: Random, work: Path) -> Outcome:
     """A file of a finished run is flipped, cut, emptied, deleted or swapped, and a command reads it."""
-    run, name = copied(base, work), rng.choice(COMMANDS)
+    run, name = work / "run", rng.choice(COMMANDS)
+    shutil.copytree(base.run, run)
     lost = rng.choice(LOST) if name == "resume" else ()
     for path in (*lost, "report.md") if name == "resume" else ():
         shutil.rmtree(run / path) if (run / path).is_dir() else (run / path).unlink(missing_ok=True)
-    _, reference = f"{name} {lost}", base.expected.get(f"{name} {lost}")
-    if reference is None:
+    what = f"{name} {lost}"
+    if what not in base.expected:
         clean = work / "clean"
         shutil.copytree(run, clean / "run")
         command, result = base.command(name, clean / "run", clean)
-        way, code, printed = attempt(command, work / "log")
-        assert way == "done", printed
-        reference = base.expected[f"{name} {lost}"] = result()
-        del code
+        assert attempt(command, work / "log")[0] == "done"
+        base.expected[what] = result()
     files = sorted(file for file in run.rglob("*") if file.is_file() and file.name not in (".lock", "README.md"))
     file = rng.choice(files)
     how = rng.choice(("flip", "flip", "flip", "cut", "empty", "delete", "swap"))
@@ -187,7 +178,7 @@ def damage(base: Base, rng: Random, work: Path) -> Outcome:
     command, result = base.command(name, run, work)
     way, code, printed = attempt(command, work / "log")
     if way == "done":
-        way = "same" if result() == reference else "different"
+        way = "same" if result() == base.expected[what] else "different"
     return Outcome(way, code, printed, about)
 
 
@@ -207,23 +198,8 @@ def kill(base: Base, rng: Random, work: Path) -> Outcome:
 
 
 NONSENSE: tuple[Any, ...] = (
-    None,
-    True,
-    -1,
-    0,
-    2.5,
-    10**12,
-    10**30,
-    float("nan"),
-    "",
-    "x",
-    "\u0000",
-    [],
-    {},
-    [1],
-    "1e9",
-    "../..",
-)
+    None, True, -1, 0, 2.5, 10**12, 10**30, float("nan"), "", "x", "\u0000", [], {}, [1], "1e9", "../..",
+)  # fmt: skip
 
 
 FLAGS = (

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
 
+from darwinlm.config.checks import is_utf8
 from darwinlm.config.evaluation import CompareConfig, EvaluateConfig, SpeedConfig
 from darwinlm.config.files import check_known, read_plain
 from darwinlm.config.run import DEMO, ExportConfig, RunConfig
@@ -41,6 +42,11 @@ class Flag:
 
     name: str
     parser_arguments: Mapping[str, Any]
+
+    @property
+    def argument(self) -> str:
+        """Its name in Python and in files of settings."""
+        return self.name.lstrip("-").replace("-", "_")
 
 
 def _switch(name: str, default: bool, help_text: str) -> Flag:
@@ -81,6 +87,11 @@ class Command:
     shown: tuple[str, ...] = ()
     presets: Path | None = None
     recipe: bool = True
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The names of its own arguments, some of which may be fields of the settings."""
+        return (*(flag.argument for flag in self.flags), *(self.positional or ())[:1])
 
 
 def _compression(name: str, summary: str, until: str = "report", **others: Any) -> Command:
@@ -299,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _encoded(arguments: Sequence[str]) -> Sequence[str]:
     """The arguments, if files of settings can hold them."""
     for argument in arguments:
-        if argument.encode("utf-8", "replace").decode() != argument:
+        if not is_utf8(argument):
             raise UsageError(f"expected arguments in UTF-8, found {argument!a}; rename what it names")
     return arguments
 
@@ -315,7 +326,8 @@ def _files_first(arguments: Sequence[str]) -> list[str]:
     files = [folder / name for name in names for folder in (PRESETS, RECIPES)]
     given = [f"--config={path}" for path in files if path.is_file()] + of_flag["--config"]
     typed = {argument.partition("=")[0] for argument in rest}
-    _check_files([argument.removeprefix("--config=") for argument in of_flag["--config"]], rest)
+    configs = [argument.removeprefix("--config=") for argument in of_flag["--config"] if argument != "--config"]
+    _check_files(configs, rest)
     # A size that is typed replaces that of a file, which may be given in the other way.
     replaced = [other for flag, other in (SIZES, SIZES[::-1]) if given and flag in typed and other not in typed]
     return [*rest[:1], *of_flag["--preset"], *given, *(f"{other}=null" for other in replaced), *rest[1:]]
@@ -324,11 +336,9 @@ def _files_first(arguments: Sequence[str]) -> list[str]:
 def _check_files(paths: Sequence[str], arguments: Sequence[str]) -> None:
     """Raise `UsageError` if a file of settings holds anything but those of the command: the parser would import it."""
     for command in [command for command in COMMANDS if command.recipe and command.name in arguments][:1]:
-        others = [flag.name.lstrip("-").replace("-", "_") for flag in command.flags]
-        others += ["preset", *command.positional[:1]] if command.positional else ["preset"]
         for path in paths:
-            if path != "--config":
-                check_known(path, read_plain(Path(path), "--config"), *command.settings, others=tuple(others))
+            plain = read_plain(Path(path), "--config")
+            check_known(path, plain, *command.settings, others=("preset", *command.own))
 
 
 def _parser(arguments: Sequence[str]) -> ArgumentParser:
@@ -355,8 +365,7 @@ def _command_parser(command: Command) -> Parser:
         parser.add_argument("--config", action="config", help=CONFIG_HELP)
     for flag in command.flags:
         parser.add_argument(flag.name, **flag.parser_arguments)
-    separate = {flag.name.lstrip("-").replace("-", "_") for flag in command.flags} | set(command.fixed)
-    separate |= {command.positional[0]} if command.positional else set()
+    separate = {*command.own, *command.fixed}
     for settings in command.settings:
         names = {each.name for each in dataclasses.fields(settings)}
         parser.add_class_arguments(settings, skip=separate & names)
@@ -375,8 +384,7 @@ def _run(command: Command, values: Namespace) -> None:
         given["target_level"] = None  # the size that the demo has by default gives way to another
     settings = [_settings(kind, given) for kind in command.settings]
     fields = {each.name for kind in command.settings for each in dataclasses.fields(kind)}
-    own = [flag.name for flag in command.flags] + ([command.positional[0]] if command.positional else [])
-    others = {key: given[key] for key in (name.lstrip("-").replace("-", "_") for name in own) if key not in fields}
+    others = {name: given[name] for name in command.own if name not in fields}
     function(*settings, **others, **command.arguments)
 
 

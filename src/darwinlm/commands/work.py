@@ -90,8 +90,6 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
         if until in ("export", "report"):
             family_of(checkpoint.config)  # that it can be exported
         checkpoint.check_length(config.calibration.sequence_length, "calibration.sequence-length")
-        if config.target is not None and Target.parse(config.target).measure == "latency":
-            checkpoint.check_length(config.latency.context + config.latency.tokens, "latency.context")
         if until == "report":
             judged = config.evaluation
             checkpoint.check_length(judged.speed_tokens + judged.decode_tokens, "evaluation.speed-tokens")
@@ -154,6 +152,7 @@ def _costs(
     """What every level of every unit costs, in the measure of the target."""
     measure = "params" if config.target is None else Target.parse(config.target).measure
     if measure == "latency":
+        checkpoint.check_length(config.latency.context + config.latency.tokens, "latency.context")
         with parallel.first_before_others():
             return latency_costs(checkpoint, grid, config.latency, device, this.search / "latency.json")
     length = config.calibration.sequence_length

@@ -78,7 +78,12 @@ def expect_named(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         expect(isinstance(value, str) and bool(value), name, "a name", repr(value) if value else "nothing")
-        expect(value.encode("utf-8", "replace").decode() == value, name, "a name in UTF-8", ascii(value))
+        expect(is_utf8(value), name, "a name in UTF-8", ascii(value))
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written to a file; names of files that are no UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode() == text
 
 
 def expect_one_size(target: str | None, target_level: float | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -83,13 +83,16 @@ def _is_small(plain: Any) -> bool:
     return True
 
 
-def check_known(section: str, values: Mapping[Any, Any], *kinds: type, others: tuple[str, ...] = ()) -> None:
+def check_known(
+    section: str, values: Mapping[Any, Any], *kinds: type, others: Sequence[str] = (), within: str = ""
+) -> None:
     """Check that settings have names that are known, down to the last section: the parser would import a class.
 
     Args:
         section: what has the values, for the message.
         kinds: dataclasses whose fields are known.
         others: further names that are.
+        within: what stands before a name in the section: `search.` for stages.
 
     Raises:
         UsageError: if a name is unknown, or a section holds anything but names with values.
@@ -102,13 +105,13 @@ def check_known(section: str, values: Mapping[Any, Any], *kinds: type, others: t
         hint = hints.get(name, str)
         items = [item for item in get_args(hint) if dataclasses.is_dataclass(item)]
         if dataclasses.is_dataclass(hint):
-            _check_section(name, value, hint)
+            _check_section(f"{within}{name}", value, hint)
         elif items and isinstance(value, list | tuple):
             for each in value:
-                _check_section(f"{section}.{name}".removeprefix("the file."), each, items[0])
+                _check_section(f"{within}{name}", each, items[0])
 
 
 def _check_section(name: str, value: Any, kind: Any) -> None:
     if not isinstance(value, Mapping):
         raise UsageError(f"{name}: expected a dict of settings or their dataclass, found {value!r}; give one")
-    check_known(name, value, kind)
+    check_known(name, value, kind, within=f"{name}.")

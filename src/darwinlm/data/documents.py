@@ -11,7 +11,8 @@ from typing import TextIO
 
 from darwinlm.data.hub import ALIASES, stream_dataset
 from darwinlm.runtime.progress import say
-from darwinlm.types import DarwinError, UsageError
+from darwinlm.runtime.understood import understood
+from darwinlm.types import UsageError
 
 HUB_DOCUMENTS = 50_000  # a streamed data set is read this far
 
@@ -70,13 +71,8 @@ def _packaged(name: str) -> Path:
 
 
 def _read_file(path: Path) -> Iterator[str]:
-    try:
+    with understood(f"{path} cannot be read as {path.suffix}", "check the file"):
         yield from READERS[path.suffix](path)
-    except DarwinError:
-        raise
-    except Exception as error:  # whatever a library stumbles over
-        reason = str(error).strip().partition("\n")[0]
-        raise UsageError(f"{path} cannot be read as {path.suffix} ({reason}); check the file") from None
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
@@ -161,18 +157,10 @@ READERS = {".txt": _read_plain, ".jsonl": _read_jsonl, ".parquet": _read_parquet
 
 
 def _read_hub(name: str, flag: str) -> Iterator[str]:
-    try:
-        stream = stream_dataset(name)
-        for _, record in zip(range(HUB_DOCUMENTS), stream, strict=False):
+    expected = f"{', '.join([*ALIASES, *PACKAGED])}, a .txt, .jsonl or .parquet file, or a datasets id that can be had"
+    with understood(f"no corpus {name}: expected {expected}, NAME:CONFIG:SPLIT@REVISION", f"check {flag}"):
+        for _, record in zip(range(HUB_DOCUMENTS), stream_dataset(name), strict=False):
             yield text_of(record, name)
-    except DarwinError:
-        raise
-    except Exception as error:  # whatever datasets stumbles over
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(
-            f"no corpus {name}: expected {', '.join([*ALIASES, *PACKAGED])}, a .txt, .jsonl or .parquet file, "
-            f"or a datasets id that can be had, NAME:CONFIG:SPLIT@REVISION ({reason}); check {flag}"
-        ) from None
 
 
 def text_of(record: object, where: str) -> str:

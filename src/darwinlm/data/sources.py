@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import astuple
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from datasets import IterableDataset, load_dataset
 
 from darwinlm.data.documents import PACKAGED, read_documents
 from darwinlm.data.hub import dataset_named, stream_dataset
-from darwinlm.types import DarwinError, UsageError
+from darwinlm.runtime.understood import understood
+from darwinlm.types import UsageError
 
 LOADERS = {".jsonl": "json", ".parquet": "parquet"}
 
@@ -36,12 +36,12 @@ def stream_of(source: str) -> IterableDataset:
     """Return the documents of a source as records, in the shards that the source has."""
     files = files_of(source)
     if files and files[0].suffix in LOADERS:
-        with explained(source):
+        with understood(f"no text in {source} that can be read", "check --data"):
             names = [str(file) for file in files]
             return load_dataset(LOADERS[files[0].suffix], data_files=names, split="train", streaming=True)
     if source in PACKAGED or files:
         return IterableDataset.from_generator(_in_memory, gen_kwargs={"source": source})
-    with explained(source):
+    with understood(f"no text in {source} that can be read", "check --data"):
         return stream_dataset(source)
 
 
@@ -79,15 +79,3 @@ def identity_of(source: str) -> object:
     if files:
         return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     return source if source in PACKAGED else astuple(dataset_named(source))
-
-
-@contextmanager
-def explained(source: str) -> Iterator[None]:
-    """Turn the errors of reading a source into a `UsageError` that explains them in one sentence."""
-    try:
-        yield
-    except DarwinError:
-        raise
-    except Exception as error:  # whatever datasets stumbles over
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"no text in {source} that can be read ({reason}); check --data") from None

@@ -27,10 +27,11 @@ from darwinlm.config.training import StreamConfig
 from darwinlm.data.corpus import is_held_out, name_and_weight, parts_of
 from darwinlm.data.documents import pieces_of, text_of
 from darwinlm.data.packing import as_sequences, check_ids, one_stream, text_length, tokenizer_fingerprint
-from darwinlm.data.sources import check_distinct, explained, identity_of, stream_of
+from darwinlm.data.sources import check_distinct, identity_of, stream_of
 from darwinlm.runtime import parallel
 from darwinlm.runtime.files import open_tensors, read_record, read_tensors, sweep, write_record, write_tensors
 from darwinlm.runtime.progress import say
+from darwinlm.runtime.understood import understood
 from darwinlm.types import DarwinError, UsageError
 
 LANES = 64  # the most that a source has, whatever the number of processes
@@ -172,7 +173,7 @@ class TokenStore:
         if start is not None:
             documents.load_state_dict(start)
         size, before = min(FIRST_PART << number, LARGEST_PART), documents.state_dict()
-        with explained(self.source):
+        with understood(f"no text in {self.source} that can be read", "check --data"):
             kept = list(islice(self._kept_texts(documents), size))
         state = documents.state_dict()
         if kept and state == before:  # as with datasets 5.0.0: every part would be the first one again

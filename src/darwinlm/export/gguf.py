@@ -24,7 +24,6 @@ from darwinlm.export.verify import verify_gguf
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import FAMILIES, Family, head_dim
 from darwinlm.model.pruned import block_sizes_of, family_of
-from darwinlm.model.reading import read_config, read_tokenizer
 from darwinlm.model.shards import WEIGHTS, read_index
 from darwinlm.runtime.files import new_file
 from darwinlm.types import BlockSizes, DarwinError, UsageError
@@ -61,8 +60,11 @@ def export_gguf(directory: Path, out: Path, file_type: FileType = "f16", verify:
         raise UsageError(f"expected one of {', '.join(get_args(FileType))}, found {file_type!r}; choose one of them")
     name = out.stem if out.suffix == ".gguf" else out.absolute().name
     file = out if out.suffix == ".gguf" else out / f"{name}-{file_type.upper()}.gguf"
-    config, tokenizer = _read(directory)
-    Checkpoint(directory).check_head()
+    if not (directory / "config.json").is_file():
+        raise UsageError(f"no model in {directory}: expected config.json in it; name an export or a model directory")
+    checkpoint = Checkpoint(directory)
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer
+    checkpoint.check_head()
     model = _Model(config)
     model.check()
     with _open_weights(directory) as weights, new_file(file) as partial_file:
@@ -139,12 +141,6 @@ class _Model:
 
 def _refused(expected: str, found: str, cure: str) -> UsageError:
     return UsageError(f"llama.cpp cannot run this model: expected {expected}, found {found}; {cure}")
-
-
-def _read(directory: Path) -> tuple[PreTrainedConfig, Any]:
-    if not (directory / "config.json").is_file():
-        raise UsageError(f"no model in {directory}: expected config.json in it; name an export or a model directory")
-    return read_config(directory), read_tokenizer(directory)
 
 
 class _Weights:

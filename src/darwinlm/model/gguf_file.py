@@ -16,8 +16,9 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from darwinlm.model.families import find_family
-from darwinlm.model.reading import check_sizes, skeleton, understood
+from darwinlm.model.reading import check_sizes, skeleton
 from darwinlm.runtime.progress import quiet_transformers, say
+from darwinlm.runtime.understood import understood
 from darwinlm.types import UsageError
 
 HEADER = struct.Struct("<4sIQQ")  # magic, version, tensors, fields

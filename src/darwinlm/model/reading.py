@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from darwinlm.model.pruned import register
 from darwinlm.model.shards import read_headers
 from darwinlm.runtime.files import read_json
 from darwinlm.runtime.progress import quiet_transformers
+from darwinlm.runtime.understood import understood
 from darwinlm.types import DarwinError, UsageError
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -43,29 +42,6 @@ LARGEST = {
     "max_position_embeddings": 1 << 30,
     "num_labels": 1 << 16,
 }
-
-
-@contextmanager
-def understood(what: str, cure: str) -> Iterator[None]:
-    """Turn whatever a library stumbles over in a file into one sentence.
-
-    Args:
-        what: the sentence's beginning, such as `DIRECTORY has no usable tokenizer`.
-        cure: what to do.
-
-    Raises:
-        UsageError: if anything but a `DarwinError` or too little memory was raised.
-    """
-    try:
-        yield
-    except (DarwinError, MemoryError):
-        raise
-    except BaseException as error:
-        # The Rust of tokenizers panics with an exception of its own kind.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UsageError(f"{what} ({reason}); {cure}") from None
 
 
 def read_config(path: Path) -> PretrainedConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from darwinlm.runtime.locking import check_held
+from darwinlm.runtime.locking import check_held, is_mine
 from darwinlm.types import DarwinError, UsageError
 
 
@@ -73,7 +72,8 @@ def _partial(out: Path, directory: bool) -> Iterator[Path]:
     except OSError as error:
         raise UsageError(f"cannot write to {out.parent}: {error.strerror}; choose another place") from None
     try:
-        _lock(descriptor, partial, out)
+        if not is_mine(descriptor, partial):
+            raise UsageError(f"another process is writing {out}; wait for it, or choose another name")
         try:
             for leftover in partial.iterdir() if directory else ():
                 _remove(leftover)
@@ -82,17 +82,6 @@ def _partial(out: Path, directory: bool) -> Iterator[Path]:
             _remove(partial)
     finally:
         os.close(descriptor)
-
-
-def _lock(descriptor: int, partial: Path, out: Path) -> None:
-    """Raise `UsageError` if another process writes `out`, or has just finished it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        mine = os.path.samestat(os.fstat(descriptor), partial.stat())
-    except (BlockingIOError, FileNotFoundError):
-        mine = False
-    if not mine:
-        raise UsageError(f"another process is writing {out}; wait for it, or choose another name")
 
 
 def _remove(path: Path) -> None:
@@ -154,7 +143,7 @@ def read_json(path: Path, *keys: str) -> Any:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DarwinError(f"{path} is missing; run the stage that writes it first") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or JSON that is nested too deeply
         raise _damaged(path, error) from None
     _expect_keys(path, value, keys)
     return value

@@ -37,13 +37,8 @@ def locked_directory(path: Path) -> Iterator[None]:
     except OSError as error:
         raise UsageError(f"cannot write to {path}: {error.strerror}; choose another directory") from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = os.path.samestat(os.fstat(lock.fileno()), (path / LOCK).stat())
-        except (BlockingIOError, FileNotFoundError):
-            mine = False
-        if not mine:
-            raise UsageError(f"another process is working in {path}; wait, or choose another directory") from None
+        if not is_mine(lock.fileno(), path / LOCK):
+            raise UsageError(f"another process is working in {path}; wait, or choose another directory")
         try:
             if links:
                 raise UsageError(
@@ -58,6 +53,15 @@ def locked_directory(path: Path) -> Iterator[None]:
             raise
         finally:
             _remove_empty(new_parents)
+
+
+def is_mine(descriptor: int, path: Path) -> bool:
+    """Lock an open file for this process: False if another one has it, or if `path` names another file by now."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 def _remove_empty(directories: Sequence[Path]) -> None:

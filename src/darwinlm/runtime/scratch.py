@@ -11,12 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from darwinlm.runtime.locking import LOCK, is_mine
 from darwinlm.types import DarwinError
 
 PREFIX = "darwinlm-"
-
-
-_LOCK = ".lock"  # in a temporary directory; it is locked as long as the process lives that has made it
 
 
 @contextmanager
@@ -33,7 +31,7 @@ def scratch_directory(what: str) -> Iterator[Path]:
         root = Path(tempfile.gettempdir())
         _sweep(root)
         directory = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{what}-"))
-        lock = (directory / _LOCK).open("w")
+        lock = (directory / LOCK).open("w")
     except OSError as error:
         raise DarwinError(
             f"no temporary directory can be made ({error.strerror or error}): expected room in TMPDIR, /tmp or "
@@ -57,8 +55,8 @@ def _sweep(root: Path) -> None:
         try:
             if directory.is_symlink() or directory.stat().st_uid != os.getuid():
                 continue
-            with (directory / _LOCK).open() as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(directory, ignore_errors=True)
-        except OSError:  # its process lives, or it is no directory of ours
+            with (directory / LOCK).open() as lock:
+                if is_mine(lock.fileno(), directory / LOCK):  # or its process lives
+                    shutil.rmtree(directory, ignore_errors=True)
+        except OSError:  # it is no directory of ours
             continue
