@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from darwinlm.data.corpus import fingerprint
 from darwinlm.database.stitch import Stitcher
 from darwinlm.losses.logits import Logits
 from darwinlm.losses.metrics import Divergence
@@ -19,8 +20,6 @@ from darwinlm.search.fitness import BATCH_TOKENS
 from darwinlm.types import Curve, DarwinError, Generation
 
 POINTS = 8  # the most that a curve has
-
-
 TOKENS = 4096  # that are taken of each text
 
 
@@ -66,15 +65,17 @@ def curves(
     better = [line for i, line in enumerate(history) if i == 0 or line.genome != history[i - 1].genome]
     count = min(POINTS, len(better))
     points = [better[round(i * (len(better) - 1) / max(count - 1, 1))] for i in range(count)]
-    provenance = {"genomes": [line.genome.levels for line in points], "texts": list(texts)}
+    # By content, not by name: the names of texts in memory are paths within the run, which may be moved.
+    contents = [fingerprint(text) for text in texts.values()]
+    provenance = {"genomes": [line.genome.levels for line in points], "texts": contents}
     if file.exists():
         record = read_record(file, "curves")
         if record["provenance"] != as_json(provenance):
             raise DarwinError(f"{file} is of another search: delete it, and the same command measures the curves again")
-        return {name: tuple(map(tuple, curve)) for name, curve in record["curves"].items()}
+        return {name: tuple(map(tuple, curve)) for name, curve in zip(texts, record["curves"], strict=True)}
     held_out = HeldOut(stitcher.dense, {name: text[: -(-TOKENS // text.shape[1])] for name, text in texts.items()})
     divergences = [held_out(stitcher.stitch(line.genome)) for line in track(points, "curves", count)]
     measured = list(zip(points, divergences, strict=True))
     result = {name: tuple((line.generation, by_text[name]) for line, by_text in measured) for name in texts}
-    write_record(file, {"curves": result}, provenance)
+    write_record(file, {"curves": list(result.values())}, provenance)
     return result
