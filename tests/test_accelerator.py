@@ -77,6 +77,26 @@ def test_a_removal_is_one_wait_and_the_structures_are_those_of_the_cpu(width: in
     assert structures <= waited <= structures + 12 + 8 * queues + of_a_group
 
 
+@pytest.mark.slow
+def test_what_float32_removes_is_as_good_as_what_float64_removes() -> None:
+    """Sets may differ where scores hardly do. Fewer tokens than channels make the Hessian ill-conditioned."""
+    structures = 2048
+    unit = make_unit(structures, 1)
+    weight, _, hessian = make_problem(256, structures, 1024, dtype=torch.float32)
+    hessian = dampen(hessian)
+    W, P = weight.double(), torch.linalg.inv(hessian.double())
+
+    def error(gone: torch.Tensor) -> float:
+        return float((W[:, gone] @ torch.linalg.inv(P[gone][:, gone]) * W[:, gone]).sum())
+
+    exact = eliminate(unit, weight.double(), hessian.double()).order
+    with accelerator():
+        order = eliminate(unit, weight.to(DEVICE), hessian.to(DEVICE)).order
+    for count in range(structures // 10, structures, structures // 10):
+        assert error(order[:count]) <= 1.01 * error(exact[:count])
+    assert error(torch.arange(structures // 2)) > 1.5 * error(exact[: structures // 2])
+
+
 @pytest.mark.parametrize("metric", ["kl", "perplexity"])
 def test_a_scored_batch_is_two_waits(metric: MetricName, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """One for the score, and one in transformers, which looks whether several texts are packed in a sequence."""
