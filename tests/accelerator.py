@@ -66,6 +66,44 @@ class Synchronisations(Counter[str]):
         self[f"{operation} {where}"] += 1
 
 
+class Memory:
+    """Counts the bytes that tensors hold on the device: those of a storage once, however many tensors view it."""
+
+    def __init__(self) -> None:
+        self._tensors: Counter[int] = Counter()  # by the address of their storage
+        self._live = self._most = 0
+
+    def hold(self, held: torch.Tensor) -> None:
+        """A tensor is made, whose data is `held`."""
+        storage = held.untyped_storage()
+        if not self._tensors[storage.data_ptr()]:
+            self._live += storage.nbytes()
+            self._most = max(self._most, self._live)
+        self._tensors[storage.data_ptr()] += 1
+
+    def release(self, held: torch.Tensor) -> None:
+        """A tensor is gone, whose data is `held`."""
+        storage = held.untyped_storage()
+        self._tensors[storage.data_ptr()] -= 1
+        if not self._tensors[storage.data_ptr()]:
+            self._live -= storage.nbytes()
+            del self._tensors[storage.data_ptr()]
+
+    def begin(self) -> None:
+        """Forget the most that was held so far."""
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self._most = self._live
+
+    @property
+    def most(self) -> int:
+        """The most bytes that were held at a time since `begin`."""
+        return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else self._most
+
+
+MEMORY = Memory()
+
+
 @contextmanager
 def accelerator() -> Iterator[Synchronisations]:
     """Make the device usable, as `DEVICE`, in a `with` block, which gets the count of synchronisations in it."""
@@ -131,6 +169,10 @@ class Simulated(torch.Tensor):
 
     def __init__(self, held: torch.Tensor):
         self.held = held
+        MEMORY.hold(held)
+
+    def __del__(self) -> None:
+        MEMORY.release(self.held)
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
@@ -144,7 +186,9 @@ class Simulated(torch.Tensor):
     @data.setter
     def data(self, value: Simulated) -> None:
         torch.Tensor.data.__set__(self, value)
+        MEMORY.release(self.held)
         self.held = value.held
+        MEMORY.hold(self.held)
 
     def tolist(self) -> Any:
         _count("tolist")

@@ -203,12 +203,11 @@ def test_survivors_go_on_training_where_they_stood(
     stitcher: Stitcher, kept_bytes: int, trains: Literal["all", "consumers"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kept in memory or on disk, survivors equal those trained from scratch to the last bit."""
-    monkeypatch.setattr(candidate_training, "KEPT_BYTES", kept_bytes)
     genomes = random_genomes(stitcher, 4)
 
     def anew() -> Fitness:
         config = SearchConfig(stages=TRAINED, learning_rate=1e-3, trains=trains)
-        return Fitness(stitcher, token_ids(1, 8), token_ids(2, 8), config)
+        return Fitness(stitcher, token_ids(1, 8), token_ids(2, 8), config, kept_bytes=kept_bytes)
 
     scorer, steps = anew(), list[int]()
     step = scorer._trainer._step
@@ -243,13 +242,13 @@ def test_processes_of_a_machine_share_the_memory_for_trained_survivors(
 
     monkeypatch.setattr(candidate_training.CandidateTrainer, "keep", noted)
     fitness(stitcher, TRAINED).scores(genomes, TRAINED[0])
-    monkeypatch.setattr(candidate_training, "KEPT_BYTES", 2 * max(most))
     monkeypatch.setattr(parallel, "neighbours", lambda: neighbours)
     scorer = fitness(stitcher, TRAINED)
+    kept_bytes = scorer._trainer.kept_bytes = 2 * max(most)
     most.clear()
     scorer.scores(genomes, TRAINED[0])
-    assert (max(most) == candidate_training.KEPT_BYTES // 2) == (neighbours == 2)
-    assert max(most) <= candidate_training.KEPT_BYTES // neighbours
+    assert (max(most) == kept_bytes // 2) == (neighbours == 2)
+    assert max(most) <= kept_bytes // neighbours
 
 
 def test_dropout_plays_no_part_in_a_score(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -161,7 +161,10 @@ def _allocate(work: Work, database: Database) -> SearchResult:
     config = work.config.search
     stitcher = _stitcher(work, database, work.dtype)
     bos = bos_of(work.checkpoint.tokenizer)
-    fitness = Fitness(stitcher, work.tokens["search"], work.tokens["training"], config, bos)
+    allowed = work.allowance
+    fitness = Fitness(
+        stitcher, work.tokens["search"], work.tokens["training"], config, bos, allowed.states, allowed.survivors
+    )
     if work.given_genome is not None:
         score = fitness.score(work.given_genome, config.stages[-1])
         if score == inf:
@@ -184,7 +187,7 @@ def _allocate(work: Work, database: Database) -> SearchResult:
 
 
 def _stitcher(work: Work, database: Database, dtype: torch.dtype) -> Stitcher:
-    return Stitcher(work.dense(dtype), work.checkpoint.family, database)
+    return Stitcher(work.dense(dtype), work.checkpoint.family, database, work.allowance.narrow)
 
 
 def _finish(work: Work, database: Database, name: str, genome: Genome) -> PreTrainedModel:

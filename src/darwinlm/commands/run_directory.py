@@ -34,7 +34,15 @@ MARK = f"# Settings of darwinlm, format {FORMAT_VERSION}\n"  # above them; 0.1.0
 
 
 # Settings that may change when something is resumed: it may be moved, and may need less memory or another disk.
-FREE = ("out", "verify", "cache", "training.micro_batch_size", "training.gradient_checkpointing", "training.report_to")
+FREE = (
+    "out",
+    "verify",
+    "memory",
+    "cache",
+    "training.micro_batch_size",
+    "training.gradient_checkpointing",
+    "training.report_to",
+)
 
 
 CARD = ("README.md",)  # the export's, which the report rewrites, and users may

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from darwinlm.commands.run_directory import Run, read_genome, versions
+from darwinlm.config.checks import bytes_of
 from darwinlm.config.run import STARTS, RunConfig, Stage
 from darwinlm.data.corpus import fingerprint, read_corpus
 from darwinlm.data.draw import draw_texts, draw_tokens, fit_to_text
@@ -22,11 +23,12 @@ from darwinlm.model.families import block_sizes, find_family, find_grid
 from darwinlm.model.pruned import family_of, pruned_config
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime import parallel
-from darwinlm.runtime.device import resolve_device, resolve_dtype
+from darwinlm.runtime.device import memory_limit, resolve_device, resolve_dtype
 from darwinlm.runtime.progress import say
 from darwinlm.search.budget import Budget, Target
 from darwinlm.search.costs import Costs, counted_costs, parameter_costs
 from darwinlm.search.latency import latency_costs
+from darwinlm.search.memory import Allowance, allowance, count_memory
 from darwinlm.search.uniform import check_export, uniform
 from darwinlm.types import DarwinError, Genome
 
@@ -43,6 +45,7 @@ class Work:
         tokens: token blocks by purpose, for the stages that are run.
         texts: further texts to judge models on.
         dtype: precision of the search.
+        allowance: what the search may keep on the device to save time.
         models: the dense model in each precision that was asked for, loaded once.
     """
 
@@ -59,6 +62,7 @@ class Work:
     texts: dict[str, Int[Tensor, "_ length"]]
     device: torch.device
     dtype: torch.dtype
+    allowance: Allowance
     provenance: dict[str, Any]
     models: dict[torch.dtype, PreTrainedModel] = field(default_factory=dict)
 
@@ -124,6 +128,7 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
         elif config.search.start not in STARTS:
             start_genome = read_genome(Path(config.search.start), grid, {"grid": provenance["grid"]}, "--search.start")
         dtype = resolve_dtype(config.dtype, device)
+        allowed = _allowance(config, checkpoint, grid, uniform_genome, device, dtype, until)
     except DarwinError:
         if parallel.first():
             this.abandon()
@@ -142,8 +147,27 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
         texts=texts,
         device=device,
         dtype=dtype,
+        allowance=allowed,
         provenance=provenance,
     )
+
+
+def _allowance(
+    config: RunConfig,
+    checkpoint: Checkpoint,
+    grid: Grid,
+    uniform: Genome,
+    device: torch.device,
+    dtype: torch.dtype,
+    until: Stage,
+) -> Allowance:
+    """What the search may keep on the device. Raises `UsageError` if it does not fit."""
+    limit = memory_limit(device, None if config.memory is None else bytes_of(config.memory))
+    if limit is None or until == "database":
+        return Allowance()
+    parameters, length = parameter_count(checkpoint.skeleton()), config.calibration.sequence_length
+    counted = count_memory(parameters, checkpoint.config, grid, uniform, config.search, config.refit, length, dtype)
+    return allowance(counted, limit)
 
 
 def _costs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import get_type_hints
 
 from darwinlm.types import UsageError
@@ -71,6 +72,20 @@ def expect_positive(config: object, section: str, *names: str) -> None:
 def expect_seed(seed: int) -> None:
     """Raise `UsageError` unless every random generator accepts the seed."""
     expect(type(seed) is int and 0 <= seed < 2**32, "seed", "0 to 4294967295", seed)
+
+
+def expect_size(text: str | None, flag: str) -> None:
+    """Raise `UsageError` unless a size of memory is not given, or can be read."""
+    if text is not None:
+        expect(bytes_of(text) is not None, flag, "a size such as 24GB or 22GiB", repr(text))
+
+
+def bytes_of(text: str) -> int | None:
+    """The bytes that a size such as `24GB` (10^9) or `22.5GiB` (2^30) means, or None if it is no size."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([MG])(i?)B", text)
+    if match is None or not float(match[1]):
+        return None
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** ("MG".index(match[2]) + 2))
 
 
 def expect_named(config: object, *names: str) -> None:

@@ -20,6 +20,7 @@ from darwinlm.config.checks import (
     expect_one_size,
     expect_positive,
     expect_seed,
+    expect_size,
 )
 from darwinlm.types import MetricName, MovesName, SelectionStage, Structure
 
@@ -249,6 +250,8 @@ class RunConfig:
     """Where to compute: auto, cpu, cuda."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the search; auto is bfloat16 where the device is fast at it."""
+    memory: str | None = None
+    """Memory of the device that the search may use, such as 24GB; what a GPU has, if not given."""
     genome: str | None = None
     """Genome to use without search or budget: search/result.json of another run, or a JSON list of levels."""
     target: str | None = None
@@ -271,6 +274,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         expect_named(self, "model", "data", "out")
         expect_seed(self.seed)
+        expect_size(self.memory, "memory")
         expect_one_size(self.target, self.target_level)
         if self.target_level is not None:
             expect_level(self.target_level, self.database.levels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -60,14 +61,20 @@ class Stitcher:
 
     A stitched model is an ordinary model of its family. It shares with the dense model every weight that its genome
     leaves alone, and narrow modules with other stitched models: copy it before training it.
+
+    Args:
+        kept_bytes: the most that narrow modules take which are kept for later models, the latest used ones; if None,
+            some of every unit are.
     """
 
-    def __init__(self, dense: PreTrainedModel, family: Family, database: Database):
+    def __init__(self, dense: PreTrainedModel, family: Family, database: Database, kept_bytes: int | None = None):
         self.dense = dense
         self.family = family
         self.database = database
         self.grid = database.grid
+        self.kept_bytes = kept_bytes
         self._narrow: OrderedDict[tuple[int, int], dict[str, nn.Module]] = OrderedDict()  # the latest used last
+        self._bytes = 0  # of what is in it
 
     def stitch(self, genome: Genome) -> PreTrainedModel:
         """The model that `genome` describes. Raises `UsageError` if the genome is for another model."""
@@ -113,9 +120,19 @@ class Stitcher:
             self._narrow.move_to_end(key)
         else:
             self._narrow[key] = _narrow_modules(self.dense, self.database.level(index, level))
-            if len(self._narrow) > LEVELS_KEPT * len(self.grid.units):
-                self._narrow.popitem(last=False)
+            self._bytes += _bytes(self._narrow[key])
+            while self._too_many():
+                self._bytes -= _bytes(self._narrow.popitem(last=False)[1])
         return self._narrow[key]
+
+    def _too_many(self) -> bool:
+        """Whether fewer narrow modules must be kept; those just made are."""
+        large = self.kept_bytes is not None and self._bytes > self.kept_bytes and len(self._narrow) > 1
+        return large or len(self._narrow) > LEVELS_KEPT * len(self.grid.units)
+
+
+def _bytes(modules: Mapping[str, nn.Module]) -> int:
+    return sum(weight.nbytes for module in modules.values() for weight in module.parameters())
 
 
 def _narrow_modules(dense: PreTrainedModel, level: Level) -> dict[str, nn.Module]:

@@ -65,11 +65,13 @@ class Divergence:
     @classmethod
     def of(cls, dense: PreTrainedModel, token_ids: Int[Tensor, "sequences length"]) -> Divergence:
         """Return the metric that keeps the dense model's distributions on a batch."""
-        parts = []
-        for log_p in _log_probabilities(dense, token_ids):
-            p = (SCALE * log_p.exp()).half()
-            parts.append((p, (p.float() * log_p).sum(-1) / SCALE, p.float().sum(-1) / SCALE))
-        return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        probabilities, sums = torch.empty(0), []
+        for rows, log_p in _log_probabilities(dense, token_ids):
+            if not rows.start:  # the whole at once: parts and their concatenation would take twice the memory
+                probabilities = log_p.new_empty(token_ids.numel(), log_p.shape[-1], dtype=torch.float16)
+            p = probabilities[rows].copy_(log_p.exp().mul_(SCALE)).float()
+            sums.append(torch.stack([torch.linalg.vecdot(p, log_p), p.sum(-1)]) / SCALE)
+        return cls(probabilities, *torch.cat(sums, dim=1))
 
     @property
     def tokens(self) -> int:
@@ -101,7 +103,7 @@ class TopKDivergence:
     @classmethod
     def of(cls, dense: PreTrainedModel, token_ids: Int[Tensor, "sequences length"], top_k: int) -> TopKDivergence:
         """Return the metric of the `top_k` likeliest tokens, or of the whole vocabulary if it has fewer."""
-        parts = [log_p.topk(min(top_k, log_p.shape[-1])) for log_p in _log_probabilities(dense, token_ids)]
+        parts = [log_p.topk(min(top_k, log_p.shape[-1])) for _, log_p in _log_probabilities(dense, token_ids)]
         return cls(torch.cat([part.indices.int() for part in parts]), torch.cat([part.values for part in parts]))
 
     @property
@@ -152,7 +154,7 @@ class CrossEntropy:
 @torch.inference_mode()
 def _log_probabilities(
     dense: PreTrainedModel, token_ids: Int[Tensor, "sequences length"]
-) -> Iterator[Float[Tensor, "rows vocab"]]:
+) -> Iterator[tuple[slice, Float[Tensor, "rows vocab"]]]:
     hidden = dense.get_decoder()(token_ids, use_cache=False).last_hidden_state.flatten(0, 1)
-    for _, logits in Logits.of(dense).chunks(hidden):
-        yield logits.log_softmax(-1)
+    for rows, logits in Logits.of(dense).chunks(hidden):
+        yield rows, logits.log_softmax(-1)

@@ -12,6 +12,7 @@ import torch
 
 from darwinlm.types import UsageError
 
+RESERVE = 2 << 30  # bytes of a GPU for the driver, its libraries and their kernels
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -40,6 +41,13 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise UsageError(f"unknown precision {name!r}: expected auto, {' or '.join(DTYPES)}; check --dtype")
     return DTYPES[name]
+
+
+def memory_limit(device: torch.device, given: int | None = None) -> int | None:
+    """The bytes of a device that may be used: those given, or what a GPU has but a reserve for its libraries."""
+    if given is not None or device.type != "cuda":
+        return given
+    return torch.cuda.get_device_properties(device).total_memory - RESERVE
 
 
 def processor_name() -> str:

@@ -23,8 +23,7 @@ from darwinlm.runtime import parallel
 from darwinlm.training.optimizer_state import set_state, state_of
 from darwinlm.types import Genome
 
-# Trained states up to this size stay on a GPU, or in the memory of one machine; others go to temporary files.
-KEPT_BYTES = 8 << 30
+KEPT_BYTES = 8 << 30  # of trained states stay on a GPU, or in the memory of one machine, at most
 
 
 @dataclass
@@ -57,6 +56,7 @@ class CandidateTrainer:
         device: where the candidates are.
         teacher: the model whose distribution the candidates learn; if None, they learn the text's next tokens.
         trains: paths of the modules whose weights train; if None, all weights of the blocks and of the final norm do.
+        kept_bytes: the most that trained states take on the device; others go to temporary files.
     """
 
     def __init__(
@@ -66,12 +66,14 @@ class CandidateTrainer:
         device: torch.device,
         teacher: PreTrainedModel | None = None,
         trains: Collection[str] | None = None,
+        kept_bytes: int = KEPT_BYTES,
     ):
         self.pieces = pieces
         self.learning_rate = learning_rate
         self.device = device
         self.teacher = teacher
         self.trains = trains
+        self.kept_bytes = kept_bytes
         self._ends = list(accumulate(piece.numel() for piece in pieces))  # in tokens
         self._teacher_states: dict[int, Tensor] = {}  # its last hidden states by piece, which all candidates need
         self._kept: dict[Genome, Trained] = {}
@@ -92,7 +94,7 @@ class CandidateTrainer:
         """Keep the state of a candidate's training, so that a later `train` can continue from it."""
         held = sum(state.bytes for state in self._kept.values())
         sharing = parallel.neighbours() if self.device.type == "cpu" else 1
-        if held + trained.bytes <= KEPT_BYTES // sharing:
+        if held + trained.bytes <= self.kept_bytes // sharing:
             self._kept[genome] = trained
         else:
             self._spill(genome, trained)

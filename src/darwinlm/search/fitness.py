@@ -20,7 +20,7 @@ from darwinlm.database.stitch import Stitcher
 from darwinlm.losses.logits import Logits
 from darwinlm.losses.metrics import Metric, metric
 from darwinlm.runtime import parallel
-from darwinlm.search.candidate_training import CandidateTrainer, rounded
+from darwinlm.search.candidate_training import KEPT_BYTES, CandidateTrainer, rounded
 from darwinlm.types import Genome, SelectionStage
 
 BATCH_TOKENS = 2048  # in one forward pass: with more, its allocations take twice the time on a CPU
@@ -56,6 +56,9 @@ class Fitness:
         training_ids: the text that candidates are trained on before they are scored.
         config: settings whose stages determine the batches, so that a score does not depend on earlier calls.
         bos: the token that begins every sequence, if the model expects one.
+        keeps_states: whether the parent's states in front of every block are kept, which saves the blocks before the
+            first that differs.
+        kept_bytes: the most that the states of survivors in training take on the device.
     """
 
     def __init__(
@@ -65,6 +68,8 @@ class Fitness:
         training_ids: Int[Tensor, "training_sequences length"],
         config: SearchConfig,
         bos: int | None = None,
+        keeps_states: bool = True,
+        kept_bytes: int = KEPT_BYTES,
     ):
         self.stitcher = stitcher
         self.device = stitcher.dense.device
@@ -75,7 +80,8 @@ class Fitness:
         teacher = stitcher.dense if config.loss == "distillation" else None
         consumers = [unit.consumer for unit in stitcher.grid.units] if config.trains == "consumers" else None
         pieces = cut(training_ids, {stage.training_tokens for stage in config.stages}, bos)
-        self._trainer = CandidateTrainer(pieces, config.learning_rate, self.device, teacher, consumers)
+        self._trainer = CandidateTrainer(pieces, config.learning_rate, self.device, teacher, consumers, kept_bytes)
+        self._keeps_states = keeps_states
         self._sums: dict[Genome, dict[int, float]] = {}  # of untrained candidates, one sum for each batch
         self._trained: dict[tuple[Genome, SelectionStage], float] = {}
         self._owners: dict[Genome, int] = {}  # the process that holds earlier results for a genome
@@ -136,6 +142,7 @@ class Fitness:
         return [self._owners[genome] for genome in genomes]
 
     def _score(self, genome: Genome, stage: SelectionStage, parent: Genome | None) -> float:
+        parent = parent if self._keeps_states else None
         if stage.training_tokens:
             key = (genome, stage)
             if key not in self._trained:

@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from darwinlm.config.run import RefitConfig
 from darwinlm.database.stitch import Stitcher
@@ -61,30 +66,34 @@ def refit(
     dense, model = stitcher.dense, stitcher.stitch(genome)
     alive = [index for index, level in enumerate(genome.levels) if level < stitcher.grid.highest(index)]
     weights = _own_weights(model, [stitcher.grid.units[index].consumer for index in alive])
-    optimizer = torch.optim.AdamW(list(weights.values()), weight_decay=0.0)
+    # Fused: the default on a GPU takes as much memory again as the weights.
+    optimizer = torch.optim.AdamW(list(weights.values()), weight_decay=0.0, fused=True)
     if tensors:
         set_state(weights, optimizer, tensors)
     logits, device = (Logits.of(dense), Logits.of(model)), dense.device
     low = dense.dtype == torch.bfloat16
     saved, divergences = time.monotonic(), []
-    for step in track(range(done, steps), "refit", steps, done):
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * _schedule(step, steps)
-        batch, total = token_ids[step * config.batch_size :][: config.batch_size], 0.0
-        for ids in batch.split(1):
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
-                total += _accumulate(dense, model, logits, ids.to(device), batch.numel())
-        if not math.isfinite(total):
-            raise DarwinError(
-                f"the refit diverged at step {step + 1}: lower --refit.learning-rate, or --refit.tokens 0 leaves it out"
-            )
-        divergences.append(total)
-        nn.utils.clip_grad_norm_(weights.values(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if time.monotonic() - saved > SAVE_SECONDS:
-            _write(file, weights, optimizer, step + 1, identity)
-            saved = time.monotonic()
+    targets = _last_states(dense, token_ids[done * config.batch_size :])
+    with _set_aside(dense, model):
+        for step in track(range(done, steps), "refit", steps, done):
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * _schedule(step, steps)
+            batch, total = token_ids[step * config.batch_size :][: config.batch_size], 0.0
+            for ids in batch.split(1):
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
+                    total += _accumulate(model, logits, ids.to(device), next(targets), batch.numel())
+            if not math.isfinite(total):
+                raise DarwinError(
+                    f"the refit diverged at step {step + 1}: lower --refit.learning-rate, or --refit.tokens 0 leaves "
+                    "it out"
+                )
+            divergences.append(total)
+            nn.utils.clip_grad_norm_(weights.values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if time.monotonic() - saved > SAVE_SECONDS:
+                _write(file, weights, optimizer, step + 1, identity)
+                saved = time.monotonic()
     say(f"refit: KL {_mean(divergences[:8]):.4f} in the first steps, {_mean(divergences[-8:]):.4f} in the last")
     _write(file, weights, None, steps, identity)
     return {path: weight.detach() for path, weight in weights.items()}
@@ -117,18 +126,65 @@ def _replace(model: PreTrainedModel, path: str, weight: Tensor) -> nn.Linear:
     return new
 
 
+@torch.no_grad()
+def _last_states(
+    dense: PreTrainedModel, token_ids: Int[Tensor, "sequences length"]
+) -> Iterator[Float[Tensor, "length d_out"]]:
+    """Yield the dense model's last hidden states on each sequence; on a GPU they are computed first and wait outside.
+
+    They are thousands of times smaller than the logits, and the dense model need not be there any more.
+    """
+
+    def states() -> Iterator[Tensor]:
+        for ids in token_ids.split(1):
+            with torch.no_grad():
+                hidden = dense.get_decoder()(ids.to(dense.device), use_cache=False).last_hidden_state
+            yield hidden.flatten(0, 1)
+
+    return states() if dense.device.type == "cpu" else iter([hidden.cpu() for hidden in states()])
+
+
+@contextmanager
+def _set_aside(dense: PreTrainedModel, model: PreTrainedModel) -> Iterator[None]:
+    """Keep what the dense model alone holds in the host's memory, and compute activations twice, on a GPU.
+
+    The weights, gradients and moments that train take most of it. Its output embedding is shared with the model.
+    """
+    device = dense.device
+    if device.type == "cpu":
+        yield
+        return
+    recompute(model)
+    shared = {id(weight) for weight in model.parameters()}
+    aside = [(weight, weight.data.cpu()) for weight in dense.parameters() if id(weight) not in shared]
+    for weight, _ in aside:
+        weight.data = weight.data.new_empty(0)
+    try:
+        yield
+    finally:
+        for weight, data in aside:
+            weight.data = data.to(device)
+
+
+def recompute(model: PreTrainedModel) -> None:
+    """Let every block of a model in evaluation mode compute its activations a second time instead of keeping them."""
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    blocks: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for block in blocks:
+        block.gradient_checkpointing, block._gradient_checkpointing_func = True, again
+        block.training = True  # which blocks ask for; the modules in them still drop nothing out
+
+
 def _accumulate(
-    dense: PreTrainedModel,
     model: PreTrainedModel,
     logits: tuple[Logits, Logits],
     ids: Int[Tensor, "one length"],
+    dense_hidden: Float[Tensor, "length d_out"],
     tokens: int,
 ) -> float:
     """Add the gradient of a sequence's divergence over `tokens`, and return that divergence."""
-    with torch.no_grad():
-        dense_hidden = dense.get_decoder()(ids, use_cache=False).last_hidden_state.flatten(0, 1)
     hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state.flatten(0, 1)
-    divergence = KLGradient(logits[0], dense_hidden, tokens)
+    divergence = KLGradient(logits[0], dense_hidden.to(hidden.device), tokens)
     hidden.backward(logits[1].gradient(hidden, divergence))
     return divergence.total / tokens
 

@@ -1,0 +1,187 @@
+"""What a search holds on its device, counted from shapes before it begins, and what a limit leaves for its caches.
+
+Caches save time and change no result: narrow modules are read from the database again, the parent's states computed
+again, and survivors in training wait in temporary files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from darwinlm.config.run import RefitConfig, SearchConfig
+from darwinlm.genome import Grid, prunable_parameters
+from darwinlm.losses.logits import ROWS
+from darwinlm.report.tables import size
+from darwinlm.search.candidate_training import KEPT_BYTES
+from darwinlm.search.fitness import BATCH_TOKENS
+from darwinlm.types import Genome, UsageError
+
+FLOAT = 4  # bytes of float32
+LOGITS = 4  # tensors of a few tokens' logits, in float32: as they are made, and what a loss or its gradient needs
+HEADROOM = 0.92  # of the limit is counted on: an allocator cannot use every gap between tensors
+
+
+@dataclass(frozen=True)
+class SearchMemory:
+    """Bytes on the device, by what they are for. Where work takes turns, the largest counts.
+
+    Attributes:
+        dense: the dense model, in the search's precision.
+        ends: what is not in its blocks, which a refit holds too.
+        narrow: the narrow modules of one candidate.
+        targets: what the metric keeps of the dense model.
+        scoring: what a forward pass and its logits take.
+        training: what training a candidate takes before selection, its activations included; 0 without training.
+        refit: the same for the refit, whose dense model waits in the host's memory; 0 without one.
+        states: the parent's states in front of every block, which save time where candidates are scored untrained.
+        survivors: the states of survivors that will be trained further, which may wait in temporary files.
+    """
+
+    dense: int
+    ends: int
+    narrow: int
+    targets: int
+    scoring: int
+    training: int
+    refit: int
+    states: int
+    survivors: int
+
+    @property
+    def least(self) -> int:
+        """What a search and its refit cannot do without."""
+        search = self.dense + self.narrow + self.targets + max(self.scoring, self.training)
+        return max(search, self.ends + self.narrow + self.refit)
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What a search may keep on its device to save time.
+
+    Attributes:
+        narrow: bytes of narrow modules, those of the candidate at work included; None if they are not limited.
+        states: whether the parent's states in front of every block are kept.
+        survivors: bytes of survivors' training states.
+    """
+
+    narrow: int | None = None
+    states: bool = True
+    survivors: int = KEPT_BYTES
+
+
+def count_memory(
+    parameters: int,
+    config: PretrainedConfig,
+    grid: Grid,
+    genome: Genome,
+    search: SearchConfig,
+    refit: RefitConfig,
+    length: int,
+    dtype: torch.dtype,
+) -> SearchMemory:
+    """Count what a search takes.
+
+    Args:
+        parameters: parameters of the dense model, embeddings included.
+        genome: one of the size that is searched for.
+        length: tokens in a sequence.
+        dtype: precision of the search.
+    """
+    each, hidden, vocab = dtype.itemsize, config.hidden_size, config.vocab_size
+    blocks = 1 + max(unit.block for unit in grid.units)
+    counts = [unit.structures - grid.removed[i][genome.levels[i]] for i, unit in enumerate(grid.units)]
+    inputs = [count * unit.structure_width for count, unit in zip(counts, grid.units, strict=True)]
+    narrow = sum(unit.parameters(unit.structures - count) for count, unit in zip(counts, grid.units, strict=True))
+    consumers = sum(inputs) * hidden
+    trained = consumers if search.trains == "consumers" else narrow
+    tokens = max(stage.fitness_tokens for stage in search.stages)
+    batch = min(max(BATCH_TOKENS, length), tokens)
+    # In the widest unit: the stream, its norm and sum, and three tensors of the unit's width.
+    widest = max(unit.structures * unit.structure_width for unit in grid.units)
+    in_flight = each * (4 * hidden + 3 * widest)
+    of_batch, of_sequence = (LOGITS * FLOAT * min(ROWS, tokens) * vocab for tokens in (batch, length))
+    scoring = max(batch * in_flight, of_batch)
+    steps = [stage.training_tokens for stage in search.stages]
+    stream = each * length * hidden * (blocks + 1)
+    once = _activations(inputs, hidden, blocks, each, length) + of_sequence
+    once += each * length * hidden * len(inputs) if search.trains == "all" else 0  # what producers read
+    twice = _activations(inputs, hidden, blocks, each, length) // blocks + stream + 2 * of_sequence
+    survivors = max((stage.survivors for stage in search.stages[:-1] if stage.training_tokens), default=0)
+    return SearchMemory(
+        dense=each * parameters,
+        ends=each * (parameters - prunable_parameters(grid, grid.dense())),
+        narrow=each * narrow,
+        targets=_targets(search, tokens, vocab),
+        scoring=scoring,
+        training=_training(trained, each, max(once, scoring)) if any(steps) else 0,
+        refit=_training(consumers, each, twice) if refit.tokens else 0,
+        states=0 if all(steps) else blocks * tokens * hidden * each,
+        survivors=3 * FLOAT * trained * survivors,
+    )
+
+
+def allowance(memory: SearchMemory, limit: int | None) -> Allowance:
+    """Divide what a limit leaves: first to the parent's states, then to survivors, the rest to narrow modules.
+
+    Args:
+        limit: bytes of the device, or None if it is not known.
+
+    Raises:
+        UsageError: if the limit is below what the search cannot do without.
+    """
+    if limit is None:
+        return Allowance()
+    left = int(HEADROOM * limit) - memory.least
+    if left < 0:
+        raise UsageError(_too_little(memory, limit))
+    states = memory.states <= left
+    left -= memory.states if states else 0
+    survivors = min(memory.survivors, KEPT_BYTES, left // 2)
+    return Allowance(memory.narrow + left - survivors, states, survivors)
+
+
+def _too_little(memory: SearchMemory, limit: int) -> str:
+    """What is expected of a limit that is too low, and what to take instead."""
+    if memory.ends + memory.narrow + memory.refit == memory.least:
+        remedy = "--refit.tokens 0"
+    elif memory.training > memory.dense:
+        remedy = "--search.trains consumers, or --search.stages without training_tokens"
+    elif memory.targets > memory.dense:
+        remedy = "--search.metric top-k-kl, or fewer fitness_tokens in --search.stages"
+    else:
+        remedy = "a device with more memory, or --device cpu"
+    return (
+        f"--memory: expected {size(memory.least / HEADROOM)} on the device for a search of this model, found "
+        f"{size(limit)}; take {remedy}"
+    )
+
+
+def _targets(search: SearchConfig, tokens: int, vocab: int) -> int:
+    """Bytes that `losses.metrics` keeps of the dense model's distributions."""
+    if search.metric == "perplexity":
+        return 0
+    if search.metric == "top-k-kl":
+        return 2 * FLOAT * min(search.top_k, vocab) * tokens
+    return (2 * vocab + 2 * FLOAT) * tokens
+
+
+def _training(weights: int, each: int, activations: int) -> int:
+    """Bytes of weights that train in float32 with two moments of AdamW, and what a step adds.
+
+    When a backward pass begins, it has all activations and the copies of weights that products take; when it ends, it
+    has all gradients. Scoring what was trained takes such copies too.
+    """
+    return 3 * FLOAT * weights + max(FLOAT * weights, each * weights + activations)
+
+
+def _activations(inputs: list[int], hidden: int, blocks: int, each: int, tokens: int) -> int:
+    """Bytes that a backward pass through frozen projections needs of the forward pass.
+
+    They are, for each unit, the stream in float32 in front of its norm, and five tensors as wide as what its consumer
+    reads: of an attention queries, keys, values and what is attended to, of an MLP the gate, its activation, the other
+    factor and the product.
+    """
+    return tokens * (2 * FLOAT * hidden * blocks + 5 * each * sum(inputs))

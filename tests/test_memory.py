@@ -1,0 +1,153 @@
+"""What a search holds on its device: the count, the bytes that the simulated accelerator counts, and the limit."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+import runs
+import tiny
+from accelerator import MEMORY, NAME, accelerator
+from darwinlm.commands import work as module
+from darwinlm.commands.compress import run
+from darwinlm.config.checks import bytes_of
+from darwinlm.config.run import CalibrationConfig, DatabaseConfig, RefitConfig, RunConfig
+from darwinlm.search.memory import HEADROOM, Allowance, SearchMemory, allowance
+from darwinlm.types import SelectionStage, UsageError
+
+LENGTH = 64
+# Llama-3.1-8B's proportions at a sixteenth of its widths, with fewer blocks.
+SCALED = LlamaConfig(
+    vocab_size=2004, hidden_size=256, intermediate_size=896, num_hidden_layers=3, num_attention_heads=16,
+    num_key_value_heads=8, head_dim=16, max_position_embeddings=256, tie_word_embeddings=False, bos_token_id=1,
+    eos_token_id=2, pad_token_id=3,
+)  # fmt: skip
+STAGES = {
+    "untrained": (SelectionStage(4, 4 * LENGTH), SelectionStage(2, 8 * LENGTH), SelectionStage(1, 16 * LENGTH)),
+    "trained": (SelectionStage(4, 4 * LENGTH, LENGTH), SelectionStage(1, 8 * LENGTH, 2 * LENGTH)),
+}
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("scaled")
+    tiny.CONFIGS["scaled"] = SCALED
+    try:
+        model: Any = tiny.build("scaled")
+        model.to(torch.bfloat16).save_pretrained(path)
+    finally:
+        del tiny.CONFIGS["scaled"]
+    tiny.tokenizer().save_pretrained(path)
+    return path
+
+
+def config(model: Path, text: Path, out: Path, **changes: Any) -> RunConfig:
+    settings = {
+        "target": "params=0.7",
+        "device": NAME,
+        "dtype": "bfloat16",
+        "calibration": CalibrationConfig(tokens=2048, sequence_length=LENGTH),
+        "database": DatabaseConfig(levels=8, granularity=32),
+        "refit": RefitConfig(tokens=4 * LENGTH),
+    }
+    return runs.short(model, text, out, **(settings | changes))
+
+
+def most_held(config: RunConfig, stage: Literal["search", "export"]) -> int:
+    """The most bytes that a stage holds on the device."""
+    with accelerator():
+        gc.collect()
+        MEMORY.begin()
+        run(config, until=stage)
+        return MEMORY.most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("selection", "trains"), [("untrained", "consumers"), ("trained", "consumers"), ("trained", "all")]
+)
+def test_a_limit_holds_and_changes_no_result(
+    selection: str,
+    trains: Literal["all", "consumers"],
+    scaled: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counts: list[SearchMemory] = []
+
+    def noted(memory: SearchMemory, limit: int | None) -> Allowance:
+        counts.append(memory)
+        return allowance(memory, limit)
+
+    monkeypatch.setattr(module, "allowance", noted)
+    search = replace(runs.SHORT.search, generations=2, offspring=5, stages=STAGES[selection], trains=trains)
+    free = config(scaled, text, tmp_path / "free", search=search, memory="1GB")
+    with accelerator():
+        run(free, until="database")
+    shutil.copytree(tmp_path / "free", tmp_path / "tight")
+    without_limit = most_held(free, "search")
+    least = counts[-1].least
+    limit = int(1.02 * least / HEADROOM)
+    tight = replace(free, out=str(tmp_path / "tight"), memory=f"{limit / 1e6:.3f}MB")
+    searched, refitted = most_held(tight, "search"), most_held(tight, "export")
+    assert max(searched, refitted) <= limit
+    assert max(searched, refitted) == pytest.approx(least, rel=0.15)
+    if selection == "trained":
+        assert without_limit > limit  # so it was the limit that held
+    assert runs.history(tmp_path / "tight") == runs.history(tmp_path / "free")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("24GB", 24 * 10**9),
+        ("22.5GiB", int(22.5 * 2**30)),
+        ("80 GB", 80 * 10**9),
+        ("512MiB", 2**29),
+        ("512MB", 512 * 10**6),
+    ],
+)
+def test_sizes_are_read(text: str, found: int) -> None:
+    assert bytes_of(text) == found
+
+
+@pytest.mark.parametrize("text", ["", "24", "GB", "24gb", "-1GB", "0GB", "24GBs", "1e3GB", "24TB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--memory: expected a size such as 24GB"):
+        replace(runs.SHORT, memory=text)
+
+
+def test_a_limit_that_is_too_low_is_refused_with_what_would_help(
+    checkpoints: dict[str, Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = runs.short(checkpoints["llama-gqa"], text, tmp_path / "run", memory="1MB")
+    assert runs.call(*runs.command(settings)) == 2
+    message = capsys.readouterr().err
+    assert "--memory: expected" in message
+    assert "found 0.0 GB" not in message  # small sizes are told in MB
+    assert "take" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_left_goes_to_the_states_then_to_survivors_then_to_narrow_modules() -> None:
+    memory = SearchMemory(100, 10, 50, 10, 20, 30, 0, states=40, survivors=20)
+    least = 100 + 50 + 10 + 30
+    assert memory.least == least
+    assert allowance(memory, None) == Allowance()
+
+    def given(left: int) -> Allowance:
+        return allowance(memory, -int(-(least + left) // HEADROOM))
+
+    assert given(30) == Allowance(50 + 15, states=False, survivors=15)
+    assert given(50) == Allowance(50 + 5, states=True, survivors=5)
+    assert given(100) == Allowance(50 + 40, states=True, survivors=20)
+    with pytest.raises(UsageError, match="--memory"):
+        given(-10)
