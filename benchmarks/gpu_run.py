@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -138,7 +138,7 @@ def training_of(config: RunConfig, length: int) -> TrainConfig:
         training=TrainingConfig(
             batch_size=4,
             warmup_steps=1,
-            save_every=2,
+            save_every=4,
             log_every=1,
             gradient_checkpointing=True,
             evaluation_tokens=2 * length,
@@ -151,6 +151,9 @@ def main() -> None:
     parser.add_argument("--shape", default="Llama-3.1-8B")
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048, help="tokens in a sequence")
+    parser.add_argument("--levels", type=int, default=8)
+    parser.add_argument("--calibration-tokens", type=int, default=131_072)
+    parser.add_argument("--stages", nargs="*", default=[*get_args(Stage), "train"], choices=[*get_args(Stage), "train"])
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     device, length = resolve_device(arguments.device), arguments.length
@@ -158,8 +161,11 @@ def main() -> None:
         directory = Path(scratch)
         model = write_model(arguments.shape, arguments.blocks, device, directory / "dense")
         config = settings(model, directory, length, device)
-        rows = [measured(stage, partial(run, config, until=stage), device) for stage in get_args(Stage)]
-        rows.append(measured("train", partial(train, training_of(config, length)), device))
+        calibration = replace(config.calibration, tokens=min(arguments.calibration_tokens, 64 * length))
+        config = replace(config, calibration=calibration, database=DatabaseConfig(levels=arguments.levels))
+        work = {stage: partial(run, config, until=stage) for stage in get_args(Stage)}
+        work["train"] = partial(train, training_of(config, length))
+        rows = [measured(stage, work[stage], device) for stage in arguments.stages]
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     shape = f"{arguments.shape}, {arguments.blocks} blocks, sequences of {length} tokens"
     print(f"{card}, torch {torch.__version__}, {datetime.date.today()}; {shape}\n")
