@@ -28,6 +28,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # whose oracle this is
+from forked import attempt
+
 import pruned
 from darwinlm.config.run import DatabaseConfig, RefitConfig, RunConfig, SearchConfig
 from darwinlm.database.stitch import repeat_shared
@@ -39,7 +41,6 @@ from darwinlm.search.fitness import Fitness
 from darwinlm.search.uniform import uniform
 from darwinlm.training.refit import refit
 from darwinlm.types import DarwinError, SelectionStage
-from forked import attempt
 
 RESULTS = Path(__file__).with_name("RESULTS-families.md")
 SECONDS = 120  # for one model

@@ -22,8 +22,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from darwinlm.export.gguf_vocabulary import add_vocabulary
 from darwinlm.export.verify import verify_gguf
 from darwinlm.model.checkpoint import Checkpoint
-from darwinlm.model.families import FAMILIES, Family, head_dim
+from darwinlm.model.families import find_family, head_dim
 from darwinlm.model.pruned import block_sizes_of, family_of
+from darwinlm.model.reading import skeleton
 from darwinlm.model.shards import WEIGHTS, read_index
 from darwinlm.runtime.files import new_file
 from darwinlm.types import BlockSizes, DarwinError, UsageError
@@ -87,7 +88,7 @@ class _Model:
     def __init__(self, config: PreTrainedConfig):
         self.config: Any = config
         self.name = family_of(config)
-        self.family: Family = FAMILIES[self.name]
+        self.family = find_family(skeleton(config))
         self.sizes: Sequence[BlockSizes] = block_sizes_of(config)
         self.head_dim = head_dim(config)
         self.architecture = self._architecture()

@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from darwinlm.model.families import FAMILIES, PRUNED, head_dim
+from darwinlm.model.families import PRUNED, head_dim
 from darwinlm.runtime.scratch import scratch_directory
 from darwinlm.types import BlockSizes, DarwinError, UsageError
 
@@ -49,9 +49,9 @@ def family_of(config: PreTrainedConfig) -> str:
     """
     family = config.model_type.removeprefix(PRUNED)
     if family not in EXPORTABLE:
-        cure = "darwinlm search takes it, and stops before the export" if family in FAMILIES else "convert it to one"
         raise UsageError(
-            f"expected a model of one of the families {', '.join(EXPORTABLE)} to export, found {family!r}; {cure}"
+            f"expected a model of one of the families {', '.join(EXPORTABLE)} to export, found {family!r}; "
+            "darwinlm search takes it, and stops before the export"
         )
     return family
 

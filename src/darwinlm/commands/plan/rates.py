@@ -129,7 +129,8 @@ def block_rates(config: PretrainedConfig, dtype: torch.dtype, length: int = 512,
 
 def _first_block(config: PretrainedConfig, dtype: torch.dtype) -> tuple[nn.Module, list[nn.Parameter]]:
     """Return a decoder of one block and the last norm, and the block's weights."""
-    model, family = skeleton(config, dtype), find_family(config)
+    model = skeleton(config, dtype)
+    family = find_family(model)
     blocks: Any = model.get_submodule(family.blocks)
     del blocks[1:]
     for module in (blocks, model.get_submodule(family.final_norm)):
