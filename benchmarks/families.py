@@ -48,15 +48,15 @@ LARGEST = 20_000_000  # parameters of a model that counts as tiny
 STEPS = ("units", "database", "stitch", "search", "refit", "export", "reload", "generate")
 SIZES = {
     "vocab_size": 320,
-    "hidden_size": 32,
+    "hidden_size": 64,
     "intermediate_size": 96,
     "ffn_dim": 96,
     "num_hidden_layers": 3,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
-    "head_dim": 8,
+    "head_dim": 16,
     "max_position_embeddings": 256,
-    "query_pre_attn_scalar": 8,
+    "query_pre_attn_scalar": 16,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 3,
@@ -66,8 +66,9 @@ WINDOW = 8  # tokens, where the family has a window
 # Fields without which a small model of the type cannot be built.
 NEEDED: dict[str, dict[str, Any]] = {
     "falcon": {"head_dim": None},
+    "helium": {"head_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
-    "opt": {"word_embed_proj_dim": 32},
+    "opt": {"word_embed_proj_dim": 64},
 }
 KINDS = {  # by a part of a module's path
     "mixture of experts": ("experts", "router"),

@@ -20,7 +20,7 @@ PRUNED = "pruned_"  # prefix of the model type of an export
 
 
 # Whose fused projections hold the rows of query, key and value, and those of gate and input, one after another.
-FUSED_IN_ORDER = ("glm", "glm4", "phi3")
+FUSED_IN_ORDER = ("glm", "glm4", "moshi", "phi3")
 
 
 def find_family(model: PreTrainedModel) -> Family:

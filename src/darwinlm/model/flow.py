@@ -94,14 +94,14 @@ def find_frame(model: PreTrainedModel) -> Frame:
     recorders = [_Recorder(block) for block in blocks]
     memo: dict[int, Any] = {id(blocks): nn.ModuleList(recorders)}
     for parameter in set(decoder.parameters()) - set(blocks.parameters()):
-        zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)  # which takes no memory
-        memo[id(parameter)] = nn.Parameter(zeros, requires_grad=False)
+        memo[id(parameter)] = nn.Parameter(_zeros(parameter), requires_grad=False)
+    memo |= {id(buffer): _zeros(buffer) for buffer in decoder.buffers() if buffer.is_meta}
     copied: Any = copy.deepcopy(decoder, memo).cpu().eval()
     after: list[str] = []
     for path, module in copied.named_children():
         module.register_forward_hook(partial(_note_after, path, recorders, after))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.device("cpu"):
             copied(input_ids=torch.zeros(1, LENGTH, dtype=torch.long), use_cache=False)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -153,6 +153,11 @@ def trace(block: nn.Module, width: int, call: Mapping[str, Any]) -> Flow:
         output = block(states, **arguments)
     tracer.flow.output = tracer.marks(output)
     return tracer.flow
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Zeros of a tensor's shape, which take no memory."""
+    return torch.zeros((), dtype=like.dtype, device="cpu").expand(like.shape)
 
 
 class _Recorder(nn.Module):
@@ -214,7 +219,7 @@ class _Tracer(TorchDispatchMode):
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
         """An attention function that computes nothing. Queries are `[sequences, heads, length, width]`."""
-        path = self.flow.attention = self.paths[module]
+        self.flow.attention = self.paths[module]
         self.flow.inputs = tuple(self.marks(tensor) for tensor in (query, key, value))
         self.flow.heads = query.shape[1], key.shape[1]
         self.flow.head_widths = tuple(tensor.shape[-1] for tensor in (query, key, value))

@@ -68,8 +68,12 @@ def find_roles(model: PreTrainedModel, in_order: bool) -> Family:
     attention: dict[str, Any] = {}
     mlp: dict[str, Any] = {}
     known: set[str] = set()  # the modules with weights of the blocks whose roles were found
+    seen: set[nn.Parameter] = set()
     for index, (block, call) in enumerate(zip(blocks, frame.calls, strict=True)):
         path = f"{frame.blocks}.{index}"
+        if not seen.isdisjoint(block.parameters()):
+            _refuse(path, "weights of its own", "those of a block before it")
+        seen |= set(block.parameters())
         if attention and mlp:
             strange = [name for name, _ in _weights(block) if name not in known]
             if strange:
@@ -94,10 +98,8 @@ def _trace(path: str, block: nn.Module, model: PreTrainedModel, call: dict[str, 
     try:
         flow = trace(block, model.get_input_embeddings().weight.shape[-1], call)  # pyright: ignore[reportArgumentType]
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise UsageError(
-            f"cannot prune {path}: it cannot be run by itself ({reason or type(error).__name__})"
-        ) from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"cannot prune {path}: it cannot be run by itself ({reason})") from None
     if not isinstance(flow.values[""], Tensor):
         _refuse(path, "a block that returns hidden states", f"a {type(flow.values['']).__name__}")
     return flow
@@ -185,7 +187,7 @@ class _Roles:
         ends = [path for path in linear if not flow.readers(path) & set(linear)]
         output = ends[-1] if ends else linear[-1]
         inputs = tuple(path for path in linear if path in flow.reads[output])
-        others = [path for path in linear if path not in (*inputs, output)] + sorted(flow.reads[output] - {*inputs})
+        others = sorted(flow.reads[output] - {*inputs}) + [path for path in linear if path not in (*inputs, output)]
         if others or not inputs:
             self._refuse(others[0] if others else output, f"an MLP whose inputs meet in {output}", "another module")
         self.claimed |= {*inputs, output}
