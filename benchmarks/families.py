@@ -66,6 +66,8 @@ WINDOW = 8  # tokens, where the family has a window
 # Fields without which a small model of the type cannot be built.
 NEEDED: dict[str, dict[str, Any]] = {
     "falcon": {"head_dim": None},
+    "deepseek_v3": {"head_dim": None},
+    "youtu": {"head_dim": None},
     "helium": {"head_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
     "opt": {"word_embed_proj_dim": 64},

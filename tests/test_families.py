@@ -19,7 +19,7 @@ from darwinlm.database.levels import Level
 from darwinlm.database.stitch import NoAttn, repeat_shared
 from darwinlm.genome import level_grid, prunable_parameters
 from darwinlm.model.checkpoint import Checkpoint
-from darwinlm.model.families import FUSED_IN_ORDER, block_sizes, find_family, find_units, head_dim, linear_at
+from darwinlm.model.families import ROWS, block_sizes, find_family, find_units, head_dim, linear_at
 from darwinlm.types import DarwinError, Genome, Structure, Unit, UsageError
 from pruned import Pruned
 
@@ -47,8 +47,9 @@ def units_of(model: str, structure: Structure = "kv_group") -> tuple[Unit, ...]:
         return find_units(AutoModelForCausalLM.from_config(config), config, structure)
 
 
-def test_every_row_of_the_table_has_a_tiny_model() -> None:
-    assert {config.model_type for config in tiny.CONFIGS.values()} >= {*FUSED_IN_ORDER} - {"glm", "moshi"}
+def test_every_kind_of_row_has_a_tiny_model() -> None:
+    rows = {ROWS.get(config.model_type) for config in tiny.CONFIGS.values()}
+    assert rows == {None, *ROWS.values()}
 
 
 def test_hessians_equal_those_of_the_whole_model(case: Pruned) -> None:
@@ -159,7 +160,9 @@ def test_written_out_attentions_have_the_sizes_that_an_export_says(case: Pruned)
         for unit, sizes in zip(
             case.database.grid.units[::2], block_sizes(case.database.grid, genome, config), strict=True
         ):
-            attention = model.get_submodule(f"{case.checkpoint.family.block(unit.block)}.self_attn")
+            attention = model.get_submodule(
+                f"{case.checkpoint.family.block(unit.block)}.{case.checkpoint.family.attention}"
+            )
             if isinstance(attention, NoAttn):
                 assert sizes.query_heads == sizes.key_value_heads == 0
                 continue

@@ -13,14 +13,21 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from darwinlm.config.run import DatabaseConfig
 from darwinlm.genome import Grid, level_grid
-from darwinlm.model.roles import Family, find_roles
+from darwinlm.model.roles import Family, Fused, find_roles
 from darwinlm.types import BlockSizes, DarwinError, Genome, Kind, Producer, Structure, Unit
 
 PRUNED = "pruned_"  # prefix of the model type of an export
 
 
-# Whose fused projections hold the rows of query, key and value, and those of gate and input, one after another.
-FUSED_IN_ORDER = ("glm", "glm4", "moshi", "phi3")
+# How the rows of fused projections lie, which cannot be derived.
+ROWS: dict[str, Fused] = {
+    "glm": "in order",
+    "glm4": "in order",
+    "gpt_neox": "by head",
+    "moshi": "in order",
+    "persimmon": "by head",
+    "phi3": "in order",
+}
 
 
 def find_family(model: PreTrainedModel) -> Family:
@@ -31,7 +38,7 @@ def find_family(model: PreTrainedModel) -> Family:
     Raises:
         UsageError: if a module fits no role; it names the module.
     """
-    return find_roles(model, model.config.model_type.removeprefix(PRUNED) in FUSED_IN_ORDER)
+    return find_roles(model, ROWS.get(model.config.model_type.removeprefix(PRUNED)))
 
 
 def head_dim(config: PretrainedConfig) -> int:
@@ -89,13 +96,14 @@ def _attention(block: _Block, layer: PretrainedConfig, dense: PretrainedConfig, 
     heads = readers if structure == "kv_group" else 1  # query heads in one structure
     sharers = readers // heads  # structures that share a KV head
     structures = queries // heads
+    inputs = [
+        _Input(family.query, heads * width),
+        _Input(family.key, width, sharers),
+        _Input(family.value, width, sharers),
+    ]
     return block.unit(
         "attention",
-        inputs=[
-            _Input(family.query, heads * width),
-            _Input(family.key, width, sharers),
-            _Input(family.value, width, sharers),
-        ],
+        inputs=[_Input(family.query, 3 * width)] if family.by_head else inputs,
         output=family.attention_output,
         members=(family.attention, *family.attention_norms),
         width=heads * width,

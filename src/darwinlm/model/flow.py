@@ -79,7 +79,8 @@ def find_frame(model: PreTrainedModel) -> Frame:
     """Run a model's decoder on zeros, with recorders in place of its blocks. The model may be on the meta device.
 
     Raises:
-        UsageError: if it has no list of blocks that are called in turn, or no one final norm after them.
+        UsageError: if it has no list of blocks that are called in turn, each with hidden states and named arguments, or
+            no one final norm after them.
     """
     paths = {module: path for path, module in model.named_modules()}
     name, decoder = type(model).__name__, model.get_decoder()
@@ -91,7 +92,7 @@ def find_frame(model: PreTrainedModel) -> Frame:
             "darwinlm prunes models of one decoder"
         )
     inner, blocks = lists[0]
-    recorders = [_Recorder(block) for block in blocks]
+    recorders = [_Recorder(f"{paths[decoder]}.{inner}.{index}", block) for index, block in enumerate(blocks)]
     memo: dict[int, Any] = {id(blocks): nn.ModuleList(recorders)}
     for parameter in set(decoder.parameters()) - set(blocks.parameters()):
         memo[id(parameter)] = nn.Parameter(_zeros(parameter), requires_grad=False)
@@ -103,6 +104,8 @@ def find_frame(model: PreTrainedModel) -> Frame:
     try:
         with torch.no_grad(), torch.device("cpu"):
             copied(input_ids=torch.zeros(1, LENGTH, dtype=torch.long), use_cache=False)
+    except UsageError:
+        raise
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"cannot prune {name}: its decoder cannot be run block by block ({reason})") from None
@@ -163,8 +166,9 @@ def _zeros(like: Tensor) -> Tensor:
 class _Recorder(nn.Module):
     """Takes the place of a block, and records how it is called."""
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, path: str, block: nn.Module):
         super().__init__()
+        self.path = path
         self.block = [block]  # in a list, so that it is no submodule
         self.calls: list[dict[str, Any]] = []
 
@@ -177,7 +181,13 @@ class _Recorder(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> _Recorder:
         return self
 
-    def forward(self, states: Tensor, **arguments: Any) -> Tensor:
+    def forward(self, states: Tensor, *unnamed: Any, **arguments: Any) -> Tensor:
+        if unnamed or states.dim() != 3:
+            found = "arguments without names" if unnamed else "one that returns more"
+            raise UsageError(
+                f"cannot prune {self.path}: expected a block that takes hidden states and named arguments, and returns "
+                f"hidden states, found {found}; convert the model to another family"
+            )
         self.calls.append(arguments)
         return states
 

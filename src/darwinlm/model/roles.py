@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 
 from darwinlm.model.flow import ATTENDED, STREAM, Flow, Marks, find_frame, trace
 from darwinlm.types import UsageError
+
+Fused = Literal["in order", "by head"]
+"""Rows of query, key and value, or of gate and input, one after another; or query, key and value of head after head."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Family:
     must see all of them: its projection stays whole, and only the outputs of the norm are selected.
 
     Attributes:
+        by_head: whether the fused projection of query, key and value holds the rows of one head after those of another.
         attention_norms, mlp_norms: the norms before and after the unit, which are removed together with it.
         query_counts, key_value_counts: where the attention's methods read its numbers of heads from attributes, these:
             of the module, or of its config (`config.NAME`).
@@ -39,6 +43,7 @@ class Family:
     query: str
     key: str
     value: str
+    by_head: bool
     attention_output: str
     attention_norms: tuple[str, ...]
     query_counts: tuple[str, ...]
@@ -53,12 +58,11 @@ class Family:
         return f"{self.blocks}.{index}"
 
 
-def find_roles(model: PreTrainedModel, in_order: bool) -> Family:
+def find_roles(model: PreTrainedModel, fused: Fused | None) -> Family:
     """Derive where a model keeps its units. The model may be on the meta device.
 
     Args:
-        in_order: whether fused projections hold the rows of query, key and value, and those of gate and input, one
-            after another, which no flow shows.
+        fused: how the rows of a fused projection lie, which no flow shows; None if the family has none.
 
     Raises:
         UsageError: if a module fits no role; it names the module.
@@ -79,7 +83,7 @@ def find_roles(model: PreTrainedModel, in_order: bool) -> Family:
             if strange:
                 _refuse(f"{path}.{strange[0]}", "a module that the blocks before it have", "one that only some have")
             continue
-        roles = _Roles(path, block, _trace(path, block, model, call), in_order)
+        roles = _Roles(path, block, _trace(path, block, model, call), fused)
         attention, mlp = attention or roles.attention(), mlp or roles.mlp()
         roles.check_rest()
         known |= {name for name, _ in _weights(block)}
@@ -108,11 +112,11 @@ def _trace(path: str, block: nn.Module, model: PreTrainedModel, call: dict[str, 
 class _Roles:
     """The roles of the modules of one block."""
 
-    def __init__(self, path: str, block: nn.Module, flow: Flow, in_order: bool):
+    def __init__(self, path: str, block: nn.Module, flow: Flow, fused: Fused | None):
         self.path = path
         self.block = block
         self.flow = flow
-        self.in_order = in_order
+        self.fused: Fused | None = fused
         self.claimed: set[str] = set()
         self.units: set[str] = set()  # the modules of units
 
@@ -136,8 +140,10 @@ class _Roles:
         names = ("query", "key", "value")
         producers = [self._producer(*each) for each in zip(names, flow.inputs, counts, flow.head_widths, strict=True)]
         projections = [projection for projection, _ in producers]
-        if len(set(projections)) < len(projections) and (len(set(projections)) > 1 or not self.in_order):
+        if len(set(projections)) < len(projections) and (len(set(projections)) > 1 or self.fused is None):
             self._refuse(projections[0], "a projection of its own for query, key and value", "a fused one")
+        if self.fused == "by head" and flow.heads[0] != flow.heads[1]:
+            self._refuse(projections[0], "as many KV heads as query heads in it", f"{flow.heads[1]}")
         self.claimed |= {output}
         self.units.add(within)
         module = self.block.get_submodule(within)
@@ -145,6 +151,7 @@ class _Roles:
         return {
             "attention": within,
             **dict(zip(names, (producer for _, producer in producers), strict=True)),
+            "by_head": self.fused == "by head",
             "attention_output": output,
             "attention_norms": self._norms(projections, output),
             "query_counts": query_counts,
@@ -159,7 +166,7 @@ class _Roles:
         (last,) = marks
         module = self.block.get_submodule(last)
         if isinstance(module, nn.Linear):
-            if module.out_features != heads * width and not self.in_order:
+            if module.out_features != heads * width and self.fused is None:
                 self._refuse(last, f"{heads} heads of width {width}", f"a width of {module.out_features}")
             self.claimed.add(last)
             return last, last
@@ -197,7 +204,7 @@ class _Roles:
         rows = [self._linear(path).out_features for path in inputs]
         width = self._linear(output).in_features
         if rows == [2 * width]:
-            if not self.in_order:
+            if self.fused != "in order":
                 self._refuse(inputs[0], "a projection of its own for the gate", "a fused one")
             fields = inputs * 2
         else:
