@@ -160,15 +160,14 @@ def test_written_out_attentions_have_the_sizes_that_an_export_says(case: Pruned)
         for unit, sizes in zip(
             case.database.grid.units[::2], block_sizes(case.database.grid, genome, config), strict=True
         ):
-            attention = model.get_submodule(
-                f"{case.checkpoint.family.block(unit.block)}.{case.checkpoint.family.attention}"
-            )
+            family = case.checkpoint.family
+            attention = model.get_submodule(f"{family.block(unit.block)}.{family.attention}")
             if isinstance(attention, NoAttn):
                 assert sizes.query_heads == sizes.key_value_heads == 0
                 continue
             assert linear_at(model, unit.consumer).in_features == sizes.query_heads * head_dim(config)
             assert sizes.query_heads == sizes.key_value_heads * int(getattr(attention, "num_key_value_groups", 1))
-            value = unit.producers[2].module
+            value = unit.producers[-1].module
             if len({producer.module for producer in unit.producers}) == 3:
                 assert linear_at(model, value).out_features == sizes.key_value_heads * head_dim(config)
 

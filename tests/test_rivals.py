@@ -150,7 +150,7 @@ def test_cosine_takes_a_window_and_shortgpt_does_not(tmp_path: Path) -> None:
         mlp = model.model.layers[block].mlp
         model.model.layers[block].mlp = Step(sign, mlp)
     problem = problem_of(model_of([], []), tmp_path, 2)
-    problem = replace(problem, stitcher=Stitcher(model, find_family(model), problem.stitcher.database))
+    problem = replace(problem, stitcher=Stitcher(model, problem.stitcher.family, problem.stitcher.database))
     assert blocks_gone(problem, METHODS["cosine"].allocate(problem)) == [3, 4]
     assert blocks_gone(problem, METHODS["shortgpt"].allocate(problem)) != [3, 4]
 

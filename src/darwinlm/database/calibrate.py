@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from darwinlm.database.levels import UnitStatistics
 from darwinlm.model.checkpoint import Checkpoint, is_finite
-from darwinlm.model.families import linear_at
-from darwinlm.model.roles import Family
+from darwinlm.model.families import linear_at, modules_around
 from darwinlm.runtime import parallel
 from darwinlm.runtime.device import exact_products
 from darwinlm.types import DarwinError, Unit
@@ -216,7 +215,7 @@ def _embed(
     embedding: Any = model.get_submodule(family.embedding)
     embedding.weight = nn.Parameter(rows, requires_grad=False)
     embedding.padding_idx = None  # it numbers the whole table's rows, and only gradients heed it
-    around = _around(model, family)
+    around = modules_around(model, family)
     for path in around:
         checkpoint.fill(model, path, dtype, device)
     parent = model.get_submodule(family.blocks.rpartition(".")[0])
@@ -239,13 +238,3 @@ def _embed(
         for path in around:
             model.get_submodule(path).to("meta")
     return stream, [recorder.arguments for recorder in recorders]
-
-
-def _around(model: nn.Module, family: Family) -> list[str]:
-    """The modules with weights that run before the blocks and beside the token embedding, such as learned positions."""
-    others = (f"{family.blocks}.", f"{family.final_norm}.", f"{family.embedding}.")
-    return [
-        path
-        for path, module in model.get_submodule(family.backbone).named_modules(prefix=family.backbone)
-        if next(module.parameters(recurse=False), None) is not None and not f"{path}.".startswith(others)
-    ]

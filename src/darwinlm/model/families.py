@@ -41,6 +41,16 @@ def find_family(model: PreTrainedModel) -> Family:
     return find_roles(model, ROWS.get(model.config.model_type.removeprefix(PRUNED)))
 
 
+def modules_around(model: nn.Module, family: Family) -> list[str]:
+    """Return the modules with weights that run before the blocks, beside the token embedding: learned positions."""
+    others = (f"{family.blocks}.", f"{family.final_norm}.", f"{family.embedding}.")
+    return [
+        path
+        for path, module in model.get_submodule(family.backbone).named_modules(prefix=family.backbone)
+        if next(module.parameters(recurse=False), None) is not None and not f"{path}.".startswith(others)
+    ]
+
+
 def head_dim(config: PretrainedConfig) -> int:
     """The width of one attention head: `head_dim` of the config, or if it has none, hidden size over query heads."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
