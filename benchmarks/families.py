@@ -33,7 +33,8 @@ from forked import attempt
 import pruned
 from darwinlm.config.run import DatabaseConfig, RefitConfig, RunConfig, SearchConfig
 from darwinlm.database.stitch import repeat_shared
-from darwinlm.model.families import block_sizes, find_units
+from darwinlm.export.verify import Expected
+from darwinlm.model.families import block_sizes, find_family, find_units
 from darwinlm.model.reading import load
 from darwinlm.search.costs import parameter_costs
 from darwinlm.search.evolution import evolve
@@ -153,12 +154,16 @@ def steps(model: PreTrainedModel, directory: Path) -> Iterator[str]:
     settings = RefitConfig(tokens=ids.numel(), batch_size=3)
     refit(case.stitcher, best, pruned.token_ids(2), settings, directory / "refit.safetensors", {})
     yield "refit"
-    stitched = repeat_shared(case.stitcher.stitch(best))
-    sizes = block_sizes(case.database.grid, best, case.dense.config)
-    pruned.export_hf(stitched, sizes, pruned.tiny.tokenizer(), directory / "export", "", origin=checkpoint_path)
+    for index, genome in enumerate((best, case.genomes()[-2])):  # in the second, an attention and an MLP are missing
+        stitched = repeat_shared(case.stitcher.stitch(genome))
+        sizes, out = block_sizes(case.database.grid, genome, case.dense.config), directory / f"export-{index}"
+        tokenizer, expected = pruned.tiny.tokenizer(), Expected.of(stitched)  # of a process without darwinlm
+        pruned.export_hf(stitched, sizes, tokenizer, out, "", expected, checkpoint_path)
     yield "export"
-    exported: Any = load(directory / "export", torch.float32)
-    torch.testing.assert_close(exported(ids).logits, stitched(ids).logits, rtol=1e-4, atol=2e-4)
+    exported: Any = load(directory / "export-1", torch.float32)
+    expected = pruned.zero_masked(case.dense, case.database, case.genomes()[-2])(ids).logits
+    torch.testing.assert_close(exported(ids).logits, expected, rtol=1e-4, atol=2e-4)
+    assert find_family(exported) == case.checkpoint.family
     find_units(exported, exported.config)
     yield "reload"
     options = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(ids)}

@@ -161,8 +161,8 @@ def test_loads_in_this_process_without_trust(outcome: Outcome, name: str, tmp_pa
 
 
 def test_registered_classes_need_no_argument(outcome: Outcome) -> None:
-    register()
-    register()
+    register("mistral")
+    register("mistral")
     config = AutoConfig.from_pretrained(outcome.directory("mistral"))
     model = AutoModelForCausalLM.from_pretrained(outcome.directory("mistral"))
     assert config.model_type == "pruned_mistral"

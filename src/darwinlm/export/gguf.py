@@ -35,6 +35,7 @@ STUB_CHANNELS = 32  # of an MLP of zeros, where a block has none: llama.cpp comp
 QUANTISED_ROWS = 4096  # that are quantised at a time, to bound memory
 # For these, llama.cpp rotates pairs of neighbouring rows of a head, and transformers rows of its two halves.
 PERMUTED = ("llama", "deci")
+GRAPHS = ("llama", "mistral", "qwen2", "qwen3")  # families whose tensors can be written so far
 
 
 def export_gguf(directory: Path, out: Path, file_type: FileType = "f16", verify: bool = True) -> Path:
@@ -88,6 +89,11 @@ class _Model:
     def __init__(self, config: PreTrainedConfig):
         self.config: Any = config
         self.name = family_of(config)
+        if self.name not in GRAPHS:
+            found = f"{self.name}, of which no tensors can be written yet"
+            raise _refused(
+                f"a model of one of the families {', '.join(GRAPHS)}", found, "use the Hugging Face directory"
+            )
         self.family = find_family(skeleton(config))
         self.sizes: Sequence[BlockSizes] = block_sizes_of(config)
         self.head_dim = head_dim(config)

@@ -30,6 +30,43 @@ ROWS: dict[str, Fused] = {
 }
 
 
+# The norms of attention and MLP by which an export's own code has to know a family's block.
+_LLAMA = ("input_layernorm",), ("post_attention_layernorm",)
+_GEMMA = ("input_layernorm", "post_attention_layernorm"), ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+EXPORTABLE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "arcee": _LLAMA,
+    "apertus": (("attention_layernorm",), ("feedforward_layernorm",)),
+    "cohere": ((), ()),
+    "cohere2": ((), ()),
+    "cwm": _LLAMA,
+    "ernie4_5": _LLAMA,
+    "exaone4": (("post_attention_layernorm",), ("post_feedforward_layernorm",)),
+    "gemma": _LLAMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "glm": _LLAMA,
+    "glm4": (("input_layernorm", "post_self_attn_layernorm"), ("post_attention_layernorm", "post_mlp_layernorm")),
+    "granite": _LLAMA,
+    "helium": _LLAMA,
+    "hunyuan_v1_dense": _LLAMA,
+    "hyperclovax": (("input_layernorm", "post_norm1"), ("post_attention_layernorm", "post_norm2")),
+    "jais2": _LLAMA,
+    "llama": _LLAMA,
+    "ministral": _LLAMA,
+    "ministral3": _LLAMA,
+    "mistral": _LLAMA,
+    "nanochat": ((), ()),
+    "nemotron": _LLAMA,
+    "olmo": ((), ()),
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "seed_oss": _LLAMA,
+    "smollm3": _LLAMA,
+    "starcoder2": _LLAMA,
+    "vaultgemma": (("input_layernorm",), ("pre_feedforward_layernorm",)),
+}
+
+
 def find_family(model: PreTrainedModel) -> Family:
     """Return where a model keeps its units, derived from its modules. The model may be on the meta device.
 

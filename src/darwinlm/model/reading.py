@@ -62,7 +62,7 @@ def read_config(path: Path) -> PretrainedConfig:
             f"unsupported model family {family!r}: transformers has no causal language model of this type; "
             "convert the model to another family, or install a newer transformers"
         )
-    register()  # the classes of pruned models are this package's own
+    register(family)  # the classes of pruned models are this package's own
     with understood(f"{file} is no usable config", "fetch the model again"), quiet_transformers():
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
@@ -95,7 +95,7 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreT
     Raises:
         UsageError: if no model can be built from the config.
     """
-    register()
+    register(config.model_type.removeprefix(PRUNED))
     with understood("no model can be built from its config.json", "fetch the model again"):
         with init_empty_weights(include_buffers=False), no_init_weights():
             typed = {"dtype": dtype} if dtype else {}
