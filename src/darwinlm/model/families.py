@@ -58,6 +58,7 @@ EXPORTABLE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "nanochat": ((), ()),
     "nemotron": _LLAMA,
     "olmo": ((), ()),
+    "phi": ((), ()),
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "seed_oss": _LLAMA,
