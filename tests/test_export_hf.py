@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected, float32_logits, verify_export
-from darwinlm.model.pruned import EXPORTABLE, pruned_config, register, remaining_blocks, render, renumber_blocks
+from darwinlm.model.families import EXPORTABLE
+from darwinlm.model.pruned import pruned_config, register, remaining_blocks, render, renumber_blocks
 from darwinlm.model.reading import load
 from darwinlm.runtime.files import new_directory
 from darwinlm.types import BlockSizes, DarwinError, UsageError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_export_of_every_family(family: str, checkpoints: dict[str, Path], tmp_p
     grid, ids = case.database.grid, pruned.token_ids(1)
     gone = tuple(grid.highest(index) if index in (2, 3) else 1 for index in range(6))
     for number, genome in enumerate((case.genomes()[-2], Genome(gone))):
-        exported = load(pruned.write_export(case, genome, tmp_path / str(number)))
+        exported: Any = load(pruned.write_export(case, genome, tmp_path / str(number)))
         expected = pruned.zero_masked(case.dense, case.database, genome)(ids).logits
         torch.testing.assert_close(exported(ids).logits, expected, rtol=1e-4, atol=2e-4)
         assert find_family(exported) == case.checkpoint.family, "it can be pruned again"

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -218,7 +219,7 @@ class Gated(nn.Module):
         return self.linear(states * self.before(states).sigmoid())
 
 
-def replace_module(path: str, make: Callable[[nn.Module], nn.Module]) -> Callable[[PreTrainedModel], None]:
+def replace_module(path: str, make: Callable[[Any], nn.Module]) -> Callable[[PreTrainedModel], None]:
     return lambda model: model.set_submodule(path, make(model.get_submodule(path)))
 
 

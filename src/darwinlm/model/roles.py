@@ -100,7 +100,8 @@ def _trace(path: str, block: nn.Module, model: PreTrainedModel, call: dict[str, 
         if isinstance(value, dict | list):
             _refuse(path, "arguments that blocks do not share", f"{name}, a {type(value).__name__}")
     try:
-        flow = trace(block, model.get_input_embeddings().weight.shape[-1], call)  # pyright: ignore[reportArgumentType]
+        embedding: Any = model.get_input_embeddings()
+        flow = trace(block, embedding.weight.shape[-1], call)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"cannot prune {path}: it cannot be run by itself ({reason})") from None
