@@ -181,9 +181,10 @@ def examine(model_type: str, out: Path) -> int:
     """Write to `out` the kind of a model type, the steps that it passes, and why it passes no more."""
     found: dict[str, Any] = {"kind": "cannot be made tiny", "passed": []}
     try:
-        found["kind"] = kind_of(meta_model(model_type))
-        if found["kind"] == "dense decoder":
-            model = tiny_model(model_type)
+        kind = kind_of(meta_model(model_type))
+        model = tiny_model(model_type) if kind == "dense decoder" else None
+        found["kind"] = kind
+        if model is not None:
             with tempfile.TemporaryDirectory() as directory:
                 for step in steps(model, Path(directory)):
                     found["passed"].append(step)
