@@ -95,8 +95,9 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
 def meta_model(model_type: str) -> PreTrainedModel:
     """A small model without weights."""
     config = tiny_config(model_type)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        return model_class(config)
 
 
 def tiny_model(model_type: str) -> PreTrainedModel:
