@@ -9,10 +9,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import runs
+import tiny
 from darwinlm.commands import compress
 from darwinlm.config.run import CalibrationConfig, DatabaseConfig, EvaluationConfig, RunConfig, SearchConfig
-from darwinlm.model.families import FAMILIES
-from darwinlm.model.pruned import EXPORTABLE
+from darwinlm.model.families import EXPORTABLE
 from darwinlm.types import SelectionStage
 from refusals import as_if_nothing_had_happened, change_config, copied_model, refused
 
@@ -32,11 +32,16 @@ def test_model_that_does_not_exist(model: str, config: RunConfig, capsys: pytest
     as_if_nothing_had_happened(config)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "no_such_family"])
-def test_unsupported_family(family: str, config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(
+    ("family", "found"),
+    [("gpt2", "cannot prune transformer.h.0"), ("no_such_family", "unsupported model family 'no_such_family'")],
+)
+def test_unsupported_family(
+    family: str, found: str, config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     model = copied_model(config, tmp_path)
     change_config(model, model_type=family)
-    refused(replace(config, model=str(model)), capsys, 2, family, *FAMILIES)
+    refused(replace(config, model=str(model)), capsys, 2, found)
     as_if_nothing_had_happened(config)
 
 
@@ -88,7 +93,7 @@ def test_family_that_cannot_be_exported(
     checkpoints: dict[str, Path], config: RunConfig, capsys: pytest.CaptureFixture[str]
 ):
     """Found before the database is built, not after hours; what the sentence names instead takes the model."""
-    others = [name for name in checkpoints if name.partition("-")[0] not in EXPORTABLE]
+    others = [name for name in checkpoints if tiny.CONFIGS[name].model_type not in EXPORTABLE]
     if not others:
         pytest.skip("all families can be exported")
     config = replace(config, model=str(checkpoints[others[0]]))

@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected, float32_logits, verify_export
-from darwinlm.model.pruned import EXPORTABLE, pruned_config, register, remaining_blocks, render, renumber_blocks
+from darwinlm.model.families import EXPORTABLE
+from darwinlm.model.pruned import pruned_config, register, remaining_blocks, render, renumber_blocks
 from darwinlm.model.reading import load
 from darwinlm.runtime.files import new_directory
 from darwinlm.types import BlockSizes, DarwinError, UsageError
@@ -161,8 +162,8 @@ def test_loads_in_this_process_without_trust(outcome: Outcome, name: str, tmp_pa
 
 
 def test_registered_classes_need_no_argument(outcome: Outcome) -> None:
-    register()
-    register()
+    register("mistral")
+    register("mistral")
     config = AutoConfig.from_pretrained(outcome.directory("mistral"))
     model = AutoModelForCausalLM.from_pretrained(outcome.directory("mistral"))
     assert config.model_type == "pruned_mistral"

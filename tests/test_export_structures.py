@@ -1,8 +1,9 @@
-"""Models pruned by every attention structure, exported and loaded again, equal the zero-masked dense model."""
+"""Pruned models of every family and every attention structure, exported and loaded, equal the zero-masked dense one."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ import pruned
 import tiny
 from darwinlm.database.stitch import repeat_shared
 from darwinlm.export.hf import export_hf
-from darwinlm.model.families import block_sizes
+from darwinlm.model.families import EXPORTABLE, block_sizes, find_family
 from darwinlm.model.pruned import block_sizes_of
 from darwinlm.model.reading import load
-from darwinlm.types import Structure
+from darwinlm.types import Genome, Structure
 
 
 @pytest.mark.parametrize("structure", ["kv_group", "balanced", "head"])
@@ -36,3 +37,27 @@ def test_export_of_every_structure(structure: Structure, checkpoints: dict[str, 
         repeated += any(block.key_value_heads > config.num_key_value_heads for block in left)
     assert different > 1
     assert (repeated > 0) == (structure == "head")
+
+
+FAMILIES = [name for name, config in tiny.CONFIGS.items() if config.model_type in EXPORTABLE]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_export_of_every_family(family: str, checkpoints: dict[str, Path], tmp_path: Path):
+    """In the first genome an attention and an MLP are missing; in the second, block 1, so that others move up."""
+    case = pruned.prune(checkpoints[family], tmp_path / "database")
+    grid, ids = case.database.grid, pruned.token_ids(1)
+    gone = tuple(grid.highest(index) if index in (2, 3) else 1 for index in range(6))
+    for number, genome in enumerate((case.genomes()[-2], Genome(gone))):
+        exported: Any = load(pruned.write_export(case, genome, tmp_path / str(number)))
+        expected = pruned.zero_masked(case.dense, case.database, genome)(ids).logits
+        torch.testing.assert_close(exported(ids).logits, expected, rtol=1e-4, atol=2e-4)
+        assert find_family(exported) == case.checkpoint.family, "it can be pruned again"
+        options = {"max_new_tokens": 16, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        assert torch.equal(exported.generate(ids, **options), exported.generate(ids, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_code_removes_the_norms_that_a_unit_has(family: str) -> None:
+    found = find_family(tiny.build(family))
+    assert EXPORTABLE[tiny.CONFIGS[family].model_type] == (found.attention_norms, found.mlp_norms)

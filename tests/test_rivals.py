@@ -21,7 +21,7 @@ from darwinlm.config.run import SearchConfig
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import Database
 from darwinlm.genome import level_grid
-from darwinlm.model.families import FAMILIES, find_units
+from darwinlm.model.families import find_family, find_units
 from darwinlm.model.size import parameter_count
 from darwinlm.rivals.cosine import angular_distances
 from darwinlm.rivals.methods import METHODS
@@ -77,7 +77,7 @@ def problem_of(model: PreTrainedModel, path: Path, blocks_gone: int, **changes: 
     of_a_block = sum(row[0] for row in costs.units[:2])
     limit = float(costs.of(grid.dense()) - blocks_gone * of_a_block)
     budget = Budget(grid, (Bound(costs, limit, 0.99 * limit),), ceilings(grid))
-    stitcher = Stitcher(model, FAMILIES["llama"], Database(path / "database", grid, {}))
+    stitcher = Stitcher(model, find_family(model), Database(path / "database", grid, {}))
     text = written_by(model)
     fitness = Fitness(stitcher, text, text[:2], SEARCH)
     uniform = uniform_genome(grid, 4 * blocks_gone / BLOCKS, 4, Random(0))
@@ -120,7 +120,7 @@ def test_taylor_importance_is_that_of_gradients_and_weights() -> None:
     """The gradients are those of the loss summed over sequences."""
     model: Any = model_of([], [])
     ids = written_by(model, 4)
-    importances = taylor_importance(model, FAMILIES["llama"], ids)
+    importances = taylor_importance(model, find_family(model), ids)
     model.requires_grad_(True)
     sum(model(row[None], labels=row[None]).loss for row in ids).backward()
     for block, importance in zip(model.model.layers, importances, strict=True):
@@ -150,7 +150,7 @@ def test_cosine_takes_a_window_and_shortgpt_does_not(tmp_path: Path) -> None:
         mlp = model.model.layers[block].mlp
         model.model.layers[block].mlp = Step(sign, mlp)
     problem = problem_of(model_of([], []), tmp_path, 2)
-    problem = replace(problem, stitcher=Stitcher(model, FAMILIES["llama"], problem.stitcher.database))
+    problem = replace(problem, stitcher=Stitcher(model, problem.stitcher.family, problem.stitcher.database))
     assert blocks_gone(problem, METHODS["cosine"].allocate(problem)) == [3, 4]
     assert blocks_gone(problem, METHODS["shortgpt"].allocate(problem)) != [3, 4]
 
@@ -178,8 +178,8 @@ def test_influence_and_distance_are_those_of_hidden_states() -> None:
     model, ids = model_of([2], [2]), token_ids().clamp(min=4)  # 3 pads: its embedding is zero
     with torch.no_grad():
         states = model(ids, output_hidden_states=True).hidden_states[:-1]
-    influence = block_influence(model, FAMILIES["llama"], ids)
-    distance = angular_distances(model, FAMILIES["llama"], ids)
+    influence = block_influence(model, find_family(model), ids)
+    distance = angular_distances(model, find_family(model), ids)
     assert len(influence) == BLOCKS
     for block in range(BLOCKS - 1):
         a, b = states[block].double(), states[block + 1].double()

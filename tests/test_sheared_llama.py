@@ -18,7 +18,7 @@ from darwinlm.config.run import SearchConfig
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import Database
 from darwinlm.genome import level_grid
-from darwinlm.model.families import FAMILIES, find_units, linear_at
+from darwinlm.model.families import find_family, find_units, linear_at
 from darwinlm.model.size import parameter_count
 from darwinlm.rivals import sheared_llama as sheared
 from darwinlm.rivals.problem import Problem, mask_tokens
@@ -57,7 +57,7 @@ def problem(idle: list[set[int]], tmp_path: Path) -> Problem:
     lost = sum(unit.parameters(0) - unit.parameters(count) for unit, count in zip(units, IDLE, strict=True))
     limit = costs.of(grid.dense()) - 0.85 * lost
     budget = Budget(grid, (Bound(costs, limit),), ceilings(grid))
-    stitcher = Stitcher(model, FAMILIES["llama"], Database(tmp_path / "database", grid, {}))
+    stitcher = Stitcher(model, find_family(model), Database(tmp_path / "database", grid, {}))
     text = written_by(model, 200)
     fitness = Fitness(stitcher, text[:1], text[:1], SEARCH)
     return Problem(stitcher, budget, grid.dense(), fitness, text, text, SEARCH, 0, tmp_path)

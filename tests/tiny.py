@@ -15,11 +15,15 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4Config,
+    GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    OPTConfig,
     Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -68,6 +72,13 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
     "phi3": Phi3Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False),
     "olmo2": Olmo2Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, attention_bias=True),
+    "glm4": Glm4Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, head_dim=8, attention_bias=True),
+    # Attention and MLP read one norm, and both are added to the stream at once.
+    "phi": PhiConfig(**COMMON, num_attention_heads=4, num_key_value_heads=2, partial_rotary_factor=0.5),
+    # Query, key and value of a head lie side by side in one projection.
+    "gpt_neox-mha": GPTNeoXConfig(**COMMON, num_attention_heads=4),
+    # Positions are learned, and the linear modules of the MLP lie in the block itself.
+    "opt-mha": OPTConfig(**COMMON, ffn_dim=64, num_attention_heads=4, word_embed_proj_dim=32),
     "starcoder2": Starcoder2Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, use_bias=True),
 }  # fmt: skip
 FAMILIES = ["llama-mha", "llama-gqa", "qwen2", "mistral", "qwen3"]  # whose pruned form can be exported

@@ -95,7 +95,7 @@ def _expect_model(model: Any, tokenizer: Any) -> None:
         raise UsageError(f"model: expected a name, a path or a PreTrainedModel, found {found}; give one of these")
     if tokenizer is None:
         raise UsageError("a model in memory needs its tokenizer: expected tokenizer=..., found none; pass it too")
-    find_family(model.config)
+    find_family(model)
 
 
 def _lines(documents: Any) -> str:

@@ -19,7 +19,7 @@ from darwinlm.data.draw import draw_texts, draw_tokens, fit_to_text
 from darwinlm.data.packing import check_ids
 from darwinlm.genome import Grid
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
-from darwinlm.model.families import block_sizes, find_family, find_grid
+from darwinlm.model.families import block_sizes, find_grid
 from darwinlm.model.pruned import family_of, pruned_config
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime import parallel
@@ -90,7 +90,7 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
         device = resolve_device(config.device)
         with parallel.first_before_others():
             checkpoint = find_checkpoint(config.model, this.path)
-        find_family(checkpoint.config)
+        assert checkpoint.family  # that it can be pruned
         if until in ("export", "report"):
             family_of(checkpoint.config)  # that it can be exported
         checkpoint.check_length(config.calibration.sequence_length, "calibration.sequence-length")

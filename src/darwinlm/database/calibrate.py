@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from darwinlm.database.levels import UnitStatistics
 from darwinlm.model.checkpoint import Checkpoint, is_finite
-from darwinlm.model.families import linear_at
+from darwinlm.model.families import linear_at, modules_around
 from darwinlm.runtime import parallel
 from darwinlm.runtime.device import exact_products
 from darwinlm.types import DarwinError, Unit
@@ -215,6 +215,9 @@ def _embed(
     embedding: Any = model.get_submodule(family.embedding)
     embedding.weight = nn.Parameter(rows, requires_grad=False)
     embedding.padding_idx = None  # it numbers the whole table's rows, and only gradients heed it
+    around = modules_around(model, family)
+    for path in around:
+        checkpoint.fill(model, path, dtype, device)
     parent = model.get_submodule(family.blocks.rpartition(".")[0])
     name = family.blocks.rpartition(".")[2]
     blocks, norm = getattr(parent, name), model.get_submodule(family.final_norm)
@@ -232,4 +235,6 @@ def _embed(
         setattr(parent, name, blocks)
         model.set_submodule(family.final_norm, norm)
         embedding.to("meta")
+        for path in around:
+            model.get_submodule(path).to("meta")
     return stream, [recorder.arguments for recorder in recorders]

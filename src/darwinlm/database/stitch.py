@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from darwinlm.database.levels import Level
 from darwinlm.database.store import Database
-from darwinlm.model.families import Family, head_dim, key_value_heads, linear_at
+from darwinlm.model.families import head_dim, key_value_heads, linear_at
+from darwinlm.model.roles import Family
 from darwinlm.types import Genome, Producer, Unit
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -25,7 +26,7 @@ LEVELS_KEPT = 4  # of each unit, on average: a mutant differs from its parent by
 class NoAttn(nn.Module):
     """Takes the place of an attention that was removed: its output, which the block adds to the stream, is zero."""
 
-    def forward(self, hidden_states: Tensor, **_: object) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
         return torch.zeros_like(hidden_states), None
 
 
@@ -91,14 +92,17 @@ class Stitcher:
         return model
 
     def _remove(self, model: PreTrainedModel, unit: Unit) -> None:
-        block = self.family.block(unit.block)
+        family, block = self.family, self.family.block(unit.block)
+        stubs: dict[str, nn.Module] = {}
         if unit.kind == "attention":
-            name, stub, norms = self.family.attention, NoAttn(), self.family.attention_norms
-        else:
-            name, stub, norms = self.family.mlp, NoMLP(), self.family.mlp_norms
-        model.set_submodule(f"{block}.{name}", stub)
-        for norm in norms:
-            model.set_submodule(f"{block}.{norm}", nn.Identity())
+            stubs |= dict.fromkeys(family.attention_norms, nn.Identity()) | {family.attention: NoAttn()}
+        elif family.mlp:
+            stubs |= dict.fromkeys(family.mlp_norms, nn.Identity()) | {family.mlp: NoMLP()}
+        else:  # its modules lie in the block itself
+            stubs |= dict.fromkeys((*family.mlp_norms, *family.mlp_inputs), nn.Identity())
+            stubs[family.mlp_output] = NoMLP()
+        for path, stub in stubs.items():
+            model.set_submodule(f"{block}.{path}", stub)
 
     def _count_heads(self, model: PreTrainedModel, unit: Unit, remaining: int) -> None:
         """Set a narrow attention's numbers of heads wherever its forward pass reads them."""
@@ -106,12 +110,13 @@ class Stitcher:
         queries = remaining * unit.structure_width // head_dim(model.config)
         keys = key_value_heads(unit, remaining, queries)
         attention.num_key_value_groups = queries // keys
-        for name, count in ((self.family.query_count, queries), (self.family.key_value_count, keys)):
-            if name is not None and name.startswith("config."):
-                attention.config = copy.copy(attention.config)
-                setattr(attention.config, name.removeprefix("config."), count)
-            elif name is not None:
-                setattr(attention, name, count)
+        for names, count in ((self.family.query_counts, queries), (self.family.key_value_counts, keys)):
+            for name in names:
+                if name.startswith("config."):
+                    attention.config = copy.copy(attention.config)
+                    setattr(attention.config, name.removeprefix("config."), count)
+                else:
+                    setattr(attention, name, count)
 
     def _narrow_modules(self, index: int, level: int) -> dict[str, nn.Module]:
         """The modules of a unit at a level, by path, made once while they stay among the latest used."""
@@ -192,12 +197,15 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 def _open_up(dense: PreTrainedModel, family: Family) -> PreTrainedModel:
     """A copy of the dense model whose unit modules can be replaced, and which shares all weights with it."""
     model = _shallow(dense)
-    paths = {family.blocks[:at] for at, letter in enumerate(family.blocks) if letter == "."} | {family.blocks}
+    inside = (
+        family.attention, family.attention_output, family.query, family.key, family.value, *family.attention_norms,
+        family.mlp, family.mlp_output, *family.mlp_inputs, *family.mlp_norms,
+    )  # fmt: skip
+    paths = _above(family.blocks) | {family.blocks}
     for block in range(dense.config.num_hidden_layers):
         root = family.block(block)
-        module = model.get_submodule(root)
-        parts = (family.attention, family.mlp)  # either is None if an earlier pruning has removed it
-        paths |= {root, *(f"{root}.{part}" for part in parts if getattr(module, part, None) is not None)}
+        present = {path for path, _ in model.get_submodule(root).named_modules()}  # an earlier pruning removes some
+        paths |= {root, *(f"{root}.{above}" for path in present.intersection(inside) for above in _above(path))}
     for path in sorted(paths, key=lambda path: path.count(".")):
         model.set_submodule(path, _shallow(model.get_submodule(path)))
     return model
@@ -208,3 +216,8 @@ def _shallow(module: Module) -> Module:
     clone._modules = dict(module._modules)
     clone._parameters = dict(module._parameters)
     return clone
+
+
+def _above(path: str) -> set[str]:
+    """The paths of the modules that contain a module."""
+    return {path[:at] for at, letter in enumerate(path) if letter == "."}

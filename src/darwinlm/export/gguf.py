@@ -22,8 +22,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from darwinlm.export.gguf_vocabulary import add_vocabulary
 from darwinlm.export.verify import verify_gguf
 from darwinlm.model.checkpoint import Checkpoint
-from darwinlm.model.families import FAMILIES, Family, head_dim
+from darwinlm.model.families import find_family, head_dim
 from darwinlm.model.pruned import block_sizes_of, family_of
+from darwinlm.model.reading import skeleton
 from darwinlm.model.shards import WEIGHTS, read_index
 from darwinlm.runtime.files import new_file
 from darwinlm.types import BlockSizes, DarwinError, UsageError
@@ -34,6 +35,7 @@ STUB_CHANNELS = 32  # of an MLP of zeros, where a block has none: llama.cpp comp
 QUANTISED_ROWS = 4096  # that are quantised at a time, to bound memory
 # For these, llama.cpp rotates pairs of neighbouring rows of a head, and transformers rows of its two halves.
 PERMUTED = ("llama", "deci")
+GRAPHS = ("llama", "mistral", "qwen2", "qwen3")  # families whose tensors can be written so far
 
 
 def export_gguf(directory: Path, out: Path, file_type: FileType = "f16", verify: bool = True) -> Path:
@@ -87,7 +89,12 @@ class _Model:
     def __init__(self, config: PreTrainedConfig):
         self.config: Any = config
         self.name = family_of(config)
-        self.family: Family = FAMILIES[self.name]
+        if self.name not in GRAPHS:
+            found = f"{self.name}, of which no tensors can be written yet"
+            raise _refused(
+                f"a model of one of the families {', '.join(GRAPHS)}", found, "use the Hugging Face directory"
+            )
+        self.family = find_family(skeleton(config))
         self.sizes: Sequence[BlockSizes] = block_sizes_of(config)
         self.head_dim = head_dim(config)
         self.architecture = self._architecture()

@@ -90,8 +90,9 @@ def _complete_config(path: Path, full_auto_map: dict[str, str]) -> None:
     Without these, transformers 4 and programs built on it load a stock model, which computes wrong logits.
     """
     config = json.loads(path.read_text())
-    rope = dict(config["rope_parameters"])
-    config["rope_theta"] = rope.pop("rope_theta")
+    rope = dict(config.get("rope_parameters") or {})
+    if "rope_theta" in rope:  # where every layer has the same
+        config["rope_theta"] = rope.pop("rope_theta")
     if full_auto_map:
         config["auto_map"] = full_auto_map
     elif rope.get("rope_type", "default") != "default":

@@ -18,11 +18,12 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from darwinlm.model.families import Family, find_family, find_units
+from darwinlm.model.families import find_family, find_units
 from darwinlm.model.gguf_file import convert_gguf
 from darwinlm.model.hub import HUB_ERRORS, fetch_model
 from darwinlm.model.places import check_places
 from darwinlm.model.reading import load, read_config, read_tokenizer, skeleton
+from darwinlm.model.roles import Family
 from darwinlm.model.shards import FLOATS, INDEX, WEIGHTS, Header, read_headers
 from darwinlm.runtime.names import hub_model
 from darwinlm.types import DarwinError, Unit, UsageError
@@ -52,8 +53,8 @@ class Checkpoint:
 
     @cached_property
     def family(self) -> Family:
-        """Where it keeps its units. Raises `UsageError` if its family has no row."""
-        return find_family(self.config)
+        """Where it keeps its units. Raises `UsageError` if a module fits no role."""
+        return find_family(self.skeleton())
 
     def _has_weights(self) -> bool:
         return (self.path / WEIGHTS).exists() or (self.path / INDEX).exists()

@@ -1,6 +1,6 @@
-"""Where each model family keeps its units: one row for each family.
+"""Where a model keeps its units, which are built from the roles of its modules.
 
-No other module of the package knows the names of a family's modules.
+No other module of the package knows anything of a single family.
 """
 
 from __future__ import annotations
@@ -9,100 +9,84 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from darwinlm.config.run import DatabaseConfig
 from darwinlm.genome import Grid, level_grid
-from darwinlm.types import BlockSizes, DarwinError, Genome, Kind, Producer, Structure, Unit, UsageError
+from darwinlm.model.roles import Family, Fused, find_roles
+from darwinlm.types import BlockSizes, DarwinError, Genome, Kind, Producer, Structure, Unit
 
 PRUNED = "pruned_"  # prefix of the model type of an export
 
 
-@dataclass(frozen=True)
-class Family:
-    """The module paths of a family. Paths of a unit's modules are relative to its decoder block.
-
-    A module that is named by two consecutive fields is a fused projection: its output holds the rows of the first
-    field, then those of the second. Where `query` or `key` names a norm, that norm is taken over all heads at once and
-    must see all of them: its projection stays whole, and only the outputs of the norm are selected.
-
-    Attributes:
-        attention_norms, mlp_norms: the norms before and after the unit, which are removed together with it.
-        query_count, key_value_count: where the attention's `forward` reads its numbers of heads from an attribute, that
-            attribute: one of the module, or of its config (`config.NAME`).
-    """
-
-    backbone: str = "model"
-    embedding: str = "model.embed_tokens"
-    blocks: str = "model.layers"
-    final_norm: str = "model.norm"
-    output_embedding: str = "lm_head"
-    attention: str = "self_attn"
-    query: str = "self_attn.q_proj"
-    key: str = "self_attn.k_proj"
-    value: str = "self_attn.v_proj"
-    attention_output: str = "self_attn.o_proj"
-    attention_norms: tuple[str, ...] = ("input_layernorm",)
-    query_count: str | None = None
-    key_value_count: str | None = None
-    mlp: str = "mlp"
-    mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    mlp_output: str = "mlp.down_proj"
-    mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
-
-    def block(self, index: int) -> str:
-        """The path of the decoder block with this index."""
-        return f"{self.blocks}.{index}"
-
-
-# A norm before and a norm after each of the two units.
-_SANDWICH = Family(
-    attention_norms=("input_layernorm", "post_attention_layernorm"),
-    mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
-)
-
-
-FAMILIES = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
-    "granite": Family(),
-    "smollm3": Family(),
-    "gemma2": _SANDWICH,
-    "gemma3_text": _SANDWICH,
-    "phi3": Family(
-        query="self_attn.qkv_proj",
-        key="self_attn.qkv_proj",
-        value="self_attn.qkv_proj",
-        query_count="config.num_attention_heads",
-        key_value_count="num_key_value_heads",
-        mlp_inputs=("mlp.gate_up_proj", "mlp.gate_up_proj"),
-    ),
-    # Its norms of Q and K are taken over the width of all heads together.
-    "olmo2": Family(
-        query="self_attn.q_norm",
-        key="self_attn.k_norm",
-        attention_norms=("post_attention_layernorm",),
-        mlp_norms=("post_feedforward_layernorm",),
-    ),
-    "starcoder2": Family(mlp_inputs=("mlp.c_fc",), mlp_output="mlp.c_proj"),
+# How the rows of fused projections lie, which cannot be derived.
+ROWS: dict[str, Fused] = {
+    "glm": "in order",
+    "glm4": "in order",
+    "gpt_neox": "by head",
+    "moshi": "in order",
+    "persimmon": "by head",
+    "phi3": "in order",
 }
 
 
-def find_family(config: PretrainedConfig) -> Family:
-    """Return the row of a model's family. A model that darwinlm has pruned belongs to the family it was pruned from.
+# The norms of attention and MLP by which an export's own code has to know a family's block.
+_LLAMA = ("input_layernorm",), ("post_attention_layernorm",)
+_GEMMA = ("input_layernorm", "post_attention_layernorm"), ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+EXPORTABLE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "arcee": _LLAMA,
+    "apertus": (("attention_layernorm",), ("feedforward_layernorm",)),
+    "cohere": ((), ()),
+    "cohere2": ((), ()),
+    "cwm": _LLAMA,
+    "ernie4_5": _LLAMA,
+    "exaone4": (("post_attention_layernorm",), ("post_feedforward_layernorm",)),
+    "gemma": _LLAMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "glm": _LLAMA,
+    "glm4": (("input_layernorm", "post_self_attn_layernorm"), ("post_attention_layernorm", "post_mlp_layernorm")),
+    "granite": _LLAMA,
+    "helium": _LLAMA,
+    "hunyuan_v1_dense": _LLAMA,
+    "hyperclovax": (("input_layernorm", "post_norm1"), ("post_attention_layernorm", "post_norm2")),
+    "jais2": _LLAMA,
+    "llama": _LLAMA,
+    "ministral": _LLAMA,
+    "ministral3": _LLAMA,
+    "mistral": _LLAMA,
+    "nanochat": ((), ()),
+    "nemotron": _LLAMA,
+    "olmo": ((), ()),
+    "phi": ((), ()),
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "seed_oss": _LLAMA,
+    "smollm3": _LLAMA,
+    "starcoder2": _LLAMA,
+    "vaultgemma": (("input_layernorm",), ("pre_feedforward_layernorm",)),
+}
+
+
+def find_family(model: PreTrainedModel) -> Family:
+    """Return where a model keeps its units, derived from its modules. The model may be on the meta device.
+
+    A model that darwinlm has pruned has the family that it was pruned from.
 
     Raises:
-        UsageError: if `FAMILIES` has no row for it.
+        UsageError: if a module fits no role; it names the module.
     """
-    name = config.model_type.removeprefix(PRUNED)
-    if name not in FAMILIES:
-        raise UsageError(
-            f"unsupported model family {name!r}: darwinlm prunes {', '.join(sorted(FAMILIES))}; "
-            "convert the model to one of these, or add a row to model/families.py"
-        )
-    return FAMILIES[name]
+    return find_roles(model, ROWS.get(model.config.model_type.removeprefix(PRUNED)))
+
+
+def modules_around(model: nn.Module, family: Family) -> list[str]:
+    """Return the modules with weights that run before the blocks, beside the token embedding: learned positions."""
+    others = (f"{family.blocks}.", f"{family.final_norm}.", f"{family.embedding}.")
+    return [
+        path
+        for path, module in model.get_submodule(family.backbone).named_modules(prefix=family.backbone)
+        if next(module.parameters(recurse=False), None) is not None and not f"{path}.".startswith(others)
+    ]
 
 
 def head_dim(config: PretrainedConfig) -> int:
@@ -110,7 +94,12 @@ def head_dim(config: PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def find_units(model: nn.Module, config: PretrainedConfig, structure: Structure = "kv_group") -> tuple[Unit, ...]:
+def head_counts(config: PretrainedConfig) -> tuple[int, int]:
+    """The numbers of query heads and of KV heads; without grouped queries a config may name only one."""
+    return config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def find_units(model: PreTrainedModel, config: PretrainedConfig, structure: Structure = "kv_group") -> tuple[Unit, ...]:
     """Return every attention and MLP of the model, block by block. The model may be on the meta device.
 
     A unit of a pruned model has the structures that are left in it, and its field `lost` counts those already removed.
@@ -121,10 +110,10 @@ def find_units(model: nn.Module, config: PretrainedConfig, structure: Structure 
             query head of each KV group in turn (`balanced`). Without grouped queries, all three are one head.
 
     Raises:
-        UsageError: if `FAMILIES` has no row for the model's family.
-        DarwinError: if a module of the family's row is missing from the model, or differs from the size in the config.
+        UsageError: as `find_family` does.
+        DarwinError: if a block lacks a module of the family, or a module differs from the size in the config.
     """
-    family = find_family(config)
+    family = find_family(model)
     units: list[Unit] = []
     for block in range(config.num_hidden_layers):
         modules, layer = _Block(model, family, block), layer_config(config, block)
@@ -142,7 +131,7 @@ def layer_config(config: PretrainedConfig, block: int) -> PretrainedConfig:
     return config.layer(block) if hasattr(config, "layer") else config
 
 
-def find_grid(model: nn.Module, config: PretrainedConfig, settings: DatabaseConfig) -> Grid:
+def find_grid(model: PreTrainedModel, config: PretrainedConfig, settings: DatabaseConfig) -> Grid:
     """Return the levels of every unit of the model. Raises what `find_units` and `level_grid` raise."""
     units = find_units(model, config, settings.structure)
     return level_grid(units, settings.levels, settings.granularity)
@@ -150,22 +139,24 @@ def find_grid(model: nn.Module, config: PretrainedConfig, settings: DatabaseConf
 
 def _attention(block: _Block, layer: PretrainedConfig, dense: PretrainedConfig, structure: Structure) -> Unit:
     family, width = block.family, head_dim(layer)
-    readers = layer.num_attention_heads // layer.num_key_value_heads
+    (queries, keys), (dense_queries, dense_keys) = head_counts(layer), head_counts(dense)
+    readers = queries // keys
     heads = readers if structure == "kv_group" else 1  # query heads in one structure
     sharers = readers // heads  # structures that share a KV head
-    structures = layer.num_attention_heads // heads
+    structures = queries // heads
+    inputs = [
+        _Input(family.query, heads * width),
+        _Input(family.key, width, sharers),
+        _Input(family.value, width, sharers),
+    ]
     return block.unit(
         "attention",
-        inputs=[
-            _Input(family.query, heads * width),
-            _Input(family.key, width, sharers),
-            _Input(family.value, width, sharers),
-        ],
+        inputs=[_Input(family.query, 3 * width)] if family.by_head else inputs,
         output=family.attention_output,
         members=(family.attention, *family.attention_norms),
         width=heads * width,
         structures=structures,
-        lost=(dense.num_attention_heads if heads == 1 else dense.num_key_value_heads) - structures,
+        lost=(dense_queries if heads == 1 else dense_keys) - structures,
         readers=sharers,
         in_turns=structure == "balanced" and sharers > 1,
     )
@@ -173,14 +164,16 @@ def _attention(block: _Block, layer: PretrainedConfig, dense: PretrainedConfig, 
 
 def _mlp(block: _Block, layer: PretrainedConfig, dense: PretrainedConfig) -> Unit:
     family = block.family
+    output = linear_at(block.model, f"{family.block(block.index)}.{family.mlp_output}")
+    structures = getattr(layer, "intermediate_size", None) or output.in_features
     return block.unit(
         "mlp",
         inputs=[_Input(name, 1) for name in family.mlp_inputs],
         output=family.mlp_output,
-        members=(family.mlp, *family.mlp_norms),
+        members=(*([family.mlp] if family.mlp else {*family.mlp_inputs, family.mlp_output}), *family.mlp_norms),
         width=1,
-        structures=layer.intermediate_size,
-        lost=dense.intermediate_size - layer.intermediate_size,
+        structures=structures,
+        lost=(getattr(dense, "intermediate_size", None) or structures) - structures,
     )
 
 
@@ -260,7 +253,7 @@ class _Block:
         if width != expected:
             raise DarwinError(
                 f"cannot prune {path}: expected a width of {expected} from the config, found {width}; "
-                "its family's row in model/families.py does not fit it"
+                "convert the model to another family"
             )
 
 
@@ -308,7 +301,7 @@ def _module(model: nn.Module, path: str) -> nn.Module:
     except AttributeError:
         raise DarwinError(
             f"cannot prune {type(model).__name__}: expected a module {path}, found none; "
-            "its family's row in model/families.py does not fit it"
+            "convert the model to another family"
         ) from None
 
 

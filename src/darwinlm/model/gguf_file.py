@@ -78,8 +78,8 @@ def _dequantise(path: Path, out: Path) -> None:
     reader = gguf.GGUFReader(path)
     stored = {tensor.name: math.prod(map(int, tensor.shape)) for tensor in reader.tensors}
     config = AutoConfig.from_pretrained(**source)
-    find_family(config)
     check_sizes(config.to_dict(), path)
+    find_family(skeleton(config))
     _complete(config, reader, path)
     with redirect_stderr(io.StringIO()):  # its bar cannot be switched off
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -9,6 +9,7 @@ in the config, whose own sizes are those of the model before pruning. A layer wi
 import copy
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
@@ -18,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 if int(transformers.__version__.split(".")[0]) < 5:  # it would ignore `rope_parameters` and compute wrong logits
     raise ImportError(f"expected transformers 5.0 or newer, found {transformers.__version__}; install a newer one")
 
+NORMS = {"attention": ["input_layernorm"], "mlp": ["post_attention_layernorm"]}  # which go with the part
 LAYER_SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
@@ -44,40 +46,46 @@ class PrunedLlamaConfig(LlamaConfig):
         return layer
 
 
+class NoAttention(nn.Module):
+    """Takes the place of an attention that a layer lacks: its output, which the layer adds to the stream, is zero."""
+
+    def __init__(self, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(self, hidden_states: Tensor, *_: Any, **arguments: Any) -> tuple[Tensor, None]:
+        cache = arguments.get("past_key_values")
+        for layer in getattr(cache, "layers", [])[self.layer_idx : self.layer_idx + 1]:
+            if isinstance(layer, StaticLayer) and not layer.is_initialized:
+                layer.max_batch_size = hidden_states.shape[0]  # which older transformers read in a second use
+        return torch.zeros_like(hidden_states), None
+
+
+class NoMLP(nn.Module):
+    """Takes the place of an MLP that a layer lacks."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+
 class PrunedLlamaDecoderLayer(LlamaDecoderLayer):
-    """A decoder layer with sizes of its own. `self_attn` or `mlp` is None if the layer lacks it."""
+    """A decoder layer with sizes of its own, which may lack its attention or its MLP."""
 
     self_attn: Any
     mlp: Any
-    input_layernorm: Any
-    post_attention_layernorm: Any
 
     def __init__(self, config: PrunedLlamaConfig, layer_idx: int):
         layer = config.layer(layer_idx)
         super().__init__(layer, layer_idx)
-        self.layer_idx = layer_idx
         self.self_attn.config = self.mlp.config = config  # where `set_attn_implementation` stores its choice
         skipped = getattr(layer, "skip", ())
         if "attention" in skipped:
-            self.self_attn = self.input_layernorm = None
+            self.self_attn = NoAttention(layer_idx)
         if "mlp" in skipped:
-            self.mlp = self.post_attention_layernorm = None
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.self_attn is not None:
-            attended, *_ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
-            hidden_states = hidden_states + attended
-        else:
-            self._note_batch_size(kwargs.get("past_key_values"), hidden_states.shape[0])
-        if self.mlp is not None:
-            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states
-
-    def _note_batch_size(self, cache: Any, batch_size: int) -> None:
-        """Give a static cache's empty layer its batch size, which older transformers read in a second use."""
-        for layer in getattr(cache, "layers", [])[self.layer_idx : self.layer_idx + 1]:
-            if isinstance(layer, StaticLayer) and not layer.is_initialized:
-                layer.max_batch_size = batch_size
+            self.mlp = NoMLP()
+        for part, norms in NORMS.items():
+            for norm in norms if part in skipped else ():
+                setattr(self, norm, nn.Identity())
 
 
 class PrunedLlamaModel(LlamaModel):
@@ -99,8 +107,6 @@ class PrunedLlamaForCausalLM(LlamaForCausalLM):
     _no_split_modules = ["PrunedLlamaDecoderLayer"]  # noqa: RUF012
 
     def __init__(self, config: PrunedLlamaConfig):
-        super(LlamaForCausalLM, self).__init__(config)  # skips the stock class, which would build stock layers
+        super().__init__(config)
         self.model = PrunedLlamaModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

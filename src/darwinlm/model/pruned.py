@@ -30,14 +30,13 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-from darwinlm.model.families import FAMILIES, PRUNED, head_dim
+from darwinlm.model.families import EXPORTABLE, PRUNED, head_counts, head_dim
 from darwinlm.runtime.scratch import scratch_directory
-from darwinlm.types import BlockSizes, DarwinError, UsageError
+from darwinlm.types import KINDS, BlockSizes, DarwinError, UsageError
 
-EXPORTABLE = ("llama", "mistral", "qwen2", "qwen3")
-
-CLASS_PREFIXES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 TEMPLATE = Path(__file__).with_name("modeling_pruned_llama.py")
 
 
@@ -49,9 +48,9 @@ def family_of(config: PreTrainedConfig) -> str:
     """
     family = config.model_type.removeprefix(PRUNED)
     if family not in EXPORTABLE:
-        cure = "darwinlm search takes it, and stops before the export" if family in FAMILIES else "convert it to one"
         raise UsageError(
-            f"expected a model of one of the families {', '.join(EXPORTABLE)} to export, found {family!r}; {cure}"
+            f"expected a model of one of the families {', '.join(EXPORTABLE)} to export, found {family!r}; "
+            "darwinlm search takes it, and stops before the export"
         )
     return family
 
@@ -70,14 +69,27 @@ def auto_map(family: str) -> dict[str, str]:
 
 
 def _class_names(family: str) -> tuple[str, str, str]:
-    prefix = f"Pruned{CLASS_PREFIXES[family]}"
-    return f"{prefix}Config", f"{prefix}Model", f"{prefix}ForCausalLM"
+    config, model, causal_lm = _stock_names(family)
+    return f"Pruned{config}", f"Pruned{model}", f"Pruned{causal_lm}"
+
+
+def _stock_names(family: str) -> tuple[str, str, str]:
+    """Return the names of a family's config, model and causal language model classes in transformers."""
+    return CONFIG_MAPPING_NAMES[family], MODEL_MAPPING_NAMES[family], MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
 
 
 def render(family: str) -> str:
     """Return the source of the Python module that an export of a family contains."""
-    text = TEMPLATE.read_text()
-    return text.replace("Llama", CLASS_PREFIXES[family]).replace("llama", family)
+    text, module = TEMPLATE.read_text(), model_type_to_module_name(family)
+    norms = f"NORMS = {json.dumps(dict(zip(KINDS, EXPORTABLE[family], strict=True)))}"
+    text = re.sub(r"^NORMS = {.*}", norms, text, flags=re.MULTILINE)
+    config, model, causal_lm = _stock_names(family)
+    prefix = causal_lm.removesuffix("ForCausalLM")
+    text = text.replace("models.llama.modeling_llama", f"models.{module}.modeling_{module}")
+    for name, stock in (("Config", config), ("Model", model), ("ForCausalLM", causal_lm)):
+        text = re.sub(rf"Llama{name}\b", f"<{stock}>", text)
+    text = text.replace("Llama", prefix).replace("llama", family)
+    return re.sub(r"<(\w+)>", r"\1", text)
 
 
 def foreign_code(directory: Path) -> str | None:
@@ -85,11 +97,11 @@ def foreign_code(directory: Path) -> str | None:
 
     Whoever trusts the code of the export runs only what was compared here.
     """
-    ours = {f"{module_name(family)}.py": render(family) for family in CLASS_PREFIXES}
+    ours = {f"{module_name(family)}.py": render(family) for family in EXPORTABLE}
     for file in sorted(directory.rglob("*.py")):
         if file.read_text(errors="replace") != ours.get(file.name):
             return file.name
-    known = [auto_map(family) for family in CLASS_PREFIXES]
+    known = [auto_map(family) for family in EXPORTABLE]
     for file in sorted(directory.glob("*.json")):
         named = _find_auto_map(file)
         if named is not None and named not in known:
@@ -135,9 +147,12 @@ def _module_directory() -> Path:
 
 
 @cache
-def register() -> None:
-    """Register the pruned classes with the Auto classes of this process. Further calls do nothing."""
-    for family in EXPORTABLE:
+def register(family: str) -> None:
+    """Register a family's pruned classes with the Auto classes of this process. Further calls do nothing.
+
+    A family that cannot be exported has none.
+    """
+    if family in EXPORTABLE:
         config, model, causal_lm = pruned_classes(family)
         AutoConfig.register(config.model_type, config)
         AutoModel.register(config, model)
@@ -190,8 +205,11 @@ def pruned_config(config: PreTrainedConfig, sizes: Sequence[BlockSizes]) -> PreT
         )
     fields = _shared_fields(config)
     fields["num_hidden_layers"] = len(blocks)
+    for name, value in fields.items():
+        if "layer" in name and isinstance(value, list) and len(value) == len(sizes):
+            fields[name] = [value[i] for i in remaining]
     if fields.get("layer_types"):
-        fields["layer_types"] = _layer_types([fields["layer_types"][i] for i in remaining], blocks)
+        fields["layer_types"] = _layer_types(fields["layer_types"], blocks)
     if len(set(blocks)) == 1 and blocks[0].intermediate:
         native = _native_config(family, fields | _layer_fields(blocks[0]))
         if native is not None:
@@ -214,7 +232,7 @@ def block_sizes_of(config: PreTrainedConfig) -> tuple[BlockSizes, ...]:
 
 def _block_sizes(layer: PreTrainedConfig) -> BlockSizes:
     skipped = getattr(layer, "skip", ())
-    heads = (0, 0) if "attention" in skipped else (layer.num_attention_heads, layer.num_key_value_heads)
+    heads = (0, 0) if "attention" in skipped else head_counts(layer)
     return BlockSizes(*heads, 0 if "mlp" in skipped else layer.intermediate_size)
 
 

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from darwinlm.model.families import find_family
+from darwinlm.model.families import PRUNED
 from darwinlm.model.places import check_floats, check_strangers
 from darwinlm.model.pruned import register
 from darwinlm.model.shards import read_headers
@@ -56,10 +56,13 @@ def read_config(path: Path) -> PretrainedConfig:
         raise UsageError(f"no config at {path}: expected a directory with config.json, or such a file; check it")
     fields = read_json(file, "model_type")
     check_sizes(fields, file)
-    family = str(fields["model_type"])
+    family = str(fields["model_type"]).removeprefix(PRUNED)
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # of which transformers would say that code is to be trusted
-        find_family(PretrainedConfig.from_dict({"model_type": family}))
-    register()  # the classes of pruned models are this package's own
+        raise UsageError(
+            f"unsupported model family {family!r}: transformers has no causal language model of this type; "
+            "convert the model to another family, or install a newer transformers"
+        )
+    register(family)  # the classes of pruned models are this package's own
     with understood(f"{file} is no usable config", "fetch the model again"), quiet_transformers():
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
@@ -92,7 +95,7 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreT
     Raises:
         UsageError: if no model can be built from the config.
     """
-    register()
+    register(config.model_type.removeprefix(PRUNED))
     with understood("no model can be built from its config.json", "fetch the model again"):
         with init_empty_weights(include_buffers=False), no_init_weights():
             typed = {"dtype": dtype} if dtype else {}

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from darwinlm.model.families import Family
+from darwinlm.model.roles import Family
 from darwinlm.search.budget import Budget, amount_of
 from darwinlm.types import Genome, UsageError
 

@@ -20,7 +20,7 @@ from darwinlm.database import eliminate
 from darwinlm.database.cholesky import dampen
 from darwinlm.genome import Grid, level_grid
 from darwinlm.model.checkpoint import is_finite
-from darwinlm.model.families import find_family
+from darwinlm.model.families import find_family, modules_around
 from darwinlm.model.reading import skeleton
 from darwinlm.model.shards import WEIGHTS
 from darwinlm.runtime.scratch import scratch_directory
@@ -129,10 +129,12 @@ def block_rates(config: PretrainedConfig, dtype: torch.dtype, length: int = 512,
 
 def _first_block(config: PretrainedConfig, dtype: torch.dtype) -> tuple[nn.Module, list[nn.Parameter]]:
     """Return a decoder of one block and the last norm, and the block's weights."""
-    model, family = skeleton(config, dtype), find_family(config)
+    model = skeleton(config, dtype)
+    family = find_family(model)
     blocks: Any = model.get_submodule(family.blocks)
     del blocks[1:]
-    for module in (blocks, model.get_submodule(family.final_norm)):
+    for path in (family.blocks, family.final_norm, *modules_around(model, family)):
+        module = model.get_submodule(path)
         module.to_empty(device="cpu")
         for weight in module.parameters():
             nn.init.constant_(weight, 1 / config.hidden_size)  # what memory holds may be no numbers, which are slow

@@ -80,7 +80,7 @@ def _show(model: PretrainedConfig, config: GradualConfig) -> None:
         UsageError: if the model's family is not supported, or a setting cannot be used.
     """
     calibration, database = config.calibration, config.database
-    find_family(model)  # before seconds are spent on rates
+    find_family(skeleton(model))  # before seconds are spent on rates
     rates = measure_rates(DTYPES[calibration.dtype])
     block = block_rates(model, resolve_dtype("auto", torch.device("cpu")))
     plans = [plan(model, calibration, database, stage.target_level, rates) for stage in config.stages]

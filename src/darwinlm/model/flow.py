@@ -1,0 +1,269 @@
+"""What flows where in a decoder, found by running it once: its frame on zeros, one block on the meta device.
+
+Nothing here knows a family. Every module with weights marks its output with its own path, every operation hands the
+marks of its inputs on, and transformers' attention function is replaced by one that notes what it is given.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from darwinlm.types import UsageError
+
+STREAM, ATTENDED = "the residual stream", "the attention function"
+PROBE = "darwinlm"  # the name under which transformers finds the attention function that takes notes
+LENGTH = 4  # tokens
+
+Marks = frozenset[str]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a decoder has around its blocks, by paths in the model.
+
+    Attributes:
+        calls: the keyword arguments that each block is called with.
+    """
+
+    backbone: str
+    embedding: str
+    blocks: str
+    final_norm: str
+    output_embedding: str
+    calls: tuple[dict[str, Any], ...]
+
+
+@dataclass
+class Flow:
+    """What each module of a block reads. Paths are relative to the block.
+
+    Attributes:
+        reads: for every module with weights, whose outputs reach it without passing through another such module, in
+            the order of calls.
+        widths: the width of its input.
+        output: whose outputs reach the output of the block.
+        attention: the module that calls the attention function, None if none does.
+        inputs: whose outputs reach the query, the key and the value.
+        heads: the numbers of query heads and KV heads.
+        head_widths: the widths of a head of query, key and value.
+        values: what every module has returned, the block under the empty path.
+    """
+
+    reads: dict[str, Marks] = field(default_factory=dict)
+    widths: dict[str, int] = field(default_factory=dict)
+    output: Marks = frozenset()
+    attention: str | None = None
+    inputs: tuple[Marks, ...] = ()
+    heads: tuple[int, int] = (0, 0)
+    head_widths: tuple[int, ...] = ()
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def readers(self, path: str) -> set[str]:
+        """The modules that read the output of a module."""
+        return {reader for reader, marks in self.reads.items() if path in marks}
+
+
+def find_frame(model: PreTrainedModel) -> Frame:
+    """Run a model's decoder on zeros, with recorders in place of its blocks. The model may be on the meta device.
+
+    Raises:
+        UsageError: if it has no list of blocks that are called in turn, each with hidden states and named arguments, or
+            no one final norm after them.
+    """
+    paths = {module: path for path, module in model.named_modules()}
+    name, decoder = type(model).__name__, model.get_decoder()
+    count = getattr(model.config, "num_hidden_layers", None)
+    lists = [(path, m) for path, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not lists or not paths.get(decoder):
+        raise UsageError(
+            f"cannot prune {name}: expected a decoder with a list of {count} blocks, found none; "
+            "darwinlm prunes models of one decoder"
+        )
+    inner, blocks = lists[0]
+    recorders = [_Recorder(f"{paths[decoder]}.{inner}.{index}", block) for index, block in enumerate(blocks)]
+    memo: dict[int, Any] = {id(blocks): nn.ModuleList(recorders)}
+    for parameter in set(decoder.parameters()) - set(blocks.parameters()):
+        memo[id(parameter)] = nn.Parameter(_zeros(parameter), requires_grad=False)
+    memo |= {id(buffer): _zeros(buffer) for buffer in decoder.buffers() if buffer.is_meta}
+    copied: Any = copy.deepcopy(decoder, memo).cpu().eval()
+    after: list[str] = []
+    for path, module in copied.named_children():
+        module.register_forward_hook(partial(_note_after, path, recorders, after))
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            copied(input_ids=torch.zeros(1, LENGTH, dtype=torch.long), use_cache=False)
+    except UsageError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"cannot prune {name}: its decoder cannot be run block by block ({reason})") from None
+    root = paths[decoder]
+    for index, recorder in enumerate(recorders):
+        if len(recorder.calls) != 1:
+            raise UsageError(
+                f"cannot prune {root}.{inner}.{index}: expected a block that runs once for each token, found "
+                f"{len(recorder.calls)} runs; darwinlm prunes models whose blocks run in turn"
+            )
+    if len(after) != 1:
+        raise UsageError(
+            f"cannot prune {name}: expected one final norm after its blocks, found {', '.join(after) or 'none'}"
+        )
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    return Frame(
+        backbone=root,
+        embedding=paths[embedding],
+        blocks=f"{root}.{inner}",
+        final_norm=f"{root}.{after[0]}",
+        output_embedding=paths.get(output, "") if output is not None else "",
+        calls=tuple(recorder.calls[0] for recorder in recorders),
+    )
+
+
+def trace(block: nn.Module, width: int, call: Mapping[str, Any]) -> Flow:
+    """Run a copy of a block on the meta device and return what flows where.
+
+    Args:
+        width: of the residual stream.
+        call: the keyword arguments that the block is called with.
+
+    Raises:
+        RuntimeError, and what else a module may raise: if the block cannot run on the meta device.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in block.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    for buffer in block.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    block = copy.deepcopy(block, memo).eval()
+    precision = next((parameter.dtype for parameter in block.parameters()), torch.float32)
+    tracer = _Tracer(block)
+    states = torch.empty(1, LENGTH, width, dtype=precision, device="meta")
+    arguments = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), dict(call))
+    with torch.no_grad(), _attention_function(block, tracer.attend), tracer:
+        tracer.mark(states, frozenset([STREAM]))
+        output = block(states, **arguments)
+    tracer.flow.output = tracer.marks(output)
+    return tracer.flow
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Zeros of a tensor's shape, which take no memory."""
+    return torch.zeros((), dtype=like.dtype, device="cpu").expand(like.shape)
+
+
+class _Recorder(nn.Module):
+    """Takes the place of a block, and records how it is called."""
+
+    def __init__(self, path: str, block: nn.Module):
+        super().__init__()
+        self.path = path
+        self.block = [block]  # in a list, so that it is no submodule
+        self.calls: list[dict[str, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"][0], name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Recorder:
+        return self
+
+    def forward(self, states: Tensor, *unnamed: Any, **arguments: Any) -> Tensor:
+        if unnamed or states.dim() != 3:
+            found = "arguments without names" if unnamed else "one that returns more"
+            raise UsageError(
+                f"cannot prune {self.path}: expected a block that takes hidden states and named arguments, and returns "
+                f"hidden states, found {found}; convert the model to another family"
+            )
+        self.calls.append(arguments)
+        return states
+
+
+def _note_after(path: str, recorders: list[_Recorder], after: list[str], *_: Any) -> None:
+    if recorders[-1].calls:
+        after.append(path)
+
+
+class _Tracer(TorchDispatchMode):
+    """Hands the marks of every operation's inputs on to its outputs."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.flow = Flow()
+        self.paths = {module: path for path, module in block.named_modules()}
+        self.marked: dict[int, tuple[Tensor, Marks]] = {}  # with the tensor, whose id lives no longer than it does
+        for path, module in block.named_modules():
+            module.register_forward_hook(partial(self._keep, path))
+            if _owns_weights(module):
+                module.register_forward_pre_hook(partial(self._enter, path), with_kwargs=True)
+                module.register_forward_hook(partial(self._leave, path))
+
+    def mark(self, value: Any, marks: Marks) -> None:
+        """Replace the marks of every tensor in a value."""
+        for tensor in tree_leaves(value):
+            if isinstance(tensor, Tensor):
+                self.marked[id(tensor)] = tensor, marks
+
+    def marks(self, value: Any) -> Marks:
+        """The marks of all tensors in a value."""
+        known = (self.marked.get(id(tensor)) for tensor in tree_leaves(value) if isinstance(tensor, Tensor))
+        return frozenset().union(*(found[1] for found in known if found))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.mark(output, self.marks((args, kwargs)))
+        return output
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+        """An attention function that computes nothing. Queries are `[sequences, heads, length, width]`."""
+        self.flow.attention = self.paths[module]
+        self.flow.inputs = tuple(self.marks(tensor) for tensor in (query, key, value))
+        self.flow.heads = query.shape[1], key.shape[1]
+        self.flow.head_widths = tuple(tensor.shape[-1] for tensor in (query, key, value))
+        output = torch.empty(*query.transpose(1, 2).shape[:3], value.shape[-1], dtype=query.dtype, device="meta")
+        self.mark(output, frozenset([ATTENDED]))
+        return output, None
+
+    def _enter(self, path: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+        tensors = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
+        self.flow.reads[path] = self.flow.reads.get(path, frozenset()) | self.marks(tensors)
+        self.flow.widths[path] = tensors[0].shape[-1]
+
+    def _keep(self, path: str, _: nn.Module, __: Any, output: Any) -> None:
+        self.flow.values[path] = output
+
+    def _leave(self, path: str, _: nn.Module, __: Any, output: Any) -> None:
+        self.mark(output, frozenset([path]))
+
+
+@contextmanager
+def _attention_function(block: nn.Module, function: Any) -> Iterator[None]:
+    """Let the modules of a block, whose configs are its own, call this function for attention."""
+    for module in block.modules():
+        config: Any = getattr(module, "config", None)
+        if config is not None:
+            config._attn_implementation = PROBE
+    ALL_ATTENTION_FUNCTIONS.register(PROBE, function)
+    try:
+        yield
+    finally:
+        del type(ALL_ATTENTION_FUNCTIONS)._global_mapping[PROBE]
+
+
+def _owns_weights(module: nn.Module) -> bool:
+    """Whether a module applies vectors or matrices of its own; single numbers leave channels independent."""
+    own = any(parameter.numel() > 1 for parameter in module.parameters(recurse=False))
+    return own and not any(True for child in module.children() for _ in child.parameters())

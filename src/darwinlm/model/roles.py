@@ -1,0 +1,288 @@
+"""The roles of a decoder's modules, derived from what flows where: projections, heads, norms and MLP of every block."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from darwinlm.model.flow import ATTENDED, STREAM, Flow, Marks, find_frame, trace
+from darwinlm.types import UsageError
+
+Fused = Literal["in order", "by head"]
+"""Rows of query, key and value, or of gate and input, one after another; or query, key and value of head after head."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """The module paths of a family. Paths of a unit's modules are relative to its decoder block.
+
+    A module that is named by two consecutive fields is a fused projection: its output holds the rows of the first
+    field, then those of the second. Where `query` or `key` names a norm, that norm is taken over all heads at once and
+    must see all of them: its projection stays whole, and only the outputs of the norm are selected.
+
+    Attributes:
+        by_head: whether the fused projection of query, key and value holds the rows of one head after those of another.
+        attention_norms, mlp_norms: the norms before and after the unit, which are removed together with it.
+        query_counts, key_value_counts: where the attention's methods read its numbers of heads from attributes, these:
+            of the module, or of its config (`config.NAME`).
+        mlp: the module of the MLP, empty if its linear modules lie in the block itself.
+    """
+
+    backbone: str
+    embedding: str
+    blocks: str
+    final_norm: str
+    output_embedding: str
+    attention: str
+    query: str
+    key: str
+    value: str
+    by_head: bool
+    attention_output: str
+    attention_norms: tuple[str, ...]
+    query_counts: tuple[str, ...]
+    key_value_counts: tuple[str, ...]
+    mlp: str
+    mlp_inputs: tuple[str, ...]
+    mlp_output: str
+    mlp_norms: tuple[str, ...]
+
+    def block(self, index: int) -> str:
+        """The path of the decoder block with this index."""
+        return f"{self.blocks}.{index}"
+
+
+def find_roles(model: PreTrainedModel, fused: Fused | None) -> Family:
+    """Derive where a model keeps its units. The model may be on the meta device.
+
+    Args:
+        fused: how the rows of a fused projection lie, which no flow shows; None if the family has none.
+
+    Raises:
+        UsageError: if a module fits no role; it names the module.
+    """
+    frame = find_frame(model)
+    blocks: Any = model.get_submodule(frame.blocks)
+    attention: dict[str, Any] = {}
+    mlp: dict[str, Any] = {}
+    known: set[str] = set()  # the modules with weights of the blocks whose roles were found
+    seen: set[nn.Parameter] = set()
+    for index, (block, call) in enumerate(zip(blocks, frame.calls, strict=True)):
+        path = f"{frame.blocks}.{index}"
+        if not seen.isdisjoint(block.parameters()):
+            _refuse(path, "weights of its own", "those of a block before it")
+        seen |= set(block.parameters())
+        if attention and mlp:
+            strange = [name for name, _ in _weights(block) if name not in known]
+            if strange:
+                _refuse(f"{path}.{strange[0]}", "a module that the blocks before it have", "one that only some have")
+            continue
+        roles = _Roles(path, block, _trace(path, block, model, call), fused)
+        attention, mlp = attention or roles.attention(), mlp or roles.mlp()
+        roles.check_rest()
+        known |= {name for name, _ in _weights(block)}
+    if not attention or not mlp:
+        _refuse(frame.blocks, "an attention and an MLP in its blocks", "none")
+    named = {name: path for name, path in vars(frame).items() if name != "calls"}
+    return Family(**named, **attention, **mlp)
+
+
+def _trace(path: str, block: nn.Module, model: PreTrainedModel, call: dict[str, Any]) -> Flow:
+    for name, value in call.items():
+        if not all(leaf is None or isinstance(leaf, Tensor | int | float | str) for leaf in tree_leaves(value)):
+            _refuse(path, "tensors and numbers as arguments", f"{name}, a {type(value).__name__}")
+        if isinstance(value, dict | list):
+            _refuse(path, "arguments that blocks do not share", f"{name}, a {type(value).__name__}")
+    try:
+        embedding: Any = model.get_input_embeddings()
+        flow = trace(block, embedding.weight.shape[-1], call)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"cannot prune {path}: it cannot be run by itself ({reason})") from None
+    if not isinstance(flow.values[""], Tensor):
+        _refuse(path, "a block that returns hidden states", f"a {type(flow.values['']).__name__}")
+    return flow
+
+
+class _Roles:
+    """The roles of the modules of one block."""
+
+    def __init__(self, path: str, block: nn.Module, flow: Flow, fused: Fused | None):
+        self.path = path
+        self.block = block
+        self.flow = flow
+        self.fused: Fused | None = fused
+        self.claimed: set[str] = set()
+        self.units: set[str] = set()  # the modules of units
+
+    def attention(self) -> dict[str, Any]:
+        """The fields of the attention, none if the block has none."""
+        flow, within = self.flow, self.flow.attention
+        if within is None:
+            return {}
+        readers = sorted(flow.readers(ATTENDED))
+        if not readers:
+            self._refuse(within, "a projection that reads what attention gives", "none")
+        output = readers[0]
+        others = sorted({*readers[1:], *(flow.reads[output] - {ATTENDED})})
+        if others or not output.startswith(f"{within}."):
+            self._refuse(output, f"one projection in {within} that reads attention alone", f"{[*others, output]}")
+        self._linear(output)
+        returned = flow.values[within]
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            self._refuse(within, "an attention that returns states and weights", f"a {type(returned).__name__}")
+        counts = flow.heads[0], flow.heads[1], flow.heads[1]
+        names = ("query", "key", "value")
+        producers = [self._producer(*each) for each in zip(names, flow.inputs, counts, flow.head_widths, strict=True)]
+        projections = [projection for projection, _ in producers]
+        if len(set(projections)) < len(projections) and (len(set(projections)) > 1 or self.fused is None):
+            self._refuse(projections[0], "a projection of its own for query, key and value", "a fused one")
+        if self.fused == "by head" and flow.heads[0] != flow.heads[1]:
+            self._refuse(projections[0], "as many KV heads as query heads in it", f"{flow.heads[1]}")
+        self.claimed |= {output}
+        self.units.add(within)
+        module = self.block.get_submodule(within)
+        query_counts, key_value_counts = _head_counts(module)
+        return {
+            "attention": within,
+            **dict(zip(names, (producer for _, producer in producers), strict=True)),
+            "by_head": self.fused == "by head",
+            "attention_output": output,
+            "attention_norms": self._norms(projections, output),
+            "query_counts": query_counts,
+            "key_value_counts": key_value_counts,
+        }
+
+    def _producer(self, role: str, marks: Marks, heads: int, width: int) -> tuple[str, str]:
+        """The projection that a role's heads come from, and the module whose rows are selected with the heads."""
+        assert self.flow.attention is not None
+        if len(marks) != 1 or not marks <= self.flow.reads.keys():
+            self._refuse(self.flow.attention, f"a {role} from one projection", f"{sorted(marks) or 'none'}")
+        (last,) = marks
+        module = self.block.get_submodule(last)
+        if isinstance(module, nn.Linear):
+            if module.out_features != heads * width and self.fused is None:
+                self._refuse(last, f"{heads} heads of width {width}", f"a width of {module.out_features}")
+            self.claimed.add(last)
+            return last, last
+        before = self.flow.reads[last]
+        projection = next(iter(before))
+        if len(before) != 1 or not before <= self.flow.reads.keys():
+            self._refuse(last, "a linear module", type(module).__name__)
+        self._linear(projection)
+        seen, own = self.flow.widths[last], {parameter.numel() for parameter in module.parameters()}
+        over_all = seen == heads * width != width
+        if own != {seen} or not (over_all or seen == width):
+            self._refuse(last, f"a norm over a head or over all {heads}", f"{type(module).__name__} over {seen}")
+        self.claimed |= {last, projection}
+        return projection, last if over_all else projection
+
+    def mlp(self) -> dict[str, Any]:
+        """The fields of the MLP, none if the block has none."""
+        flow = self.flow
+        linear = [
+            path for path in flow.reads
+            if path not in self.claimed and isinstance(self.block.get_submodule(path), nn.Linear)
+        ]  # fmt: skip
+        if not linear:
+            return {}
+        ends = [path for path in linear if not flow.readers(path) & set(linear)]
+        output = ends[-1] if ends else linear[-1]
+        inputs = tuple(path for path in linear if path in flow.reads[output])
+        others = sorted(flow.reads[output] - {*inputs}) + [path for path in linear if path not in (*inputs, output)]
+        if others or not inputs:
+            self._refuse(others[0] if others else output, f"an MLP whose inputs meet in {output}", "another module")
+        self.claimed |= {*inputs, output}
+        within = _common([*inputs, output])
+        if within:
+            self.units.add(within)
+        rows = [self._linear(path).out_features for path in inputs]
+        width = self._linear(output).in_features
+        if rows == [2 * width]:
+            if self.fused != "in order":
+                self._refuse(inputs[0], "a projection of its own for the gate", "a fused one")
+            fields = inputs * 2
+        else:
+            fields = inputs
+        return {"mlp": within, "mlp_inputs": fields, "mlp_output": output, "mlp_norms": self._norms(inputs, output)}
+
+    def check_rest(self) -> None:
+        """Refuse weights that no role explains: any within a unit, and matrices elsewhere in the block."""
+        for name, parameters in _weights(self.block):
+            inside = any(name.startswith(f"{unit}.") for unit in self.units)
+            if name not in self.claimed and (inside or any(parameter.dim() > 1 for parameter in parameters)):
+                self._refuse(name, "a projection or a norm of an attention or an MLP", "weights of another use")
+
+    def _norms(self, inputs: Sequence[str], output: str) -> tuple[str, ...]:
+        """The norms that only this unit reads, and those that read only it and give zero for zero."""
+        before = frozenset().union(*(self.flow.reads[path] for path in inputs)) - {STREAM}
+        norms = [
+            path for path in before
+            if path not in self.flow.output and self.flow.readers(path) <= set(inputs) and self._is_norm(path)
+        ]  # fmt: skip
+        for path, marks in self.flow.reads.items():
+            unbiased = getattr(self.block.get_submodule(path), "bias", None) is None
+            if marks == {output} and self._is_norm(path) and unbiased:
+                norms.append(path)
+        self.claimed |= set(norms)
+        return tuple(norms)
+
+    def _is_norm(self, path: str) -> bool:
+        module = self.block.get_submodule(path)
+        return not isinstance(module, nn.Linear) and all(parameter.dim() == 1 for parameter in module.parameters())
+
+    def _linear(self, path: str) -> nn.Linear:
+        module = self.block.get_submodule(path)
+        if not isinstance(module, nn.Linear):
+            self._refuse(path, "a linear module", type(module).__name__)
+        return module
+
+    def _refuse(self, path: str, expected: str, found: str) -> NoReturn:
+        _refuse(f"{self.path}.{path}", expected, found)
+
+
+def _refuse(path: str, expected: str, found: str) -> NoReturn:
+    raise UsageError(f"cannot prune {path}: expected {expected}, found {found}; convert the model to another family")
+
+
+def _weights(block: nn.Module) -> Iterable[tuple[str, list[nn.Parameter]]]:
+    """The modules that hold weights themselves, and the weights that lie beside modules, by path."""
+    for path, module in block.named_modules():
+        own = [(name, parameter) for name, parameter in module.named_parameters(recurse=False) if parameter.numel() > 1]
+        if any(True for child in module.children() for _ in child.parameters()):
+            yield from ((f"{path}.{name}".lstrip("."), [parameter]) for name, parameter in own)
+        elif own:
+            yield path, [parameter for _, parameter in own]
+
+
+def _common(paths: Sequence[str]) -> str:
+    """The module in which all these paths are."""
+    parts = [path.split(".")[:-1] for path in paths]
+    shared = 0
+    while all(len(part) > shared and part[shared] == parts[0][shared] for part in parts):
+        shared += 1
+    return ".".join(parts[0][:shared])
+
+
+def _head_counts(attention: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The attributes from which an attention's methods read its numbers of heads."""
+    read: set[str] = set()
+    for cls in type(attention).__mro__:
+        if issubclass(cls, nn.Module) and cls is not nn.Module:
+            methods = inspect.getmembers(cls, inspect.isfunction)
+            read |= {name for key, method in methods if key != "__init__" for name in method.__code__.co_names}
+    queries: list[str] = []
+    keys: list[str] = []
+    for owner, prefix in ((attention, ""), (getattr(attention, "config", None), "config.")):
+        if prefix and "config" not in read:
+            continue
+        for name in sorted(read):
+            if name.endswith(("heads", "n_head")) and isinstance(getattr(owner, name, None), int):
+                (keys if "key_value" in name or "kv" in name else queries).append(f"{prefix}{name}")
+    return tuple(queries), tuple(keys)
