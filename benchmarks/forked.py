@@ -11,7 +11,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-SECONDS, BYTES = 60, 8 << 30  # of one piece of work
+SECONDS, BYTES = 60, 8 << 30  # of one piece of work, on the processor and in memory
+WAIT = 300  # seconds for it, on a machine that does other work too
 
 
 def attempt(work: Callable[[], int], log: Path, kill_after: float | None = None) -> tuple[str, int, str]:
@@ -25,6 +26,7 @@ def attempt(work: Callable[[], int], log: Path, kill_after: float | None = None)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
             resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
             code = work()
         except BaseException:
             traceback.print_exc()
@@ -32,7 +34,7 @@ def attempt(work: Callable[[], int], log: Path, kill_after: float | None = None)
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    end = start + (SECONDS if kill_after is None else kill_after)
+    end = start + (WAIT if kill_after is None else kill_after)
     while (waited := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < end:
         time.sleep(0.005)
     if waited[0] == 0:
@@ -43,7 +45,7 @@ def attempt(work: Callable[[], int], log: Path, kill_after: float | None = None)
     sentences = [line for line in printed.splitlines() if line.startswith("darwinlm: ")]
     if code == 0 and "Traceback" not in printed:
         return "done", code, printed
-    if "out of memory" in printed:
+    if "out of memory" in printed or code in (-signal.SIGXCPU, -signal.SIGKILL):
         return "hang", code, printed
     one = code in (1, 2) and len(sentences) == 1 and "Traceback" not in printed
     return ("refused" if one else "traceback"), code, printed

@@ -163,7 +163,7 @@ def main() -> None:
         config = settings(model, directory, length, device)
         calibration = replace(config.calibration, tokens=min(arguments.calibration_tokens, 64 * length))
         config = replace(config, calibration=calibration, database=DatabaseConfig(levels=arguments.levels))
-        work = {stage: partial(run, config, until=stage) for stage in get_args(Stage)}
+        work: dict[str, Callable[[], Any]] = {stage: partial(run, config, until=stage) for stage in get_args(Stage)}
         work["train"] = partial(train, training_of(config, length))
         rows = [measured(stage, work[stage], device) for stage in arguments.stages]
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()

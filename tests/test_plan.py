@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,11 +20,13 @@ from darwinlm.cli import main
 from darwinlm.commands.plan.rates import BlockRates, Rates, block_rates, measure_rates
 from darwinlm.commands.plan.show import find_config
 from darwinlm.commands.plan.work import Plan, Work, plan, plan_training
-from darwinlm.config.run import CalibrationConfig, DatabaseConfig
+from darwinlm.config.run import CalibrationConfig, DatabaseConfig, RefitConfig, SearchConfig
 from darwinlm.config.training import DistillationConfig, GradualConfig, TrainingConfig
 from darwinlm.database.stitch import Stitcher
+from darwinlm.model.reading import skeleton
+from darwinlm.search.memory import count_memory
 from darwinlm.search.uniform import uniform_genome
-from darwinlm.types import UsageError
+from darwinlm.types import SelectionStage, UsageError
 
 RECIPES = Path(__file__).parents[1] / "src" / "darwinlm" / "recipes"
 RATES = Rates(products=1e9, forward=1e9, solves=1e9, sweeps=1e9, fills=1e9, loads=1e9, disk=1e9)
@@ -262,3 +265,32 @@ def test_training_is_priced_by_hand() -> None:
     kept = plan_training(10**9, 10**9, 10**6, GradualConfig("M", "D", "O", distillation=DistillationConfig(top_k=64)))
     assert kept.work == found.work
     assert (kept.teacher_bytes, kept.disk_bytes - found.disk_bytes) == (0, 10**6 * 64 * 6)
+
+
+def test_a_search_of_8b_is_counted_by_hand() -> None:
+    """At level 5 of 10 in bfloat16: half of every unit, 4 of 8 KV heads with 16 of 32 query heads and 7168 channels."""
+    config, search = llama_3_1_8b(), SearchConfig()
+    at = planned(config)
+    counted = count_memory(at.parameters, config, at.grid, at.uniform, search, RefitConfig(), 2048, torch.bfloat16)
+    consumers = 32 * 4096 * (16 * 128 + 7168)
+    embeddings = 2 * 128256 * 4096
+    blocks = 32 * (4096 * 128 * (16 + 2 * 4 + 16) + 3 * 4096 * 7168 + 2 * 4096)
+    assert counted.dense == 2 * at.parameters
+    assert counted.narrow == 2 * blocks
+    assert counted.ends == 2 * (embeddings + 4096)
+    assert counted.targets == (2 * 128256 + 8) * 8192  # the distribution in float16, its entropy and its mass
+    assert counted.states == 2 * 32 * 8192 * 4096
+    assert counted.refit >= 16 * consumers  # float32 weights, gradients and two moments
+    assert counted.search < 32e9 < 48e9
+    trained = replace(search, stages=(SelectionStage(2, 1024, 1024), SelectionStage(1, 2048, 2048)))
+    one = count_memory(at.parameters, config, at.grid, at.uniform, trained, RefitConfig(), 2048, torch.bfloat16)
+    assert one.training > 14 * consumers
+    assert one.survivors == 2 * 12 * consumers
+    assert one.states == 0
+
+
+def test_the_config_keeps_its_precision_when_a_model_is_built_in_another() -> None:
+    config = llama_3_1_8b()
+    config.dtype = torch.bfloat16
+    assert skeleton(config, torch.float32).dtype == torch.float32
+    assert config.dtype == torch.bfloat16

@@ -74,7 +74,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "olmo2": Olmo2Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, attention_bias=True),
     "glm4": Glm4Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, head_dim=8, attention_bias=True),
     # Attention and MLP read one norm, and both are added to the stream at once.
-    "phi": PhiConfig(**COMMON, num_attention_heads=4, num_key_value_heads=2, partial_rotary_factor=0.5),
+    "phi": PhiConfig(**COMMON, num_attention_heads=4, num_key_value_heads=2, partial_rotary_factor=0.5),  # pyright: ignore[reportCallIssue]
     # Query, key and value of a head lie side by side in one projection.
     "gpt_neox-mha": GPTNeoXConfig(**COMMON, num_attention_heads=4),
     # Positions are learned, and the linear modules of the MLP lie in the block itself.

@@ -250,8 +250,6 @@ class RunConfig:
     """Where to compute: auto, cpu, cuda."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the search; auto is bfloat16 where the device is fast at it."""
-    memory: str | None = None
-    """Memory of the device that the search may use, such as 24GB; what a GPU has, if not given."""
     genome: str | None = None
     """Genome to use without search or budget: search/result.json of another run, or a JSON list of levels."""
     target: str | None = None
@@ -264,6 +262,8 @@ class RunConfig:
     """Scale the stages' tokens down to the text that there is, instead of refusing too little of it."""
     verify: bool = True
     """Load the export in a fresh process without darwinlm and compare its logits."""
+    memory: str | None = None
+    """Memory of the device that the search may use, such as 24GB; what a GPU has, if not given."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     search: SearchConfig = field(default_factory=SearchConfig)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreT
     with understood("no model can be built from its config.json", "fetch the model again"):
         with init_empty_weights(include_buffers=False), no_init_weights():
             typed = {"dtype": dtype} if dtype else {}
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **typed)
+            own = copy.deepcopy(config) if dtype else config  # in which transformers notes the precision
+            model = AutoModelForCausalLM.from_config(own, trust_remote_code=False, **typed)
         model.tie_weights()
         return model
 

@@ -51,10 +51,24 @@ class SearchMemory:
     survivors: int
 
     @property
+    def search(self) -> int:
+        """What a search cannot do without."""
+        return self.dense + self.narrow + self.targets + max(self.scoring, self.training)
+
+    @property
+    def refitting(self) -> int:
+        """What the refit cannot do without."""
+        return self.ends + self.narrow + self.refit
+
+    @property
     def least(self) -> int:
-        """What a search and its refit cannot do without."""
-        search = self.dense + self.narrow + self.targets + max(self.scoring, self.training)
-        return max(search, self.ends + self.narrow + self.refit)
+        """What a search and its refit cannot do without; they take turns."""
+        return max(self.search, self.refitting)
+
+    @property
+    def caches(self) -> int:
+        """What more a search uses to save time: the parent's states, survivors, and the narrow modules of mutants."""
+        return self.states + min(self.survivors, KEPT_BYTES) + self.narrow
 
 
 @dataclass(frozen=True)
@@ -145,7 +159,7 @@ def allowance(memory: SearchMemory, limit: int | None) -> Allowance:
 
 def _too_little(memory: SearchMemory, limit: int) -> str:
     """What is expected of a limit that is too low, and what to take instead."""
-    if memory.ends + memory.narrow + memory.refit == memory.least:
+    if memory.refitting == memory.least:
         remedy = "--refit.tokens 0"
     elif memory.training > memory.dense:
         remedy = "--search.trains consumers, or --search.stages without training_tokens"

@@ -26,6 +26,7 @@ from darwinlm.runtime.names import hub_name
 from darwinlm.runtime.scratch import scratch_directory
 from darwinlm.search.budget import Target, limit_of
 from darwinlm.search.costs import counted_costs, parameter_costs, shared_parameter_costs
+from darwinlm.search.memory import HEADROOM, SearchMemory, count_memory
 from darwinlm.search.uniform import ceilings, uniform_genome
 from darwinlm.types import UsageError
 
@@ -160,7 +161,12 @@ def _stage_rows(
         "refit": search.refit,
     }
     seconds = ", ".join(f"{part} {_duration(work.seconds(block))}" for part, work in parts.items())
-    rows = [(f"pruned to {name}", tables.parameters(at.target_parameters)), (f"  its search at {name}", seconds)]
+    held = count_memory(at.parameters, model, at.grid, at.uniform, config.search, config.refit, length, torch.bfloat16)
+    rows = [
+        (f"pruned to {name}", tables.parameters(at.target_parameters)),
+        (f"  its search at {name}", seconds),
+        (f"  its memory on a GPU at {name}", _memory(held)),
+    ]
     if not stage.tokens:
         return rows
     training = plan_training(at.target_parameters, at.parameters, stage.tokens, config)
@@ -180,6 +186,12 @@ def _stage_rows(
         *([(f"  its communication at {name}", received)] if training.communication_bytes else []),
         (f"  its disk at {name}", tables.size(training.disk_bytes)),
     ]
+
+
+def _memory(held: SearchMemory) -> str:
+    """What a search and its refit hold in bfloat16, with what an allocator wastes, and what more would save time."""
+    search, refit, more = (tables.size(count / HEADROOM) for count in (held.search, held.refitting, held.caches))
+    return f"{search} for the search, {refit} for the refit; {more} more save time"
 
 
 def _duration(seconds: float) -> str:
