@@ -74,9 +74,12 @@ class Base:
             tiny.write_checkpoint(self.model, "qwen2")
             tiny.write_text(self.text)
             # In a fork: a process that has differentiated cannot fork any more.
+            began = time.monotonic()
             assert attempt(lambda: runs.call(*runs.command(self.config)), directory / "log")[0] == "done"
+            seconds = time.monotonic() - began
             assert attempt(self._gguf, directory / "log")[0] == "done"
-            (directory / "ready").touch()
+            (directory / "ready").write_text(f"{seconds}")
+        self.seconds = float((directory / "ready").read_text())  # of a run
         self.expected: dict[str, object] = {}
 
     def _gguf(self) -> int:
@@ -187,7 +190,7 @@ def kill(base: Base, rng: Random, work: Path) -> Outcome:
     config, kills = replace(base.config, out=str(work / "run")), 0
     command = partial(runs.call, *runs.command(config))
     while True:
-        way, code, printed = attempt(command, work / "log", rng.uniform(0.02, 4) if kills < 4 else None)
+        way, code, printed = attempt(command, work / "log", rng.uniform(0.02, base.seconds) if kills < 4 else None)
         if way != "killed":
             break
         kills += 1

@@ -21,7 +21,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected, float32_logits, verify_export
-from darwinlm.model.families import EXPORTABLE
 from darwinlm.model.pruned import pruned_config, register, remaining_blocks, render, renumber_blocks
 from darwinlm.model.reading import load
 from darwinlm.runtime.files import new_directory
@@ -268,7 +267,7 @@ def test_code_refuses_transformers_4(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_families_are_refused(outcome: Outcome, tmp_path: Path) -> None:
     config = native_config("gpt2", n_embd=8, n_head=2, n_layer=1, vocab_size=8)
     model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UsageError, match=f"{', '.join(EXPORTABLE)} to export, found 'gpt2'"):
+    with pytest.raises(UsageError, match=r"families that can be exported .*, found 'gpt2'"):
         export_hf(model, [BlockSizes(2, 2, 8)], make_tokenizer(), tmp_path / "out", CARD)
     assert not list(tmp_path.iterdir())
 

@@ -49,8 +49,8 @@ def family_of(config: PreTrainedConfig) -> str:
     family = config.model_type.removeprefix(PRUNED)
     if family not in EXPORTABLE:
         raise UsageError(
-            f"expected a model of one of the families {', '.join(EXPORTABLE)} to export, found {family!r}; "
-            "darwinlm search takes it, and stops before the export"
+            f"expected a model of one of the {len(EXPORTABLE)} families that can be exported (supported models, in the "
+            f"README), found {family!r}; darwinlm search takes it, and stops before the export"
         )
     return family
 
