@@ -16,8 +16,7 @@ import runs
 import trainings
 from darwinlm.commands.train import SHARDS, train
 from darwinlm.config.training import TrainConfig
-from darwinlm.training.directory import Training
-from darwinlm.training.trainer import FINISHED
+from darwinlm.training.directory import FINISHED, Training
 from darwinlm.types import DarwinError
 from test_parallel import ENVIRONMENT, launcher, torchrun
 

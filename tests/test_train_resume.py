@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import trainings
+from darwinlm.commands.run_directory import find_export
 from darwinlm.commands.train import train
 from darwinlm.config.training import DistillationConfig, StreamConfig, TrainConfig
 from darwinlm.training.directory import Training
@@ -77,6 +78,22 @@ def test_a_damaged_optimizer_is_one_sentence(stopped: TrainConfig):
     with pytest.raises(DarwinError, match=r"checkpoint-8 is damaged: expected the optimizer\.pt") as caught:
         train(stopped)
     assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_model_is_refused_and_trained_to_again(whole: TrainConfig, tmp_path: Path):
+    """Wherever it is read; a model that was not sealed is written again."""
+    out = tmp_path / "out"
+    shutil.copytree(whole.out, out)
+    file = out / "model" / "model.safetensors"
+    sound = file.read_bytes()
+    file.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    with pytest.raises(DarwinError, match=r"model is damaged: expected the model\.safetensors that the training wrote"):
+        find_export(out)
+    for left in ("result.json", "model.json"):
+        (out / left).unlink()
+    train(replace(whole, out=str(out)))
+    assert file.read_bytes() == sound
+    assert find_export(out) == out / "model"
 
 
 def test_a_lost_log_costs_no_figures(whole: TrainConfig, tmp_path: Path):

@@ -26,7 +26,7 @@ from darwinlm.runtime.names import short_name
 from darwinlm.runtime.progress import say
 from darwinlm.search.costs import parameter_costs
 from darwinlm.search.uniform import uniform_genome
-from darwinlm.training.trainer import FINISHED
+from darwinlm.training.directory import FINISHED
 
 LEFT_BEHIND = ("cache", "dense")  # what a refused command may leave, and the next one uses
 

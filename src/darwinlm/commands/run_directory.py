@@ -25,7 +25,8 @@ from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.hub import HUB_ERRORS, fetch_model
 from darwinlm.runtime.files import FORMAT_VERSION, check_record, read_record, sweep, write_record, write_text
 from darwinlm.runtime.names import hub_model
-from darwinlm.runtime.seal import digests, first_change
+from darwinlm.runtime.seal import CARD, digests, first_change
+from darwinlm.training.directory import Training
 from darwinlm.types import DarwinError, Genome, SearchResult, UsageError
 
 SETTINGS, TRAIN_SETTINGS, GRADUAL_SETTINGS = "run.yaml", "train.yaml", "recipe.yaml"
@@ -43,9 +44,6 @@ FREE = (
     "training.gradient_checkpointing",
     "training.report_to",
 )
-
-
-CARD = ("README.md",)  # the export's, which the report rewrites, and users may
 
 
 AS_A_LIST = "search one on this model and these levels, or give its levels as a JSON list"
@@ -232,13 +230,13 @@ def find_export(path: Path) -> Path:
 
     Raises:
         UsageError: if there is no model there, or the run has none yet.
-        DarwinError: if the run's export is damaged.
+        DarwinError: if the export of a run or of a training is damaged.
     """
     inside = _is_run(path)
-    run = Run(path)
-    export = run.exported if inside else path
-    if inside and run.seal_path.exists() and export.exists():
-        run.check_export()
+    owner = Training(path) if (path / TRAIN_SETTINGS).is_file() else Run(path)
+    export = owner.exported if inside else path
+    if inside and owner.seal_path.exists() and export.exists():
+        owner.check_export()
     if not (export / "config.json").is_file():
         missing = "its run has not come to its export yet, run the same command again" if inside else "name one"
         raise UsageError(f"no model in {path}: expected config.json in {export}, found none; {missing}")

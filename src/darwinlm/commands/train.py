@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
@@ -32,9 +33,9 @@ from darwinlm.runtime.files import read_json, write_record
 from darwinlm.runtime.progress import quiet_transformers, say
 from darwinlm.training.adapters import add_adapters, merge_adapters
 from darwinlm.training.arguments import accumulation, is_sharded, training_arguments
-from darwinlm.training.directory import Training
+from darwinlm.training.directory import FINISHED, Training
 from darwinlm.training.teacher_logits import CachedTeacher, TaughtSequences, TeacherLogits
-from darwinlm.training.trainer import FINISHED, Batch, DivergedError, RecoveryTrainer, Teacher
+from darwinlm.training.trainer import Batch, DivergedError, RecoveryTrainer, Teacher
 from darwinlm.types import DarwinError, UsageError
 
 LEFT_BEHIND = ("cache", "student", "teacher")  # what a refused command may leave, and the next one uses
@@ -308,15 +309,18 @@ def _trained(work: _Work, last: Path) -> PreTrainedModel:
 
 def _export(work: _Work, last: Path) -> None:
     """Write the trained model as a directory that transformers loads, and check it in a fresh process."""
-    if work.training.exported.exists():
+    training = work.training
+    if training.exported.exists() and training.seal_path.exists():
         return
+    shutil.rmtree(training.exported, ignore_errors=True)  # the process died before it had sealed it
     model = _trained(work, last)
     expected = Expected.of(model) if work.config.verify else None
     source = work.checkpoint.path / "README.md"
     before = source.read_text(encoding="utf-8") if source.exists() else ""
     card = trained_card(before, work.config.model, _settings(work), parameter_count(model))
     sizes, tokenizer = block_sizes_of(model.config), work.checkpoint.tokenizer
-    export_hf(model, sizes, tokenizer, work.training.exported, card, expected, work.checkpoint.path)
+    export_hf(model, sizes, tokenizer, training.exported, card, expected, work.checkpoint.path)
+    training.seal_export(work.provenance)
 
 
 def _settings(work: _Work) -> dict[str, str]:

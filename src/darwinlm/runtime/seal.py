@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 THREADS = 8
+CARD = ("README.md",)  # of an export: a report rewrites it, and users may
 
 
 def digests(directory: Path, but: Container[str] = ()) -> dict[str, str]:

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from darwinlm.runtime.files import read_record
-from darwinlm.runtime.seal import first_change
-from darwinlm.training.trainer import FINISHED
+from darwinlm.runtime.files import read_record, write_record
+from darwinlm.runtime.seal import CARD, digests, first_change
 from darwinlm.types import DarwinError, UsageError
+
+FINISHED = "darwinlm.json"  # written into a checkpoint once it is complete
 
 
 class Training:
@@ -19,6 +20,7 @@ class Training:
 
     Attributes:
         exported: the directory of the trained model, which `export_hf` writes.
+        seal_path: the digests of the exported files.
         checkpoints: the directory of the checkpoints that a training can resume from.
         log_path: the history, with a line of JSON for each log and evaluation.
         result_path: the file of held-out figures before and after the training, which is written last.
@@ -27,6 +29,7 @@ class Training:
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self.exported = self.path / "model"
+        self.seal_path = self.path / "model.json"
         self.checkpoints = self.path / "checkpoints"
         self.log_path = self.path / "log.jsonl"
         self.result_path = self.path / "result.json"
@@ -41,6 +44,19 @@ class Training:
     def result(self) -> dict[str, Any]:
         """Held-out figures before and after the training. Raises `DarwinError` if it has not finished."""
         return read_record(self.result_path, "before", "after")
+
+    def seal_export(self, provenance: Mapping[str, Any]) -> None:
+        """Note what the files of the export hold, so that damage to them is found."""
+        write_record(self.seal_path, {"files": digests(self.exported, CARD)}, provenance)
+
+    def check_export(self) -> None:
+        """Raise `DarwinError` if a file of the export, other than its model card, is not what was written."""
+        damage = first_change(self.exported, read_record(self.seal_path, "files")["files"], CARD)
+        if damage is not None:
+            raise DarwinError(
+                f"the model in {self.exported} is damaged: expected the {damage} that the training wrote, found "
+                f"another or none; delete {self.exported} and {self.result_path}, and run darwinlm train again"
+            )
 
     def last_checkpoint(self, provenance: Mapping[str, Any]) -> Path | None:
         """Return the newest complete checkpoint, or None. Raises `UsageError` if it is of another training."""

@@ -32,10 +32,8 @@ from darwinlm.losses.distillation import LastHidden, Losses, Target, chunked_los
 from darwinlm.runtime.files import write_record, write_text
 from darwinlm.runtime.progress import say
 from darwinlm.runtime.seal import digests
+from darwinlm.training.directory import FINISHED
 from darwinlm.types import DarwinError
-
-FINISHED = "darwinlm.json"  # written into a checkpoint once it is complete
-
 
 Batch = dict[str, Tensor]
 
