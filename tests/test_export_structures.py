@@ -55,6 +55,12 @@ def test_export_of_every_family(family: str, checkpoints: dict[str, Path], tmp_p
         assert find_family(exported) == case.checkpoint.family, "it can be pruned again"
         options = {"max_new_tokens": 16, "do_sample": False, "attention_mask": torch.ones_like(ids)}
         assert torch.equal(exported.generate(ids, **options), exported.generate(ids, use_cache=False, **options))
+        exported.set_attn_implementation("eager")
+        attentions = [module for module in exported.modules() if getattr(module, "is_causal", False)]
+        assert {module.config._attn_implementation for module in attentions} == {"eager"}
+        torch.testing.assert_close(exported(ids).logits, expected, rtol=1e-4, atol=2e-4)
+        # What FSDP wraps, and device_map does not split, is there.
+        assert set(exported._no_split_modules) <= {type(module).__name__ for module in exported.modules()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

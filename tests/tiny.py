@@ -81,6 +81,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "opt-mha": OPTConfig(**COMMON, ffn_dim=64, num_attention_heads=4, word_embed_proj_dim=32),
     "starcoder2": Starcoder2Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, use_bias=True),
 }  # fmt: skip
+RENAMED = ("gpt_neox-mha",)  # whose tensors transformers stores under other names, so that commands refuse it
 FAMILIES = ["llama-mha", "llama-gqa", "qwen2", "mistral", "qwen3"]  # whose pruned form can be exported
 
 

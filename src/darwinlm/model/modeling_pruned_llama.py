@@ -46,7 +46,9 @@ class PrunedLlamaConfig(LlamaConfig):
         return layer
 
 
-class NoAttention(nn.Module):
+class NoAttn(
+    nn.Module
+):  # transformers takes a module that it finds named "Attention" for one that cannot switch kernels
     """Takes the place of an attention that a layer lacks: its output, which the layer adds to the stream, is zero."""
 
     def __init__(self, layer_idx: int):
@@ -80,7 +82,7 @@ class PrunedLlamaDecoderLayer(LlamaDecoderLayer):
         self.self_attn.config = self.mlp.config = config  # where `set_attn_implementation` stores its choice
         skipped = getattr(layer, "skip", ())
         if "attention" in skipped:
-            self.self_attn = NoAttention(layer_idx)
+            self.self_attn = NoAttn(layer_idx)
         if "mlp" in skipped:
             self.mlp = NoMLP()
         for part, norms in NORMS.items():
@@ -109,4 +111,5 @@ class PrunedLlamaForCausalLM(LlamaForCausalLM):
     def __init__(self, config: PrunedLlamaConfig):
         super().__init__(config)
         self.model = PrunedLlamaModel(config)
+        self._no_split_modules = self.model._no_split_modules  # not those of the stock layers that it replaces
         self.post_init()

@@ -36,8 +36,8 @@ def check_places(directory: Path, model: PreTrainedModel, headers: Mapping[str, 
     missing = [name for name in once if name not in headers and not _is_stored_tied(name, model, headers)]
     if missing:
         raise DarwinError(
-            f"{directory} lacks the tensor {min(missing)} ({len(missing)} such); the checkpoint is incomplete, fetch "
-            "it again"
+            f"{directory} lacks the tensor {min(missing)} ({len(missing)} such); the checkpoint is incomplete, or of a "
+            "family whose tensors transformers renames, which darwinlm does not read: fetch it again, or take another"
         )
     check_floats(directory, {name: header for name, header in headers.items() if name in parameters})
     for name, header in headers.items():
