@@ -46,9 +46,8 @@ class PrunedLlamaConfig(LlamaConfig):
         return layer
 
 
-class NoAttn(
-    nn.Module
-):  # transformers takes a module that it finds named "Attention" for one that cannot switch kernels
+# Not "NoAttention": transformers takes a file with a class of that name for one whose attention cannot be switched.
+class NoAttn(nn.Module):
     """Takes the place of an attention that a layer lacks: its output, which the layer adds to the stream, is zero."""
 
     def __init__(self, layer_idx: int):
