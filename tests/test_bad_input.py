@@ -97,7 +97,7 @@ def test_family_that_cannot_be_exported(
     if not others:
         pytest.skip("all families can be exported")
     config = replace(config, model=str(checkpoints[others[0]]))
-    refused(config, capsys, 2, "to export", "darwinlm search takes it")
+    refused(config, capsys, 2, "families that can be exported", "darwinlm search takes it")
     as_if_nothing_had_happened(config)
     assert runs.call(*runs.command(config, name="search")) == 0
 
