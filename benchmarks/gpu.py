@@ -105,8 +105,7 @@ def exactness(device: torch.device) -> str:
         ]
         kept.append(len(set(found[gone:]) & set(exact[gone:])) / (TEST.structures - gone))
         more.append(errors[0] / errors[1] - 1)
-    factors = (cholesky(TEST, each).double().tril() for each in (hessian, hessian.double()))
-    factor, reference = factors
+    factor, reference = (cholesky(TEST, each).double().tril() for each in (hessian, hessian.double()))
     return (
         f"float32 beside float64, {TEST.structures} channels, ten levels: at least {min(kept):.1%} of what is kept is "
         f"the same, and errors are {min(more):+.1e} to {max(more):+.1e} of float64's; its Cholesky factor is off by "

@@ -1,6 +1,6 @@
 """A whole run and a training at the widths of a real model, with few blocks and random weights: seconds and memory.
 
-    python benchmarks/gpu_run.py --shape Llama-3.1-8B --blocks 4    # on a GPU; `make gpu` runs it
+    python benchmarks/gpu_run.py --shape Llama-3.1-8B --blocks 4    # on a GPU
     python benchmarks/gpu_run.py --shape tiny --device cpu          # anywhere, to try the script itself
 
 The model is written to a temporary directory and goes through every stage as a user's would. Random weights tell
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import sys
 import tempfile
@@ -21,14 +20,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any, get_args
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))  # whose text and tokenizer these are
 
 import torch
 from gpu import shapes
-from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
+import tiny
 from darwinlm.commands.compress import run
 from darwinlm.commands.train import train
 from darwinlm.config.run import (
@@ -87,18 +87,13 @@ def write_model(shape: str, blocks: int, device: torch.device, directory: Path) 
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(type(config)(**config.to_diff_dict()), dtype=torch.bfloat16)
     model.save_pretrained(directory)
-    trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(topics.values(), vocab_size=320, show_progress=False, special_tokens=["<s>", "</s>"])
-    PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
-        directory
-    )
+    tiny.tokenizer().save_pretrained(directory)
     return directory
 
 
 def settings(model: Path, directory: Path, length: int, device: torch.device) -> RunConfig:
     """A short run: the paper's stages of selection with training in the last two, as many tokens as the text gives."""
-    text = directory / "topics.jsonl"
-    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in topics.values()))
+    text = tiny.write_text(directory / "topics.jsonl")
     stages = (
         SelectionStage(4, 2 * length),
         SelectionStage(2, 4 * length, 2 * length),

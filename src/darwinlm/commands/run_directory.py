@@ -25,7 +25,7 @@ from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.hub import HUB_ERRORS, fetch_model
 from darwinlm.runtime.files import FORMAT_VERSION, check_record, read_record, sweep, write_record, write_text
 from darwinlm.runtime.names import hub_model
-from darwinlm.runtime.seal import CARD, digests, first_change
+from darwinlm.runtime.seal import export_damage, seal_export
 from darwinlm.training.directory import Training
 from darwinlm.types import DarwinError, Genome, SearchResult, UsageError
 
@@ -150,7 +150,7 @@ class Run:
 
     def seal_export(self) -> None:
         """Note what the files of the export hold, so that damage to them is found."""
-        write_record(self.seal_path, {"files": digests(self.exported, CARD)}, {"genome": self.genome.levels})
+        seal_export(self.exported, self.seal_path, {"genome": self.genome.levels})
 
     @property
     def damage(self) -> str | None:
@@ -159,7 +159,7 @@ class Run:
         Raises:
             DarwinError: if the record of what was written is missing or damaged.
         """
-        return first_change(self.exported, read_record(self.seal_path, "files")["files"], CARD)
+        return export_damage(self.exported, self.seal_path)
 
     def check_export(self) -> None:
         """Raise `DarwinError` if a file of the export, other than its model card, is not what was written."""

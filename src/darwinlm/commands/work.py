@@ -128,7 +128,7 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
         elif config.search.start not in STARTS:
             start_genome = read_genome(Path(config.search.start), grid, {"grid": provenance["grid"]}, "--search.start")
         dtype = resolve_dtype(config.dtype, device)
-        allowed = _allowance(config, checkpoint, grid, uniform_genome, device, dtype, until)
+        allowed = _allowance(config, checkpoint, grid, dense_parameters, uniform_genome, device, dtype, until)
     except DarwinError:
         if parallel.first():
             this.abandon()
@@ -156,6 +156,7 @@ def _allowance(
     config: RunConfig,
     checkpoint: Checkpoint,
     grid: Grid,
+    dense_parameters: int,
     uniform: Genome,
     device: torch.device,
     dtype: torch.dtype,
@@ -165,8 +166,10 @@ def _allowance(
     limit = memory_limit(device, None if config.memory is None else bytes_of(config.memory))
     if limit is None or until == "database":
         return Allowance()
-    parameters, length = parameter_count(checkpoint.skeleton()), config.calibration.sequence_length
-    counted = count_memory(parameters, checkpoint.config, grid, uniform, config.search, config.refit, length, dtype)
+    length = config.calibration.sequence_length
+    counted = count_memory(
+        dense_parameters, checkpoint.config, grid, uniform, config.search, config.refit, length, dtype
+    )
     return allowance(counted, limit)
 
 

@@ -6,6 +6,9 @@ import hashlib
 from collections.abc import Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+from darwinlm.runtime.files import read_record, write_record
 
 THREADS = 8
 CARD = ("README.md",)  # of an export: a report rewrites it, and users may
@@ -30,6 +33,20 @@ def first_change(directory: Path, sealed: Mapping[str, str], but: Container[str]
     """
     found = digests(directory, but)
     return next((name for name, digest in sealed.items() if found.get(name) != digest), None)
+
+
+def seal_export(export: Path, file: Path, provenance: Mapping[str, Any]) -> None:
+    """Note in a file what the files of an export hold, other than its card, so that damage to them is found."""
+    write_record(file, {"files": digests(export, CARD)}, provenance)
+
+
+def export_damage(export: Path, file: Path) -> str | None:
+    """The first file of an export, other than its card, that is not what was sealed, or None if all are.
+
+    Raises:
+        DarwinError: if the record of what was written is missing or damaged.
+    """
+    return first_change(export, read_record(file, "files")["files"], CARD)
 
 
 def _digest(file: Path) -> str:

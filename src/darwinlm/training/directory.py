@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from darwinlm.runtime.files import read_record, write_record
-from darwinlm.runtime.seal import CARD, digests, first_change
+from darwinlm.runtime.files import read_record
+from darwinlm.runtime.seal import export_damage, first_change, seal_export
 from darwinlm.types import DarwinError, UsageError
 
 FINISHED = "darwinlm.json"  # written into a checkpoint once it is complete
@@ -47,11 +47,11 @@ class Training:
 
     def seal_export(self, provenance: Mapping[str, Any]) -> None:
         """Note what the files of the export hold, so that damage to them is found."""
-        write_record(self.seal_path, {"files": digests(self.exported, CARD)}, provenance)
+        seal_export(self.exported, self.seal_path, provenance)
 
     def check_export(self) -> None:
         """Raise `DarwinError` if a file of the export, other than its model card, is not what was written."""
-        damage = first_change(self.exported, read_record(self.seal_path, "files")["files"], CARD)
+        damage = export_damage(self.exported, self.seal_path)
         if damage is not None:
             raise DarwinError(
                 f"the model in {self.exported} is damaged: expected the {damage} that the training wrote, found "

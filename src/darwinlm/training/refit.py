@@ -126,7 +126,6 @@ def _replace(model: PreTrainedModel, path: str, weight: Tensor) -> nn.Linear:
     return new
 
 
-@torch.no_grad()
 def _last_states(
     dense: PreTrainedModel, token_ids: Int[Tensor, "sequences length"]
 ) -> Iterator[Float[Tensor, "length d_out"]]:
