@@ -313,6 +313,9 @@ def test_an_interruption_is_one_sentence_however_early(tmp_path: Path) -> None:
             time.sleep(seconds)
             running.send_signal(signal.SIGINT)
             _, said = running.communicate(timeout=60)
-        assert "Traceback" not in said, seconds
+        if running.returncode == -signal.SIGINT:  # it ended before Python itself could heed a signal
+            assert not said, seconds
+            continue
         assert running.returncode in (130, 2), "interrupted, or done before that with its refusal"
+        assert "Traceback" not in said, seconds
         assert said.count("\n") == 1

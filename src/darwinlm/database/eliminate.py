@@ -59,11 +59,14 @@ def eliminate(
         names = (weight.to(hessian).square().sum(0) * hessian.diagonal()).argsort(descending=True)
         weight = weight.index_select(1, names)
         hessian = hessian.index_select(0, names).index_select(1, names)
+    on_cpu = hessian.device.type == "cpu"
     for matrix in ever_safer(unit, hessian):
-        factor = factor_of(matrix)
+        # cuSOLVER's float32 factor is four times as far off as LAPACK's, and other structures would leave than on a CPU.
+        factor = factor_of(matrix if on_cpu else matrix.double())
         if factor is None:
             continue
         pair = _Pair(unit, weight, matrix, factor)
+        del factor  # its memory is the inverse's by now
         if width == 1:
             positions, errors = _eliminate_channels(pair, until, queue)
         else:
@@ -275,11 +278,13 @@ class _Pair:
     """
 
     def __init__(self, unit: Unit, weight: Tensor, hessian: Tensor, factor: Tensor) -> None:
+        """Start from the lower Cholesky factor of the Hessian, which is overwritten; it may be more precise."""
         weight = weight.to(hessian)
         self.n = len(hessian)
         self.panel = max(PANEL - PANEL % unit.structure_width, unit.structure_width)
+        inverse = torch.cholesky_inverse(factor, out=factor)
         self.both = hessian.new_empty(2, self.n, self.n)
-        torch.cholesky_inverse(factor, out=self.both[0].mT)  # LAPACK has columns first
+        self.both[0].copy_(inverse.mT)  # LAPACK has columns first
         self._add(self.both[1].zero_(), weight, weight, 1)
         # P_jj >= 1 / H_jj throughout, whatever rounding says: what is alive of P is the inverse of a part of H.
         self.floor = 1 / (float(hessian.diagonal().max()) + 2 * EXTRA_DAMPING[-1] * mean_diagonal(hessian))
