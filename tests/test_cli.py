@@ -313,9 +313,8 @@ def test_an_interruption_is_one_sentence_however_early(tmp_path: Path) -> None:
             time.sleep(seconds)
             running.send_signal(signal.SIGINT)
             _, said = running.communicate(timeout=60)
-        if running.returncode == -signal.SIGINT:  # it ended before Python itself could heed a signal
-            assert not said, seconds
-            continue
-        assert running.returncode in (130, 2), "interrupted, or done before that with its refusal"
+        # It may be done before that, with its refusal. Python itself ends by the signal where that came before it could
+        # heed any, or within `exec` of a string, which some modules load by: its shell then sees 130 all the same.
+        assert running.returncode in (130, 2, -signal.SIGINT)
         assert "Traceback" not in said, seconds
-        assert said.count("\n") == 1
+        assert said.count("\n") == 1 or (running.returncode == -signal.SIGINT and not said)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,17 +22,17 @@ from darwinlm.data.corpus import read_corpus
 from darwinlm.database.stitch import Stitcher, repeat_shared
 from darwinlm.database.store import MANIFEST, Database
 from darwinlm.evaluation.local_tasks import LOCAL
-from darwinlm.evaluation.quality import perplexity_and_kl
+from darwinlm.evaluation.quality import Quality, perplexity_and_kl
 from darwinlm.evaluation.tasks import Request, run_tasks
 from darwinlm.genome import Grid, level_grid
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_count
-from darwinlm.report.comparison import CELLS, DENSE, Cell, figure
+from darwinlm.report.comparison import CELLS, DENSE, Cell, figure, read_cells, write_cells
 from darwinlm.rivals import methods as registry
 from darwinlm.rivals import shortgpt
 from darwinlm.rivals.problem import Problem, scored_tokens
-from darwinlm.runtime.files import read_json_lines
+from darwinlm.runtime.files import read_lines
 from darwinlm.types import DarwinError, Genome, SelectionStage, UsageError
 
 METHODS = tuple(registry.METHODS)
@@ -66,7 +67,7 @@ def config(checkpoints: dict[str, Path], text: Path, tmp_path_factory: pytest.Te
 @pytest.fixture(scope="module")
 def cells(config: CompareConfig) -> dict[tuple[str, float], dict[str, Any]]:
     compare(config)
-    return {(line["method"], line["kept"]): line for line in read_json_lines(Path(config.out) / CELLS)}
+    return {(line["method"], line["kept"]): line for line in read_lines(Path(config.out) / CELLS)[1]}
 
 
 def test_every_method_is_measured_at_every_size(config: CompareConfig, cells: dict[Any, dict[str, Any]]) -> None:
@@ -137,16 +138,14 @@ def test_a_resumed_comparison_measures_only_what_is_missing(
     config: CompareConfig, cells: dict[Any, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And finds the same models; another database than the first's is refused."""
-    path = Path(config.out) / CELLS
-    lines = path.read_text().splitlines()
-    lost = next(i for i, line in enumerate(lines) if '"evolution", "kept": 0.88' in line)
-    path.write_text("".join(f"{line}\n" for i, line in enumerate(lines) if i != lost))
+    out = Path(config.out)
+    write_cells(out, [cell for cell in read_cells(out) if (cell.method, cell.kept) != ("evolution", 0.88)])
     for state in (Path(config.out) / "state" / "evolution-0.88").iterdir():
         state.unlink()
     capsys.readouterr()
     compare(config)
     assert capsys.readouterr().err.count("compare: ") == 1
-    again = {(line["method"], line["kept"]): line for line in read_json_lines(path)}
+    again = {(line["method"], line["kept"]): line for line in read_lines(out / CELLS)[1]}
     assert {key: line.get("levels") for key, line in again.items()} == {
         key: line.get("levels") for key, line in cells.items()
     }
@@ -178,6 +177,17 @@ def test_a_method_that_fails_does_not_stop_the_others(
         tuple(cells[method, 0.88]["levels"]) for method in changed.methods
     ]
     assert "| params=0.88 | shortgpt |" in table.read_text()
+
+
+def test_cells_prove_themselves(tmp_path: Path) -> None:
+    texts = {"other.txt": Quality(4.0, math.nan)}
+    written = [Cell("uniform", 0.88, perplexity=3.25, texts=texts), Cell("shortgpt", 0.88, refused="too small")]
+    write_cells(tmp_path, written)
+    assert repr(read_cells(tmp_path)) == repr(written), "NaN differs from itself, but not in print"
+    file = tmp_path / CELLS
+    file.write_text(file.read_text().replace("3.25", "2.25"))
+    with pytest.raises(DarwinError, match=r"cells\.jsonl is damaged"):
+        read_cells(tmp_path)
 
 
 def test_a_size_out_of_reach_is_a_refused_cell(config: CompareConfig, cells: dict[Any, dict[str, Any]]) -> None:

@@ -33,7 +33,7 @@ def test_bad_lines_are_left_out_and_counted(
     file.write_bytes(b"\xef\xbb\xbf" + GOOD + line + GOOD + b"\n" + line)
     assert list(read_documents(str(file))) == ["Good.", "Good."]
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith("text.jsonl: 2 of 4 lines are left out, the first for this: line 2 of ")
+    assert said.startswith(f"{file}: 2 of 4 lines are left out, the first for this: line 2 of {file}: it ")
     assert reason in said
     file.write_bytes(line)
     with pytest.raises(UsageError, match=rf"cannot be read as \.jsonl: line 1 .*{reason}"):

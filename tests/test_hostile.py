@@ -7,11 +7,13 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 
+import jinja2
 import pytest
 import yaml
 
 import runs
 from darwinlm.commands import compress
+from darwinlm.commands.export import export
 from darwinlm.config.files import read_plain
 from darwinlm.config.run import RunConfig
 from darwinlm.model.pruned import foreign_code
@@ -105,6 +107,20 @@ def test_code_in_a_run_is_not_run_by_resuming_it(
     assert "is written again" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
     assert foreign_code(run.exported) is None
+
+
+def test_a_chat_template_is_carried_over_and_never_run(config: RunConfig, tmp_path: Path) -> None:
+    """Templates are programs, which transformers runs in a sandbox and llama.cpp in an engine of its own."""
+    ran = tmp_path / "ran"
+    template = "{{ cycler.__init__.__globals__.os.system('touch " + str(ran) + "') }}{% include '../../secret' %}"
+    assert jinja2.Template(template.partition("{% ")[0]).render() == "0"
+    ran.unlink()  # so it does what it is to do
+    model = copied_model(config, tmp_path)
+    (model / "chat_template.jinja").write_text(template)
+    compress.run(replace(config, model=str(model)))
+    export(Path(config.out) / "model")
+    assert (Path(config.out) / "model" / "chat_template.jinja").read_text() == template
+    assert not ran.exists()
 
 
 def test_a_pickle_is_not_read(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

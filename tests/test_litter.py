@@ -13,13 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import runs
 from darwinlm.commands import compress
 from darwinlm.config.run import RunConfig
+from darwinlm.database.calibrate import calibrate
+from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.runtime.files import write_text
 from darwinlm.runtime.locking import locked_directory
-from darwinlm.runtime.scratch import scratch_directory
+from darwinlm.runtime.scratch import scratch_directory, scratch_writing
 from darwinlm.types import DarwinError, UsageError
 from refusals import refused
 
@@ -49,6 +52,31 @@ def test_no_place_for_temporary_files_is_named(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     with pytest.raises(DarwinError, match=r"no temporary directory can be made .* set TMPDIR"), scratch_directory("x"):
         pass
+
+
+def test_a_full_temporary_directory_is_named(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever writes to it: activations, the states of candidates in training, a file that some library makes."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", small], check=False).returncode:
+        pytest.skip("only root may mount a small file system")
+    checkpoint = Checkpoint(checkpoints["qwen2"])
+    checkpoint.skeleton()  # the process keeps the code of pruned models in a temporary directory of its own
+    monkeypatch.setattr(tempfile, "tempdir", str(small))
+    ids = torch.zeros(64, 32, dtype=torch.int64)
+    named = rf"the temporary directory {small} is full; free some of it, or set TMPDIR"
+    try:
+        with pytest.raises(DarwinError, match=named):
+            list(calibrate(checkpoint, ids, batch_size=4, device=torch.device("cpu"), spill_bytes=0))
+        with pytest.raises(DarwinError, match=named), scratch_writing(), tempfile.TemporaryFile(buffering=0) as file:
+            torch.save(torch.zeros(1 << 20), file)
+        with pytest.raises(DarwinError, match=named), scratch_directory("test") as directory:
+            (directory / "large").write_bytes(bytes(1 << 20))
+        assert not list(small.iterdir())
+    finally:
+        subprocess.run(["umount", "--lazy", small], check=True)  # pytest keeps a frame with an open file
 
 
 def test_a_refused_command_leaves_a_foreign_directory_as_it_was(

@@ -17,7 +17,7 @@ import tiny
 from darwinlm.config.training import StreamConfig
 from darwinlm.data import stream
 from darwinlm.data.corpus import is_held_out
-from darwinlm.data.stream import Sequences, TokenStore, draw_held_out, draw_sequences
+from darwinlm.data.stream import FIRST_PART, Sequences, TokenStore, draw_held_out, draw_sequences
 from darwinlm.runtime import parallel
 from darwinlm.types import DarwinError, UsageError
 
@@ -187,8 +187,31 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path):
     (tmp_path / "bad.jsonl").write_text("{no json\n")
     (tmp_path / "empty").mkdir()
     for source in (tmp_path / "bad.jsonl", tmp_path / "empty", tmp_path / "*.parquet", tmp_path / "none.parquet"):
-        with pytest.raises(UsageError, match="no text"):
+        with pytest.raises(UsageError, match=r"no text|found 0"):
             draw(source, 1, tmp_path / "cache")
+
+
+def test_bad_lines_are_left_out_and_counted_in_every_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where datasets goes on within a file, too, and in a last part that has nothing else."""
+    texts = (str(record["text"]) for record in records(0) + records(1) + records(2))
+    good = [f"{json.dumps({'text': text})}\n".encode() for text in texts if not is_held_out(text)][: 3 * FIRST_PART]
+    assert len(good) == 3 * FIRST_PART, "which are two parts"
+    bad = (b'{"text": "\xff"}\n', b"{no json\n", b'{"text": "\\ud800"}\r\n', b'{"words": "a"}\n')
+    clean, mixed = tmp_path / "clean.jsonl", tmp_path / "mixed.jsonl"
+    clean.write_bytes(b"".join(good))
+    mixed.write_bytes(b"".join([bad[0], *good[:70], bad[1], *good[70:], *bad[2:]]))
+    config = StreamConfig(sequence_length=32)
+    stores = [TokenStore.open(tmp_path, str(file), tiny.tokenizer(), config) for file in (clean, mixed)]
+    rows = []
+    for store in stores:
+        with pytest.raises(UsageError, match="too little text"):
+            store.fill(10**6)
+        rows.append([store.read(*place).tolist() for place in store.fill(50)])
+    assert rows[0] == rows[1]
+    said = [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert [line.partition(" lines")[0] for line in said] == ["1 of 65", "1 of 129", "2 of 2"]
+    numbers = 1, 72, 3 * FIRST_PART + 3
+    assert all(f"line {number} of {mixed}: it " in line for number, line in zip(numbers, said, strict=True))
 
 
 @pytest.mark.parametrize("mixed", [False, True])

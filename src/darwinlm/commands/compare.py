@@ -28,7 +28,16 @@ from darwinlm.genome import Grid
 from darwinlm.model.checkpoint import find_checkpoint
 from darwinlm.model.families import find_grid
 from darwinlm.model.size import parameter_count
-from darwinlm.report.comparison import CELLS, DENSE, HELD_OUT, Cell, markdown, print_table, read_cells, save_picture
+from darwinlm.report.comparison import (
+    DENSE,
+    HELD_OUT,
+    Cell,
+    markdown,
+    print_table,
+    read_cells,
+    save_picture,
+    write_cells,
+)
 from darwinlm.rivals.methods import DEFAULT_METHODS, METHODS, Method
 from darwinlm.rivals.problem import Problem, mask_tokens, scored_tokens
 from darwinlm.runtime.device import resolve_device, resolve_dtype
@@ -80,7 +89,7 @@ class _Cells:
     def keep(self, cell: Cell) -> Cell:
         """Add a cell, or replace the one of the same method and size, and write the file."""
         self.of[cell.method, cell.kept] = cell
-        write_text(self.directory / CELLS, "".join(each.line for each in self.of.values()))
+        write_cells(self.directory, self.of.values())
         return cell
 
 

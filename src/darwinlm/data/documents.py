@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from darwinlm.data.hub import ALIASES, stream_dataset
 from darwinlm.runtime.progress import say
@@ -76,29 +76,47 @@ def _read_file(path: Path) -> Iterator[str]:
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
-    bad, good, first = 0, 0, ""
     with path.open("rb") as lines:
+        for _, text in records_of(lines, path, lambda number, _: f"line {number} of {path}"):
+            yield text
+
+
+def records_of(
+    lines: Iterable[bytes], source: object, place: Callable[[int, bytes], str], whole: bool = True
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """The records in lines of JSON, each with its text. Lines without text are left out, and the log says how many.
+
+    Args:
+        place: says where the line of a number, counted from 1, is.
+        whole: whether these are all lines of the source.
+
+    Raises:
+        UsageError: if the source has lines, and none of them holds text.
+    """
+    bad, good, first = 0, 0, ""
+    try:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                text = text_of(json.loads(line.decode("utf-8-sig")), f"line {number} of {path}")
+                record = json.loads(line.decode("utf-8-sig"))
+                text = text_of(record, "it")
             except (ValueError, RecursionError, UsageError) as error:
-                bad, first = bad + 1, first or _reason(error, number, path)
+                bad, first = bad + 1, first or f"{place(number, line)}: {_reason(error)}"
             else:
                 good += 1
-                yield text
-    if bad and not good:
-        raise UsageError(f"{path} cannot be read as .jsonl: {first}; check the file")
-    if bad:
-        say(f"{path.name}: {bad:,} of {bad + good:,} lines are left out, the first for this: {first}")
+                yield record, text
+    finally:
+        if bad and (good or not whole):
+            say(f"{source}: {bad:,} of {bad + good:,} lines are left out, the first for this: {first}")
+    if whole and bad and not good:
+        raise UsageError(f"{source} cannot be read as .jsonl: {first}; check the file")
 
 
-def _reason(error: Exception, number: int, path: Path) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, UsageError):
         return str(error)
-    what = "it is nested too deeply" if isinstance(error, RecursionError) else error
-    return f"line {number} of {path} is no JSON in UTF-8 ({what})"
+    return f"it is no JSON in UTF-8 ({'nested too deeply' if isinstance(error, RecursionError) else error})"
 
 
 def _read_parquet(path: Path) -> Iterator[str]:

@@ -6,15 +6,20 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 from datasets import IterableDataset, load_dataset
 
-from darwinlm.data.documents import PACKAGED, read_documents
+from darwinlm.data.documents import PACKAGED, read_documents, records_of, text_of
 from darwinlm.data.hub import dataset_named, stream_dataset
 from darwinlm.runtime.understood import understood
 from darwinlm.types import UsageError
 
-LOADERS = {".jsonl": "json", ".parquet": "parquet"}
+# The lines of .jsonl are parsed by us, since datasets stops at a bad one. In Latin-1, any bytes are text.
+LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".jsonl": ("text", {"encoding": "latin-1"}),
+    ".parquet": ("parquet", {}),
+}
 
 
 def check_distinct(sources: Sequence[str]) -> None:
@@ -33,16 +38,44 @@ def check_distinct(sources: Sequence[str]) -> None:
 
 
 def stream_of(source: str) -> IterableDataset:
-    """Return the documents of a source as records, in the shards that the source has."""
+    """Return the documents of a source, in the shards that the source has: as `texts_of` takes them."""
     files = files_of(source)
     if files and files[0].suffix in LOADERS:
         with understood(f"no text in {source} that can be read", "check --data"):
             names = [str(file) for file in files]
-            return load_dataset(LOADERS[files[0].suffix], data_files=names, split="train", streaming=True)
+            loader, options = LOADERS[files[0].suffix]
+            return load_dataset(loader, data_files=names, split="train", streaming=True, **options)
     if source in PACKAGED or files:
         return IterableDataset.from_generator(_in_memory, gen_kwargs={"source": source})
     with understood(f"no text in {source} that can be read", "check --data"):
         return stream_dataset(source)
+
+
+def texts_of(source: str, documents: IterableDataset) -> Iterator[tuple[dict[str, Any], str]]:
+    """The records of a source, each with its text. Lines of `.jsonl` that hold none are left out and counted.
+
+    Args:
+        documents: what is left of `stream_of`.
+
+    Raises:
+        UsageError: if a record of another source has no text.
+    """
+    files = files_of(source)
+    if files and files[0].suffix == ".jsonl":
+        lines = (record["text"].encode("latin-1") for record in documents)
+        yield from records_of(lines, source, lambda _, line: _place(files, line), whole=False)
+    else:
+        yield from ((record, text_of(record, source)) for record in documents)
+
+
+def _place(files: Sequence[Path], line: bytes) -> str:
+    """Where a line is. Only this tells its number, for datasets goes on from anywhere in a file."""
+    for file in files:
+        with file.open("rb") as lines:
+            for number, other in enumerate(lines, 1):
+                if other.rstrip(b"\r\n") == line:
+                    return f"line {number} of {file}"
+    return f"a line of {files[0]}"  # which is being written to
 
 
 def _in_memory(source: str) -> Iterator[dict[str, str]]:

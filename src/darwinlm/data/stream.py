@@ -25,9 +25,9 @@ from transformers import PreTrainedTokenizerBase
 
 from darwinlm.config.training import StreamConfig
 from darwinlm.data.corpus import is_held_out, name_and_weight, parts_of
-from darwinlm.data.documents import pieces_of, text_of
+from darwinlm.data.documents import pieces_of
 from darwinlm.data.packing import as_sequences, check_ids, one_stream, text_length, tokenizer_fingerprint
-from darwinlm.data.sources import check_distinct, identity_of, stream_of
+from darwinlm.data.sources import check_distinct, identity_of, stream_of, texts_of
 from darwinlm.runtime import parallel
 from darwinlm.runtime.files import open_tensors, read_record, read_tensors, sweep, write_record, write_tensors
 from darwinlm.runtime.progress import say
@@ -38,6 +38,9 @@ LANES = 64  # the most that a source has, whatever the number of processes
 
 
 FIRST_PART, LARGEST_PART = 64, 8192  # in documents; each part of a lane is twice as large as the one before it
+
+
+PARSER = 2  # raised when the documents or their positions in a source become others
 
 
 OPEN_FILES = 512  # that are mapped into memory at a time: Linux allows a process 65,530 maps
@@ -74,6 +77,7 @@ class TokenStore:
         """The store of these documents in a cache directory, with the parts that earlier runs have written."""
         provenance = {
             "source": identity_of(source),
+            "parser": PARSER,
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "filter": {"column": config.score_column, "least": config.min_score, "held_out": held_out},
             "sequence_length": config.sequence_length,
@@ -188,8 +192,8 @@ class TokenStore:
         return tokens, {"sequences": len(tokens), "whole": whole, "end": end, "next": state}
 
     def _kept_texts(self, documents: IterableDataset) -> Iterator[str]:
-        for record in documents:
-            for text in pieces_of(text_of(record, self.source)):
+        for record, whole in texts_of(self.source, documents):
+            for text in pieces_of(whole):
                 if text.strip() and self._scored_enough(record) and is_held_out(text) == self.held_out:
                     yield text
 

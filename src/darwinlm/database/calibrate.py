@@ -22,6 +22,7 @@ from darwinlm.model.checkpoint import Checkpoint, is_finite
 from darwinlm.model.families import linear_at, modules_around
 from darwinlm.runtime import parallel
 from darwinlm.runtime.device import exact_products
+from darwinlm.runtime.scratch import scratch_writing
 from darwinlm.types import DarwinError, Unit
 
 PANEL = 512  # rows of a Hessian that are summed in one matrix product
@@ -165,10 +166,11 @@ class _Stream:
         if self.file is None:
             self.held[index] = states
             return
-        view = _bytes(states.cpu().contiguous())
-        written = os.pwritev(self.file.fileno(), [view], self.offsets[index])
-        if written != len(view):
-            raise OSError(f"only {written} of {len(view)} bytes of activations fit into {tempfile.gettempdir()}")
+        view, offset = _bytes(states.cpu().contiguous()), self.offsets[index]
+        with scratch_writing():
+            while view:  # a disk that is nearly full takes a part, and then nothing
+                written = os.pwritev(self.file.fileno(), [view], offset)
+                view, offset = view[written:], offset + written
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -231,6 +233,9 @@ def _embed(
             run(input_ids=batch.to(device))
             assert recorders[0].states is not None
             stream.write(index, recorders[0].states)
+    except BaseException:
+        stream.close()
+        raise
     finally:
         setattr(parent, name, blocks)
         model.set_submodule(family.final_norm, norm)

@@ -61,7 +61,7 @@ def eliminate(
         hessian = hessian.index_select(0, names).index_select(1, names)
     on_cpu = hessian.device.type == "cpu"
     for matrix in ever_safer(unit, hessian):
-        # cuSOLVER's float32 factor is four times as far off as LAPACK's, and other structures would leave than on a CPU.
+        # cuSOLVER's float32 factor is four times as far off as LAPACK's: other structures would leave than on a CPU.
         factor = factor_of(matrix if on_cpu else matrix.double())
         if factor is None:
             continue

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -18,7 +17,7 @@ from darwinlm.evaluation.quality import Quality
 from darwinlm.evaluation.tasks import Score
 from darwinlm.report import tables
 from darwinlm.report.figures import save_figure
-from darwinlm.runtime.files import read_json_lines
+from darwinlm.runtime.files import read_lines, write_lines
 
 DENSE = "dense"
 
@@ -72,14 +71,17 @@ class Cell:
     def of(cls, line: Mapping[str, Any]) -> Cell:
         """Return the cell that an object of JSON describes."""
         fields: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in line.items()}
-        fields["texts"] = {text: Quality(**quality) for text, quality in line.get("texts", {}).items()}
+        missing = {"perplexity": math.nan, "kl": math.nan}
+        fields["texts"] = {text: Quality(**(missing | quality)) for text, quality in line.get("texts", {}).items()}
         fields["scores"] = tuple(Score(**score) for score in line.get("scores", ()))
         return cls(**fields)
 
     @property
-    def line(self) -> str:
-        """The cell as a line of JSON, without figures that are NaN."""
-        return json.dumps({name: value for name, value in asdict(self).items() if value == value}) + "\n"
+    def line(self) -> dict[str, Any]:
+        """The cell as an object of JSON, without figures that are not finite."""
+        fields = asdict(self)
+        texts = {text: _finite(quality) for text, quality in fields["texts"].items()}
+        return {**_finite(fields), "texts": texts}
 
     @property
     def size(self) -> str:
@@ -91,10 +93,23 @@ class Cell:
         return self.perplexity if text == HELD_OUT else self.texts[text].perplexity
 
 
+def _finite(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if not isinstance(value, float) or math.isfinite(value)}
+
+
 def read_cells(directory: Path) -> list[Cell]:
-    """Return the cells that `darwinlm compare --out DIRECTORY` has finished so far, including the dense model's."""
+    """Return the cells that `darwinlm compare --out DIRECTORY` has finished so far, including the dense model's.
+
+    Raises:
+        DarwinError: if they are damaged.
+    """
     file = directory / CELLS
-    return [Cell.of(line) for line in read_json_lines(file, "method", "kept")] if file.exists() else []
+    return [Cell.of(line) for line in read_lines(file, "method", "kept")[1]] if file.exists() else []
+
+
+def write_cells(directory: Path, cells: Iterable[Cell]) -> None:
+    """Write all cells that are finished."""
+    write_lines(directory / CELLS, [cell.line for cell in cells], {})
 
 
 def print_table(cells: Sequence[Cell]) -> None:

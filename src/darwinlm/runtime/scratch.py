@@ -40,13 +40,27 @@ def scratch_directory(what: str) -> Iterator[Path]:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            yield directory
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or shutil.disk_usage(root).free > 1 << 20:
-                raise
-            raise DarwinError(f"the temporary directory {root} is full; free some of it, or set TMPDIR") from None
+            with scratch_writing():
+                yield directory
         finally:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def scratch_writing() -> Iterator[None]:
+    """Name the temporary directory where a write to it fails because it is full.
+
+    Raises:
+        DarwinError: if it is.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save has only the latter
+        root = tempfile.gettempdir()
+        failed = isinstance(error, RuntimeError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not failed or shutil.disk_usage(root).free > 1 << 20:
+            raise
+        raise DarwinError(f"the temporary directory {root} is full; free some of it, or set TMPDIR") from None
 
 
 def _sweep(root: Path) -> None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from darwinlm.losses.gradients import CrossEntropyGradient, KLGradient
 from darwinlm.losses.logits import Logits
 from darwinlm.runtime import parallel
+from darwinlm.runtime.scratch import scratch_writing
 from darwinlm.training.optimizer_state import set_state, state_of
 from darwinlm.types import Genome
 
@@ -146,7 +147,8 @@ class CandidateTrainer:
     def _spill(self, genome: Genome, trained: Trained) -> None:
         file = tempfile.TemporaryFile()  # noqa: SIM115, it has no name and disappears with the process
         weakref.finalize(self, file.close)
-        torch.save(state_of(_training(trained.model), trained.optimizer), file)
+        with scratch_writing():
+            torch.save(state_of(_training(trained.model), trained.optimizer), file)
         self._spilled[genome] = file, trained.pieces
 
     def _unspill(self, genome: Genome, candidate: PreTrainedModel) -> Trained:
