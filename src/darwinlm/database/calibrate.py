@@ -10,14 +10,15 @@ import os
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, closing
-from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from darwinlm.database.levels import UnitStatistics
+from darwinlm.model.blocks import InShards, enter
 from darwinlm.model.checkpoint import Checkpoint, is_finite
 from darwinlm.model.families import linear_at, modules_around
 from darwinlm.runtime import parallel
@@ -67,8 +68,7 @@ def calibrate(
     mine: list[UnitStatistics] = []
     last = pending[-1].block
     with closing(stream):
-        for block in range(last + 1):
-            layer = checkpoint.fill(model, checkpoint.family.block(block), dtype, device)
+        for block, layer in InShards(checkpoint, model, dtype, device).walk(0, last + 1):
             length = token_ids.shape[1]
             grams = [_Gram(unit, linear_at(model, unit.consumer), length) for unit in pending if unit.block == block]
             with ExitStack() as hooks:
@@ -76,14 +76,13 @@ def calibrate(
                     hooks.callback(gram.consumer.register_forward_pre_hook(gram).remove)
                 for index in range(len(batches)):
                     states = stream.read(index)
-                    stream.write(index, layer(states, **arguments[block][len(states)]))
+                    stream.write(index, layer(states, **arguments[len(states)][block]))
             owner = parallel.owner(block)
             for gram in grams:
                 gram.share(owner)
                 if owner == parallel.rank():
                     mine.append(gram.statistics())
             del grams
-            layer.to("meta")
             if owner == world - 1 or block == last:  # every process has a block of its own to eliminate
                 while mine:
                     yield mine.pop(0)
@@ -177,39 +176,15 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-class _Recorder(nn.Module):
-    """Takes the place of a decoder block: records its input and arguments, and returns the input unchanged."""
-
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        self.block = [block]  # in a list, so that it is no submodule
-        self.states: Tensor | None = None
-        self.arguments: dict[int, dict[str, Any]] = {}  # by batch size, on which masks may depend
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["block"][0], name)
-
-    def forward(self, states: Tensor, **arguments: Any) -> Tensor:
-        self.states = states
-        self.arguments[len(states)] = arguments
-        return states
-
-
 def _embed(
     checkpoint: Checkpoint,
-    model: nn.Module,
+    model: PreTrainedModel,
     batches: Sequence[Tensor],
     dtype: torch.dtype,
     device: torch.device,
     spill_bytes: int,
-) -> tuple[_Stream, list[dict[int, dict[str, Any]]]]:
-    """The stream into block 0 for every batch, and what each block is called with (masks, rotary angles) by batch size.
-
-    The model's own forward pass runs with recorders in place of its blocks, so that it computes its family's masks.
-    """
+) -> tuple[_Stream, dict[int, list[dict[str, Any]]]]:
+    """The stream into block 0 for every batch, and by batch size, on which masks may depend, the blocks' arguments."""
     family = checkpoint.family
     # Only the rows that are looked up are loaded: a whole embedding can be larger than a block.
     used, ids = torch.cat(list(batches)).unique(return_inverse=True)
@@ -220,26 +195,18 @@ def _embed(
     around = modules_around(model, family)
     for path in around:
         checkpoint.fill(model, path, dtype, device)
-    parent = model.get_submodule(family.blocks.rpartition(".")[0])
-    name = family.blocks.rpartition(".")[2]
-    blocks, norm = getattr(parent, name), model.get_submodule(family.final_norm)
-    recorders = [_Recorder(block) for block in blocks]
-    run = partial(model.get_submodule(family.backbone), use_cache=False)
-    setattr(parent, name, nn.ModuleList(recorders))
-    model.set_submodule(family.final_norm, nn.Identity())
     stream = _Stream(batches, checkpoint.config.hidden_size, dtype, device, spill_bytes)
+    arguments: dict[int, list[dict[str, Any]]] = {}
     try:
         for index, batch in enumerate(ids.split([len(batch) for batch in batches])):
-            run(input_ids=batch.to(device))
-            assert recorders[0].states is not None
-            stream.write(index, recorders[0].states)
+            entry = enter(model, family, batch.to(device))
+            stream.write(index, entry.states)
+            arguments[len(batch)] = entry.arguments
     except BaseException:
         stream.close()
         raise
     finally:
-        setattr(parent, name, blocks)
-        model.set_submodule(family.final_norm, norm)
         embedding.to("meta")
         for path in around:
             model.get_submodule(path).to("meta")
-    return stream, [recorder.arguments for recorder in recorders]
+    return stream, arguments

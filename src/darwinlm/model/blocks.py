@@ -1,0 +1,172 @@
+"""The block runner: token ids in, hidden states through block after block, wherever the blocks' weights are.
+
+Everything that goes through a model without training it runs so. A family's own blocks are called, never their parts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from darwinlm.model.checkpoint import Checkpoint
+from darwinlm.model.roles import Family
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How token ids enter the blocks.
+
+    Attributes:
+        states: the hidden states in front of block 0.
+        arguments: the keyword arguments of each block, such as masks and rotary angles.
+    """
+
+    states: Float[Tensor, "sequences length hidden"]
+    arguments: list[dict[str, Any]]
+
+
+def enter(model: PreTrainedModel, family: Family, token_ids: Int[Tensor, "sequences length"]) -> Entry:
+    """Run a model's own forward pass with recorders in place of its blocks, so that it computes its family's masks.
+
+    The blocks need no weights.
+    """
+    backbone: Any = model.get_submodule(family.backbone)
+    parent = model.get_submodule(family.blocks.rpartition(".")[0])
+    name = family.blocks.rpartition(".")[2]
+    blocks: Any = getattr(parent, name)
+    norm = model.get_submodule(family.final_norm)
+    recorders = [_Recorder(block) for block in blocks]
+    setattr(parent, name, nn.ModuleList(recorders))
+    model.set_submodule(family.final_norm, nn.Identity())
+    try:
+        backbone(input_ids=token_ids, use_cache=False)
+    finally:
+        setattr(parent, name, blocks)
+        model.set_submodule(family.final_norm, norm)
+    assert recorders[0].states is not None
+    return Entry(recorders[0].states, [recorder.arguments for recorder in recorders])
+
+
+class _Recorder(nn.Module):
+    """Takes the place of a block: records its input and arguments, and returns the input unchanged."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = [block]  # in a list, so that it is no submodule
+        self.states: Tensor | None = None
+        self.arguments: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"][0], name)
+
+    def forward(self, states: Tensor, **arguments: Any) -> Tensor:
+        self.states, self.arguments = states, arguments
+        return states
+
+
+class Blocks(Protocol):
+    """The decoder blocks of a dense model, which come to the device in turn."""
+
+    def walk(self, first: int, end: int) -> Iterator[tuple[int, nn.Module]]:
+        """Yield the blocks from `first` up to `end`, which is left out, with their indices.
+
+        A block may be used until the next one is asked for.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Blocks that stay on the device."""
+
+    model: PreTrainedModel
+    family: Family
+
+    def walk(self, first: int, end: int) -> Iterator[tuple[int, nn.Module]]:
+        """As `Blocks.walk`."""
+        for index in range(first, end):
+            yield index, self.model.get_submodule(self.family.block(index))
+
+
+@dataclass(frozen=True)
+class InHostMemory:
+    """Blocks in the host's memory, each of which is copied to the device while the one before it computes.
+
+    Attributes:
+        model: what it has beside its blocks is on the device.
+    """
+
+    model: PreTrainedModel
+    family: Family
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, family: Family, device: torch.device) -> InHostMemory:
+        """The blocks of a model in the host's memory, all of whose other modules are moved to the device."""
+        blocks = model.get_submodule(family.blocks)
+        inside = set(blocks.modules())
+        for module in model.modules():
+            if module not in inside:
+                for weight in module.parameters(recurse=False):
+                    weight.data = weight.data.to(device)  # in place, or tied weights would become two
+                for name, buffer in module.named_buffers(recurse=False):
+                    module._buffers[name] = buffer.to(device)
+        if device.type == "cuda":  # pages that stay where they are can be copied while the device computes
+            for weight in blocks.parameters():
+                weight.data = weight.data.pin_memory()
+        return cls(model, family)
+
+    def walk(self, first: int, end: int) -> Iterator[tuple[int, nn.Module]]:
+        """As `Blocks.walk`. Two blocks are on the device at a time."""
+        device = self.model.device
+        copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        following = self._copied(first, device, copies) if first < end else None
+        for index in range(first, end):
+            block = following
+            assert block is not None
+            if copies is not None:
+                torch.cuda.current_stream(device).wait_stream(copies)
+                for tensor in (*block.parameters(), *block.buffers()):
+                    tensor.record_stream(torch.cuda.current_stream(device))
+            following = self._copied(index + 1, device, copies) if index + 1 < end else None
+            yield index, block
+
+    def _copied(self, index: int, device: torch.device, copies: torch.cuda.Stream | None) -> nn.Module:
+        block = self.model.get_submodule(self.family.block(index))
+        with torch.cuda.stream(copies):  # which does nothing without one
+            there: dict[int, Any] = {
+                id(weight): nn.Parameter(weight.to(device, non_blocking=True), requires_grad=False)
+                for weight in block.parameters()
+            }
+            there |= {id(buffer): buffer.to(device, non_blocking=True) for buffer in block.buffers()}
+        return copy.deepcopy(block, there)
+
+
+@dataclass(frozen=True)
+class InShards:
+    """Blocks in a checkpoint's files, of which one is read at a time.
+
+    Attributes:
+        skeleton: the checkpoint's model without weights, whose blocks are filled and emptied in turn.
+    """
+
+    checkpoint: Checkpoint
+    skeleton: PreTrainedModel
+    dtype: torch.dtype
+    device: torch.device
+
+    def walk(self, first: int, end: int) -> Iterator[tuple[int, nn.Module]]:
+        """As `Blocks.walk`. Raises as `Checkpoint.fill`."""
+        for index in range(first, end):
+            block = self.checkpoint.fill(self.skeleton, self.checkpoint.family.block(index), self.dtype, self.device)
+            yield index, block
+            block.to("meta")
