@@ -141,11 +141,11 @@ def passes(name: str, model: PreTrainedModel, device: torch.device, length: int)
 
     rows.append(measured(name, f"forward: 2 blocks, {length} tokens", forward, device, 5))
     for kind in get_args(MetricName):
-        of_text = metric(kind, model, ids, SearchConfig.top_k)
+        of_text = metric(kind, forward(), Logits.of(model), ids, SearchConfig.top_k)
 
         @torch.inference_mode()
-        def score(of_text: Metric = of_text) -> float:
-            return of_text.total(forward().flatten(0, 1), Logits.of(model))
+        def score(of_text: Metric = of_text) -> list[float]:
+            return of_text.totals([forward().flatten(0, 1)], Logits.of(model))
 
         rows.append(measured(name, f"score by {kind}: 2 blocks, {length} tokens", score, device, 5))
     consumers = [model.get_submodule(unit.consumer) for unit in find_units(model, model.config, "kv_group")]

@@ -43,7 +43,7 @@ from darwinlm.data.corpus import read_corpus
 from darwinlm.database.eliminate import columns_of
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import Database
-from darwinlm.losses.logits import Logits
+from darwinlm.losses.logits import Logits, hidden_states
 from darwinlm.losses.metrics import Divergence
 from darwinlm.model.checkpoint import find_checkpoint
 from darwinlm.model.families import find_grid, linear_at
@@ -135,12 +135,12 @@ def kl_in_chunks(bench: Bench, text: Tensor) -> Callable[[Any], float]:
     """Logits of a few tokens at a time, against what is kept of the dense model from one generation to the next."""
     key = text.data_ptr(), len(text)
     if key not in REFERENCES:
-        REFERENCES[key] = Divergence.of(bench.stitcher.dense, text)
+        REFERENCES[key] = Divergence(hidden_states(bench.stitcher.dense, text).flatten(0, 1))
 
     @torch.inference_mode()
     def score(model: Any) -> float:
-        parts = [model.get_decoder()(ids, use_cache=False).last_hidden_state for ids in text.split(4)]
-        return REFERENCES[key].total(torch.cat(parts).flatten(0, 1), Logits.of(model))
+        hidden = torch.cat([hidden_states(model, ids) for ids in text.split(4)]).flatten(0, 1)
+        return REFERENCES[key].totals([hidden], Logits.of(model))[0]
 
     return score
 
@@ -174,7 +174,8 @@ def ours(fitness: Fitness, plan: Generation) -> None:
     fitness._sums.clear()
     fitness._trained.clear()
     fitness._owners.clear()
-    fitness._parent = None
+    fitness._lockstep._parent = None
+    fitness._lockstep._kept.clear()
     for candidates, stage in zip(plan.candidates, plan.stages, strict=True):
         fitness.scores(candidates, stage, plan.parent)
 

@@ -79,16 +79,16 @@ def test_a_removal_is_one_wait_and_the_structures_are_those_of_the_cpu(width: in
 
 def test_a_device_with_a_worse_cholesky_keeps_what_a_cpu_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuSOLVER's float32 factor of 4,096 channels was off by 9e-6, LAPACK's by 2e-6: other channels were kept."""
-    exact = torch.linalg.cholesky_ex
+    exact, noise = torch.linalg.cholesky_ex, torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
 
     def worse(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         factor, failed = exact(matrix)
         if matrix.dtype == torch.float32:
-            factor = factor * (1 + 1e-4 * torch.rand(factor.shape).to(factor.device))
+            factor = factor * (1 + 1e-3 * noise[: len(factor), : len(factor)].to(factor.device))
         return factor, failed
 
     unit = make_unit(512, 1)
-    weight, _, hessian = make_problem(48, 512, 600, dtype=torch.float32)
+    weight, _, hessian = make_problem(48, 512, 300, dtype=torch.float32)
     hessian = dampen(hessian)
     on_cpu = eliminate(unit, weight, hessian).order.tolist()
     monkeypatch.setattr(torch.linalg, "cholesky_ex", worse)
@@ -121,12 +121,12 @@ def test_what_float32_removes_is_as_good_as_what_float64_removes() -> None:
 
 
 @pytest.mark.parametrize("metric", ["kl", "perplexity"])
-def test_a_scored_batch_is_two_waits(metric: MetricName, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """One for the score, and one in transformers, which looks whether several texts are packed in a sequence."""
+def test_a_scored_batch_is_one_wait(metric: MetricName, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """For the scores of all candidates. Once for a batch, transformers looks whether its sequences hold several texts."""
     case = prune(checkpoints["llama-gqa"], tmp_path / "database")
     text = torch.randint(0, tiny.VOCAB, (16, 32), generator=torch.Generator().manual_seed(0))
     grid = case.database.grid
-    genomes = [Genome(tuple(min(level, grid.highest(i)) for i in range(len(grid.units)))) for level in (1, 2)]
+    genomes = [Genome(tuple(min(level, grid.highest(i)) for i in range(len(grid.units)))) for level in (1, 2, 3)]
     with accelerator() as waits:
         dense = case.checkpoint.load(torch.float32, torch.device(DEVICE))
         stitcher = Stitcher(dense, case.checkpoint.family, case.database)
@@ -134,11 +134,12 @@ def test_a_scored_batch_is_two_waits(metric: MetricName, checkpoints: dict[str, 
         config = SearchConfig(stages=stages, metric=metric)
         fitness = Fitness(stitcher, text, text, config)
         fitness.scores(genomes[:1], stages[-1])  # the dense model's distributions are kept from here on
-        stitcher.stitch(genomes[1])
+        for genome in genomes[1:]:
+            stitcher.stitch(genome)
         before = waits.copy()
         fitness.scores(genomes[1:], stages[-1])
         waits.subtract(before)
-    assert 8 <= sum(waits.values()) <= 2 * 8 + 2, waits
+    assert sum(waits.values()) == 8, waits
 
 
 def on_both(config: RunConfig, tmp_path: Path, until: Stage = "report") -> tuple[Path, Path]:

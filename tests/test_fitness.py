@@ -111,9 +111,10 @@ def test_divergences_hold_for_peaked_and_flat_distributions(vocabulary: int, met
     for scale in (0.01, 1.0, 20.0):
         model.lm_head.weight.data.normal_(std=scale / 5, generator=generator)
         ids = torch.randint(vocabulary, (6, 100), generator=generator)
-        reference = make_metric(metric, model, ids, 20)
         with torch.inference_mode():
-            hidden = model.get_decoder()(ids).last_hidden_state.flatten(0, 1)
+            states = model.get_decoder()(ids).last_hidden_state
+            hidden = states.flatten(0, 1)
+            reference = make_metric(metric, states, Logits.of(model), ids, 20)
             other = hidden + 0.1 * torch.randn(hidden.shape, generator=generator)
             log_p, log_q = (model.lm_head(states).double().log_softmax(-1) for states in (hidden, other))
         if metric == "top-k-kl":
@@ -124,7 +125,7 @@ def test_divergences_hold_for_peaked_and_flat_distributions(vocabulary: int, met
         else:
             expected = (log_p.exp() * (log_p - log_q)).sum().item()
         with torch.inference_mode():
-            total = reference.total(other, Logits.of(model))
+            (total,) = reference.totals([other], Logits.of(model))
         assert total / reference.tokens == pytest.approx(expected / 600, abs=1e-4, rel=1e-3)
 
 
@@ -143,8 +144,9 @@ def test_the_many_small_probabilities_of_a_large_vocabulary_count(vocabulary: in
         hidden = model.model(ids).last_hidden_state[0]
         log_p, log_q = (model.lm_head(states).double().log_softmax(-1) for states in (hidden, 0.7 * hidden))
         expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
-        divergence = Divergence.of(model, ids).total(0.7 * hidden, Logits.of(model)) / 8
-    assert divergence == pytest.approx(expected, abs=5e-5)
+        divergence, none = Divergence(hidden).totals([0.7 * hidden, hidden], Logits.of(model))
+    assert divergence / 8 == pytest.approx(expected, abs=5e-5)
+    assert none == 0
 
 
 def test_a_score_does_not_depend_on_what_was_asked_before(stitcher: Stitcher) -> None:
@@ -161,6 +163,44 @@ def test_reuse_of_the_parents_pass_changes_nothing(stitcher: Stitcher) -> None:
     reusing = fitness(stitcher)
     for genome in [*children, *others, parent]:
         assert reusing.score(genome, STAGES[-1], parent) == fitness(stitcher).score(genome, STAGES[-1])
+
+
+@pytest.mark.parametrize("metric", ["kl", "top-k-kl", "perplexity"])
+@pytest.mark.parametrize("keeps_states", [True, False])
+@pytest.mark.parametrize("wave_bytes", [1, 40_000, 1 << 30])
+def test_a_population_in_lockstep_has_the_scores_of_candidates_alone(
+    stitcher: Stitcher, metric: MetricName, keeps_states: bool, wave_bytes: int
+) -> None:
+    """To the last bit, in waves of one candidate, of some or of all; and with another parent in the next generation."""
+    config = SearchConfig(stages=STAGES, metric=metric, top_k=20)
+    text = token_ids(1, 8)
+    together = Fitness(stitcher, text, text, config, keeps_states=keeps_states, wave_bytes=wave_bytes)
+    first, second, *others = random_genomes(stitcher, 4)
+    for parent in (first, second, first):
+        mutants = [parent.replace({index: 1 - min(parent.levels[index], 1)}) for index in range(len(parent.levels))]
+        genomes = [*mutants, *others, parent, mutants[0]]
+        for stage in STAGES:
+            alone = [Fitness(stitcher, text, text, config, keeps_states=False).score(g, stage) for g in genomes[-4:]]
+            assert together.scores(genomes, stage, parent)[-4:] == alone
+            genomes = genomes[1::2] + genomes[-2:]
+
+
+def test_a_block_runs_once_for_all_candidates_that_are_alike_so_far(
+    stitcher: Stitcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And those before the first that differs from the parent's do not run again."""
+    made, block = list[int](), stitcher.block
+    monkeypatch.setattr(stitcher, "block", lambda number, *given: (made.append(number), block(number, *given))[1])
+    grid, last = stitcher.grid, stitcher.grid.units[-1].block
+    scorer, parent = fitness(stitcher), Genome((1,) * len(grid.units))
+    mutants = [parent.replace({len(grid.units) - 1: level}) for level in (0, 2, 3)]
+    scorer.scores([grid.dense()], STAGES[0])
+    made.clear()
+    scorer.scores([parent, *mutants], STAGES[0], parent)
+    assert sorted(made) == [*range(last), *[last] * 4]
+    made.clear()
+    scorer.scores([parent.replace({len(grid.units) - 1: 4})], STAGES[0], parent)
+    assert made == [last]
 
 
 def test_training_lowers_the_divergence_on_the_text_trained_on(stitcher: Stitcher) -> None:
@@ -356,7 +396,7 @@ def test_candidates_are_scored_and_trained_on_the_tokens_that_stages_name(
     config = SearchConfig(stages=stages, learning_rate=1e-4)
     text = torch.randint(4, tiny.VOCAB, (stages[-1].training_tokens // length + 1, length))
     scorer = Fitness(stitcher, text, text, config)
-    assert scorer.score(stitcher.grid.dense(), stages[0]) >= 0  # and the dense model has run
+    scorer._add_metrics(range(len(scorer._batches)))  # for which the dense model runs
     (genome,), read = random_genomes(stitcher, 1), counted_reads(monkeypatch)
     trained = 0
     for stage in stages:
@@ -369,19 +409,20 @@ def test_candidates_are_scored_and_trained_on_the_tokens_that_stages_name(
 
 
 @pytest.mark.parametrize("length", [16, 48, 64, 120])
-def test_the_tokens_that_stages_add_are_those_that_are_scored(
-    stitcher: Stitcher, length: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_tokens_that_stages_add_are_those_that_are_scored(stitcher: Stitcher, length: int) -> None:
     """`plan`, and the budget of other methods, count what a search really reads."""
     config = SearchConfig(stages=tuple(SelectionStage(1, tokens) for tokens in (20, 20, 50, 64, 90)))
     text = torch.randint(4, tiny.VOCAB, (8, length))
     scorer = Fitness(stitcher, text, text, config)
-    scorer.score(stitcher.grid.dense(), config.stages[-1])
-    assert scorer._metrics
-    read = counted_reads(monkeypatch)
+    for stage in config.stages:  # so that the dense model has run
+        scorer.score(stitcher.grid.dense(), stage)
+    norm: Any = stitcher.dense.get_submodule(stitcher.family.final_norm)
+    read: list[int] = []
+    counting = norm.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[:2].numel()))
     (genome,), added = random_genomes(stitcher, 1), []
     for stage in config.stages:
         read.clear()
         scorer.score(genome, stage)
         added.append(sum(read))
+    counting.remove()
     assert added == config.added_tokens(length)

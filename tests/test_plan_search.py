@@ -78,15 +78,20 @@ def test_start_and_generations_are_what_is_computed(case: Pruned, tmp_path: Path
 
 @pytest.mark.parametrize("trains", ["all", "consumers"])
 def test_training_is_counted_by_what_trains(case: Pruned, trains: str) -> None:
-    """By hand: 6 offspring see 32 tokens, 2 of them 32 more, and are scored anew on 64 and on 128."""
+    """By hand: 6 offspring see 32 tokens, 2 of them 32 more, and are scored anew on 64 and on 128.
+
+    Scoring makes the dense model's logits, too.
+    """
     stages = (SelectionStage(2, 64, 32), SelectionStage(1, 128, 64))
     config = replace(SEARCH, stages=stages, trains=trains)
     uniform, planned = at(case, config)
-    model, small = case.stitcher.stitch(uniform), moving(case.stitcher.stitch(uniform))
+    model: Any = case.stitcher.stitch(uniform)
+    small = moving(model)
     blocks = {name.rpartition(".")[0] for name, _ in model.named_parameters() if ".layers." in name}
     trained = weights_of(model, blocks if trains == "all" else {unit.consumer for unit in case.database.grid.units})
     steps = 6 * 32 + 2 * 32
-    scores, training = 2 * small * (6 * 64 + 2 * 128), (4 * small + 2 * trained) * steps
+    logits = model.lm_head.weight.numel()
+    scores, training = 2 * (small + logits) * (6 * 64 + 2 * 128), (4 * small + 2 * trained) * steps
     expected = (config.generations * scores, config.generations * training)
     assert astuple(planned.generations) == pytest.approx(expected, rel=0.02)  # norms and biases
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from darwinlm.config.run import SearchConfig
 from darwinlm.genome import Grid, level_grid
 from darwinlm.runtime.progress import console
+from darwinlm.search import sensitivity
 from darwinlm.search.budget import Bound, Budget
 from darwinlm.search.costs import parameter_costs
 from darwinlm.search.sensitivity import find_starts, least_sensitive, sensitivities
@@ -102,7 +103,8 @@ def test_each_unit_is_measured_alone_and_between_levels_interpolated(tmp_path: P
     assert scorer.asked == asked
 
 
-def test_an_interrupted_measurement_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_measurement_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "TOGETHER", 2)
     grid = level_grid(units(3, heads=3, channels=640), 20, 32)
 
     class Stopped(Counting):

@@ -6,9 +6,11 @@ import gc
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from transformers import PreTrainedModel
 
 import pruned
@@ -39,6 +41,23 @@ def test_untouched_weights_are_shared_not_copied(case: Pruned) -> None:
     shared = {parameter.data_ptr() for parameter in case.dense.parameters()}
     attention = set(stitched.get_submodule("model.layers.0.self_attn").parameters())
     assert all(p.data_ptr() in shared for p in stitched.parameters() if p not in attention)
+
+
+def test_a_model_with_accelerates_hooks_is_stitched_as_one_without(case: Pruned) -> None:
+    """They bind a block's forward pass to the block itself, which a copy would then run with the dense weights."""
+    dense: Any = case.checkpoint.load(torch.float32, pruned.CPU)
+    for block in dense.model.layers:
+        add_hook_to_module(block, AlignDevicesHook(execution_device="cpu"))
+        add_hook_to_module(block.mlp, AlignDevicesHook(execution_device="cpu"))
+    hooked, ids = Stitcher(dense, case.stitcher.family, case.database), pruned.token_ids(2)
+    for genome in case.genomes():
+        assert torch.equal(hooked.stitch(genome)(ids).logits, case.stitcher.stitch(genome)(ids).logits)
+
+
+def test_a_hook_on_a_stitched_model_is_its_own(case: Pruned) -> None:
+    stitched = case.stitcher.stitch(case.genomes()[0])
+    stitched.get_submodule("model.layers.0").register_forward_pre_hook(lambda *_: pytest.fail("a hook of another"))
+    case.dense(pruned.token_ids(1))
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -76,23 +76,45 @@ class Stitcher:
         self.kept_bytes = kept_bytes
         self._narrow: OrderedDict[tuple[int, int], dict[str, nn.Module]] = OrderedDict()  # the latest used last
         self._bytes = 0  # of what is in it
+        self._units: defaultdict[int, list[tuple[int, Unit]]] = defaultdict(list)  # by block, with their positions
+        for index, unit in enumerate(self.grid.units):
+            self._units[unit.block].append((index, unit))
 
     def stitch(self, genome: Genome) -> PreTrainedModel:
         """The model that `genome` describes. Raises `UsageError` if the genome is for another model."""
         self.grid.check(genome)
-        model = _open_up(self.dense, self.family)
-        for index, (unit, level) in enumerate(zip(self.grid.units, genome.levels, strict=True)):
-            if level == self.grid.highest(index):
-                self._remove(model, unit)
-            elif level > 0:
-                for path, module in self._narrow_modules(index, level).items():
-                    model.set_submodule(path, module)
-                if unit.kind == "attention":
-                    self._count_heads(model, unit, unit.structures - self.grid.removed[index][level])
+        model = _shallow(self.dense)
+        for path in sorted(_above(self.family.blocks) | {self.family.blocks}, key=len):
+            model.set_submodule(path, _shallow(model.get_submodule(path)))
+        for number in range(self.dense.config.num_hidden_layers):
+            path = self.family.block(number)
+            model.set_submodule(path, self.block(number, genome, self.dense.get_submodule(path)))
         return model
 
-    def _remove(self, model: PreTrainedModel, unit: Unit) -> None:
-        family, block = self.family, self.family.block(unit.block)
+    def block(self, number: int, genome: Genome, dense: nn.Module) -> nn.Module:
+        """Decoder block `number` of the model that `genome` describes.
+
+        Args:
+            dense: the dense model's block of this number, whose weights may be elsewhere than the dense model's own.
+        """
+        block, inside = _open_up(dense, self.family), f"{self.family.block(number)}."
+        for index, unit in self._units[number]:
+            level = genome.levels[index]
+            if level == self.grid.highest(index):
+                self._remove(block, unit)
+            elif level > 0:
+                for path, module in self._narrow_modules(index, level, dense).items():
+                    block.set_submodule(path.removeprefix(inside), module)
+                if unit.kind == "attention":
+                    self._count_heads(block, unit, unit.structures - self.grid.removed[index][level])
+        return block
+
+    def levels_of(self, number: int, genome: Genome) -> tuple[int, ...]:
+        """The levels of the units of block `number`."""
+        return tuple(genome.levels[index] for index, _ in self._units[number])
+
+    def _remove(self, block: nn.Module, unit: Unit) -> None:
+        family = self.family
         stubs: dict[str, nn.Module] = {}
         if unit.kind == "attention":
             stubs |= dict.fromkeys(family.attention_norms, nn.Identity()) | {family.attention: NoAttn()}
@@ -102,12 +124,12 @@ class Stitcher:
             stubs |= dict.fromkeys((*family.mlp_norms, *family.mlp_inputs), nn.Identity())
             stubs[family.mlp_output] = NoMLP()
         for path, stub in stubs.items():
-            model.set_submodule(f"{block}.{path}", stub)
+            block.set_submodule(path, stub)
 
-    def _count_heads(self, model: PreTrainedModel, unit: Unit, remaining: int) -> None:
+    def _count_heads(self, block: nn.Module, unit: Unit, remaining: int) -> None:
         """Set a narrow attention's numbers of heads wherever its forward pass reads them."""
-        attention: Any = model.get_submodule(f"{self.family.block(unit.block)}.{self.family.attention}")
-        queries = remaining * unit.structure_width // head_dim(model.config)
+        attention: Any = block.get_submodule(self.family.attention)
+        queries = remaining * unit.structure_width // head_dim(self.dense.config)
         keys = key_value_heads(unit, remaining, queries)
         attention.num_key_value_groups = queries // keys
         for names, count in ((self.family.query_counts, queries), (self.family.key_value_counts, keys)):
@@ -118,13 +140,14 @@ class Stitcher:
                 else:
                     setattr(attention, name, count)
 
-    def _narrow_modules(self, index: int, level: int) -> dict[str, nn.Module]:
+    def _narrow_modules(self, index: int, level: int, dense: nn.Module) -> dict[str, nn.Module]:
         """The modules of a unit at a level, by path, made once while they stay among the latest used."""
         key = index, level
         if key in self._narrow:
             self._narrow.move_to_end(key)
         else:
-            self._narrow[key] = _narrow_modules(self.dense, self.database.level(index, level))
+            inside = f"{self.family.block(self.grid.units[index].block)}."
+            self._narrow[key] = _narrow_modules(dense, inside, self.database.level(index, level))
             self._bytes += _bytes(self._narrow[key])
             while self._too_many():
                 self._bytes -= _bytes(self._narrow.popitem(last=False)[1])
@@ -140,13 +163,19 @@ def _bytes(modules: Mapping[str, nn.Module]) -> int:
     return sum(weight.nbytes for module in modules.values() for weight in module.parameters())
 
 
-def _narrow_modules(dense: PreTrainedModel, level: Level) -> dict[str, nn.Module]:
-    """The modules of a unit at a level, by path: producers lose rows, the consumer is the database's."""
+def _narrow_modules(dense: nn.Module, inside: str, level: Level) -> dict[str, nn.Module]:
+    """The modules of a unit at a level, by path in its block: producers lose rows, the consumer is the database's.
+
+    Args:
+        dense: the block of the dense model.
+        inside: the prefix of paths in the block.
+    """
     rows: dict[str, list[Tensor]] = {}
     for producer in level.unit.producers:
-        rows.setdefault(producer.module, []).append(_rows_read(producer, level))
+        rows.setdefault(producer.module.removeprefix(inside), []).append(_rows_read(producer, level))
     narrow = {path: _select(dense.get_submodule(path), torch.cat(parts)) for path, parts in rows.items()}
-    narrow[level.unit.consumer] = _with_weight(linear_at(dense, level.unit.consumer), level.weight)
+    consumer = level.unit.consumer.removeprefix(inside)
+    narrow[consumer] = _with_weight(linear_at(dense, consumer), level.weight)
     return narrow
 
 
@@ -194,27 +223,28 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-def _open_up(dense: PreTrainedModel, family: Family) -> PreTrainedModel:
-    """A copy of the dense model whose unit modules can be replaced, and which shares all weights with it."""
-    model = _shallow(dense)
+def _open_up(dense: nn.Module, family: Family) -> nn.Module:
+    """A copy of a dense block whose unit modules can be replaced, and which shares all weights with it."""
+    block = _shallow(dense)
     inside = (
         family.attention, family.attention_output, family.query, family.key, family.value, *family.attention_norms,
         family.mlp, family.mlp_output, *family.mlp_inputs, *family.mlp_norms,
     )  # fmt: skip
-    paths = _above(family.blocks) | {family.blocks}
-    for block in range(dense.config.num_hidden_layers):
-        root = family.block(block)
-        present = {path for path, _ in model.get_submodule(root).named_modules()}  # an earlier pruning removes some
-        paths |= {root, *(f"{root}.{above}" for path in present.intersection(inside) for above in _above(path))}
-    for path in sorted(paths, key=lambda path: path.count(".")):
-        model.set_submodule(path, _shallow(model.get_submodule(path)))
-    return model
+    present = {path for path, _ in dense.named_modules()}  # an earlier pruning removes some
+    above = {outer for path in present.intersection(inside) for outer in _above(path)}
+    for path in sorted(above, key=len):
+        block.set_submodule(path, _shallow(block.get_submodule(path)))
+    return block
 
 
 def _shallow(module: Module) -> Module:
+    """A copy that shares submodules and weights, but no dictionary of them or of hooks.
+
+    It is without accelerate's hook, which would run the module itself instead of its copy.
+    """
     clone = copy.copy(module)
-    clone._modules = dict(module._modules)
-    clone._parameters = dict(module._parameters)
+    own = {name: value for name, value in vars(module).items() if name not in ("forward", "_old_forward", "_hf_hook")}
+    clone.__dict__ = {name: copy.copy(value) if isinstance(value, dict) else value for name, value in own.items()}
     return clone
 
 

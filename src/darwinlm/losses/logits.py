@@ -7,8 +7,9 @@ tokens at once that they stay in a core's cache, and nowhere for all tokens of a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -91,20 +92,26 @@ class Logits:
             for row, part in _in_cache(products):
                 yield slice(start + row, start + row + len(part)), self.finish(part)
 
-    def tiles(self, hidden: Float[Tensor, "tokens d_out"]) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Yield the logits of a few tokens for a part of the vocabulary, with both slices; they may be overwritten."""
+    def tiles(self, hidden: Sequence[Float[Tensor, "tokens d_out"]]) -> Iterator[tuple[slice, Iterator[Tensor]]]:
+        """Yield, for a few tokens and a part of the vocabulary, every model's logits, with the slice of tokens.
+
+        Args:
+            hidden: the hidden states of models that share the output embedding, on the same tokens.
+        """
+        tokens = len(hidden[0])
         if not isinstance(self.project, nn.Linear):
-            for rows, logits in self.chunks(hidden):
-                yield rows, slice(0, logits.shape[1]), logits
+            for row in range(0, tokens, ROWS):
+                rows = slice(row, min(row + ROWS, tokens))
+                yield rows, (self(states[rows]) for states in hidden)
             return
         weight, bias = self.project.weight, self.project.bias
-        height, width = TILE if hidden.device.type == "cpu" else (ROWS, len(weight))
-        for row in range(0, len(hidden), height):
-            states = hidden[row : row + height]
+        height, width = TILE if weight.device.type == "cpu" else (ROWS, len(weight))
+        for row in range(0, tokens, height):
+            rows = slice(row, min(row + height, tokens))
             for column in range(0, len(weight), width):
                 part = slice(column, column + width)
-                products = nn.functional.linear(states, weight[part], None if bias is None else bias[part])
-                yield slice(row, row + len(states)), part, self.finish(products)
+                linear = partial(nn.functional.linear, weight=weight[part], bias=None if bias is None else bias[part])
+                yield rows, (self.finish(linear(states[rows])) for states in hidden)
 
     def gradient(
         self, hidden: Float[Tensor, "tokens d_out"], logit_gradient: Callable[[slice, Tensor], Tensor]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -74,6 +74,7 @@ class _Recorder(nn.Module):
         return states
 
 
+@runtime_checkable
 class Blocks(Protocol):
     """The decoder blocks of a dense model, which come to the device in turn."""
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from darwinlm.data.corpus import fingerprint
 from darwinlm.database.stitch import Stitcher
-from darwinlm.losses.logits import Logits
+from darwinlm.losses.logits import Logits, hidden_states
 from darwinlm.losses.metrics import Divergence
 from darwinlm.runtime.files import as_json, read_record, write_record
 from darwinlm.runtime.progress import track
@@ -29,22 +29,23 @@ class HeldOut:
     Hidden states are computed in the models' own precision. Each text is a tensor of token ids, `[sequences, length]`.
     """
 
+    @torch.no_grad()
     def __init__(self, dense: PreTrainedModel, texts: Mapping[str, Int[Tensor, "_ length"]]):
+        self._logits = Logits.of(dense)
         self._batches = {
             name: [
-                (ids, Divergence.of(dense, ids))
-                for ids in text.to(dense.device).split(max(1, BATCH_TOKENS // text.shape[1]))
+                (ids, Divergence(hidden_states(dense, ids).flatten(0, 1)))
+                for ids in text.split(max(1, BATCH_TOKENS // text.shape[1]))
             ]
             for name, text in texts.items()
         }
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
-        logits = Logits.of(model)
+        """Return the divergence on each text. The model shares the dense one's output embedding, as all stitched do."""
         return {
             name: sum(
-                dense.total(model.get_decoder()(ids, use_cache=False).last_hidden_state.flatten(0, 1), logits)
-                for ids, dense in batches
+                dense.totals([hidden_states(model, ids).flatten(0, 1)], self._logits)[0] for ids, dense in batches
             )
             / sum(dense.tokens for _, dense in batches)
             for name, batches in self._batches.items()

@@ -6,6 +6,7 @@ a genome's fitness, and the genome with the least estimate is a far better start
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,6 +24,9 @@ from darwinlm.search.mutation import restore
 from darwinlm.types import Genome, SelectionStage
 
 MEASURED = 3  # levels of a unit that are measured besides level 1; those between are interpolated
+
+
+TOGETHER = 16  # units that are measured at the same time: the dense model's logits are made once for all
 
 
 LEAST = 1e-6  # nats a token: the least sensitivity of a level above 0
@@ -63,8 +67,8 @@ def start_tokens(grid: Grid, config: SearchConfig) -> int:
 def sensitivities(grid: Grid, scorer: Scorer, stage: SelectionStage, state: Path) -> list[list[float]]:
     """Return by how much the fitness rises with one unit at one level and all others dense: `result[unit][level]`.
 
-    The file `state` keeps the rows that are measured, unit by unit. A later call continues from it unless the file
-    belongs to another grid. The levels of each unit are split among processes.
+    The file `state` keeps the rows that are measured, some units at a time. A later call continues from it unless the
+    file belongs to another grid.
     """
     dense = grid.dense()
     table = _kept(grid, state)
@@ -72,19 +76,25 @@ def sensitivities(grid: Grid, scorer: Scorer, stage: SelectionStage, state: Path
     if not indices:
         return table
     (before,) = scorer.scores([dense], stage)
-    for index in track(indices, "sensitivities", len(grid.units), len(table)):
-        highest = grid.highest(index)
-        levels = measured_levels(highest)
-        genomes = [dense.replace({index: level}) for level in levels]
-        rises = [min(max(score - before, LEAST), WORST) for score in scorer.scores(genomes, stage, dense)]
-        # Removing more cannot help: where noise says so, the value of the lower level is taken.
-        rising = np.maximum.accumulate(rises)
-        # The rise grows roughly by a factor with each level, so it is interpolated on a logarithmic scale.
-        between = np.exp(np.interp(range(1, highest + 1), levels, np.log(rising)))
-        table.append([0.0, *between.tolist()])
+    groups = [indices[start : start + TOGETHER] for start in range(0, len(indices), TOGETHER)]
+    for group in track(groups, "sensitivities", -(-len(grid.units) // TOGETHER), len(table) // TOGETHER):
+        changes = [(index, level) for index in group for level in measured_levels(grid.highest(index))]
+        scores = scorer.scores([dense.replace({index: level}) for index, level in changes], stage, dense)
+        rises = {change: min(max(score - before, LEAST), WORST) for change, score in zip(changes, scores, strict=True)}
+        table += [_interpolated(grid.highest(index), index, rises) for index in group]
         if parallel.first():
             write_record(state, {"rises": table}, _measured_on(grid))
     return table
+
+
+def _interpolated(highest: int, index: int, rises: Mapping[tuple[int, int], float]) -> list[float]:
+    """Return the rise at every level of a unit, given that at those that are measured."""
+    levels = measured_levels(highest)
+    # Removing more cannot help: where noise says so, the value of the lower level is taken.
+    rising = np.maximum.accumulate([rises[index, level] for level in levels])
+    # The rise grows roughly by a factor with each level, so it is interpolated on a logarithmic scale.
+    between = np.exp(np.interp(range(1, highest + 1), levels, np.log(rising)))
+    return [0.0, *between.tolist()]
 
 
 def measured_levels(highest: int) -> list[int]:
