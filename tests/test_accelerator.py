@@ -122,7 +122,7 @@ def test_what_float32_removes_is_as_good_as_what_float64_removes() -> None:
 
 @pytest.mark.parametrize("metric", ["kl", "perplexity"])
 def test_a_scored_batch_is_one_wait(metric: MetricName, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """For the scores of all candidates. Once for a batch, transformers looks whether its sequences hold several texts."""
+    """For the scores of all candidates; once, transformers looks whether a batch's sequences hold several texts."""
     case = prune(checkpoints["llama-gqa"], tmp_path / "database")
     text = torch.randint(0, tiny.VOCAB, (16, 32), generator=torch.Generator().manual_seed(0))
     grid = case.database.grid

@@ -20,12 +20,12 @@ from darwinlm.commands.compress import run
 from darwinlm.config.checks import bytes_of
 from darwinlm.config.run import CalibrationConfig, DatabaseConfig, RefitConfig, RunConfig
 from darwinlm.search.memory import HEADROOM, Allowance, SearchMemory, allowance
-from darwinlm.types import SelectionStage, UsageError
+from darwinlm.types import MetricName, SelectionStage, UsageError
 
 LENGTH = 64
 # Llama-3.1-8B's proportions at a sixteenth of its widths, with fewer blocks.
 SCALED = LlamaConfig(
-    vocab_size=2004, hidden_size=256, intermediate_size=896, num_hidden_layers=3, num_attention_heads=16,
+    vocab_size=2004, hidden_size=256, intermediate_size=896, num_hidden_layers=8, num_attention_heads=16,
     num_key_value_heads=8, head_dim=16, max_position_embeddings=256, tie_word_embeddings=False, bos_token_id=1,
     eos_token_id=2, pad_token_id=3,
 )  # fmt: skip
@@ -105,6 +105,36 @@ def test_a_limit_holds_and_changes_no_result(
     assert runs.history(tmp_path / "tight") == runs.history(tmp_path / "free")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", ["kl", "top-k-kl", "perplexity"])
+def test_a_search_whose_blocks_wait_outside_holds_what_is_counted(
+    metric: MetricName, scaled: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And finds what a search finds whose dense model stays on the device."""
+    counts: list[SearchMemory] = []
+
+    def noted(memory: SearchMemory, limit: int | None) -> Allowance:
+        counts.append(memory)
+        return allowance(memory, limit)
+
+    monkeypatch.setattr(module, "allowance", noted)
+    search = replace(runs.SHORT.search, generations=2, offspring=5, stages=STAGES["untrained"], metric=metric)
+    free = config(scaled, text, tmp_path / "free", search=search, memory="1GB", refit=RefitConfig(tokens=0))
+    with accelerator():
+        run(free, until="database")
+    shutil.copytree(tmp_path / "free", tmp_path / "tight")
+    resident = most_held(free, "search")
+    count = counts[-1]
+    limit = int(1.02 * count.visiting / HEADROOM)
+    tight = replace(free, out=str(tmp_path / "tight"), memory=f"{limit / 1e6:.3f}MB")
+    assert not allowance(count, limit).resident
+    held = most_held(tight, "search")
+    print(metric, held, count, resident)
+    assert held <= limit < resident
+    assert held == pytest.approx(count.visiting, rel=0.15)
+    assert runs.history(tmp_path / "tight") == runs.history(tmp_path / "free")
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [
@@ -128,7 +158,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_a_limit_that_is_too_low_is_refused_with_what_would_help(
     checkpoints: dict[str, Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = runs.short(checkpoints["llama-gqa"], text, tmp_path / "run", memory="1MB")
+    settings = runs.short(checkpoints["llama-gqa"], text, tmp_path / "run", memory="0.1MB")
     assert runs.call(*runs.command(settings)) == 2
     message = capsys.readouterr().err
     assert "--memory: expected" in message
@@ -137,17 +167,41 @@ def test_a_limit_that_is_too_low_is_refused_with_what_would_help(
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_left_goes_to_the_states_then_to_survivors_then_to_narrow_modules() -> None:
-    memory = SearchMemory(100, 10, 50, 10, 20, 30, 0, states=40, survivors=20)
-    least = 100 + 50 + 10 + 30
+def counted(**changes: int) -> SearchMemory:
+    sizes = {
+        "dense": 100, "ends": 10, "block": 9, "narrow": 50, "targets": 10, "stream": 1, "scoring": 20, "training": 0,
+        "refit": 0, "states": 40, "survivors": 0,
+    }  # fmt: skip
+    return SearchMemory(**(sizes | changes))
+
+
+def given(memory: SearchMemory, bytes_held: int) -> Allowance:
+    return allowance(memory, -int(-bytes_held // HEADROOM))
+
+
+def test_what_is_left_goes_to_the_blocks_then_to_the_states() -> None:
+    memory = counted()
+    least = 10 + 3 * 9 + 10 + 4 * 1 + 20
     assert memory.least == least
     assert allowance(memory, None) == Allowance()
-
-    def given(left: int) -> Allowance:
-        return allowance(memory, -int(-(least + left) // HEADROOM))
-
-    assert given(30) == Allowance(50 + 15, states=False, survivors=15)
-    assert given(50) == Allowance(50 + 5, states=True, survivors=5)
-    assert given(100) == Allowance(50 + 40, states=True, survivors=20)
     with pytest.raises(UsageError, match="--memory"):
-        given(-10)
+        given(memory, least - 10)
+    assert not given(memory, least).resident
+    assert given(memory, 100 + 9 + 10 + 4 + 20).resident
+    assert (given(memory, least + 39).states, given(memory, least + 40).states) == (False, True)
+    assert (given(memory, 143 + 39).states, given(memory, 143 + 40).states) == (False, True)
+    for room in (least, least + 60, 143, 143 + 60):
+        allowed = given(memory, room)
+        held = (memory.dense if allowed.resident else memory.visiting - 9 - 34) + memory.states * allowed.states
+        assert allowed.narrow is not None
+        assert held + allowed.narrow + allowed.wave + 10 + 2 + 20 <= room + 1
+
+
+def test_candidates_that_are_trained_are_whole_beside_the_dense_model() -> None:
+    memory = counted(training=30, survivors=20)
+    least = 100 + 50 + 10 + 30
+    assert memory.least == least
+    assert given(memory, least + 30).survivors == 15, "where there is no room for the states"
+    assert given(memory, least + 50).survivors == 5
+    assert given(memory, least + 100).survivors == 20
+    assert all(given(memory, least + left).resident for left in (0, 100))

@@ -32,6 +32,7 @@ from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected, verify_export
 from darwinlm.export.vllm import check_vllm
 from darwinlm.losses.metrics import label
+from darwinlm.model.blocks import InHostMemory
 from darwinlm.model.families import block_sizes
 from darwinlm.model.licence import licence_of
 from darwinlm.model.pruned import foreign_code
@@ -159,12 +160,7 @@ def _first_token(work: Work, database: Database) -> str:
 def _allocate(work: Work, database: Database) -> SearchResult:
     """The best genome found within the budget, or the one that was given. All processes search, the first writes."""
     config = work.config.search
-    stitcher = _stitcher(work, database, work.dtype)
-    bos = bos_of(work.checkpoint.tokenizer)
-    allowed = work.allowance
-    fitness = Fitness(
-        stitcher, work.tokens["search"], work.tokens["training"], config, bos, allowed.states, allowed.survivors
-    )
+    fitness = _fitness(work, database)
     if work.given_genome is not None:
         score = fitness.score(work.given_genome, config.stages[-1])
         if score == inf:
@@ -184,6 +180,23 @@ def _allocate(work: Work, database: Database) -> SearchResult:
     if parallel.first():
         work.run.save_search(result, work.grid, work.provenance)
     return result
+
+
+def _fitness(work: Work, database: Database) -> Fitness:
+    """The fitness of the run's candidates, within what it may keep on the device."""
+    allowed, family = work.allowance, work.checkpoint.family
+    dense = work.dense(work.dtype) if allowed.resident else work.checkpoint.load(work.dtype, torch.device("cpu"))
+    return Fitness(
+        Stitcher(dense, family, database, allowed.narrow),
+        work.tokens["search"],
+        work.tokens["training"],
+        work.config.search,
+        bos_of(work.checkpoint.tokenizer),
+        blocks=None if allowed.resident else InHostMemory.of(dense, family, work.device),
+        keeps_states=allowed.states,
+        kept_bytes=allowed.survivors,
+        wave_bytes=allowed.wave,
+    )
 
 
 def _stitcher(work: Work, database: Database, dtype: torch.dtype) -> Stitcher:

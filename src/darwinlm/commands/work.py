@@ -73,9 +73,10 @@ class Work:
         return {"calibration": asdict(config.calibration), "database": asdict(config.database), "seed": config.seed}
 
     def dense(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The dense model in a precision."""
+        """The dense model in a precision: in the host's memory where the device has no room for it, nor any use."""
         if dtype not in self.models:
-            self.models[dtype] = self.checkpoint.load(dtype, self.device)
+            fits = self.allowance.resident or self.config.refit.tokens
+            self.models[dtype] = self.checkpoint.load(dtype, self.device if fits else torch.device("cpu"))
         return self.models[dtype]
 
     def keep_only(self, dtype: torch.dtype) -> None:

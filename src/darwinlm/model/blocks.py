@@ -115,10 +115,13 @@ class InHostMemory:
         """The blocks of a model in the host's memory, all of whose other modules are moved to the device."""
         blocks = model.get_submodule(family.blocks)
         inside = set(blocks.modules())
+        there: dict[Tensor, nn.Parameter] = {}  # of tied weights, one
         for module in model.modules():
             if module not in inside:
-                for weight in module.parameters(recurse=False):
-                    weight.data = weight.data.to(device)  # in place, or tied weights would become two
+                for name, weight in module.named_parameters(recurse=False):
+                    if weight not in there:
+                        there[weight] = nn.Parameter(weight.detach().to(device), requires_grad=False)
+                    module._parameters[name] = there[weight]
                 for name, buffer in module.named_buffers(recurse=False):
                     module._buffers[name] = buffer.to(device)
         if device.type == "cuda":  # pages that stay where they are can be copied while the device computes

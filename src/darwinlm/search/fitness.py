@@ -17,7 +17,7 @@ from darwinlm.data.packing import cut, scramble
 from darwinlm.database.stitch import Stitcher
 from darwinlm.losses.logits import Logits, hidden_states
 from darwinlm.losses.metrics import Metric, metric
-from darwinlm.model.blocks import Resident
+from darwinlm.model.blocks import Blocks, Resident
 from darwinlm.runtime import parallel
 from darwinlm.search.candidate_training import KEPT_BYTES, CandidateTrainer, rounded
 from darwinlm.search.lockstep import WAVE_BYTES, Lockstep, Pair
@@ -56,8 +56,9 @@ class Fitness:
         training_ids: the text that candidates are trained on before they are scored.
         config: settings whose stages determine the batches, so that a score does not depend on earlier calls.
         bos: the token that begins every sequence, if the model expects one.
-        keeps_states: whether the parent's states in front of every block are kept, which saves the blocks before the
-            first that differs.
+        blocks: the dense model's blocks, if they are not on the device with what else it has.
+        keeps_states: whether the parent's states in front of every block are kept on the device, or else in the host's
+            memory; they save the blocks before the first that differs.
         kept_bytes: the most that the states of survivors in training take on the device.
         wave_bytes: the most that candidates' hidden states take between two blocks.
     """
@@ -69,6 +70,7 @@ class Fitness:
         training_ids: Int[Tensor, "training_sequences length"],
         config: SearchConfig,
         bos: int | None = None,
+        blocks: Blocks | None = None,
         keeps_states: bool = True,
         kept_bytes: int = KEPT_BYTES,
         wave_bytes: int = WAVE_BYTES,
@@ -83,8 +85,8 @@ class Fitness:
         consumers = [unit.consumer for unit in stitcher.grid.units] if config.trains == "consumers" else None
         pieces = cut(training_ids, {stage.training_tokens for stage in config.stages}, bos)
         self._trainer = CandidateTrainer(pieces, config.learning_rate, self.device, teacher, consumers, kept_bytes)
-        blocks = Resident(stitcher.dense, stitcher.family)
-        kept_on = self.device if keeps_states else None
+        blocks = blocks or Resident(stitcher.dense, stitcher.family)
+        kept_on = self.device if keeps_states else torch.device("cpu")
         self._lockstep = Lockstep(stitcher, blocks, self._batches, kept_on, wave_bytes)
         self._logits = Logits.of(stitcher.dense)
         self._metrics: dict[int, Metric] = {}  # by batch

@@ -34,7 +34,7 @@ class Lockstep:
         blocks: the dense model's.
         batches: token ids, on the device.
         kept_on: where the parent's hidden states in front of every block are kept, which saves computing them for its
-            offspring; None if they are not.
+            offspring.
         wave_bytes: the most that the hidden states of candidates take between two blocks.
     """
 
@@ -43,7 +43,7 @@ class Lockstep:
         stitcher: Stitcher,
         blocks: Blocks,
         batches: Sequence[Int[Tensor, "sequences length"]],
-        kept_on: torch.device | None,
+        kept_on: torch.device,
         wave_bytes: int = WAVE_BYTES,
     ):
         self.stitcher = stitcher
@@ -73,7 +73,7 @@ class Lockstep:
 
     def _keep_of(self, parent: Genome | None) -> None:
         """Keep the states of another parent from now on; what both have in common stays."""
-        if self.kept_on is None or parent is None or parent == self._parent:
+        if parent is None or parent == self._parent:
             return
         shared = 0 if self._parent is None else self._fork(parent)
         self._kept = {key: states for key, states in self._kept.items() if key[1] <= shared}

@@ -1,7 +1,7 @@
 """What a search holds on its device, counted from shapes before it begins, and what a limit leaves for its caches.
 
-Caches save time and change no result: narrow modules are read from the database again, the parent's states computed
-again, and survivors in training wait in temporary files.
+Caches save time and change no result: what is not kept waits in the host's memory or in temporary files, or is read
+from the database again.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from darwinlm.losses.logits import ROWS
 from darwinlm.report.tables import size
 from darwinlm.search.candidate_training import KEPT_BYTES
 from darwinlm.search.fitness import BATCH_TOKENS
+from darwinlm.search.lockstep import WAVE_BYTES
 from darwinlm.types import Genome, UsageError
 
 FLOAT = 4  # bytes of float32
 LOGITS = 4  # tensors of a few tokens' logits, in float32: as they are made, and what a loss or its gradient needs
+STREAMS = 4  # of hidden states that a wave has at least: in front of a block and behind it, and the parent's
 HEADROOM = 0.92  # of the limit is counted on: an allocator cannot use every gap between tensors
 
 
@@ -31,19 +33,23 @@ class SearchMemory:
     Attributes:
         dense: the dense model, in the search's precision.
         ends: what is not in its blocks, which a refit holds too.
+        block: the largest block.
         narrow: the narrow modules of one candidate.
-        targets: what the metric keeps of the dense model.
-        scoring: what a forward pass and its logits take.
+        targets: what is kept of every batch: how it enters the blocks, and the metric's part of the dense model.
+        stream: the hidden states of a candidate on a batch.
+        scoring: what a block's forward pass or the logits of a few tokens take.
         training: what training a candidate takes before selection, its activations included; 0 without training.
         refit: the same for the refit, whose dense model waits in the host's memory; 0 without one.
-        states: the parent's states in front of every block, which save time where candidates are scored untrained.
+        states: the parent's states in front of every block, where candidates are scored untrained.
         survivors: the states of survivors that will be trained further, which may wait in temporary files.
     """
 
     dense: int
     ends: int
+    block: int
     narrow: int
     targets: int
+    stream: int
     scoring: int
     training: int
     refit: int
@@ -51,14 +57,28 @@ class SearchMemory:
     survivors: int
 
     @property
+    def resident(self) -> int:
+        """What a search holds whose dense model stays on the device."""
+        return self.dense + (self.narrow if self.training else self.block) + self._beside
+
+    @property
+    def visiting(self) -> int:
+        """What a search holds whose blocks come from the host's memory: two, and a candidate's version of one."""
+        return self.ends + 3 * self.block + self._beside
+
+    @property
+    def _beside(self) -> int:
+        return self.targets + max(STREAMS * self.stream + self.scoring, self.training)
+
+    @property
     def search(self) -> int:
-        """What a search cannot do without."""
-        return self.dense + self.narrow + self.targets + max(self.scoring, self.training)
+        """What a search cannot do without. Candidates that are trained are whole."""
+        return self.resident if self.training else min(self.resident, self.visiting)
 
     @property
     def refitting(self) -> int:
-        """What the refit cannot do without."""
-        return self.ends + self.narrow + self.refit
+        """What the refit cannot do without: the dense model for its targets, and then what trains."""
+        return max(self.dense + self.scoring, self.ends + self.narrow + self.refit) if self.refit else 0
 
     @property
     def least(self) -> int:
@@ -67,8 +87,8 @@ class SearchMemory:
 
     @property
     def caches(self) -> int:
-        """What more a search uses to save time: the parent's states, survivors, and the narrow modules of mutants."""
-        return self.states + min(self.survivors, KEPT_BYTES) + self.narrow
+        """What more a search uses to save time: blocks, the parent's states, survivors, and narrow modules."""
+        return self.resident - self.search + self.states + min(self.survivors, KEPT_BYTES) + self.narrow
 
 
 @dataclass(frozen=True)
@@ -76,14 +96,18 @@ class Allowance:
     """What a search may keep on its device to save time.
 
     Attributes:
+        resident: whether the dense model stays there; its blocks come from the host's memory otherwise.
         narrow: bytes of narrow modules, those of the candidate at work included; None if they are not limited.
-        states: whether the parent's states in front of every block are kept.
+        states: whether the parent's states in front of every block are kept there, and not in the host's memory.
         survivors: bytes of survivors' training states.
+        wave: bytes of candidates' hidden states between two blocks.
     """
 
+    resident: bool = True
     narrow: int | None = None
     states: bool = True
     survivors: int = KEPT_BYTES
+    wave: int = WAVE_BYTES
 
 
 def count_memory(
@@ -106,6 +130,7 @@ def count_memory(
     """
     each, hidden, vocab = dtype.itemsize, config.hidden_size, config.vocab_size
     blocks = 1 + max(unit.block for unit in grid.units)
+    of_block = [sum(unit.parameters(0) for unit in grid.units if unit.block == block) for block in range(blocks)]
     counts = [unit.structures - grid.removed[i][genome.levels[i]] for i, unit in enumerate(grid.units)]
     inputs = [count * unit.structure_width for count, unit in zip(counts, grid.units, strict=True)]
     narrow = sum(unit.parameters(unit.structures - count) for count, unit in zip(counts, grid.units, strict=True))
@@ -127,8 +152,10 @@ def count_memory(
     return SearchMemory(
         dense=each * parameters,
         ends=each * (parameters - prunable_parameters(grid, grid.dense())),
+        block=each * max(of_block),
         narrow=each * narrow,
-        targets=_targets(search, tokens, vocab),
+        targets=_targets(search, tokens, hidden, each),
+        stream=each * batch * hidden,
         scoring=scoring,
         training=_training(trained, each, max(once, scoring)) if any(steps) else 0,
         refit=_training(consumers, each, twice) if refit.tokens else 0,
@@ -138,7 +165,9 @@ def count_memory(
 
 
 def allowance(memory: SearchMemory, limit: int | None) -> Allowance:
-    """Divide what a limit leaves: first to the parent's states, then to survivors, the rest to narrow modules.
+    """Divide what a limit leaves: first to the blocks, then to the parent's states, then to survivors and streams.
+
+    The rest goes to narrow modules.
 
     Args:
         limit: bytes of the device, or None if it is not known.
@@ -148,13 +177,17 @@ def allowance(memory: SearchMemory, limit: int | None) -> Allowance:
     """
     if limit is None:
         return Allowance()
-    left = int(HEADROOM * limit) - memory.least
-    if left < 0:
+    usable = int(HEADROOM * limit)
+    if usable < memory.least:
         raise UsageError(_too_little(memory, limit))
+    resident = memory.resident <= usable
+    left = usable - (memory.resident if resident else memory.visiting)
     states = memory.states <= left
     left -= memory.states if states else 0
     survivors = min(memory.survivors, KEPT_BYTES, left // 2)
-    return Allowance(memory.narrow + left - survivors, states, survivors)
+    more = min(max(WAVE_BYTES - 2 * memory.stream, 0), left // 2)
+    narrow = (memory.narrow if memory.training else memory.block) + left - survivors - more
+    return Allowance(resident, narrow, states, survivors, 2 * memory.stream + more)
 
 
 def _too_little(memory: SearchMemory, limit: int) -> str:
@@ -163,8 +196,6 @@ def _too_little(memory: SearchMemory, limit: int) -> str:
         remedy = "--refit.tokens 0"
     elif memory.training > memory.dense:
         remedy = "--search.trains consumers, or --search.stages without training_tokens"
-    elif memory.targets > memory.dense:
-        remedy = "--search.metric top-k-kl, or fewer fitness_tokens in --search.stages"
     else:
         remedy = "a device with more memory, or --device cpu"
     return (
@@ -173,13 +204,12 @@ def _too_little(memory: SearchMemory, limit: int) -> str:
     )
 
 
-def _targets(search: SearchConfig, tokens: int, vocab: int) -> int:
-    """Bytes that `losses.metrics` keeps of the dense model's distributions."""
+def _targets(search: SearchConfig, tokens: int, hidden: int, each: int) -> int:
+    """Bytes of embedded tokens, and of what `losses.metrics` keeps of the dense model."""
+    embedded = each * tokens * hidden
     if search.metric == "perplexity":
-        return 0
-    if search.metric == "top-k-kl":
-        return 2 * FLOAT * min(search.top_k, vocab) * tokens
-    return (2 * vocab + 2 * FLOAT) * tokens
+        return embedded
+    return embedded + (2 * FLOAT * search.top_k * tokens if search.metric == "top-k-kl" else embedded)
 
 
 def _training(weights: int, each: int, activations: int) -> int:
