@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from darwinlm.model.hub import ADAPTER, ADAPTER_CONFIG
+from darwinlm.model.reading import read_config
 from darwinlm.model.rewriting import write_model
 from darwinlm.model.shards import INDEX, WEIGHTS, Header, open_shard, read_headers, read_tensor
 from darwinlm.runtime.files import new_directory, read_json
@@ -41,13 +43,15 @@ def base_of(directory: Path) -> str | None:
         return None
     if (directory / WEIGHTS).exists() or (directory / INDEX).exists():
         raise UsageError(
-            f"{directory} holds a model and an adapter: expected one of them; remove {ADAPTER_CONFIG} if its weights are "
-            "merged, else the weights"
+            f"{directory} holds a model and an adapter: expected one of them; remove {ADAPTER_CONFIG} if its "
+            "weights are merged, else the weights"
         )
     settings = read_json(directory / ADAPTER_CONFIG)
     name = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
     if not name:
-        raise UsageError(f"{directory / ADAPTER_CONFIG} names no base: expected base_model_name_or_path; write it there")
+        raise UsageError(
+            f"{directory / ADAPTER_CONFIG} names no base: expected base_model_name_or_path; write it there"
+        )
     revision = settings.get("revision")
     return f"{name}@{revision}" if revision and not Path(name).exists() else name
 
@@ -115,9 +119,9 @@ def _check_base(
     whole: Mapping[str, Tensor],
 ) -> None:
     """Raise `UsageError` if an adapter does not fit its base."""
-    tied = config.get("tie_word_embeddings", False)
+    tied = getattr(read_config(base), "tie_word_embeddings", False)
     for name in [*pairs, *whole]:
-        if name not in headers and not (tied and name in whole):  # an output embedding, which the base stores once
+        if name not in headers and not (tied and name in whole and _is_copy(name, whole)):
             raise UsageError(
                 f"{directory} changes {name}, which {base} does not have: expected an adapter of this model; check "
                 "base_model_name_or_path"
@@ -134,6 +138,11 @@ def _check_base(
                 f"{directory} changes {name}, which {base} has for its input and its output: expected one use of it; "
                 "merge it with PEFT (merge_and_unload), and name the model that it saves"
             )
+
+
+def _is_copy(name: str, whole: Mapping[str, Tensor]) -> bool:
+    """Whether a stored weight is another one too, as an output embedding that is tied to the input's."""
+    return any(torch.equal(tensor, whole[name]) for other, tensor in whole.items() if other != name)
 
 
 def _sort(
@@ -165,5 +174,5 @@ def _alpha(settings: Mapping[str, Any], module: str) -> float:
     """The alpha of a module: of the first pattern that the end of its path matches, else the general one."""
     for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
-            return alpha
-    return settings.get("lora_alpha") or 8
+            return float(alpha)
+    return float(settings.get("lora_alpha") or 8)

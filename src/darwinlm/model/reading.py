@@ -126,7 +126,11 @@ def load(directory: Path | str, dtype: torch.dtype | str = "auto") -> PreTrained
     check_floats(directory, {name: header for name, header in headers.items() if name in parameters})
     with understood(f"the weights in {directory} cannot be read", "fetch the model again"), quiet_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True,
+            directory,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
     model, report = loaded
