@@ -11,16 +11,20 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import llama_cpp
 import tiny
 from darwinlm.export.gguf import export_gguf
+from darwinlm.export.gguf_vocabulary import add_vocabulary
+from darwinlm.model.checkpoint import find_checkpoint
+from darwinlm.model.gguf_file import READ
 from darwinlm.model.pruned import pruned_config, register
 from darwinlm.model.reading import load
 from darwinlm.types import BlockSizes, UsageError
 from llama_cpp import Answer, difference, needs_llama_cpp
-from vocabularies import byte_pair_tokenizer
+from test_export_vocabulary import TEXTS
+from vocabularies import byte_pair_tokenizer, sentencepiece_tokenizer
 
 NEW_TOKENS = 32
 PROMPT = list(range(20, 32))
@@ -83,10 +87,11 @@ CASES = {
 }  # fmt: skip
 
 
-def write_model(made: Made, out: Path) -> Path:
+def write_model(made: Made, out: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> Path:
+    tokenizer = tokenizer or byte_pair_tokenizer("qwen2")
     torch.manual_seed(made.seed)
     common = {
-        "vocab_size": tiny.VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+        "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
         "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 128, "initializer_range": 0.25,
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sliding_window": None, "tie_word_embeddings": False,
     }  # fmt: skip
@@ -104,7 +109,7 @@ def write_model(made: Made, out: Path) -> Path:
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * (0.3 if name.endswith("bias") else 0.1))
     model.save_pretrained(out)
-    byte_pair_tokenizer("qwen2").save_pretrained(out)
+    tokenizer.save_pretrained(out)
     return out
 
 
@@ -143,6 +148,81 @@ def test_llama_cpp_gives_what_transformers_gives(
 def test_the_graph_is_the_one_that_has_room(files: dict[str, Path], name: str) -> None:
     fields = gguf.GGUFReader(files[name]).fields
     assert fields["general.architecture"].contents() == CASES[name].architecture
+
+
+READ_BACK = [name for name, made in CASES.items() if made.architecture in READ and made.family != "seed_oss"]
+
+
+@pytest.mark.parametrize("name", READ_BACK)
+def test_a_file_is_read_back(exports: dict[str, Path], files: dict[str, Path], name: str, tmp_path: Path) -> None:
+    ids = torch.arange(20, 60)[None]
+    found = load(find_checkpoint(str(files[name]), tmp_path).path)
+    torch.testing.assert_close(found(ids).logits, load(exports[name])(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["granite", "olmo2", "smollm3", "seed_oss"])
+def test_what_cannot_be_read_back_is_refused(files: dict[str, Path], name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=rf"of the architecture {name}: expected llama|lacks .*o_proj\.bias"):
+        find_checkpoint(str(files[name]), tmp_path)
+
+
+def write_phi3(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """A file of the architecture phi3, as llama.cpp's converter writes it: with fused rows that are not permuted."""
+    config, weights = model.config, model.state_dict()
+    writer = gguf.GGUFWriter(out, "phi3")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_rope_freq_base(7000.0)
+    add_vocabulary(writer, tokenizer, config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.PHI3, config.num_hidden_layers)
+    for name, tensor in weights.items():
+        writer.add_tensor(str(names.get_name(name, (".weight",))), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@needs_llama_cpp
+def test_a_phi3_that_another_program_wrote(tmp_path: Path) -> None:
+    made = Made("phi3", "phi3", NARROW, {"rope_parameters": {"rope_type": "default", "rope_theta": 7000.0}})
+    tokenizer = byte_pair_tokenizer("qwen2")
+    model = load(write_model(made, tmp_path / "model", tokenizer))
+    write_phi3(model, tokenizer, tmp_path / "file.gguf")
+    found = find_checkpoint(str(tmp_path / "file.gguf"), tmp_path)
+    assert found.config.model_type == "phi3"
+    ids = torch.arange(20, 60)[None]
+    torch.testing.assert_close(load(found.path)(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    answers = llama_cpp.answers({"": tmp_path / "file.gguf"}, PROMPT, tmp_path, tiny.VOCAB, NEW_TOKENS)
+    assert difference(load(found.path), PROMPT, answers[""])[0] == NEW_TOKENS
+
+
+@needs_llama_cpp
+def test_tokens_of_every_family_that_is_read(tmp_path: Path) -> None:
+    """Classes of a family's tokenizer have tokens and ways of their own, of which a file says nothing."""
+    whole = {split: byte_pair_tokenizer(split, 512, every_byte=True) for split in ("qwen2", "smollm", "tekken")}
+    tokenizers = {
+        "gemma3": sentencepiece_tokenizer(prefix=False), "gemma2": sentencepiece_tokenizer(prefix=False),
+        "phi3": sentencepiece_tokenizer(), "qwen3-uneven-untied": whole["qwen2"], "starcoder2": whole["smollm"],
+        "gemma3-untied": whole["tekken"],
+    }  # fmt: skip
+    files = {}
+    for number, (name, tokenizer) in enumerate(tokenizers.items()):
+        directory = write_model(CASES[name], tmp_path / name, tokenizer)
+        files[name] = export_gguf(directory, tmp_path / f"{number}.gguf", "f32", verify=False)
+    answers = llama_cpp.token_ids(files, TEXTS, tmp_path)
+    for name, tokenizer in tokenizers.items():
+        again = find_checkpoint(str(files[name]), tmp_path / f"work-{name}").tokenizer
+        assert [tokenizer(text)["input_ids"] for text in TEXTS] == answers[name], name
+        assert [again(text)["input_ids"] for text in TEXTS] == answers[name], name
+        assert again.decode(again("a  b")["input_ids"], skip_special_tokens=True) == "a  b"
+        assert len(again) == len(tokenizer)
 
 
 def test_zeros_are_told(exports: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
