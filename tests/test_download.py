@@ -52,6 +52,15 @@ def test_what_is_used_and_nothing_else(sharded: bool, tmp_path: Path) -> None:
     assert set(done.stdout.split()) == SMALL | set(wanted)
 
 
+def test_an_adapter(tmp_path: Path) -> None:
+    files = {"adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json"}
+    with local_hub() as (address, repositories):
+        repositories["me/model"] = dict.fromkeys([*files, "optimizer.pt", *OTHERS], b"{}")
+        done = fetched(address, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == files
+
+
 def test_a_model_without_safetensors_is_refused(tmp_path: Path) -> None:
     with local_hub() as (address, repositories):
         repositories["me/model"] = dict.fromkeys([*SMALL, *OTHERS], b"{}")

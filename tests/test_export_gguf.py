@@ -147,8 +147,7 @@ def rewrite_config(directory: Path, **changes: Any) -> None:
         ("mistral-head-width", {"sliding_window": 7}, "found a sliding window of 7"),
         ("llama-untied", {"hidden_act": "gelu"}, "expected the activation silu"),
         ("llama-3-rope", {"rope_parameters": LLAMA_3_ROPE | {"rope_type": "dynamic"}}, "found rope_type dynamic"),
-        ("qwen3-tied", {"tie_word_embeddings": False}, "heads have norms, found an output embedding of its own"),
-        ("llama-untied", {"model_type": "gpt2", "auto_map": {}}, "found 'gpt2'"),
+        ("llama-untied", {"model_type": "gpt2", "auto_map": {}}, "one of the families llama, mistral.*found gpt2"),
     ],
 )
 def test_what_llama_cpp_cannot_run_is_refused(

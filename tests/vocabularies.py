@@ -39,8 +39,12 @@ def byte_pair_tokenizer(split: str, size: int = tiny.VOCAB, every_byte: bool = F
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END, chat_template=TEMPLATE)
 
 
-def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
-    """What transformers makes of a SentencePiece model as Llama 2 has it."""
+def sentencepiece_tokenizer(prefix: bool = True) -> PreTrainedTokenizerFast:
+    """What transformers makes of a SentencePiece model.
+
+    Args:
+        prefix: puts a space before every text, as Llama 2's does and Gemma's does not.
+    """
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Metaspace()
     learner.train_from_iterator(
@@ -55,5 +59,8 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
         models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)  # type: ignore[arg-type]
     )
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    if not prefix:
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token=END)

@@ -93,6 +93,8 @@ def _add_sentencepiece(
     """Write SentencePiece scores: it merges the pair of highest score first, so earlier merges get higher scores."""
     normalizers, splits = _steps(definition["normalizer"]), _steps(definition["pre_tokenizer"])
     known = {"Prepend", "Replace", "Metaspace"}
+    if any(step["type"] == "Replace" and step["pattern"].get("String") == " " for step in normalizers):
+        splits = [step for step in splits if step.get("pattern") != {"String": " "}]  # of which there are none then
     unknown = {step["type"] for step in [*normalizers, *splits]} - known
     if unknown:
         raise _refused("SentencePiece tokens with spaces alone replaced", ", ".join(sorted(unknown)))

@@ -6,25 +6,25 @@ import hashlib
 import importlib.util
 import json
 import math
+import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from darwinlm.model.adapter import base_of, merge_adapter
 from darwinlm.model.families import find_family, find_units
 from darwinlm.model.gguf_file import convert_gguf
 from darwinlm.model.hub import HUB_ERRORS, fetch_model
 from darwinlm.model.places import check_places
+from darwinlm.model.quantised import dequantise, is_quantised
 from darwinlm.model.reading import load, read_config, read_tokenizer, skeleton
 from darwinlm.model.roles import Family
-from darwinlm.model.shards import FLOATS, INDEX, WEIGHTS, Header, read_headers
+from darwinlm.model.shards import FLOATS, INDEX, WEIGHTS, Header, read_headers, read_tensor
 from darwinlm.runtime.names import hub_model
 from darwinlm.types import DarwinError, Unit, UsageError
 
@@ -157,8 +157,7 @@ class Checkpoint:
     def _stored(self, name: str) -> torch.Tensor:
         if name not in self.headers:
             raise DarwinError(f"{self.path} lacks the tensor {name}; the checkpoint is incomplete, fetch it again")
-        with self._open(self.headers[name].file) as shard:
-            return shard.get_tensor(name)
+        return read_tensor(self.path, self.headers[name].file, name)
 
     def check_head(self) -> None:
         """Raise `UsageError` if the config ties the output embedding to the input's, and the weights hold another."""
@@ -187,14 +186,6 @@ class Checkpoint:
         same = stored.shape == tensor.shape and torch.equal(stored.to(tensor.dtype), tensor.cpu())
         return stored if same else tensor
 
-    @contextmanager
-    def _open(self, shard: str) -> Iterator[safe_open]:
-        try:
-            with safe_open(self.path / shard, framework="pt") as opened:
-                yield opened
-        except (SafetensorError, FileNotFoundError) as error:
-            raise DarwinError(f"{self.path / shard} cannot be read ({error}); fetch the checkpoint again") from None
-
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor is free of NaN and infinity, by one pass without a copy."""
@@ -204,7 +195,8 @@ def is_finite(tensor: torch.Tensor) -> bool:
 def find_checkpoint(model: str, workspace: Path) -> Checkpoint:
     """The checkpoint that a user means by `MODEL`: a directory, a `.gguf` file, a packaged model, or a hub id.
 
-    A hub id may have a revision, `OWNER/NAME@REVISION`. A `.gguf` file is converted once, to `workspace/dense`.
+    A hub id may have a revision, `OWNER/NAME@REVISION`. A `.gguf` file, a quantised model, and a low-rank adapter
+    together with its base, are converted once, to plain floats in `workspace/dense`.
 
     Raises:
         UsageError: if there is no such model, or its family is not supported.
@@ -215,7 +207,7 @@ def find_checkpoint(model: str, workspace: Path) -> Checkpoint:
     if path.suffix == ".gguf" and path.is_file():
         return _from_gguf(path, workspace / "dense")
     if path.is_dir():
-        return Checkpoint(path)
+        return _plain(path, workspace)
     name = hub_model(model)
     if path.suffix == ".gguf" or name is None:
         raise UsageError(
@@ -229,7 +221,21 @@ def find_checkpoint(model: str, workspace: Path) -> Checkpoint:
         raise UsageError(
             f"no model {model}: it is no local directory and cannot be had from the hub ({reason}); check the name"
         ) from None
-    return Checkpoint(directory)
+    return _plain(directory, workspace)
+
+
+def _plain(directory: Path, workspace: Path) -> Checkpoint:
+    """The model in a directory, merged with its adapter and dequantised if need be."""
+    out, base = workspace / "dense", base_of(directory)
+    quantised = base is None and is_quantised(directory)
+    if base is None and not quantised:
+        return Checkpoint(directory)
+    if not out.exists() and base is not None:
+        merge_adapter(directory, find_checkpoint(base, workspace / "base").path, out)
+        shutil.rmtree(workspace / "base", ignore_errors=True)
+    elif not out.exists():
+        dequantise(directory, out)
+    return Checkpoint(out)
 
 
 def _from_gguf(path: Path, out: Path) -> Checkpoint:

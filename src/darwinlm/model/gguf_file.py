@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import shutil
 import struct
+from collections.abc import Mapping
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import gguf
 import torch
-from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from darwinlm.model.families import find_family
 from darwinlm.model.reading import check_sizes, skeleton
@@ -36,6 +45,19 @@ SPLIT_WITH_DIGITS = ("smollm", "starcoder", "refact", "command-r")
 
 # Settings that say that a model has biases, by a tensor that it then has; the metadata does not say so.
 BIASES = {"attn_q.bias": "attention_bias", "ffn_down.bias": "mlp_bias"}
+
+
+# Special tokens, and what a file calls their numbers.
+SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
+
+
+# Architectures that are read: of others transformers would take settings from the defaults of another model.
+READ = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "starcoder2")
+
+
+# Where windows alternate: every how many blocks attention is full unless the file says it, and of how many blocks the
+# model is that llama.cpp scales by its heads.
+PERIODS = {"gemma2": (2, 46), "gemma3_text": (6, 62)}
 
 
 # How Llama 3 and its like stretch rotary frequencies, but for the factor: a file has only what comes of it.
@@ -77,10 +99,15 @@ def _dequantise(path: Path, out: Path) -> None:
     source: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     reader = gguf.GGUFReader(path)
     stored = {tensor.name: math.prod(map(int, tensor.shape)) for tensor in reader.tensors}
+    architecture = reader.fields["general.architecture"].contents()
+    if architecture not in READ:
+        raise UsageError(
+            f"{path} is of the architecture {architecture}: expected {', '.join(READ)}; use the model in another form"
+        )
     config = AutoConfig.from_pretrained(**source)
     check_sizes(config.to_dict(), path)
-    find_family(skeleton(config))
     _complete(config, reader, path)
+    find_family(skeleton(config))
     with redirect_stderr(io.StringIO()):  # its bar cannot be switched off
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **source, config=config, dtype=torch.float32, output_loading_info=True
@@ -100,42 +127,89 @@ def _dequantise(path: Path, out: Path) -> None:
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
     plain.save_pretrained(out)
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    _split_words(tokenizer.backend_tokenizer, reader, path)
-    tokenizer.save_pretrained(out)
+    _as_stated(AutoTokenizer.from_pretrained(**source), reader, path).save_pretrained(out)
     GenerationConfig.from_model_config(config).save_pretrained(out)
 
 
 def _complete(config: PretrainedConfig, reader: gguf.GGUFReader, path: Path) -> None:
-    """Add to a config what transformers (5.23) does not read: biases, and how rotary embeddings are stretched.
+    """Set in a config what transformers (5.23) does not read, and would take from another model: see `READ`.
 
     Raises:
-        UsageError: if the file stretches them in a way that cannot be told to transformers.
+        UsageError: if the file says what cannot be told to transformers.
     """
+    architecture = reader.fields["general.architecture"].contents()
+    said = {
+        name.removeprefix(f"{architecture}."): field.contents()
+        for name, field in reader.fields.items()
+        if name.startswith(f"{architecture}.")
+    }
+    for name in ("bos", "eos", "pad"):
+        field = reader.fields.get(f"tokenizer.ggml.{SPECIAL[name]}")
+        setattr(config, f"{name}_token_id", None if field is None else int(field.contents()))
     names = {tensor.name for tensor in reader.tensors}
     for tensor, setting in BIASES.items():
-        if hasattr(config, setting) and f"blk.0.{tensor}" in names:
-            setattr(config, setting, True)
-    rope: dict[str, Any] = dict(config.rope_parameters)
-    scaling = {
-        name.rpartition(".")[2]: field.contents() for name, field in reader.fields.items() if ".scaling." in name
-    }
-    kind = scaling.get("type", "none")
+        if hasattr(config, setting):
+            setattr(config, setting, f"blk.0.{tensor}" in names)
+    width = said.get("attention.key_length") or config.hidden_size // config.num_attention_heads
+    if hasattr(config, "head_dim") or width != config.hidden_size // config.num_attention_heads:
+        config.head_dim = width
+    for name, expected in (("attention.value_length", width), ("rope.dimension_count", width)):
+        if said.get(name, expected) != expected:
+            raise UsageError(
+                f"{path} has {name} {said[name]}: expected {expected}, the width of a head; use the model in "
+                "another form"
+            )
+    _complete_windows(config, said)
+    _complete_rope(config, said, reader, path)
+
+
+def _complete_windows(config: PretrainedConfig, said: Mapping[str, Any]) -> None:
+    """Set sliding windows and, for Gemma, how attention and logits are scaled and capped."""
+    window = said.get("attention.sliding_window") or None
+    if hasattr(config, "sliding_window"):
+        config.sliding_window = window
+    if config.model_type not in PERIODS:
+        return
+    count, (period, deep) = config.num_hidden_layers, PERIODS[config.model_type]
+    period = said.get("attention.sliding_window_pattern", period)
+    windowed = period if isinstance(period, list) else [(i + 1) % period != 0 for i in range(count)]
+    full = [not window or not each for each in windowed]
+    config.layer_types = ["full_attention" if each else "sliding_attention" for each in full]
+    config.query_pre_attn_scalar = (
+        config.hidden_size // config.num_attention_heads if count == deep else config.head_dim
+    )
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        setattr(config, name, said.get(name))
+
+
+def _complete_rope(config: PretrainedConfig, said: Mapping[str, Any], reader: gguf.GGUFReader, path: Path) -> None:
+    """Set the rotary embedding: its base, and how it is stretched.
+
+    Raises:
+        UsageError: if the file stretches it in a way that cannot be told to transformers.
+    """
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(said.get("rope.freq_base", 10000.0))}
+    if "partial_rotary_factor" in config.rope_parameters:
+        rope["partial_rotary_factor"] = 1.0  # of whole heads, as was checked
+    kind = said.get("rope.scaling.type", "none")
     factors = next((tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)
     if factors is not None:
-        config.rope_parameters = rope | _llama3(torch.tensor(factors), config, path)
+        rope |= _llama3(torch.tensor(factors), rope["rope_theta"], path)
     elif kind == "linear":
-        config.rope_parameters = rope | {"rope_type": "linear", "factor": float(scaling["factor"])}
+        rope |= {"rope_type": "linear", "factor": float(said["rope.scaling.factor"])}
     elif kind != "none":
         raise UsageError(
             f"{path} stretches rotary embeddings as {kind}: expected none, linear or Llama 3's; use the model in "
             "another form"
         )
+    nested = "rope_type" not in config.rope_parameters  # one for each type of block
+    local = {"rope_type": "default", "rope_theta": float(said.get("rope.freq_base_swa", 10000.0))}
+    config.rope_parameters = {"full_attention": rope, "sliding_attention": local} if nested else rope
 
 
-def _llama3(factors: torch.Tensor, config: PretrainedConfig, path: Path) -> dict[str, Any]:
+def _llama3(factors: torch.Tensor, theta: float, path: Path) -> dict[str, Any]:
     """The settings of rotary embeddings whose frequencies are divided by `factors`, as Llama 3's are."""
-    theta, width = config.rope_parameters["rope_theta"], 2 * len(factors)
+    width = 2 * len(factors)
     for rest in LLAMA_3:
         settings = {"rope_type": "llama3", "factor": float(factors.max()), **rest}
         if torch.allclose(stretched_by(settings, theta, width), factors.double(), rtol=1e-4):
@@ -158,8 +232,43 @@ def stretched_by(settings: dict[str, Any], theta: float, width: int) -> torch.Te
     return 1 / ((1 - smooth) / settings["factor"] + smooth)
 
 
+def _as_stated(read: Any, reader: gguf.GGUFReader, path: Path) -> PreTrainedTokenizerFast:
+    """A tokenizer that splits texts as llama.cpp does, of a class that changes nothing when it is read again.
+
+    Classes of a family bring tokens of their own, which the model has no embedding for, and ways to split.
+    """
+    stated = {name.removeprefix("tokenizer.ggml."): field for name, field in reader.fields.items()}
+    size = len(stated["tokens"].data)
+    backend = read.backend_tokenizer
+    _split_words(backend, reader, path)
+    if stated["model"].contents() == "llama":
+        _mark_spaces(backend, "add_space_prefix" not in stated or stated["add_space_prefix"].contents())
+    definition = json.loads(backend.to_str())
+    definition["added_tokens"] = [token for token in definition["added_tokens"] if token["id"] < size]
+    special = {
+        f"{name}_token": stated["tokens"].contents(int(stated[key].contents()))
+        for name, key in SPECIAL.items()
+        if key in stated
+    }
+    tokenizer = Tokenizer.from_str(json.dumps(definition))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=read.chat_template, **special)
+
+
+def _mark_spaces(tokenizer: Any, prefix: bool) -> None:
+    """Mark spaces as SentencePiece does, with one before every text if `prefix`, even before a space."""
+    marks = [normalizers.Prepend("▁")] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*marks, normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = None
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps + ([decoders.Strip(" ", 1, 0)] if prefix else []))
+
+
 def _split_words(tokenizer: Any, reader: gguf.GGUFReader, path: Path) -> None:
-    """Split words as the GGUF file says where transformers (5.23) does not know its way and took GPT-2's."""
+    """Split words as the GGUF file says where transformers (5.23) does not know its way and took GPT-2's.
+
+    Raises:
+        UsageError: if it is not known here either.
+    """
     if not isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel):
         return
     field = reader.fields.get("tokenizer.ggml.pre")
@@ -168,4 +277,7 @@ def _split_words(tokenizer: Any, reader: gguf.GGUFReader, path: Path) -> None:
         digits = pre_tokenizers.Digits(individual_digits=True)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, tokenizer.pre_tokenizer])
     elif name not in SPLIT_AS_GPT_2:
-        say(f"{path.name}: words are split as in GPT-2, for its own way ({name}) is not known; tokens may differ")
+        raise UsageError(
+            f"{path} splits words in the way {name}: expected {', '.join(SPLIT_AS_GPT_2 + SPLIT_WITH_DIGITS)}, or one "
+            "that transformers knows; use the model in another form"
+        )

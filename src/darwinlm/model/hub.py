@@ -16,8 +16,11 @@ from darwinlm.types import UsageError
 HUB_ERRORS = (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError)
 
 
-# The card names the licence, which an export must carry on.
-_CONFIGS = ("config.json", "generation_config.json", INDEX, "README.md")
+# A low-rank adapter, as PEFT names its files.
+ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+
+
+_CONFIGS = ("config.json", INDEX, ADAPTER_CONFIG)
 
 
 _TOKENIZERS = (
@@ -39,6 +42,10 @@ _TOKENIZERS = (
 )
 
 
+# What describes a model beside its config and its weights; the card names the licence, which an export carries on.
+CARRIED = ("generation_config.json", "README.md", *_TOKENIZERS, *LICENCE_PATTERNS)
+
+
 def fetch_model(name: HubName) -> Path:
     """Fetch a model from the hub, and return its directory in the hub's cache.
 
@@ -54,9 +61,12 @@ def fetch_model(name: HubName) -> Path:
     def fetch(*files: str) -> Path:
         return Path(snapshot_download(name.repository, revision=name.revision, allow_patterns=list(files)))
 
-    directory = fetch(*_CONFIGS, *_TOKENIZERS, *LICENCE_PATTERNS)
+    directory = fetch(*_CONFIGS, *CARRIED)
     shards = read_index(directory)
-    weights = [WEIGHTS] if shards is None else sorted(set(shards.values()))
+    if (directory / "config.json").exists() or not (directory / ADAPTER_CONFIG).exists():
+        weights = [WEIGHTS] if shards is None else sorted(set(shards.values()))
+    else:
+        weights = [ADAPTER]
     directory = fetch(*weights)
     missing = [file for file in weights if not (directory / file).exists()]
     if missing:

@@ -65,7 +65,10 @@ def read_config(path: Path) -> PretrainedConfig:
         )
     register(family)  # the classes of pruned models are this package's own
     with understood(f"{file} is no usable config", "fetch the model again"), quiet_transformers():
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if getattr(config, "quantization_config", None) == {}:  # which transformers takes for a quantisation
+            del config.quantization_config
+        return config
 
 
 def check_sizes(fields: Any, file: Path) -> None:
@@ -117,12 +120,18 @@ def load(directory: Path | str, dtype: torch.dtype | str = "auto") -> PreTrained
             index of the shards names files elsewhere.
     """
     directory = Path(directory)
-    empty, headers = skeleton(read_config(directory)), read_headers(directory)
+    config, headers = read_config(directory), read_headers(directory)
+    empty = skeleton(config)
     parameters = {name for name, _ in empty.named_parameters(remove_duplicate=False)}
     check_floats(directory, {name: header for name, header in headers.items() if name in parameters})
     with understood(f"the weights in {directory} cannot be read", "fetch the model again"), quiet_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
+            directory,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     model, report = loaded
     wrong = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,6 +77,22 @@ def read_headers(directory: Path) -> dict[str, Header]:
         if name not in headers or headers[name].file != file:
             raise DarwinError(f"{directory / INDEX}: expected {name} in {file}, found none; fetch the checkpoint again")
     return headers
+
+
+@contextmanager
+def open_shard(file: Path) -> Iterator[safe_open]:
+    """Open a file of weights. Raises `DarwinError` if it is missing, or cannot be read to the end of the context."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, FileNotFoundError) as error:
+        raise DarwinError(f"{file} cannot be read ({error}); fetch the checkpoint again") from None
+
+
+def read_tensor(directory: Path, file: str, name: str) -> torch.Tensor:
+    """One tensor as stored in a file of a directory. Raises `DarwinError` as `open_shard`."""
+    with open_shard(directory / file) as shard:
+        return shard.get_tensor(name)
 
 
 def _is_bare(file: object) -> bool:

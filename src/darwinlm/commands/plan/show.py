@@ -15,6 +15,7 @@ from darwinlm.commands.plan.work import Plan, plan, plan_search, plan_training
 from darwinlm.config.checks import expect_level, expect_one_size
 from darwinlm.config.training import GradualConfig, GradualStage
 from darwinlm.genome import Grid
+from darwinlm.model.adapter import base_of
 from darwinlm.model.checkpoint import PACKAGED, find_checkpoint
 from darwinlm.model.families import find_family, find_grid
 from darwinlm.model.hub import HUB_ERRORS
@@ -45,7 +46,8 @@ def find_config(model: str) -> PretrainedConfig:
             return find_checkpoint(model, Path(directory)).config
     name = hub_name(model)
     if name is None:
-        return read_config(path)
+        base = base_of(path)
+        return find_config(base) if base else read_config(path)
     try:
         file = hf_hub_download(name.repository, "config.json", revision=name.revision)
     except HUB_ERRORS as error:
@@ -190,8 +192,9 @@ def _stage_rows(
 
 def _memory(held: SearchMemory) -> str:
     """What a search and its refit hold in bfloat16, with what an allocator wastes, and what more would save time."""
-    search, refit, more = (tables.size(count / HEADROOM) for count in (held.search, held.refitting, held.caches))
-    return f"{search} for the search, {refit} for the refit; {more} more save time"
+    least, resident, refit = (tables.size(count / HEADROOM) for count in (held.search, held.resident, held.refitting))
+    search = least if held.training else f"{least} (with all blocks there {resident})"
+    return f"{search} for the search, {refit} for the refit; {tables.size(held.caches / HEADROOM)} more save time"
 
 
 def _duration(seconds: float) -> str:
