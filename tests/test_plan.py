@@ -24,7 +24,7 @@ from darwinlm.config.run import CalibrationConfig, DatabaseConfig, RefitConfig, 
 from darwinlm.config.training import DistillationConfig, GradualConfig, TrainingConfig
 from darwinlm.database.stitch import Stitcher
 from darwinlm.model.reading import skeleton
-from darwinlm.search.memory import count_memory
+from darwinlm.search.memory import allowance, count_memory
 from darwinlm.search.uniform import uniform_genome
 from darwinlm.types import SelectionStage, UsageError
 
@@ -288,6 +288,31 @@ def test_a_search_of_8b_is_counted_by_hand() -> None:
     assert one.training > 14 * consumers
     assert one.survivors == 2 * 12 * consumers
     assert one.states == 0
+
+
+def llama_3_1_70b() -> PreTrainedConfig:
+    config: Any = llama_3_1_8b()
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 8192, 28672, 80
+    config.num_attention_heads = 64
+    return config
+
+
+@pytest.mark.parametrize("config", [llama_3_1_8b, qwen_2_5_14b, llama_3_1_70b])
+def test_a_search_without_training_fits_24_gb_with_its_blocks_in_host_memory(
+    config: Callable[[], PreTrainedConfig],
+) -> None:
+    """With 2 GB in reserve; tests/test_memory.py holds the count against the bytes of a smaller model."""
+    model = config()
+    at = planned(model)
+    sizes = at.parameters, model, at.grid, at.uniform
+    counted = count_memory(*sizes, SearchConfig(), RefitConfig(tokens=0), 2048, torch.bfloat16)
+    allowed = allowance(counted, 22 << 30)
+    assert allowed.resident == (config is llama_3_1_8b)
+    assert counted.visiting < 0.92 * (12 << 30)
+    trained = replace(SearchConfig(), stages=(SelectionStage(1, 1024, 1024),))
+    counted = count_memory(*sizes, trained, RefitConfig(tokens=0), 2048, torch.bfloat16)
+    with pytest.raises(UsageError, match=r"--search\.stages without training_tokens"):
+        allowance(counted, 22 << 30)
 
 
 def test_the_config_keeps_its_precision_when_a_model_is_built_in_another() -> None:

@@ -20,7 +20,7 @@ from darwinlm.types import Genome, Producer, Unit
 Module = TypeVar("Module", bound=nn.Module)
 
 
-LEVELS_KEPT = 4  # of each unit, on average: a mutant differs from its parent by a level or two
+LEVELS_KEPT = 2  # of each unit, on average: the parent's, and those in which mutants differ from it
 
 
 class NoAttn(nn.Module):

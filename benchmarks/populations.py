@@ -1,0 +1,128 @@
+"""What does scoring a population take, beside an earlier commit?  Seconds, counted products and memory of generations.
+
+    python benchmarks/populations.py RUN 3b37bdf            # RUN: of `darwinlm database smollm2-135m --data vital-wiki`
+    python benchmarks/populations.py RUN 3b37bdf --count    # operations instead of seconds
+
+Each side scores the same parent, then two generations of 16 mutants in the stages of the default search, in a process
+of its own with its own sources and the same installed packages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from darwinlm.config.run import DatabaseConfig, SearchConfig
+from darwinlm.data.corpus import read_corpus
+from darwinlm.database.stitch import Stitcher
+from darwinlm.database.store import MANIFEST, Database
+from darwinlm.genome import Grid
+from darwinlm.model.checkpoint import Checkpoint
+from darwinlm.model.families import find_grid
+from darwinlm.runtime.device import processor_name, resolve_dtype
+from darwinlm.search.fitness import Fitness
+from darwinlm.types import Genome
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+def measure(run: Path, count: bool) -> dict[str, Any]:
+    """What the parent, then each generation takes, the best scores, and the most memory of the process in GB."""
+    fitness, search, rng = opened(run), SearchConfig(), Random(0)
+    grid = fitness.stitcher.grid
+    parent = Genome(tuple(max(1, round(grid.highest(index) * 0.3)) for index in range(len(grid.units))))
+    taken, scores = [], []
+
+    def first() -> list[float]:
+        return fitness.scores([grid.dense(), parent], search.stages[-1])
+
+    def generation() -> list[float]:
+        candidates, found = [mutant(grid, parent, rng) for _ in range(search.offspring)], [0.0]
+        for stage in search.stages:
+            found = fitness.scores(candidates, stage, parent)
+            ranked = sorted(range(len(candidates)), key=found.__getitem__)
+            candidates = [candidates[index] for index in ranked[: stage.survivors]]
+        return found
+
+    for work in (first, generation, generation):
+        scored, spent = spent_on(work, count)
+        taken.append(spent)
+        scores.append(min(scored))
+    return {"taken": taken, "scores": scores, "GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+
+
+def opened(run: Path) -> Fitness:
+    """The fitness of a run's candidates, on two cores as `darwinlm search` would have it."""
+    checkpoint = Checkpoint(run / "dense")
+    grid = find_grid(checkpoint.skeleton(), checkpoint.config, DatabaseConfig())
+    provenance = json.loads((run / "database" / MANIFEST).read_text())["provenance"]
+    dense = checkpoint.load(resolve_dtype("auto", CPU), CPU)
+    text = read_corpus("vital-wiki", checkpoint.tokenizer, 512, 0).draw_held_out(8192)
+    stitcher = Stitcher(dense, checkpoint.family, Database(run / "database", grid, provenance))
+    return Fitness(stitcher, text, text[:1], SearchConfig())
+
+
+def mutant(grid: Grid, parent: Genome, rng: Random) -> Genome:
+    """A genome one to three level switches away."""
+    levels = list(parent.levels)
+    for _ in range(min(rng.randint(1, 3), rng.randint(1, 3))):
+        kind = rng.choice(["attention", "mlp"])
+        up, down = rng.sample([index for index, unit in enumerate(grid.units) if unit.kind == kind], 2)
+        if levels[up] < grid.highest(up) and levels[down] > 0:
+            levels[up], levels[down] = levels[up] + 1, levels[down] - 1
+    return Genome(tuple(levels))
+
+
+def spent_on(work: Callable[[], list[float]], count: bool) -> tuple[list[float], float]:
+    """What a work returns, and the seconds or the operations that it took."""
+    if count:
+        with FlopCounterMode(display=False) as counter:
+            result = work()
+        return result, counter.get_total_flops()
+    began = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What does scoring a population take, beside an earlier commit?")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("commit", nargs="?", help="if it is missing, only the sources that are imported are measured")
+    parser.add_argument("--count", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.commit is None:
+        print(json.dumps(measure(arguments.run, arguments.count)))
+        return
+    archive = subprocess.run(["git", "archive", arguments.commit], cwd=ROOT, capture_output=True, check=True)
+    print(f"{datetime.date.today()}, {processor_name()}, {os.cpu_count()} cores, against {arguments.commit}")
+    command = [sys.executable, __file__, str(arguments.run), *(["--count"] if arguments.count else [])]
+    sides = {}
+    with tempfile.TemporaryDirectory() as directory:
+        subprocess.run(["tar", "-x", "-C", directory], input=archive.stdout, check=True)
+        for name, tree in (("earlier", Path(directory)), ("now", ROOT)):
+            environment = os.environ | {"PYTHONPATH": str(tree / "src")}
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            sides[name] = json.loads(done.stdout)
+            print(name, done.stdout, end="", flush=True)
+    ratios = [now / before for before, now in zip(sides["earlier"]["taken"], sides["now"]["taken"], strict=True)]
+    print("now / earlier, the parent and each generation:", ", ".join(f"{ratio:.3f}" for ratio in ratios))
+    print(f"memory, now / earlier: {sides['now']['GB'] / sides['earlier']['GB']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
