@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -38,6 +39,17 @@ unit = elimination.Unit(f"block-00-{kind}", 0, kind, "consumer", (), width, d_in
 problem = elimination.make_problem(d_out, d_in)
 print(sorted(elimination.timed(lambda: elimination.eliminate(unit, *problem), 5))[2])
 """
+
+
+@contextmanager
+def unpacked(commit: str) -> Iterator[Path]:
+    """A temporary directory with the files of a commit."""
+    archive = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True)
+    if archive.returncode:
+        sys.exit(f"no commit {commit} in {ROOT}: {archive.stderr.decode().strip()}")
+    with tempfile.TemporaryDirectory() as directory:
+        subprocess.run(["tar", "-x", "-C", directory], input=archive.stdout, check=True)
+        yield Path(directory)
 
 
 def run_in(tree: Path, *arguments: str) -> str:
@@ -78,17 +90,13 @@ def main() -> None:
     )
     parser.add_argument("--no-demo", action="store_true", help="only elimination, in ten minutes")
     arguments = parser.parse_args()
-    archive = subprocess.run(["git", "archive", arguments.commit], cwd=ROOT, capture_output=True)
-    if archive.returncode:
-        parser.error(f"no commit {arguments.commit} in {ROOT}: {archive.stderr.decode().strip()}")
     print(f"{datetime.date.today()}, {processor_name()}, {os.cpu_count()} cores, against {arguments.commit}\n")
     print("| work | earlier, s | now, s | now / earlier (range) |\n|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as directory:
-        subprocess.run(["tar", "-x", "-C", directory], input=archive.stdout, check=True)
+    with unpacked(arguments.commit) as earlier:
         for case in CASES:
-            print(row(f"eliminate {case}", partial(eliminate, case=case), Path(directory), 4), flush=True)
+            print(row(f"eliminate {case}", partial(eliminate, case=case), earlier, 4), flush=True)
         if not arguments.no_demo:
-            print(row("demo", demo, Path(directory), arguments.rounds), flush=True)
+            print(row("demo", demo, earlier, arguments.rounds), flush=True)
 
 
 if __name__ == "__main__":

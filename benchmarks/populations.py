@@ -14,9 +14,6 @@ import datetime
 import json
 import os
 import resource
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +21,7 @@ from random import Random
 from typing import Any
 
 import torch
+from between_commits import ROOT, run_in, unpacked
 from torch.utils.flop_counter import FlopCounterMode
 
 from darwinlm.config.run import DatabaseConfig, SearchConfig
@@ -37,7 +35,6 @@ from darwinlm.runtime.device import processor_name, resolve_dtype
 from darwinlm.search.fitness import Fitness
 from darwinlm.types import Genome
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
 
@@ -108,17 +105,14 @@ def main() -> None:
     if arguments.commit is None:
         print(json.dumps(measure(arguments.run, arguments.count)))
         return
-    archive = subprocess.run(["git", "archive", arguments.commit], cwd=ROOT, capture_output=True, check=True)
     print(f"{datetime.date.today()}, {processor_name()}, {os.cpu_count()} cores, against {arguments.commit}")
-    command = [sys.executable, __file__, str(arguments.run), *(["--count"] if arguments.count else [])]
+    command = [__file__, str(arguments.run.resolve()), *(["--count"] if arguments.count else [])]
     sides = {}
-    with tempfile.TemporaryDirectory() as directory:
-        subprocess.run(["tar", "-x", "-C", directory], input=archive.stdout, check=True)
-        for name, tree in (("earlier", Path(directory)), ("now", ROOT)):
-            environment = os.environ | {"PYTHONPATH": str(tree / "src")}
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-            sides[name] = json.loads(done.stdout)
-            print(name, done.stdout, end="", flush=True)
+    with unpacked(arguments.commit) as earlier:
+        for name, tree in (("earlier", earlier), ("now", ROOT)):
+            printed = run_in(tree, *command)
+            sides[name] = json.loads(printed)
+            print(name, printed, end="", flush=True)
     ratios = [now / before for before, now in zip(sides["earlier"]["taken"], sides["now"]["taken"], strict=True)]
     print("now / earlier, the parent and each generation:", ", ".join(f"{ratio:.3f}" for ratio in ratios))
     print(f"memory, now / earlier: {sides['now']['GB'] / sides['earlier']['GB']:.2f}")

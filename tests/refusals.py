@@ -45,6 +45,6 @@ def copied_model(config: RunConfig, tmp_path: Path) -> Path:
     return model
 
 
-def change_config(model: Path, **fields: Any) -> None:
-    path = model / "config.json"
+def change_config(model: Path, file: str = "config.json", **fields: Any) -> None:
+    path = model / file
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from pathlib import Path
@@ -21,6 +20,7 @@ from darwinlm.commands.plan.show import find_config
 from darwinlm.model.checkpoint import find_checkpoint
 from darwinlm.model.reading import load
 from darwinlm.types import UsageError
+from refusals import change_config
 from test_quantised import WAYS, quantised
 
 WAYS_TO_ADAPT: dict[str, dict[str, Any]] = {
@@ -51,11 +51,6 @@ def write_adapter(base: Path, out: Path, **settings: Any) -> dict[str, torch.Ten
         return adapted.merge_and_unload().state_dict()
 
 
-def change(adapter: Path, **fields: Any) -> None:
-    file = adapter / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-
-
 @pytest.mark.parametrize("way", WAYS_TO_ADAPT)
 def test_an_adapter_is_merged_as_peft_does(
     way: str, checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -82,7 +77,7 @@ def test_an_adapter_is_pruned_and_planned(checkpoints: dict[str, Path], tmp_path
 def test_an_adapter_of_a_quantised_model(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     base, meant = quantised(checkpoints["qwen2"], tmp_path / "base", *WAYS["fp8-blocks"])
     merged = write_adapter(meant, tmp_path / "adapter", target_modules="all-linear")
-    change(tmp_path / "adapter", base_model_name_or_path=str(base))
+    change_config(tmp_path / "adapter", "adapter_config.json", base_model_name_or_path=str(base))
     weights = load(find_checkpoint(str(tmp_path / "adapter"), tmp_path / "work").path).state_dict()
     for name, tensor in merged.items():
         torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-6)
@@ -137,7 +132,11 @@ def test_what_cannot_be_merged_is_refused(
 ) -> None:
     write_adapter(checkpoints["qwen2"], tmp_path / "adapter", target_modules="all-linear")
     other = str(checkpoints["llama-mha"])
-    change(tmp_path / "adapter", **{name: other if value == "OTHER" else value for name, value in fields.items()})
+    change_config(
+        tmp_path / "adapter",
+        "adapter_config.json",
+        **{name: other if value == "OTHER" else value for name, value in fields.items()},
+    )
     with pytest.raises(UsageError, match=words):
         find_checkpoint(str(tmp_path / "adapter"), tmp_path / "work")
     assert not (tmp_path / "work" / "dense").exists()

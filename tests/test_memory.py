@@ -69,6 +69,21 @@ def most_held(config: RunConfig, stage: Literal["search", "export"]) -> int:
         return MEMORY.most
 
 
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> list[SearchMemory]:
+    """What runs count from now on."""
+    found: list[SearchMemory] = []
+    monkeypatch.setattr(module, "allowance", lambda *given: (found.append(given[0]), allowance(*given))[1])
+    return found
+
+
+def prepare(config: RunConfig, other: Path) -> None:
+    """Build a run's database, and let another run have the same."""
+    with accelerator():
+        run(config, until="database")
+    shutil.copytree(config.out, other)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("selection", "trains"), [("untrained", "consumers"), ("trained", "consumers"), ("trained", "all")]
@@ -79,20 +94,11 @@ def test_a_limit_holds_and_changes_no_result(
     scaled: Path,
     text: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    counts: list[SearchMemory],
 ) -> None:
-    counts: list[SearchMemory] = []
-
-    def noted(memory: SearchMemory, limit: int | None) -> Allowance:
-        counts.append(memory)
-        return allowance(memory, limit)
-
-    monkeypatch.setattr(module, "allowance", noted)
     search = replace(runs.SHORT.search, generations=2, offspring=5, stages=STAGES[selection], trains=trains)
     free = config(scaled, text, tmp_path / "free", search=search, memory="1GB")
-    with accelerator():
-        run(free, until="database")
-    shutil.copytree(tmp_path / "free", tmp_path / "tight")
+    prepare(free, tmp_path / "tight")
     without_limit = most_held(free, "search")
     least = counts[-1].least
     limit = int(1.02 * least / HEADROOM)
@@ -108,28 +114,18 @@ def test_a_limit_holds_and_changes_no_result(
 @pytest.mark.slow
 @pytest.mark.parametrize("metric", ["kl", "top-k-kl", "perplexity"])
 def test_a_search_whose_blocks_wait_outside_holds_what_is_counted(
-    metric: MetricName, scaled: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    metric: MetricName, scaled: Path, text: Path, tmp_path: Path, counts: list[SearchMemory]
 ) -> None:
     """And finds what a search finds whose dense model stays on the device."""
-    counts: list[SearchMemory] = []
-
-    def noted(memory: SearchMemory, limit: int | None) -> Allowance:
-        counts.append(memory)
-        return allowance(memory, limit)
-
-    monkeypatch.setattr(module, "allowance", noted)
     search = replace(runs.SHORT.search, generations=2, offspring=5, stages=STAGES["untrained"], metric=metric)
     free = config(scaled, text, tmp_path / "free", search=search, memory="1GB", refit=RefitConfig(tokens=0))
-    with accelerator():
-        run(free, until="database")
-    shutil.copytree(tmp_path / "free", tmp_path / "tight")
+    prepare(free, tmp_path / "tight")
     resident = most_held(free, "search")
     count = counts[-1]
     limit = int(1.02 * count.visiting / HEADROOM)
     tight = replace(free, out=str(tmp_path / "tight"), memory=f"{limit / 1e6:.3f}MB")
     assert not allowance(count, limit).resident
     held = most_held(tight, "search")
-    print(metric, held, count, resident)
     assert held <= limit < resident
     assert held == pytest.approx(count.visiting, rel=0.15)
     assert runs.history(tmp_path / "tight") == runs.history(tmp_path / "free")

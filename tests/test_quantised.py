@@ -19,6 +19,7 @@ from darwinlm.commands.compress import run
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.reading import load
 from darwinlm.types import DarwinError, UsageError
+from refusals import change_config
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": quantisers.GROUP}
 PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
@@ -48,13 +49,8 @@ def quantised(model: Path, out: Path, settings: dict[str, Any], quantise: Callab
         tensors |= {name.replace("weight", part): value for part, value in parts.items()}
     save_file({name: value.contiguous() for name, value in tensors.items()}, out / "model.safetensors")
     save_file(floats, meant / "model.safetensors", {"format": "pt"})
-    change(out, quantization_config=settings)
+    change_config(out, quantization_config=settings)
     return out, meant
-
-
-def change(model: Path, **fields: Any) -> None:
-    file = model / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -120,7 +116,7 @@ def test_a_part_that_is_missing_is_named(checkpoints: dict[str, Path], tmp_path:
 
 def test_an_empty_quantisation_is_none(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     model = shutil.copytree(checkpoints["qwen2"], tmp_path / "model")
-    change(model, quantization_config={})
+    change_config(model, quantization_config={})
     found = find_checkpoint(str(model), tmp_path)
     assert found.path == model
     expected = load(checkpoints["qwen2"]).state_dict()

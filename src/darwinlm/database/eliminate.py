@@ -59,10 +59,8 @@ def eliminate(
         names = (weight.to(hessian).square().sum(0) * hessian.diagonal()).argsort(descending=True)
         weight = weight.index_select(1, names)
         hessian = hessian.index_select(0, names).index_select(1, names)
-    on_cpu = hessian.device.type == "cpu"
     for matrix in ever_safer(unit, hessian):
-        # cuSOLVER's float32 factor is four times as far off as LAPACK's: other structures would leave than on a CPU.
-        factor = factor_of(matrix if on_cpu else matrix.double())
+        factor = factor_of(matrix)
         if factor is None:
             continue
         pair = _Pair(unit, weight, matrix, factor)

@@ -97,14 +97,14 @@ class Stitcher:
         Args:
             dense: the dense model's block of this number, whose weights may be elsewhere than the dense model's own.
         """
-        block, inside = _open_up(dense, self.family), f"{self.family.block(number)}."
+        block = _open_up(dense, self.family)
         for index, unit in self._units[number]:
             level = genome.levels[index]
             if level == self.grid.highest(index):
                 self._remove(block, unit)
             elif level > 0:
                 for path, module in self._narrow_modules(index, level, dense).items():
-                    block.set_submodule(path.removeprefix(inside), module)
+                    block.set_submodule(path, module)
                 if unit.kind == "attention":
                     self._count_heads(block, unit, unit.structures - self.grid.removed[index][level])
         return block

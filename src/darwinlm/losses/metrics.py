@@ -22,11 +22,6 @@ from darwinlm.types import MetricName
 class Metric(Protocol):
     """The distance of candidates from the dense model, or from the text, on one batch."""
 
-    @property
-    def tokens(self) -> int:
-        """The number of tokens that a sum is divided by for a mean."""
-        ...
-
     def totals(self, hidden: Sequence[Float[Tensor, "tokens d_out"]], logits: Logits) -> list[float]:
         """Return the sum over tokens, in nats, for each candidate's last hidden states; lower is better."""
         ...
@@ -35,6 +30,12 @@ class Metric(Protocol):
 def label(name: MetricName) -> str:
     """Return the name of a metric as reports show it."""
     return {"kl": "KL", "top-k-kl": "top-k KL", "perplexity": "log-perplexity"}[name]
+
+
+def predicted_tokens(name: MetricName, token_ids: Int[Tensor, "sequences length"]) -> int:
+    """Return how many tokens of a batch a metric sums over: without a context, perplexity predicts no first token."""
+    sequences, length = token_ids.shape
+    return sequences * (length - (name == "perplexity"))
 
 
 def metric(
@@ -67,11 +68,6 @@ class Divergence:
 
     dense: Float[Tensor, "tokens d_out"]
 
-    @property
-    def tokens(self) -> int:
-        """The number of tokens in the batch."""
-        return len(self.dense)
-
     def totals(self, hidden: Sequence[Float[Tensor, "tokens d_out"]], logits: Logits) -> list[float]:
         """Return for each candidate the sum over tokens of KL(dense || candidate).
 
@@ -79,7 +75,7 @@ class Divergence:
         All sums go over parts of the vocabulary, and what was summed so far is scaled as the maximum rises.
         """
         models = [self.dense, *hidden]
-        peaks = self.dense.new_full((len(models), self.tokens), -torch.inf, dtype=torch.float32)
+        peaks = self.dense.new_full((len(models), len(self.dense)), -torch.inf, dtype=torch.float32)
         masses = torch.zeros_like(peaks)  # sums of exp(z - peak)
         means = torch.zeros_like(peaks)  # sums of w z
         for rows, tiles in logits.tiles(models):
@@ -114,11 +110,6 @@ class TopKDivergence:
         parts = [z.log_softmax(-1).topk(min(top_k, z.shape[-1])) for _, z in logits.chunks(dense)]
         return cls(torch.cat([part.indices.int() for part in parts]), torch.cat([part.values for part in parts]))
 
-    @property
-    def tokens(self) -> int:
-        """The number of tokens in the batch."""
-        return len(self.indices)
-
     def totals(self, hidden: Sequence[Float[Tensor, "tokens d_out"]], logits: Logits) -> list[float]:
         """Return for each candidate the sum over tokens of the divergence of the two lumped distributions."""
         return torch.stack([self._total(states, logits) for states in hidden]).tolist()
@@ -143,12 +134,6 @@ class CrossEntropy:
     """The logarithm of perplexity: the loss on the text's own next tokens, without regard to the dense model."""
 
     token_ids: Int[Tensor, "sequences length"]
-
-    @property
-    def tokens(self) -> int:
-        """The number of tokens that are predicted: all but the first of each sequence."""
-        sequences, length = self.token_ids.shape
-        return sequences * (length - 1)
 
     def totals(self, hidden: Sequence[Float[Tensor, "tokens d_out"]], logits: Logits) -> list[float]:
         """Return for each candidate the sum over tokens of -log q(next token)."""

@@ -227,14 +227,14 @@ def find_checkpoint(model: str, workspace: Path) -> Checkpoint:
 def _plain(directory: Path, workspace: Path) -> Checkpoint:
     """The model in a directory, merged with its adapter and dequantised if need be."""
     out, base = workspace / "dense", base_of(directory)
-    quantised = base is None and is_quantised(directory)
-    if base is None and not quantised:
+    if base is None and not is_quantised(directory):
         return Checkpoint(directory)
-    if not out.exists() and base is not None:
-        merge_adapter(directory, find_checkpoint(base, workspace / "base").path, out)
-        shutil.rmtree(workspace / "base", ignore_errors=True)
-    elif not out.exists():
-        dequantise(directory, out)
+    if not out.exists():
+        if base is None:
+            dequantise(directory, out)
+        else:
+            merge_adapter(directory, find_checkpoint(base, workspace / "base").path, out)
+            shutil.rmtree(workspace / "base", ignore_errors=True)
     return Checkpoint(out)
 
 

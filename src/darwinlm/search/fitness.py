@@ -16,7 +16,7 @@ from darwinlm.config.run import SearchConfig
 from darwinlm.data.packing import cut, scramble
 from darwinlm.database.stitch import Stitcher
 from darwinlm.losses.logits import Logits, hidden_states
-from darwinlm.losses.metrics import Metric, metric
+from darwinlm.losses.metrics import Metric, metric, predicted_tokens
 from darwinlm.model.blocks import Blocks, Resident
 from darwinlm.runtime import parallel
 from darwinlm.search.candidate_training import KEPT_BYTES, CandidateTrainer, rounded
@@ -154,13 +154,9 @@ class Fitness:
     def _mean(self, stage: SelectionStage, sums: Mapping[int, float]) -> float:
         """Return the mean over a stage's tokens, given the sum over each batch."""
         indices = self._of_tokens[stage.fitness_tokens]
-        mean = sum(sums[index] for index in indices) / sum(map(self._predicted, indices))
+        tokens = sum(predicted_tokens(self._config.metric, self._batches[index]) for index in indices)
+        mean = sum(sums[index] for index in indices) / tokens
         return mean if isfinite(mean) else inf
-
-    def _predicted(self, index: int) -> int:
-        """How many of a batch's tokens a metric sums over."""
-        sequences, length = self._batches[index].shape
-        return sequences * (length - (self._config.metric == "perplexity"))
 
     def _train_and_score(self, genomes: Sequence[Genome], stage: SelectionStage) -> list[float]:
         """Return the scores of candidates after the stage's training, each by the process that it is assigned to."""

@@ -47,7 +47,7 @@ class HeldOut:
             name: sum(
                 dense.totals([hidden_states(model, ids).flatten(0, 1)], self._logits)[0] for ids, dense in batches
             )
-            / sum(dense.tokens for _, dense in batches)
+            / sum(ids.numel() for ids, _ in batches)
             for name, batches in self._batches.items()
         }
 

@@ -143,7 +143,7 @@ class Lockstep:
                 if not uses[before]:
                     states.pop(before, None)
                 states[after] = behind
-                if self._parent is not None and after[1] == self._parent.levels[: len(after[1])]:
+                if self._is_parents(after):
                     self._kept[after[0], number + 1] = behind.to(self.kept_on)
 
     def _prefix(self, number: int, genome: Genome, batch: int) -> Prefix:
@@ -151,9 +151,10 @@ class Lockstep:
         return batch, genome.levels[: self._ends[number]]
 
     def _is_kept(self, number: int, prefix: Prefix) -> bool:
-        batch, levels = prefix
-        parent = self._parent
-        return parent is not None and (batch, number) in self._kept and levels == parent.levels[: len(levels)]
+        return (prefix[0], number) in self._kept and self._is_parents(prefix)
+
+    def _is_parents(self, prefix: Prefix) -> bool:
+        return self._parent is not None and prefix[1] == self._parent.levels[: len(prefix[1])]
 
     def _state(self, number: int, prefix: Prefix, states: dict[Prefix, Tensor]) -> Tensor:
         """The hidden states in front of a block."""

@@ -84,9 +84,10 @@ def plan_search(
     scores, steps, before, candidates = 0.0, 0.0, 0, search.offspring
     for stage, added in zip(search.stages, search.added_tokens(length), strict=True):
         again = stage.training_tokens > 0  # a candidate that has trained is another one
-        scores += candidates * 2.0 * small * (stage.fitness_tokens if again else added)
+        read = stage.fitness_tokens if again else added
+        scores += candidates * 2.0 * small * read
         if search.metric == "kl":  # the dense model's logits, for each candidate in training or once for all
-            scores += 2.0 * head * (candidates * stage.fitness_tokens if again else added)
+            scores += (candidates if again else 1) * 2.0 * head * read
         steps += candidates * (4.0 * small + 2.0 * trained) * (stage.training_tokens - before)
         candidates, before = stage.survivors, stage.training_tokens
     return SearchPlan(
