@@ -113,7 +113,8 @@ def run(config: RunConfig, until: Stage = "report", given: Given | None = None) 
         database = _eliminate(work)
         if until == "database":
             return this
-        result = _allocate(work, database)
+        with work.within_memory():
+            result = _allocate(work, database)
         if until == "search" or not parallel.first():
             return this
         _export(work, result, _finish(work, database, "searched", result.best))
@@ -212,7 +213,8 @@ def _finish(work: Work, database: Database, name: str, genome: Genome) -> PreTra
     if config.tokens:
         learner = _stitcher(work, database, work.dtype)
         file, provenance = work.run.refit / f"{name}.safetensors", work.provenance | work.database_settings
-        set_consumers(model, refit(learner, genome, work.tokens["refit"], config, file, provenance))
+        with work.within_memory():
+            set_consumers(model, refit(learner, genome, work.tokens["refit"], config, file, provenance))
     repeat_shared(model)
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from darwinlm.model.families import block_sizes, find_grid
 from darwinlm.model.pruned import family_of, pruned_config
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime import parallel
-from darwinlm.runtime.device import memory_limit, resolve_device, resolve_dtype
+from darwinlm.runtime.device import memory_held_to, memory_limit, resolve_device, resolve_dtype
 from darwinlm.runtime.progress import say
 from darwinlm.search.budget import Budget, Target
 from darwinlm.search.costs import Costs, counted_costs, parameter_costs
@@ -78,6 +79,10 @@ class Work:
             fits = self.allowance.resident or self.config.refit.tokens
             self.models[dtype] = self.checkpoint.load(dtype, self.device if fits else torch.device("cpu"))
         return self.models[dtype]
+
+    def within_memory(self) -> AbstractContextManager[None]:
+        """Let torch hold no more of the device than the search and the refit may use."""
+        return memory_held_to(_limit(self.config, self.device), self.device)
 
     def keep_only(self, dtype: torch.dtype) -> None:
         """Free the dense model in every other precision."""
@@ -164,7 +169,7 @@ def _allowance(
     until: Stage,
 ) -> Allowance:
     """What the search may keep on the device. Raises `UsageError` if it does not fit."""
-    limit = memory_limit(device, None if config.memory is None else bytes_of(config.memory))
+    limit = _limit(config, device)
     if limit is None or until == "database":
         return Allowance()
     length = config.calibration.sequence_length
@@ -172,6 +177,10 @@ def _allowance(
         dense_parameters, checkpoint.config, grid, uniform, config.search, config.refit, length, dtype
     )
     return allowance(counted, limit)
+
+
+def _limit(config: RunConfig, device: torch.device) -> int | None:
+    return memory_limit(device, None if config.memory is None else bytes_of(config.memory))
 
 
 def _costs(

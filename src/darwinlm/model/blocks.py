@@ -131,28 +131,56 @@ class InHostMemory:
 
     def walk(self, first: int, end: int) -> Iterator[tuple[int, nn.Module]]:
         """As `Blocks.walk`. Two blocks are on the device at a time."""
-        device = self.model.device
-        copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        following = self._copied(first, device, copies) if first < end else None
+        copying = _Copying.to(self.model.device)
+        following = self._copied(first, copying) if first < end else None
         for index in range(first, end):
             block = following
             assert block is not None
-            if copies is not None:
-                torch.cuda.current_stream(device).wait_stream(copies)
-                for tensor in (*block.parameters(), *block.buffers()):
-                    tensor.record_stream(torch.cuda.current_stream(device))
-            following = self._copied(index + 1, device, copies) if index + 1 < end else None
+            copying.wait()
+            following = self._copied(index + 1, copying) if index + 1 < end else None
             yield index, block
 
-    def _copied(self, index: int, device: torch.device, copies: torch.cuda.Stream | None) -> nn.Module:
+    def _copied(self, index: int, copying: _Copying) -> nn.Module:
         block = self.model.get_submodule(self.family.block(index))
-        with torch.cuda.stream(copies):  # which does nothing without one
-            there: dict[int, Any] = {
-                id(weight): nn.Parameter(weight.to(device, non_blocking=True), requires_grad=False)
-                for weight in block.parameters()
-            }
-            there |= {id(buffer): buffer.to(device, non_blocking=True) for buffer in block.buffers()}
-        return copy.deepcopy(block, there)
+        weights, buffers = list(block.parameters()), list(block.buffers())
+        there = copying.begin([*weights, *buffers])
+        copies: dict[int, Any] = {
+            id(weight): nn.Parameter(copied, requires_grad=False)
+            for weight, copied in zip(weights, there, strict=False)
+        }
+        copies |= {id(buffer): copied for buffer, copied in zip(buffers, there[len(weights) :], strict=True)}
+        return copy.deepcopy(block, copies)
+
+
+@dataclass(frozen=True)
+class _Copying:
+    """Copies to a device while it computes.
+
+    The copies are the computing stream's memory. That of another stream would be kept apart by torch and never be used
+    again: 40 GiB of an H100 within one search.
+    """
+
+    device: torch.device
+    stream: torch.cuda.Stream | None
+
+    @classmethod
+    def to(cls, device: torch.device) -> _Copying:
+        return cls(device, torch.cuda.Stream(device) if device.type == "cuda" else None)
+
+    def begin(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Begin to copy tensors once the device is done with what it was told so far."""
+        there = [torch.empty_like(tensor, device=self.device) for tensor in tensors]
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):  # which does nothing without one
+            for copied, tensor in zip(there, tensors, strict=True):
+                copied.copy_(tensor, non_blocking=True)
+        return there
+
+    def wait(self) -> None:
+        """Let the device compute nothing more before what was begun is there."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,25 @@ def memory_limit(device: torch.device, given: int | None = None) -> int | None:
     """The bytes of a device that may be used: those given, or what a GPU has but a reserve for its libraries."""
     if given is not None or device.type != "cuda":
         return given
-    return torch.cuda.get_device_properties(device).total_memory - RESERVE
+    return _memory_of(device) - RESERVE
+
+
+@contextmanager
+def memory_held_to(limit: int | None, device: torch.device) -> Iterator[None]:
+    """Let torch give back what it keeps of a GPU for later before it takes more than `limit` bytes of it."""
+    if limit is None or device.type != "cuda":
+        yield
+        return
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / _memory_of(device)), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def _memory_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def processor_name() -> str:
