@@ -3,8 +3,8 @@
     python benchmarks/families.py [MODEL_TYPE ...]
 
 Every model type gets a tiny random model, in a fork that may fail or hang. A stitched model passes if its logits equal
-those of the dense model in which what was removed is zero; an export passes if it gives these logits again. Without
-arguments it goes through all types and writes the table to RESULTS-families.md beside this file.
+those of the dense model in which what was removed is zero; an export passes if it gives these logits again. It goes
+through the types that are named, or all, and writes their rows of the table in RESULTS-families.md beside this file.
 """
 
 from __future__ import annotations
@@ -52,6 +52,9 @@ SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "ffn_dim": 96,
+    "ffn_hidden_size": 96,
+    "n_inner": 96,
+    "dff": 96,
     "num_hidden_layers": 3,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
@@ -173,8 +176,10 @@ def steps(model: PreTrainedModel, directory: Path) -> Iterator[str]:
     find_units(exported, exported.config)
     yield "reload"
     options = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    cached, plain = (exported.generate(ids, use_cache=use, **options) for use in (True, False))
-    assert torch.equal(cached, plain), "the cache changes what is generated"
+    masked: Any = pruned.zero_masked(case.dense, case.database, case.genomes()[-2])
+    for use in (True, False):
+        found, wanted = (each.generate(ids, use_cache=use, **options) for each in (exported, masked))
+        assert torch.equal(found, wanted), f"other tokens than those of the zero-masked model, use_cache={use}"
     yield "generate"
 
 
@@ -238,18 +243,37 @@ def report(rows: list[dict[str, Any]]) -> str:
     return text + ", ".join(f"`{name}`" for name in wrappers) + ".\n"
 
 
+def read_report(text: str) -> dict[str, dict[str, Any]]:
+    """The rows that a report was written from, by model type."""
+    rows: dict[str, dict[str, Any]] = {}
+    kind = "dense decoder"
+    for line in text.splitlines():
+        if line.startswith("## "):
+            kind = line.removeprefix("## ").lower()
+        elif line.startswith("| `"):
+            name, model_class, *marks, sentence = (cell.strip() for cell in line.strip("|").split("|"))
+            found: dict[str, Any] = {"passed": [step for step, mark in zip(STEPS, marks, strict=True) if mark]}
+            if sentence.startswith("**fails**: "):
+                found["failed"] = sentence.removeprefix("**fails**: ")
+            elif sentence:
+                found["refused"] = sentence
+            rows[name.strip("`")] = {"type": name.strip("`"), "class": model_class, "kind": kind} | found
+        elif line.startswith("- `"):
+            name, _, reason = line.removeprefix("- `").partition("`")
+            failed = {"failed": reason.removeprefix(": ")} if reason else {}
+            rows[name] = {"type": name, "class": "", "kind": kind, "passed": []} | failed
+    return rows
+
+
 def main() -> None:
-    """Print the table of the model types that are named, or write that of all."""
+    """Write the rows of the model types that are named, or of all."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    rows = []
+    rows = read_report(RESULTS.read_text()) if sys.argv[1:] else {}
     for name in sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        rows.append(row(name))
-        print(f"{name}: {json.dumps(rows[-1])}", file=sys.stderr, flush=True)
-    if sys.argv[1:]:
-        print(table(rows))
-    else:
-        RESULTS.write_text(report(rows))
+        rows[name] = row(name)
+        print(f"{name}: {json.dumps(rows[name])}", file=sys.stderr, flush=True)
+    RESULTS.write_text(report([rows[name] for name in sorted(rows)]))
 
 
 if __name__ == "__main__":

@@ -145,6 +145,10 @@ class Checkpoint:
             owner, _, leaf = name.rpartition(".")
             filled = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
             setattr(module.get_submodule(owner), leaf, filled)
+        for name in module.state_dict().keys() - dict(module.named_parameters(remove_duplicate=False)).keys():
+            if f"{prefix}.{name}" in self.headers:
+                owner, _, leaf = name.rpartition(".")
+                setattr(module.get_submodule(owner), leaf, self.tensor(f"{prefix}.{name}").to(device))
         return module.to(device).eval()
 
     def tensor(self, name: str) -> torch.Tensor:

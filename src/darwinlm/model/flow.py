@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -207,7 +207,8 @@ class _Tracer(TorchDispatchMode):
         self.marked: dict[int, tuple[Tensor, Marks]] = {}  # with the tensor, whose id lives no longer than it does
         for path, module in block.named_modules():
             module.register_forward_hook(partial(self._keep, path))
-            if _owns_weights(module):
+            within = block.get_submodule(path.rpartition(".")[0])
+            if is_selection(module) or (_owns_weights(module) and not is_selection(within)):
                 module.register_forward_pre_hook(partial(self._enter, path), with_kwargs=True)
                 module.register_forward_hook(partial(self._leave, path))
 
@@ -261,6 +262,11 @@ def _attention_function(block: nn.Module, function: Any) -> Iterator[None]:
         yield
     finally:
         del type(ALL_ATTENTION_FUNCTIONS)._global_mapping[PROBE]
+
+
+def is_selection(module: nn.Module) -> TypeGuard[Any]:
+    """Whether a module selects outputs of a norm over all heads: `Selected` of the stitcher, or of an export's code."""
+    return type(module).__name__ == "Selected"
 
 
 def _owns_weights(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from darwinlm.model.families import PRUNED
 from darwinlm.model.places import check_floats, check_strangers
-from darwinlm.model.pruned import register
+from darwinlm.model.pruned import describe_layers, register
 from darwinlm.model.shards import read_headers
 from darwinlm.runtime.files import read_json
 from darwinlm.runtime.progress import quiet_transformers
@@ -66,8 +66,13 @@ def read_config(path: Path) -> PretrainedConfig:
     register(family)  # the classes of pruned models are this package's own
     with understood(f"{file} is no usable config", "fetch the model again"), quiet_transformers():
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         if getattr(config, "quantization_config", None) == {}:  # which transformers takes for a quantisation
             del config.quantization_config
+        if config.model_type != family:  # exports of darwinlm 0.x before 2026-11-27 do not describe their layers
+            for name, value in describe_layers(config).items():
+                setattr(config, name, value)
+        return config
         return config
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from darwinlm.model.flow import ATTENDED, STREAM, Flow, Marks, find_frame, trace
+from darwinlm.model.flow import ATTENDED, STREAM, Flow, Marks, find_frame, is_selection, trace
 from darwinlm.types import UsageError
 
 Fused = Literal["in order", "by head"]
@@ -31,6 +31,7 @@ class Family:
         attention_norms, mlp_norms: the norms before and after the unit, which are removed together with it.
         query_counts, key_value_counts: where the attention's methods read its numbers of heads from attributes, these:
             of the module, or of its config (`config.NAME`).
+        query_widths: and these, where they read the width of all query heads.
         mlp: the module of the MLP, empty if its linear modules lie in the block itself.
     """
 
@@ -48,6 +49,7 @@ class Family:
     attention_norms: tuple[str, ...]
     query_counts: tuple[str, ...]
     key_value_counts: tuple[str, ...]
+    query_widths: tuple[str, ...]
     mlp: str
     mlp_inputs: tuple[str, ...]
     mlp_output: str
@@ -148,7 +150,7 @@ class _Roles:
         self.claimed |= {output}
         self.units.add(within)
         module = self.block.get_submodule(within)
-        query_counts, key_value_counts = _head_counts(module)
+        query_counts, key_value_counts, query_widths = _numbers(module, flow.heads[0] * flow.head_widths[0])
         return {
             "attention": within,
             **dict(zip(names, (producer for _, producer in producers), strict=True)),
@@ -157,6 +159,7 @@ class _Roles:
             "attention_norms": self._norms(projections, output),
             "query_counts": query_counts,
             "key_value_counts": key_value_counts,
+            "query_widths": query_widths,
         }
 
     def _producer(self, role: str, marks: Marks, heads: int, width: int) -> tuple[str, str]:
@@ -177,7 +180,7 @@ class _Roles:
             self._refuse(last, "a linear module", type(module).__name__)
         self._linear(projection)
         seen, own = self.flow.widths[last], {parameter.numel() for parameter in module.parameters()}
-        over_all = seen == heads * width != width
+        over_all = is_selection(module) or seen == heads * width != width
         if own != {seen} or not (over_all or seen == width):
             self._refuse(last, f"a norm over a head or over all {heads}", f"{type(module).__name__} over {seen}")
         self.claimed |= {last, projection}
@@ -254,6 +257,10 @@ def _refuse(path: str, expected: str, found: str) -> NoReturn:
 def _weights(block: nn.Module) -> Iterable[tuple[str, list[nn.Parameter]]]:
     """The modules that hold weights themselves, and the weights that lie beside modules, by path."""
     for path, module in block.named_modules():
+        if is_selection(block.get_submodule(path.rpartition(".")[0])):
+            continue
+        if is_selection(module):
+            yield path, list(module.parameters())
         own = [(name, parameter) for name, parameter in module.named_parameters(recurse=False) if parameter.numel() > 1]
         if any(True for child in module.children() for _ in child.parameters()):
             yield from ((f"{path}.{name}".lstrip("."), [parameter]) for name, parameter in own)
@@ -270,8 +277,8 @@ def _common(paths: Sequence[str]) -> str:
     return ".".join(parts[0][:shared])
 
 
-def _head_counts(attention: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The attributes from which an attention's methods read its numbers of heads."""
+def _numbers(attention: nn.Module, width: int) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """The attributes from which an attention's methods read its numbers of heads, and the width of all query heads."""
     read: set[str] = set()
     for cls in type(attention).__mro__:
         if issubclass(cls, nn.Module) and cls is not nn.Module:
@@ -285,4 +292,6 @@ def _head_counts(attention: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]
         for name in sorted(read):
             if name.endswith(("heads", "n_head")) and isinstance(getattr(owner, name, None), int):
                 (keys if "key_value" in name or "kv" in name else queries).append(f"{prefix}{name}")
-    return tuple(queries), tuple(keys)
+    numbers = {name: value for name, value in vars(attention).items() if name in read and isinstance(value, int)}
+    widths = [name for name, value in numbers.items() if value == width and name not in (*queries, *keys, "head_dim")]
+    return tuple(queries), tuple(keys), tuple(sorted(widths))
