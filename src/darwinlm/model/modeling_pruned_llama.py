@@ -83,7 +83,7 @@ class Selected(nn.Module):
         return self.module(inputs).index_select(-1, self.index)
 
 
-def resized(module: Any, rows: int | None, columns: int | None) -> nn.Module:
+def resized(module: Any, rows: Any, columns: Any) -> nn.Module:
     """Return a linear module of another size, or of a norm as many outputs as `rows` says; None is the stock size."""
     if module.weight.dim() == 1:
         return module if rows == len(module.weight) else Selected(module, rows)
