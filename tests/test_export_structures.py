@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,14 @@ def test_export_of_every_family(family: str, checkpoints: dict[str, Path], tmp_p
         assert [weights.shape[1] for weights in attentions] == heads, "every layer has an entry"
         # What FSDP wraps, and device_map does not split, is there.
         assert set(exported._no_split_modules) <= {type(module).__name__ for module in exported.modules()}
+
+
+def test_an_export_that_does_not_describe_its_layers_loads(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Those of earlier versions do not: their code knows the layers."""
+    case = pruned.prune(checkpoints["llama-gqa"], tmp_path / "database")
+    directory = pruned.write_export(case, case.genomes()[-2], tmp_path / "export")
+    expected = load(directory)(pruned.token_ids(1)).logits
+    config = json.loads((directory / "config.json").read_text())
+    assert config.pop("layer_parts")["rows"]["mlp.gate_proj"] == ["channels"]
+    (directory / "config.json").write_text(json.dumps(config))
+    assert torch.equal(load(directory)(pruned.token_ids(1)).logits, expected)

@@ -146,15 +146,13 @@ def _module_directory() -> Path:
 
 @cache
 def register(family: str) -> None:
-    """Register a family's pruned classes with the Auto classes of this process. Further calls do nothing.
-
-    A family without a class for the decoder alone has none.
-    """
-    if family in MODEL_MAPPING_NAMES:
-        config, *models = pruned_classes(family).values()
-        AutoConfig.register(config.model_type, config)
-        for auto, cls in zip((AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification), models):  # noqa: B905
-            auto.register(config, cls)
+    """Register a family's pruned classes with the Auto classes of this process. Further calls do nothing."""
+    classes = pruned_classes(family)
+    config = classes["AutoConfig"]
+    AutoConfig.register(config.model_type, config)
+    for auto in (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification):
+        if auto.__name__ in classes:
+            auto.register(config, classes[auto.__name__])
 
 
 def remaining_blocks(sizes: Sequence[BlockSizes]) -> tuple[int, ...]:

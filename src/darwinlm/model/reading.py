@@ -63,16 +63,15 @@ def read_config(path: Path) -> PretrainedConfig:
             f"unsupported model family {family!r}: transformers has no causal language model of this type; "
             "convert the model to another family, or install a newer transformers"
         )
-    register(family)  # the classes of pruned models are this package's own
+    if fields["model_type"] != family:
+        register(family)  # the classes of pruned models are this package's own
     with understood(f"{file} is no usable config", "fetch the model again"), quiet_transformers():
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         if getattr(config, "quantization_config", None) == {}:  # which transformers takes for a quantisation
             del config.quantization_config
         if config.model_type != family:  # exports of darwinlm 0.x before 2026-11-27 do not describe their layers
             for name, value in describe_layers(config).items():
                 setattr(config, name, value)
-        return config
         return config
 
 
@@ -104,7 +103,8 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreT
     Raises:
         UsageError: if no model can be built from the config.
     """
-    register(config.model_type.removeprefix(PRUNED))
+    if config.model_type.startswith(PRUNED):
+        register(config.model_type.removeprefix(PRUNED))
     with understood("no model can be built from its config.json", "fetch the model again"):
         with init_empty_weights(include_buffers=False), no_init_weights():
             typed = {"dtype": dtype} if dtype else {}
