@@ -34,7 +34,7 @@ import pruned
 from darwinlm.config.run import DatabaseConfig, RefitConfig, RunConfig, SearchConfig
 from darwinlm.database.stitch import repeat_shared
 from darwinlm.export.verify import Expected
-from darwinlm.model.families import block_sizes, find_family, find_units
+from darwinlm.model.families import block_sizes, find_family, find_units, head_counts
 from darwinlm.model.reading import load
 from darwinlm.search.costs import parameter_costs
 from darwinlm.search.evolution import evolve
@@ -64,6 +64,8 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 3,
+    "rotary_dim": 4,
+    "init_std": 0.3,
     "initializer_range": 0.3,  # so that attention and logits are far from uniform
 }
 WINDOW = 8  # tokens, where the family has a window
@@ -139,7 +141,8 @@ def steps(model: PreTrainedModel, directory: Path) -> Iterator[str]:
     pruned.tiny.tokenizer().save_pretrained(checkpoint_path)
     find_units(pruned.Checkpoint(checkpoint_path).skeleton(), model.config)
     yield "units"
-    case = pruned.prune(checkpoint_path, directory / "database")
+    alone = head_counts(model.config)[1] == 1  # a KV head, so that its group is the whole attention
+    case = pruned.prune(checkpoint_path, directory / "database", "head" if alone else "kv_group")
     assert case.checkpoint.fingerprint
     yield "database"
     ids = pruned.token_ids(1)

@@ -22,8 +22,11 @@ PRUNED = "pruned_"  # prefix of the model type of an export
 
 # How the rows of fused projections lie, which cannot be derived.
 ROWS: dict[str, Fused] = {
+    "falcon": "by head",
     "glm": "in order",
     "glm4": "in order",
+    "gpt2": "in order",
+    "gpt_bigcode": "by head",
     "gpt_neox": "by head",
     "moshi": "in order",
     "persimmon": "by head",
@@ -59,7 +62,10 @@ def head_dim(config: PretrainedConfig) -> int:
 
 def head_counts(config: PretrainedConfig) -> tuple[int, int]:
     """The numbers of query heads and of KV heads; without grouped queries a config may name only one."""
-    return config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    queries = config.num_attention_heads
+    if getattr(config, "multi_query", False):
+        return queries, 1
+    return queries, getattr(config, "num_key_value_heads", None) or queries
 
 
 def mlp_width(model: nn.Module, family: Family, block: int) -> int:
@@ -106,7 +112,7 @@ def find_grid(model: PreTrainedModel, config: PretrainedConfig, settings: Databa
 
 
 def _attention(block: _Block, layer: PretrainedConfig, dense: PretrainedConfig, structure: Structure) -> Unit:
-    family, width = block.family, head_dim(layer)
+    family, width = block.family, head_dim(dense)
     (queries, keys), (dense_queries, dense_keys) = head_counts(layer), head_counts(dense)
     readers = queries // keys
     heads = readers if structure == "kv_group" else 1  # query heads in one structure

@@ -42,6 +42,7 @@ from transformers.models.auto.modeling_auto import (
 
 from darwinlm.model.families import PRUNED, find_family, head_counts, head_dim, mlp_width
 from darwinlm.model.flow import find_frame
+from darwinlm.model.naming import plain_linears
 from darwinlm.model.parts import layer_parts
 from darwinlm.runtime.scratch import scratch_directory
 from darwinlm.types import BlockSizes, DarwinError, UsageError
@@ -220,7 +221,7 @@ def pruned_config(config: PreTrainedConfig, sizes: Sequence[BlockSizes]) -> PreT
     )
     if len(set(blocks)) == 1 and blocks[0].intermediate:
         native = _native_config(family, fields | _layer_fields(blocks[0]))
-        if native is not None and _shapes(native) == _shapes(pruned):
+        if native is not None and _same_tensors(native, pruned):
             return native
     return pruned
 
@@ -236,7 +237,7 @@ def describe_layers(config: PreTrainedConfig) -> dict[str, Any]:
         return {name: getattr(config, name) for name in known}
     stock = CONFIG_MAPPING[family_of(config)]
     dense = config if type(config) is stock else stock(**_shared_fields(config))
-    model = _empty(dense)
+    model = plain_linears(_empty(dense))
     family = find_family(model)
     parts = layer_parts(family, model.base_model_prefix)
     return dict(zip(known, (parts, head_counts(dense)[1], mlp_width(model, family, 0)), strict=True))
@@ -254,8 +255,15 @@ def _model_class(config: PreTrainedConfig) -> Any:
     return pruned["AutoModelForCausalLM"] if own else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
-def _shapes(config: PreTrainedConfig) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in _empty(config).state_dict().items()}
+def _same_tensors(native: PreTrainedConfig, pruned: PreTrainedConfig) -> bool:
+    """Whether the stock class has the tensors of the pruned class; it may refuse sizes, or derive some from others."""
+    try:
+        stock = _empty(native).state_dict()
+    except (ValueError, RuntimeError):
+        return False
+    return {name: each.shape for name, each in stock.items()} == {
+        name: each.shape for name, each in _empty(pruned).state_dict().items()
+    }
 
 
 def block_sizes_of(config: PreTrainedConfig) -> tuple[BlockSizes, ...]:
@@ -275,7 +283,8 @@ def _shared_fields(config: PreTrainedConfig) -> dict[str, Any]:
     replaced = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
     per_layer = ("per_layer_config", "allow_global_per_layer_attribute_access")
     fields = {key: value for key, value in config.to_dict().items() if key not in replaced + per_layer}
-    return fields | {"head_dim": head_dim(config)}
+    computed = isinstance(getattr(type(config), "head_dim", None), property)
+    return fields if computed else fields | {"head_dim": head_dim(config)}
 
 
 def _layer_fields(block: BlockSizes) -> dict[str, Any]:
@@ -304,7 +313,7 @@ def _native_config(family: str, fields: dict[str, Any]) -> PreTrainedConfig | No
     """Return the family's stock config with these fields, or None if it cannot express them."""
     stock = CONFIG_MAPPING[family]
     hidden = fields[stock.attribute_map.get("hidden_size", "hidden_size")]
-    implied = hidden == fields["num_attention_heads"] * fields["head_dim"]
+    implied = hidden == fields["num_attention_heads"] * fields.get("head_dim", 0)
     # Where the config class does not declare `head_dim`, not all programs read it: for Qwen2, vLLM computes it.
     if not implied and not hasattr(stock(), "head_dim"):
         return None

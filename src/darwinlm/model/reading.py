@@ -20,6 +20,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from darwinlm.model.families import PRUNED
+from darwinlm.model.naming import own_names, plain_linears
 from darwinlm.model.places import check_floats, check_strangers
 from darwinlm.model.pruned import describe_layers, register
 from darwinlm.model.shards import read_headers
@@ -111,7 +112,7 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreT
             own = copy.deepcopy(config) if dtype else config  # in which transformers notes the precision
             model = AutoModelForCausalLM.from_config(own, trust_remote_code=False, **typed)
         model.tie_weights()
-        return model
+        return plain_linears(model).eval()
 
 
 def load(directory: Path | str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
@@ -125,8 +126,9 @@ def load(directory: Path | str, dtype: torch.dtype | str = "auto") -> PreTrained
             index of the shards names files elsewhere.
     """
     directory = Path(directory)
-    config, headers = read_config(directory), read_headers(directory)
+    config = read_config(directory)
     empty = skeleton(config)
+    headers = own_names(empty, read_headers(directory))
     parameters = {name for name, _ in empty.named_parameters(remove_duplicate=False)}
     check_floats(directory, {name: header for name, header in headers.items() if name in parameters})
     with understood(f"the weights in {directory} cannot be read", "fetch the model again"), quiet_transformers():
@@ -146,4 +148,4 @@ def load(directory: Path | str, dtype: torch.dtype | str = "auto") -> PreTrained
             "the checkpoint is incomplete, fetch it again"
         )
     check_strangers(directory, model, sorted(report["unexpected_keys"]))
-    return model
+    return plain_linears(model)

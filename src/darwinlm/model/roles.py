@@ -27,6 +27,7 @@ class Family:
     must see all of them: its projection stays whole, and only the outputs of the norm are selected.
 
     Attributes:
+        returns_more: whether blocks return a tuple, of which the hidden states are the first.
         by_head: whether the fused projection of query, key and value holds the rows of one head after those of another.
         attention_norms, mlp_norms: the norms before and after the unit, which are removed together with it.
         query_counts, key_value_counts: where the attention's methods read its numbers of heads from attributes, these:
@@ -40,6 +41,7 @@ class Family:
     blocks: str
     final_norm: str
     output_embedding: str
+    returns_more: bool
     attention: str
     query: str
     key: str
@@ -107,8 +109,9 @@ def _trace(path: str, block: nn.Module, model: PreTrainedModel, call: dict[str, 
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"cannot prune {path}: it cannot be run by itself ({reason})") from None
-    if not isinstance(flow.values[""], Tensor):
-        _refuse(path, "a block that returns hidden states", f"a {type(flow.values['']).__name__}")
+    returned = flow.values[""]
+    if not isinstance(returned[0] if isinstance(returned, tuple) else returned, Tensor):
+        _refuse(path, "a block that returns hidden states", f"a {type(returned).__name__}")
     return flow
 
 
@@ -128,6 +131,8 @@ class _Roles:
         flow, within = self.flow, self.flow.attention
         if within is None:
             return {}
+        if flow.biases:
+            self._refuse(within, "heads that differ in their weights alone", f"{flow.biases[0]}, which biases each")
         readers = sorted(flow.readers(ATTENDED))
         if not readers:
             self._refuse(within, "a projection that reads what attention gives", "none")
@@ -145,8 +150,9 @@ class _Roles:
         projections = [projection for projection, _ in producers]
         if len(set(projections)) < len(projections) and (len(set(projections)) > 1 or self.fused is None):
             self._refuse(projections[0], "a projection of its own for query, key and value", "a fused one")
-        if self.fused == "by head" and flow.heads[0] != flow.heads[1]:
-            self._refuse(projections[0], "as many KV heads as query heads in it", f"{flow.heads[1]}")
+        keys = self._key_value_heads(projections)
+        if self.fused == "by head" and keys not in (1, flow.heads[0]):
+            self._refuse(projections[0], "as many KV heads as query heads in it, or one", f"{keys}")
         self.claimed |= {output}
         self.units.add(within)
         module = self.block.get_submodule(within)
@@ -154,13 +160,20 @@ class _Roles:
         return {
             "attention": within,
             **dict(zip(names, (producer for _, producer in producers), strict=True)),
-            "by_head": self.fused == "by head",
+            "by_head": self.fused == "by head" and keys > 1,  # one KV head lies behind all query heads
             "attention_output": output,
             "attention_norms": self._norms(projections, output),
             "query_counts": query_counts,
             "key_value_counts": key_value_counts,
             "query_widths": query_widths,
         }
+
+    def _key_value_heads(self, projections: Sequence[str]) -> int:
+        """How many KV heads there are, which an attention that is written out repeats before they are seen."""
+        queries, keys = self.flow.heads
+        if len(set(projections)) > 1:
+            return keys
+        return (self._linear(projections[0]).out_features // self.flow.head_widths[0] - queries) // 2
 
     def _producer(self, role: str, marks: Marks, heads: int, width: int) -> tuple[str, str]:
         """The projection that a role's heads come from, and the module whose rows are selected with the heads."""
