@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 import pruned
 import tiny
@@ -67,6 +68,29 @@ def test_export_of_every_family(family: str, checkpoints: dict[str, Path], tmp_p
         assert [weights.shape[1] for weights in attentions] == heads, "every layer has an entry"
         # What FSDP wraps, and device_map does not split, is there.
         assert set(exported._no_split_modules) <= {type(module).__name__ for module in exported.modules()}
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "olmo2", "gpt2-mha"])
+def test_a_classifier_starts_from_an_export(family: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    case = pruned.prune(checkpoints[family], tmp_path / "database")
+    directory, ids = pruned.write_export(case, case.genomes()[-2], tmp_path / "export"), pruned.token_ids(1)
+    exported: Any = load(directory)
+    classifier: Any = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=3).eval()
+    states = exported.base_model(ids).last_hidden_state
+    torch.testing.assert_close(classifier(ids).logits, classifier.score(states[:, -1]))
+    with pytest.raises(NotImplementedError, match="use generate instead"):
+        exported.generate_batch(inputs=ids[:1].tolist())
+
+
+def test_stock_classes_do_not_read_sizes_of_layers() -> None:
+    """Once they do, exports need no code of their own: write stock configs with `per_layer_config` (issue 21)."""
+    fields = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 8}
+    uneven = {"0": {"intermediate_size": 16}, "1": {"num_attention_heads": 2, "num_key_value_heads": 2}}
+    switch = {"allow_global_per_layer_attribute_access": True}
+    config = LlamaConfig(**fields, intermediate_size=64, per_layer_config=uneven, **switch)  # pyright: ignore[reportCallIssue]
+    layers: Any = AutoModelForCausalLM.from_config(config).get_submodule("model.layers")
+    assert [layer.mlp.down_proj.in_features for layer in layers] == [64, 64]
+    assert [layer.self_attn.o_proj.in_features for layer in layers] == [32, 32]
 
 
 def test_an_export_that_does_not_describe_its_layers_loads(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -1,10 +1,9 @@
-# Llama with layers of different sizes, written by darwinlm. It needs torch and transformers >= 5.0, nothing else.
 """A Llama whose decoder layers differ in query heads, KV heads and MLP width, and may lack their attention or MLP.
 
-`config.per_layer_config[i]` describes layer `i`: its `num_attention_heads`, `num_key_value_heads` and
-`intermediate_size`, and under `skip` the parts that it lacks, "attention" or "mlp". A size that is missing there is as
-in the config, whose own sizes are those of the model before pruning. A layer without a part lacks the part's norms too.
-Every layer is a stock layer that is then narrowed, as `config.layer_parts` says of its modules.
+darwinlm wrote this; it needs torch >= 2.5 and transformers >= 5.0 alone. Every layer is a stock layer that is narrowed
+to what `config.per_layer_config[i]` says: `num_attention_heads`, `num_key_value_heads` and `intermediate_size`, where
+missing those of the config (as before pruning), and under `skip` the parts that the layer lacks, "attention" or "mlp",
+together with their norms. `config.layer_parts` says what each module of a layer is for.
 """
 
 import copy
@@ -13,12 +12,13 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 
 if int(transformers.__version__.split(".")[0]) < 5:  # it would ignore `rope_parameters` and compute wrong logits
     raise ImportError(f"expected transformers 5.0 or newer, found {transformers.__version__}; install a newer one")
 
+LlamaClassifier: Any = getattr(transformers, "LlamaForSequenceClassification", PreTrainedModel)  # some lack it
 CHOICE = "_attn_implementation_internal"  # where `set_attn_implementation` stores it
 
 
@@ -91,41 +91,34 @@ def resized(module: Any, rows: Any, columns: Any) -> nn.Module:
     return nn.Linear(columns or shape[1], rows or shape[0], module.bias is not None, device=module.weight.device)
 
 
-def replace(layer: nn.Module, path: str, value: Any) -> None:
-    above, _, name = path.rpartition(".")
-    setattr(layer.get_submodule(above), name, value)
-
-
-def narrow(layer: nn.Module, config: PrunedLlamaConfig, index: int) -> None:
+def narrow(layer: nn.Module, config: Any, index: int) -> None:
     """Give a stock layer the sizes that the config of the layer says."""
-    size: Any = config.layer(index)
-    parts: Any = config.layer_parts
+    size, parts = config.layer(index), config.layer_parts
     queries, keys, width = size.num_attention_heads, size.num_key_value_heads, config.head_dim
     numbers = {"config": size, "queries": queries, "keys": keys, "readers": queries // keys}
     numbers |= {"query width": queries * width, "key width": keys * width, "channels": size.intermediate_size}
     for path, names in parts["rows"].items():
-        replace(layer, path, resized(layer.get_submodule(path), sum(numbers[name] for name in names), None))
+        layer.set_submodule(path, resized(layer.get_submodule(path), sum(numbers[name] for name in names), None))
     for path, name in parts["columns"].items():
-        replace(layer, path, resized(layer.get_submodule(path), None, numbers[name]))
-    for path, name in parts["attributes"].items():
-        replace(layer, path, numbers[name])
+        layer.set_submodule(path, resized(layer.get_submodule(path), None, numbers[name]))
+    for attribute, name in parts["attributes"].items():
+        setattr(layer.get_submodule(parts["attention"]), attribute, numbers[name])
     for part in getattr(size, "skip", ()):
         for path, stub in parts["stubs"][part].items():
-            replace(layer, path, NoAttn(index) if stub == "NoAttn" else NoMLP() if stub == "NoMLP" else nn.Identity())
+            layer.set_submodule(path, {"NoAttn": NoAttn(index), "NoMLP": NoMLP(), "Identity": nn.Identity()}[stub])
 
 
 class PrunedLlamaModel(LlamaModel):
     """The decoder without the output embedding."""
 
     config_class = PrunedLlamaConfig
-    _can_record_outputs: ClassVar[Any] = {**(LlamaModel._can_record_outputs or {})}
+    _can_record_outputs: ClassVar[Any] = dict(LlamaModel._can_record_outputs or {})
     if "attentions" in _can_record_outputs:  # of a layer without attention too, of no heads
         _can_record_outputs["attentions"] = [_can_record_outputs["attentions"], NoAttn]
 
     def __init__(self, config: PrunedLlamaConfig):
         super().__init__(config)
-        layers: Any = self.get_submodule(config.layer_parts["layers"])
-        for index, layer in enumerate(layers):
+        for index, layer in enumerate(self.get_submodule(config.layer_parts["layers"]).children()):
             narrow(layer, config, index)
         self.post_init()
 
@@ -137,6 +130,8 @@ class WithPrunedModel(PreTrainedModel):
 
     def __init__(self, config: PrunedLlamaConfig):
         super().__init__(config)
+        if self.can_generate():  # in versions that name it otherwise, its weights would not be found
+            self.get_submodule(config.layer_parts["output"])
         setattr(self, self.base_model_prefix, PrunedLlamaModel(config))
         self.post_init()
 
@@ -144,6 +139,9 @@ class WithPrunedModel(PreTrainedModel):
 class PrunedLlamaForCausalLM(WithPrunedModel, LlamaForCausalLM):
     """The causal language model."""
 
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError("continuous batching has a cache of one size for all layers: use generate instead")
 
-class PrunedLlamaForSequenceClassification(WithPrunedModel, LlamaForSequenceClassification):
+
+class PrunedLlamaForSequenceClassification(WithPrunedModel, LlamaClassifier):
     """A classifier of whole texts, whose last layer is yet to be trained."""

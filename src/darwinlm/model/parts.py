@@ -18,6 +18,8 @@ def layer_parts(family: Family, base: str) -> dict[str, Any]:
     """
     return {
         "layers": family.blocks.removeprefix(f"{base}."),
+        "output": family.output_embedding,
+        "attention": family.attention,
         "rows": _rows(family),
         "columns": {family.attention_output: "query width", family.mlp_output: "channels"},
         "attributes": _attributes(family),
@@ -47,7 +49,7 @@ def _attributes(family: Family) -> dict[str, str]:
                 attributes["config"] = "config"
             else:
                 attributes[name] = number
-    return {f"{family.attention}.{name}": number for name, number in attributes.items()}
+    return attributes
 
 
 def _mlp_stubs(family: Family) -> dict[str, str]:
