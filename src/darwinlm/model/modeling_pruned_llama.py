@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 
 if int(transformers.__version__.split(".")[0]) < 5:  # it would ignore `rope_parameters` and compute wrong logits
@@ -123,6 +123,9 @@ class PrunedLlamaModel(LlamaModel):
         self.post_init()
 
 
+AutoModel.register(PrunedLlamaConfig, PrunedLlamaModel, exist_ok=True)  # stock classifiers ask for their decoder there
+
+
 class WithPrunedModel(PreTrainedModel):
     """A stock model whose decoder is replaced, before weights are loaded."""
 
@@ -130,8 +133,7 @@ class WithPrunedModel(PreTrainedModel):
 
     def __init__(self, config: PrunedLlamaConfig):
         super().__init__(config)
-        if self.can_generate():  # in versions that name it otherwise, its weights would not be found
-            self.get_submodule(config.layer_parts["output"])
+        self.get_submodule(config.layer_parts["output"] if self.can_generate() else "")  # raises if it has another name
         setattr(self, self.base_model_prefix, PrunedLlamaModel(config))
         self.post_init()
 

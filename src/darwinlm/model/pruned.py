@@ -153,7 +153,7 @@ def register(family: str) -> None:
     AutoConfig.register(config.model_type, config)
     for auto in (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification):
         if auto.__name__ in classes:
-            auto.register(config, classes[auto.__name__])
+            auto.register(config, classes[auto.__name__], exist_ok=True)
 
 
 def remaining_blocks(sizes: Sequence[BlockSizes]) -> tuple[int, ...]:
