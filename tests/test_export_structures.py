@@ -20,9 +20,12 @@ from darwinlm.model.reading import load
 from darwinlm.types import Genome, Structure
 
 
+@pytest.mark.parametrize("family", ["llama-gqa", "olmo2", "phi3"])  # apart, with norms over all heads, and fused
 @pytest.mark.parametrize("structure", ["kv_group", "balanced", "head"])
-def test_export_of_every_structure(structure: Structure, checkpoints: dict[str, Path], tmp_path: Path):
-    case = pruned.prune(checkpoints["llama-gqa"], tmp_path / "database", structure)
+def test_export_of_every_structure(
+    structure: Structure, family: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    case = pruned.prune(checkpoints[family], tmp_path / "database", structure)
     grid, config, ids = case.database.grid, case.dense.config, pruned.token_ids(1)
     different = repeated = 0
     for number, genome in enumerate(case.genomes()[3:]):

@@ -86,7 +86,7 @@ class Selected(nn.Module):
 def resized(module: Any, rows: Any, columns: Any) -> nn.Module:
     """Return a linear module of another size, or of a norm as many outputs as `rows` says; None is the stock size."""
     if module.weight.dim() == 1:
-        return module if rows == len(module.weight) else Selected(module, rows)
+        return Selected(module, rows)
     shape = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
     return nn.Linear(columns or shape[1], rows or shape[0], module.bias is not None, device=module.weight.device)
 
