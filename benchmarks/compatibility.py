@@ -1,6 +1,6 @@
 """Which versions of transformers load an export, and what works there. Writes the table of docs/export.md.
 
-    python benchmarks/compatibility.py --versions 5.0.0 5.12.1 5.23.0
+    python benchmarks/compatibility.py --versions 5.0.0 5.12.1 5.14.0 5.23.0
 
 Every version gets a virtual environment of its own, which borrows torch from this one. There darwinlm cannot be
 imported. What an export gives is compared with the dense model whose pruned weights are zero. Results go to
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-VERSIONS = ("5.0.0", "5.12.1", "5.23.0")
+VERSIONS = ("5.0.0", "5.12.1", "5.14.0", "5.23.0")
 RESULTS = Path(__file__).with_name("RESULTS-compatibility.md")
 PAGE = Path(__file__).parents[1] / "docs" / "export.md"
 MARK = "<!-- benchmarks/compatibility.py -->\n"  # before the table in PAGE, and after
@@ -115,6 +115,9 @@ def check(directory: Path, inputs: Path, out: Path, version: str) -> None:
         for name, run in observe(model, batch).items():
             cells[name] = _cell(lambda run=run, name=name: compare(run(), batch["expected"][name]))
         cells["save and load again"] = _cell(saved_again)
+    cells["attention weights of every layer"] = _cell(lambda: _attentions(load(directory), batch["ids"]))
+    cells["continuous batching"] = _cell(lambda: _continuous(load(directory), batch["ids"]))
+    cells["sequence classification"] = _cell(lambda: _classifier(directory, batch["ids"]))
     cells["gradient checkpointing"] = _cell(lambda: _checkpointed(load(directory), batch))
     cells["LoRA on all-linear (PEFT)"] = _cell(lambda: _lora(load(directory), batch["ids"]))
     cells["lm-eval by path"] = _cell(lambda: _lm_eval(directory, batch["lm_eval"]))
@@ -134,6 +137,38 @@ def _cell(run: Callable[[], str]) -> str:
         return run()
     except Exception as error:
         return f"FAILS: {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
+
+
+def _attentions(model: Any, ids: Any) -> str:
+    """Whether `output_attentions` has an entry for every layer, of as many heads as the layer has."""
+    model.set_attn_implementation("eager")
+    found = [weights.shape[1] for weights in model(ids, output_attentions=True).attentions]
+    layers = [model.config.layer(index) for index in range(model.config.num_hidden_layers)]
+    expected = [0 if "attention" in getattr(layer, "skip", ()) else layer.num_attention_heads for layer in layers]
+    if found != expected:
+        raise ValueError(f"{found} heads where {expected} are expected")
+    return f"{len(found)} of {len(found)} layers"
+
+
+def _continuous(model: Any, ids: Any) -> str:
+    """That continuous batching, whose cache has one size for all layers, is refused and not silently wrong."""
+    try:
+        model.generate_batch(inputs=ids.tolist(), progress_bar=False)
+    except NotImplementedError:
+        return "refused"
+    raise ValueError("it is not refused")
+
+
+def _classifier(directory: Path, ids: Any) -> str:
+    """That a classifier starts from the decoder of the export."""
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    options = {"trust_remote_code": True, "dtype": torch.float32}
+    model: Any = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=3, **options).eval()
+    decoder: Any = AutoModel.from_pretrained(directory, **options).eval()
+    with torch.no_grad():
+        expected = model.score(decoder(ids).last_hidden_state[:, -1])
+        return compare(model(ids).logits, expected)
 
 
 def gradient(model: Any, ids: Any) -> Any:

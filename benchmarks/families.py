@@ -3,8 +3,8 @@
     python benchmarks/families.py [MODEL_TYPE ...]
 
 Every model type gets a tiny random model, in a fork that may fail or hang. A stitched model passes if its logits equal
-those of the dense model in which what was removed is zero; an export passes if it gives these logits again. Without
-arguments it goes through all types and writes the table to RESULTS-families.md beside this file.
+those of the dense model in which what was removed is zero; an export passes if it gives these logits again. It goes
+through the types that are named, or all, and writes their rows of the table in RESULTS-families.md beside this file.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import pruned
 from darwinlm.config.run import DatabaseConfig, RefitConfig, RunConfig, SearchConfig
 from darwinlm.database.stitch import repeat_shared
 from darwinlm.export.verify import Expected
-from darwinlm.model.families import block_sizes, find_family, find_units
+from darwinlm.model.families import block_sizes, find_family, find_units, head_counts
 from darwinlm.model.reading import load
 from darwinlm.search.costs import parameter_costs
 from darwinlm.search.evolution import evolve
@@ -52,6 +52,9 @@ SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "ffn_dim": 96,
+    "ffn_hidden_size": 96,
+    "n_inner": 96,
+    "dff": 96,
     "num_hidden_layers": 3,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
@@ -61,6 +64,8 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 3,
+    "rotary_dim": 4,
+    "init_std": 0.3,
     "initializer_range": 0.3,  # so that attention and logits are far from uniform
 }
 WINDOW = 8  # tokens, where the family has a window
@@ -136,7 +141,8 @@ def steps(model: PreTrainedModel, directory: Path) -> Iterator[str]:
     pruned.tiny.tokenizer().save_pretrained(checkpoint_path)
     find_units(pruned.Checkpoint(checkpoint_path).skeleton(), model.config)
     yield "units"
-    case = pruned.prune(checkpoint_path, directory / "database")
+    alone = head_counts(model.config)[1] == 1  # a KV head, so that its group is the whole attention
+    case = pruned.prune(checkpoint_path, directory / "database", "head" if alone else "kv_group")
     assert case.checkpoint.fingerprint
     yield "database"
     ids = pruned.token_ids(1)
@@ -173,8 +179,10 @@ def steps(model: PreTrainedModel, directory: Path) -> Iterator[str]:
     find_units(exported, exported.config)
     yield "reload"
     options = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    cached, plain = (exported.generate(ids, use_cache=use, **options) for use in (True, False))
-    assert torch.equal(cached, plain), "the cache changes what is generated"
+    masked: Any = pruned.zero_masked(case.dense, case.database, case.genomes()[-2])
+    for use in (True, False):
+        found, wanted = (each.generate(ids, use_cache=use, **options) for each in (exported, masked))
+        assert torch.equal(found, wanted), f"other tokens than those of the zero-masked model, use_cache={use}"
     yield "generate"
 
 
@@ -238,18 +246,37 @@ def report(rows: list[dict[str, Any]]) -> str:
     return text + ", ".join(f"`{name}`" for name in wrappers) + ".\n"
 
 
+def read_report(text: str) -> dict[str, dict[str, Any]]:
+    """The rows that a report was written from, by model type."""
+    rows: dict[str, dict[str, Any]] = {}
+    kind = "dense decoder"
+    for line in text.splitlines():
+        if line.startswith("## "):
+            kind = line.removeprefix("## ").lower()
+        elif line.startswith("| `"):
+            name, model_class, *marks, sentence = (cell.strip() for cell in line.strip("|").split("|"))
+            found: dict[str, Any] = {"passed": [step for step, mark in zip(STEPS, marks, strict=True) if mark]}
+            if sentence.startswith("**fails**: "):
+                found["failed"] = sentence.removeprefix("**fails**: ")
+            elif sentence:
+                found["refused"] = sentence
+            rows[name.strip("`")] = {"type": name.strip("`"), "class": model_class, "kind": kind} | found
+        elif line.startswith("- `"):
+            name, _, reason = line.removeprefix("- `").partition("`")
+            failed = {"failed": reason.removeprefix(": ")} if reason else {}
+            rows[name] = {"type": name, "class": "", "kind": kind, "passed": []} | failed
+    return rows
+
+
 def main() -> None:
-    """Print the table of the model types that are named, or write that of all."""
+    """Write the rows of the model types that are named, or of all."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    rows = []
+    rows = read_report(RESULTS.read_text()) if sys.argv[1:] else {}
     for name in sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        rows.append(row(name))
-        print(f"{name}: {json.dumps(rows[-1])}", file=sys.stderr, flush=True)
-    if sys.argv[1:]:
-        print(table(rows))
-    else:
-        RESULTS.write_text(report(rows))
+        rows[name] = row(name)
+        print(f"{name}: {json.dumps(rows[name])}", file=sys.stderr, flush=True)
+    RESULTS.write_text(report([rows[name] for name in sorted(rows)]))
 
 
 if __name__ == "__main__":

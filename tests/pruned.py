@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -67,8 +68,7 @@ def prune(path: Path, out: Path, structure: Structure = "kv_group") -> Pruned:
 
 def zero_masked(dense: PreTrainedModel, database: Database, genome: Genome) -> PreTrainedModel:
     """The dense model with a removed structure's columns zero and the database's weights in the others."""
-    model = type(dense)(dense.config).eval()
-    model.load_state_dict(dense.state_dict())
+    model = copy.deepcopy(dense)
     for index, (unit, level) in enumerate(zip(database.grid.units, genome.levels, strict=True)):
         consumer = linear_at(model, unit.consumer)
         if level == database.grid.highest(index):

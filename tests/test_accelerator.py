@@ -206,7 +206,7 @@ def test_every_method_is_compared_on_the_device(checkpoints: dict[str, Path], te
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [family for family in tiny.CONFIGS if family not in tiny.RENAMED])
+@pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_every_family_is_searched_on_the_device(
     family: str, checkpoints: dict[str, Path], text: Path, tmp_path: Path
 ) -> None:

@@ -9,10 +9,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import runs
-import tiny
 from darwinlm.commands import compress
 from darwinlm.config.run import CalibrationConfig, DatabaseConfig, EvaluationConfig, RunConfig, SearchConfig
-from darwinlm.model.families import EXPORTABLE
 from darwinlm.types import SelectionStage
 from refusals import as_if_nothing_had_happened, change_config, copied_model, refused
 
@@ -87,19 +85,6 @@ def test_incomplete_or_wrong_weights(
         refused(replace(config, model=str(model), out=out), capsys, 1, tensor)
     (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-100])
     refused(replace(config, model=str(model)), capsys, 1, "cannot be read", "fetch the checkpoint again")
-
-
-def test_family_that_cannot_be_exported(
-    checkpoints: dict[str, Path], config: RunConfig, capsys: pytest.CaptureFixture[str]
-):
-    """Found before the database is built, not after hours; what the sentence names instead takes the model."""
-    others = [name for name in checkpoints if tiny.CONFIGS[name].model_type not in EXPORTABLE]
-    if not others:
-        pytest.skip("all families can be exported")
-    config = replace(config, model=str(checkpoints[others[0]]))
-    refused(config, capsys, 2, "families that can be exported", "darwinlm search takes it")
-    as_if_nothing_had_happened(config)
-    assert runs.call(*runs.command(config, name="search")) == 0
 
 
 # The text.

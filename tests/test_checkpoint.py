@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ import runs
 import tiny
 from darwinlm.commands.compress import run
 from darwinlm.export.gguf import export_gguf
+from darwinlm.model.blocks import enter, run_block
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
+from darwinlm.model.families import find_family
 from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_count
 from darwinlm.types import DarwinError, UsageError
@@ -287,3 +290,29 @@ def test_an_export_keeps_norms_in_the_precision_that_they_had(
     assert all(written[name].dtype == torch.float32 for name in norms)
     torch.testing.assert_close(written["model.norm.weight"], weights["model.norm.weight"], rtol=0, atol=0)
     assert load(exported).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("family", "older"),
+    [("gpt2-mha", lambda name: name.removeprefix("transformer.")), ("gpt_neox-mha", lambda name: name)],
+)  # fmt: skip
+def test_tensors_under_other_names_are_read(
+    family: str, older: Callable[[str], str], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """GPT-2 is published without the decoder's prefix, Pythia with `embed_out`; GPT-2's matrices are transposed."""
+    shutil.copytree(checkpoints[family], tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    stored = {older(name): tensor for name, tensor in load_file(file).items()}
+    assert "embed_out.weight" in stored or "h.0.attn.c_attn.weight" in stored
+    save_file(stored, file, {"format": "pt"})
+    checkpoint = Checkpoint(tmp_path / "model")
+    assert checkpoint.fingerprint == Checkpoint(checkpoints[family]).fingerprint
+    dense, blocks = tiny.build(family), checkpoint.skeleton()
+    ids = torch.arange(12).view(1, -1)
+    torch.testing.assert_close(checkpoint.load(torch.float32, CPU)(ids).logits, dense(ids).logits)
+    name = checkpoint.family.block(1)
+    filled = checkpoint.fill(blocks, name, torch.float32, CPU)
+    states = torch.randn(1, 5, dense.config.hidden_size)
+    arguments = enter(dense, find_family(checkpoint.skeleton()), ids[:, :5]).arguments[1]
+    expected = run_block(dense.get_submodule(name), states, arguments)
+    torch.testing.assert_close(run_block(filled, states, arguments), expected)

@@ -29,7 +29,7 @@ CASES = [
     (model, structure)
     for model in tiny.CONFIGS
     for structure in STRUCTURES
-    if structure == "kv_group" or "mha" not in model
+    if structure == ("head" if "mqa" in model else "kv_group") or not model.endswith(("mha", "mqa"))
 ]
 
 
@@ -167,7 +167,8 @@ def test_written_out_attentions_have_the_sizes_that_an_export_says(case: Pruned)
                 assert sizes.query_heads == sizes.key_value_heads == 0
                 continue
             assert linear_at(model, unit.consumer).in_features == sizes.query_heads * head_dim(config)
-            assert sizes.query_heads == sizes.key_value_heads * int(getattr(attention, "num_key_value_groups", 1))
+            readers = int(getattr(attention, "num_key_value_groups", sizes.query_heads // sizes.key_value_heads))
+            assert sizes.query_heads == sizes.key_value_heads * readers
             value = unit.producers[-1].module
             if len({producer.module for producer in unit.producers}) == 3:
                 assert linear_at(model, value).out_features == sizes.key_value_heads * head_dim(config)

@@ -13,9 +13,11 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
+    GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
@@ -75,13 +77,17 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "glm4": Glm4Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, head_dim=8, attention_bias=True),
     # Attention and MLP read one norm, and both are added to the stream at once.
     "phi": PhiConfig(**COMMON, num_attention_heads=4, num_key_value_heads=2, partial_rotary_factor=0.5),  # pyright: ignore[reportCallIssue]
+    # Linear modules are stored transposed, and blocks take arguments without names.
+    "gpt2-mha": GPT2Config(**COMMON, num_attention_heads=4, n_inner=64),  # pyright: ignore[reportCallIssue]
+    # One KV head for all; rows of query, key and value follow one another; blocks return more than hidden states.
+    "falcon-mqa": FalconConfig(**COMMON, num_attention_heads=4, ffn_hidden_size=64),  # pyright: ignore[reportCallIssue]
     # Query, key and value of a head lie side by side in one projection.
     "gpt_neox-mha": GPTNeoXConfig(**COMMON, num_attention_heads=4),
     # Positions are learned, and the linear modules of the MLP lie in the block itself.
     "opt-mha": OPTConfig(**COMMON, ffn_dim=64, num_attention_heads=4, word_embed_proj_dim=32),
     "starcoder2": Starcoder2Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, use_bias=True),
 }  # fmt: skip
-RENAMED = ("gpt_neox-mha",)  # whose tensors transformers stores under other names, so that commands refuse it
+
 FAMILIES = ["llama-mha", "llama-gqa", "qwen2", "mistral", "qwen3"]  # whose pruned form can be exported
 
 

@@ -86,7 +86,7 @@ class Unit:
     @property
     def uneven(self) -> bool:
         """Whether groups can differ in size at a level."""
-        return self.readers > 1 and not self.in_turns
+        return self.readers > 1 and self.groups > 1 and not self.in_turns
 
     def parameters(self, removed: int) -> int:
         """Parameters of the unit after `removed` structures have left it.

@@ -25,7 +25,7 @@ from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected
 from darwinlm.losses.distillation import Target, teacher_target
 from darwinlm.model.checkpoint import Checkpoint
-from darwinlm.model.pruned import block_sizes_of, family_of
+from darwinlm.model.pruned import block_sizes_of
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime import parallel
 from darwinlm.runtime.device import resolve_device, resolve_dtype
@@ -78,7 +78,6 @@ def check(config: TrainConfig, student: Checkpoint, teacher: Checkpoint | None) 
     """
     training, distillation, length = config.training, config.distillation, config.stream.sequence_length
     resolve_device(config.device)
-    family_of(student.config)  # that it can be exported
     student.check_length(length, "stream.sequence-length")
     if teacher is not None:
         teacher.check_length(length, "stream.sequence-length")

@@ -21,7 +21,7 @@ from darwinlm.data.packing import check_ids
 from darwinlm.genome import Grid
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.families import block_sizes, find_grid
-from darwinlm.model.pruned import family_of, pruned_config
+from darwinlm.model.pruned import pruned_config
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime import parallel
 from darwinlm.runtime.device import memory_held_to, memory_limit, resolve_device, resolve_dtype
@@ -97,8 +97,6 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
         with parallel.first_before_others():
             checkpoint = find_checkpoint(config.model, this.path)
         assert checkpoint.family  # that it can be pruned
-        if until in ("export", "report"):
-            family_of(checkpoint.config)  # that it can be exported
         checkpoint.check_length(config.calibration.sequence_length, "calibration.sequence-length")
         if until == "report":
             judged = config.evaluation

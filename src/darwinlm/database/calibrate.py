@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from darwinlm.database.levels import UnitStatistics
-from darwinlm.model.blocks import InShards, enter
+from darwinlm.model.blocks import InShards, enter, run_block
 from darwinlm.model.checkpoint import Checkpoint, is_finite
 from darwinlm.model.families import linear_at, modules_around
 from darwinlm.runtime import parallel
@@ -76,7 +76,7 @@ def calibrate(
                     hooks.callback(gram.consumer.register_forward_pre_hook(gram).remove)
                 for index in range(len(batches)):
                     states = stream.read(index)
-                    stream.write(index, layer(states, **arguments[len(states)][block]))
+                    stream.write(index, run_block(layer, states, arguments[len(states)][block]))
             owner = parallel.owner(block)
             for gram in grams:
                 gram.share(owner)

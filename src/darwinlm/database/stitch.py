@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from darwinlm.database.levels import Level
 from darwinlm.database.store import Database
 from darwinlm.model.families import head_dim, key_value_heads, linear_at
+from darwinlm.model.flow import is_selection
 from darwinlm.model.roles import Family
 from darwinlm.types import Genome, Producer, Unit
 
@@ -51,7 +52,7 @@ class Selected(nn.Module):
         super().__init__()
         self.module = module
         self.index: Tensor
-        self.register_buffer("index", index, persistent=False)
+        self.register_buffer("index", index)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.module(inputs).index_select(-1, self.index)
@@ -132,7 +133,9 @@ class Stitcher:
         queries = remaining * unit.structure_width // head_dim(self.dense.config)
         keys = key_value_heads(unit, remaining, queries)
         attention.num_key_value_groups = queries // keys
-        for names, count in ((self.family.query_counts, queries), (self.family.key_value_counts, keys)):
+        counts = (self.family.query_counts, queries), (self.family.key_value_counts, keys)
+        widths = self.family.query_widths, queries * head_dim(self.dense.config)
+        for names, count in (*counts, widths):
             for name in names:
                 if name.startswith("config."):
                     attention.config = copy.copy(attention.config)
@@ -197,7 +200,8 @@ def _rows_read(producer: Producer, level: Level) -> Tensor:
 
 def _select(module: nn.Module, rows: Tensor) -> nn.Module:
     if not isinstance(module, nn.Linear):
-        return Selected(module, rows.to(next(module.parameters()).device))
+        rows = rows.to(next(module.parameters()).device)
+        return Selected(module.module, module.index[rows]) if is_selection(module) else Selected(module, rows)
     stored, index = rows.unique(return_inverse=True)
     if len(stored) == len(rows):
         return _take_rows(module, rows)

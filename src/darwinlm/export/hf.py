@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.export.verify import Expected, verify_export
 from darwinlm.model.checkpoint import Checkpoint
+from darwinlm.model.flow import find_frame
 from darwinlm.model.licence import licence_files
 from darwinlm.model.pruned import (
     auto_map,
@@ -80,7 +81,7 @@ def _precise_weights(
     tied = {name for name, _ in exported.named_parameters(remove_duplicate=False)}
     once = dict(exported.named_parameters())
     state: dict[str, Tensor] = exported.state_dict()
-    renumbered = renumber_blocks(precise, remaining_blocks(sizes))
+    renumbered = renumber_blocks(precise, remaining_blocks(sizes), find_frame(model).blocks)
     return {name: renumbered.get(name, tensor) for name, tensor in state.items() if name in once or name not in tied}
 
 

@@ -109,7 +109,8 @@ def _check_classes(model: PreTrainedModel) -> list[str]:
             calls = _interface_calls(type(module))
             if calls != 1:
                 refusals.append(f"{name} calls the attention interface {calls} times, not once: {cure}")
-            if getattr(module, "config", None) is not model.config:
+            config = getattr(module, "config", None)
+            if (getattr(config, "whole", None) or config) is not model.config:
                 refusals.append(f"{name} does not read its attention backend from the model's config: {cure}")
     return refusals
 

@@ -6,7 +6,7 @@ Everything that goes through a model without training it runs so. A family's own
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from darwinlm.model.checkpoint import Checkpoint
+from darwinlm.model.flow import by_name
 from darwinlm.model.roles import Family
 
 
@@ -42,7 +43,7 @@ def enter(model: PreTrainedModel, family: Family, token_ids: Int[Tensor, "sequen
     name = family.blocks.rpartition(".")[2]
     blocks: Any = getattr(parent, name)
     norm = model.get_submodule(family.final_norm)
-    recorders = [_Recorder(block) for block in blocks]
+    recorders = [_Recorder(block, family.returns_more) for block in blocks]
     setattr(parent, name, nn.ModuleList(recorders))
     model.set_submodule(family.final_norm, nn.Identity())
     try:
@@ -57,9 +58,10 @@ def enter(model: PreTrainedModel, family: Family, token_ids: Int[Tensor, "sequen
 class _Recorder(nn.Module):
     """Takes the place of a block: records its input and arguments, and returns the input unchanged."""
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: nn.Module, returns_more: bool):
         super().__init__()
         self.block = [block]  # in a list, so that it is no submodule
+        self.returns_more = returns_more
         self.states: Tensor | None = None
         self.arguments: dict[str, Any] = {}
 
@@ -69,9 +71,17 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["block"][0], name)
 
-    def forward(self, states: Tensor, **arguments: Any) -> Tensor:
-        self.states, self.arguments = states, arguments
-        return states
+    def forward(self, states: Tensor, *unnamed: Any, **arguments: Any) -> Any:
+        self.states, self.arguments = states, by_name(self.block[0], unnamed, arguments)
+        return (states, None) if self.returns_more else states
+
+
+def run_block(
+    block: nn.Module, states: Float[Tensor, "sequences length hidden"], arguments: Mapping[str, Any]
+) -> Float[Tensor, "sequences length hidden"]:
+    """Run a block and return the hidden states behind it, without what else some families' blocks return."""
+    output = block(states, **arguments)
+    return output[0] if isinstance(output, tuple) else output
 
 
 @runtime_checkable

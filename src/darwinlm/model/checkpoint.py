@@ -20,6 +20,7 @@ from darwinlm.model.adapter import base_of, merge_adapter
 from darwinlm.model.families import find_family, find_units
 from darwinlm.model.gguf_file import convert_gguf
 from darwinlm.model.hub import HUB_ERRORS, fetch_model
+from darwinlm.model.naming import own_names
 from darwinlm.model.places import check_places
 from darwinlm.model.quantised import dequantise, is_quantised
 from darwinlm.model.reading import load, read_config, read_tokenizer, skeleton
@@ -77,8 +78,8 @@ class Checkpoint:
 
     @cached_property
     def headers(self) -> dict[str, Header]:
-        """What the files of weights say of every tensor, by its name."""
-        return read_headers(self.path)
+        """What the files of weights say of every tensor, by its name in the model."""
+        return own_names(self.skeleton(), read_headers(self.path))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -145,6 +146,10 @@ class Checkpoint:
             owner, _, leaf = name.rpartition(".")
             filled = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
             setattr(module.get_submodule(owner), leaf, filled)
+        for name in module.state_dict().keys() - dict(module.named_parameters(remove_duplicate=False)).keys():
+            if f"{prefix}.{name}" in self.headers:
+                owner, _, leaf = name.rpartition(".")
+                setattr(module.get_submodule(owner), leaf, self.tensor(f"{prefix}.{name}").to(device))
         return module.to(device).eval()
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -157,7 +162,9 @@ class Checkpoint:
     def _stored(self, name: str) -> torch.Tensor:
         if name not in self.headers:
             raise DarwinError(f"{self.path} lacks the tensor {name}; the checkpoint is incomplete, fetch it again")
-        return read_tensor(self.path, self.headers[name].file, name)
+        header = self.headers[name]
+        tensor = read_tensor(self.path, header.file, header.stored)
+        return tensor.T.contiguous() if header.transposed else tensor
 
     def check_head(self) -> None:
         """Raise `UsageError` if the config ties the output embedding to the input's, and the weights hold another."""

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from darwinlm.config.run import DatabaseConfig
 from darwinlm.genome import Grid, level_grid
+from darwinlm.model.flow import is_selection
 from darwinlm.model.roles import Family, Fused, find_roles
 from darwinlm.types import BlockSizes, DarwinError, Genome, Kind, Producer, Structure, Unit
 
@@ -21,50 +22,15 @@ PRUNED = "pruned_"  # prefix of the model type of an export
 
 # How the rows of fused projections lie, which cannot be derived.
 ROWS: dict[str, Fused] = {
+    "falcon": "by head",
     "glm": "in order",
     "glm4": "in order",
+    "gpt2": "in order",
+    "gpt_bigcode": "by head",
     "gpt_neox": "by head",
     "moshi": "in order",
     "persimmon": "by head",
     "phi3": "in order",
-}
-
-
-# The norms of attention and MLP by which an export's own code has to know a family's block.
-_LLAMA = ("input_layernorm",), ("post_attention_layernorm",)
-_GEMMA = ("input_layernorm", "post_attention_layernorm"), ("pre_feedforward_layernorm", "post_feedforward_layernorm")
-EXPORTABLE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "arcee": _LLAMA,
-    "apertus": (("attention_layernorm",), ("feedforward_layernorm",)),
-    "cohere": ((), ()),
-    "cohere2": ((), ()),
-    "cwm": _LLAMA,
-    "ernie4_5": _LLAMA,
-    "exaone4": (("post_attention_layernorm",), ("post_feedforward_layernorm",)),
-    "gemma": _LLAMA,
-    "gemma2": _GEMMA,
-    "gemma3_text": _GEMMA,
-    "glm": _LLAMA,
-    "glm4": (("input_layernorm", "post_self_attn_layernorm"), ("post_attention_layernorm", "post_mlp_layernorm")),
-    "granite": _LLAMA,
-    "helium": _LLAMA,
-    "hunyuan_v1_dense": _LLAMA,
-    "hyperclovax": (("input_layernorm", "post_norm1"), ("post_attention_layernorm", "post_norm2")),
-    "jais2": _LLAMA,
-    "llama": _LLAMA,
-    "ministral": _LLAMA,
-    "ministral3": _LLAMA,
-    "mistral": _LLAMA,
-    "nanochat": ((), ()),
-    "nemotron": _LLAMA,
-    "olmo": ((), ()),
-    "phi": ((), ()),
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "seed_oss": _LLAMA,
-    "smollm3": _LLAMA,
-    "starcoder2": _LLAMA,
-    "vaultgemma": (("input_layernorm",), ("pre_feedforward_layernorm",)),
 }
 
 
@@ -96,7 +62,15 @@ def head_dim(config: PretrainedConfig) -> int:
 
 def head_counts(config: PretrainedConfig) -> tuple[int, int]:
     """The numbers of query heads and of KV heads; without grouped queries a config may name only one."""
-    return config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    queries = config.num_attention_heads
+    if getattr(config, "multi_query", False):
+        return queries, 1
+    return queries, getattr(config, "num_key_value_heads", None) or queries
+
+
+def mlp_width(model: nn.Module, family: Family, block: int) -> int:
+    """The number of channels of a block's MLP."""
+    return linear_at(model, f"{family.block(block)}.{family.mlp_output}").in_features
 
 
 def find_units(model: PreTrainedModel, config: PretrainedConfig, structure: Structure = "kv_group") -> tuple[Unit, ...]:
@@ -138,7 +112,7 @@ def find_grid(model: PreTrainedModel, config: PretrainedConfig, settings: Databa
 
 
 def _attention(block: _Block, layer: PretrainedConfig, dense: PretrainedConfig, structure: Structure) -> Unit:
-    family, width = block.family, head_dim(layer)
+    family, width = block.family, head_dim(dense)
     (queries, keys), (dense_queries, dense_keys) = head_counts(layer), head_counts(dense)
     readers = queries // keys
     heads = readers if structure == "kv_group" else 1  # query heads in one structure
@@ -307,7 +281,7 @@ def _module(model: nn.Module, path: str) -> nn.Module:
 
 def _rows(module: nn.Module) -> int:
     """How many output rows a module has: its output's width."""
-    return next(module.parameters()).shape[0]
+    return len(module.index) if is_selection(module) else next(module.parameters()).shape[0]
 
 
 def _row_parameters(model: nn.Module, path: str) -> int:

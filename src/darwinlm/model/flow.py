@@ -7,11 +7,12 @@ marks of its inputs on, and transformers' attention function is replaced by one 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,8 @@ class Frame:
     """What a decoder has around its blocks, by paths in the model.
 
     Attributes:
-        calls: the keyword arguments that each block is called with.
+        returns_more: whether blocks return a tuple, of which the hidden states are the first.
+        calls: what each block is called with beside the hidden states, by the names of its arguments.
     """
 
     backbone: str
@@ -42,6 +44,7 @@ class Frame:
     blocks: str
     final_norm: str
     output_embedding: str
+    returns_more: bool
     calls: tuple[dict[str, Any], ...]
 
 
@@ -58,6 +61,7 @@ class Flow:
         inputs: whose outputs reach the query, the key and the value.
         heads: the numbers of query heads and KV heads.
         head_widths: the widths of a head of query, key and value.
+        biases: the arguments of the block that hold something for each head.
         values: what every module has returned, the block under the empty path.
     """
 
@@ -68,6 +72,7 @@ class Flow:
     inputs: tuple[Marks, ...] = ()
     heads: tuple[int, int] = (0, 0)
     head_widths: tuple[int, ...] = ()
+    biases: tuple[str, ...] = ()
     values: dict[str, Any] = field(default_factory=dict)
 
     def readers(self, path: str) -> set[str]:
@@ -79,8 +84,8 @@ def find_frame(model: PreTrainedModel) -> Frame:
     """Run a model's decoder on zeros, with recorders in place of its blocks. The model may be on the meta device.
 
     Raises:
-        UsageError: if it has no list of blocks that are called in turn, each with hidden states and named arguments, or
-            no one final norm after them.
+        UsageError: if it has no list of blocks that are called in turn, each with hidden states and arguments that have
+            names, or no one final norm after them.
     """
     paths = {module: path for path, module in model.named_modules()}
     name, decoder = type(model).__name__, model.get_decoder()
@@ -92,24 +97,13 @@ def find_frame(model: PreTrainedModel) -> Frame:
             "darwinlm prunes models of one decoder"
         )
     inner, blocks = lists[0]
-    recorders = [_Recorder(f"{paths[decoder]}.{inner}.{index}", block) for index, block in enumerate(blocks)]
-    memo: dict[int, Any] = {id(blocks): nn.ModuleList(recorders)}
-    for parameter in set(decoder.parameters()) - set(blocks.parameters()):
-        memo[id(parameter)] = nn.Parameter(_zeros(parameter), requires_grad=False)
-    memo |= {id(buffer): _zeros(buffer) for buffer in decoder.buffers() if buffer.is_meta}
-    copied: Any = copy.deepcopy(decoder, memo).cpu().eval()
-    after: list[str] = []
-    for path, module in copied.named_children():
-        module.register_forward_hook(partial(_note_after, path, recorders, after))
-    try:
-        with torch.no_grad(), torch.device("cpu"):
-            copied(input_ids=torch.zeros(1, LENGTH, dtype=torch.long), use_cache=False)
-    except UsageError:
-        raise
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"cannot prune {name}: its decoder cannot be run block by block ({reason})") from None
     root = paths[decoder]
+    recorders, after, reason = _run(decoder, f"{root}.{inner}", blocks, returns_more=False)
+    returns_more = any(recorder.wrong for recorder in recorders)
+    if returns_more:
+        recorders, after, reason = _run(decoder, f"{root}.{inner}", blocks, returns_more)
+    if reason:
+        raise UsageError(f"cannot prune {name}: its decoder cannot be run block by block ({reason})")
     for index, recorder in enumerate(recorders):
         if len(recorder.calls) != 1:
             raise UsageError(
@@ -127,8 +121,38 @@ def find_frame(model: PreTrainedModel) -> Frame:
         blocks=f"{root}.{inner}",
         final_norm=f"{root}.{after[0]}",
         output_embedding=paths.get(output, "") if output is not None else "",
+        returns_more=returns_more,
         calls=tuple(recorder.calls[0] for recorder in recorders),
     )
+
+
+def _run(
+    decoder: nn.Module, path: str, blocks: nn.ModuleList, returns_more: bool
+) -> tuple[list[_Recorder], list[str], str]:
+    """Run a decoder on zeros with recorders, and return them, the modules that ran after them, and why it failed."""
+    recorders = [_Recorder(f"{path}.{index}", block, returns_more) for index, block in enumerate(blocks)]
+    memo: dict[int, Any] = {id(blocks): nn.ModuleList(recorders)}
+    for parameter in set(decoder.parameters()) - set(blocks.parameters()):
+        memo[id(parameter)] = nn.Parameter(_zeros(parameter), requires_grad=False)
+    memo |= {id(buffer): _zeros(buffer) for buffer in decoder.buffers() if buffer.is_meta}
+    copied: Any = copy.deepcopy(decoder, memo).cpu().eval()
+    after: list[str] = []
+    for name, module in copied.named_children():
+        module.register_forward_hook(partial(_note_after, name, recorders, after))
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            copied(input_ids=torch.zeros(1, LENGTH, dtype=torch.long), use_cache=False)
+    except UsageError:
+        raise
+    except Exception as error:
+        return recorders, after, (str(error).splitlines() or [type(error).__name__])[0]
+    return recorders, after, ""
+
+
+def by_name(block: nn.Module, unnamed: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """What a block is called with beside the hidden states, by the names of its arguments."""
+    names = list(inspect.signature(block.forward).parameters)[1:]
+    return dict(zip(names, unnamed, strict=False)) | dict(named)
 
 
 def trace(block: nn.Module, width: int, call: Mapping[str, Any]) -> Flow:
@@ -155,6 +179,9 @@ def trace(block: nn.Module, width: int, call: Mapping[str, Any]) -> Flow:
         tracer.mark(states, frozenset([STREAM]))
         output = block(states, **arguments)
     tracer.flow.output = tracer.marks(output)
+    heads = tracer.flow.heads[0]
+    three = {name: value for name, value in arguments.items() if isinstance(value, Tensor) and value.dim() == 3}
+    tracer.flow.biases = tuple(name for name, value in three.items() if len(value) == heads > 1)
     return tracer.flow
 
 
@@ -166,9 +193,11 @@ def _zeros(like: Tensor) -> Tensor:
 class _Recorder(nn.Module):
     """Takes the place of a block, and records how it is called."""
 
-    def __init__(self, path: str, block: nn.Module):
+    def __init__(self, path: str, block: nn.Module, returns_more: bool):
         super().__init__()
         self.path = path
+        self.returns_more = returns_more
+        self.wrong = False  # whether it was given what is no hidden states, but one sequence of them
         self.block = [block]  # in a list, so that it is no submodule
         self.calls: list[dict[str, Any]] = []
 
@@ -181,15 +210,16 @@ class _Recorder(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> _Recorder:
         return self
 
-    def forward(self, states: Tensor, *unnamed: Any, **arguments: Any) -> Tensor:
-        if unnamed or states.dim() != 3:
-            found = "arguments without names" if unnamed else "one that returns more"
+    def forward(self, *unnamed: Any, **arguments: Any) -> Any:
+        if not unnamed or not isinstance(unnamed[0], Tensor):
             raise UsageError(
-                f"cannot prune {self.path}: expected a block that takes hidden states and named arguments, and returns "
-                f"hidden states, found {found}; convert the model to another family"
+                f"cannot prune {self.path}: expected a block that takes hidden states first, found "
+                f"{type(unnamed[0]).__name__ if unnamed else 'none'}; convert the model to another family"
             )
-        self.calls.append(arguments)
-        return states
+        states, *others = unnamed
+        self.wrong = states.dim() != 3
+        self.calls.append(by_name(self.block[0], others, arguments))
+        return (states, None) if self.returns_more else states
 
 
 def _note_after(path: str, recorders: list[_Recorder], after: list[str], *_: Any) -> None:
@@ -204,10 +234,17 @@ class _Tracer(TorchDispatchMode):
         super().__init__()
         self.flow = Flow()
         self.paths = {module: path for path, module in block.named_modules()}
+        self.running: list[str] = []  # the paths of the modules that are running, the innermost last
+        self.products: list[
+            tuple[Tensor, Tensor]
+        ] = []  # of batches of matrices, what each is of, since the block began
+        self.normalised = False  # whether the last product has gone through a softmax
         self.marked: dict[int, tuple[Tensor, Marks]] = {}  # with the tensor, whose id lives no longer than it does
         for path, module in block.named_modules():
+            module.register_forward_pre_hook(partial(self._begin, path))
             module.register_forward_hook(partial(self._keep, path))
-            if _owns_weights(module):
+            within = block.get_submodule(path.rpartition(".")[0])
+            if is_selection(module) or (_owns_weights(module) and not is_selection(within)):
                 module.register_forward_pre_hook(partial(self._enter, path), with_kwargs=True)
                 module.register_forward_hook(partial(self._leave, path))
 
@@ -225,14 +262,33 @@ class _Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         self.mark(output, self.marks((args, kwargs)))
+        if self.flow.attention is None:
+            self._watch(func, args, output)
         return output
+
+    def _watch(self, func: Any, args: Any, output: Any) -> None:
+        """Note an attention that is written out: a product of query and key, a softmax, and one with the value."""
+        if func is torch.ops.aten._softmax.default:
+            self.normalised = bool(self.products)
+        elif func in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default):
+            self.products.append(args[-2:])
+            if self.normalised:
+                (query, key), (_, value) = self.products[-2:]
+                self._note((query, key, value), (len(query), len(query)))
+                self.mark(output, frozenset([ATTENDED]))
+
+    def _note(self, tensors: tuple[Tensor, Tensor, Tensor], heads: tuple[int, int]) -> None:
+        """Note query, key and value; the key of a product is `[heads, width, length]`."""
+        query, _, value = tensors
+        self.flow.attention = self.running[-1]
+        self.flow.inputs = tuple(self.marks(tensor) for tensor in tensors)
+        self.flow.heads = heads
+        self.flow.head_widths = query.shape[-1], query.shape[-1], value.shape[-1]
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
         """An attention function that computes nothing. Queries are `[sequences, heads, length, width]`."""
+        self._note((query, key, value), (query.shape[1], key.shape[1]))
         self.flow.attention = self.paths[module]
-        self.flow.inputs = tuple(self.marks(tensor) for tensor in (query, key, value))
-        self.flow.heads = query.shape[1], key.shape[1]
-        self.flow.head_widths = tuple(tensor.shape[-1] for tensor in (query, key, value))
         output = torch.empty(*query.transpose(1, 2).shape[:3], value.shape[-1], dtype=query.dtype, device="meta")
         self.mark(output, frozenset([ATTENDED]))
         return output, None
@@ -242,7 +298,11 @@ class _Tracer(TorchDispatchMode):
         self.flow.reads[path] = self.flow.reads.get(path, frozenset()) | self.marks(tensors)
         self.flow.widths[path] = tensors[0].shape[-1]
 
+    def _begin(self, path: str, *_: Any) -> None:
+        self.running.append(path)
+
     def _keep(self, path: str, _: nn.Module, __: Any, output: Any) -> None:
+        self.running.pop()
         self.flow.values[path] = output
 
     def _leave(self, path: str, _: nn.Module, __: Any, output: Any) -> None:
@@ -261,6 +321,11 @@ def _attention_function(block: nn.Module, function: Any) -> Iterator[None]:
         yield
     finally:
         del type(ALL_ATTENTION_FUNCTIONS)._global_mapping[PROBE]
+
+
+def is_selection(module: nn.Module) -> TypeGuard[Any]:
+    """Whether a module selects outputs of a norm over all heads: `Selected` of the stitcher, or of an export's code."""
+    return type(module).__name__ == "Selected"
 
 
 def _owns_weights(module: nn.Module) -> bool:

@@ -1,48 +1,50 @@
-# Llama with layers of different sizes, written by darwinlm. It needs torch and transformers >= 5.0, nothing else.
 """A Llama whose decoder layers differ in query heads, KV heads and MLP width, and may lack their attention or MLP.
 
-`config.per_layer_config[i]` describes layer `i`: its `num_attention_heads`, `num_key_value_heads` and
-`intermediate_size`, and under `skip` the parts that it lacks, "attention" or "mlp". A size that is missing there is as
-in the config, whose own sizes are those of the model before pruning. A layer without a part lacks the part's norm too.
+darwinlm wrote this; it needs torch >= 2.5 and transformers >= 5.0 alone. Every layer is a stock layer that is narrowed
+to what `config.per_layer_config[i]` says: `num_attention_heads`, `num_key_value_heads` and `intermediate_size`, where
+missing those of the config (as before pruning), and under `skip` the parts that the layer lacks, "attention" or "mlp",
+together with their norms. `config.layer_parts` says what each module of a layer is for.
 """
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
 from transformers.cache_utils import StaticLayer
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 if int(transformers.__version__.split(".")[0]) < 5:  # it would ignore `rope_parameters` and compute wrong logits
     raise ImportError(f"expected transformers 5.0 or newer, found {transformers.__version__}; install a newer one")
 
-NORMS = {"attention": ["input_layernorm"], "mlp": ["post_attention_layernorm"]}  # which go with the part
-LAYER_SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+LlamaClassifier: Any = getattr(transformers, "LlamaForSequenceClassification", PreTrainedModel)  # some lack it
+CHOICE = "_attn_implementation_internal"  # where `set_attn_implementation` stores it
 
 
 class PrunedLlamaConfig(LlamaConfig):
     """A `LlamaConfig` in which each layer may have sizes of its own."""
 
     model_type = "pruned_llama"
+    whole: ClassVar[Any] = None  # of the config of a layer, that of its model, whose choice of attention it has
 
     def __getattribute__(self, key: str) -> Any:
         # transformers >= 5.14 warns or raises when code reads a size of the model whose layers have their own.
-        if key in LAYER_SIZES:
-            return object.__getattribute__(self, key)
-        return super().__getattribute__(key)
+        if key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+            return object.__getattribute__(self, self.attribute_map.get(key, key))
+        return super().__getattribute__(key) if key != CHOICE or not self.whole else getattr(self.whole, key)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        (super() if key != CHOICE or not self.whole else self.whole).__setattr__(key, value)
 
     def layer(self, index: int) -> "PrunedLlamaConfig":
         """Return the config of one layer. Before transformers 5.14, `per_layer_config` is a plain dictionary."""
         layers = getattr(self, "per_layer_config", {})
-        if not isinstance(layers, dict):
-            return layers[index]
-        layer = copy.copy(self)
-        for key, sizes in layers.items():
-            if int(key) == index:
-                layer.__dict__.update(sizes)
+        layer = copy.copy(self if isinstance(layers, dict) else layers[index])
+        own = {int(key): sizes for key, sizes in layers.items()} if isinstance(layers, dict) else {}
+        for name, size in own.get(index, {}).items():
+            setattr(layer, name, size)
+        vars(layer)["whole"] = self
         return layer
 
 
@@ -54,12 +56,12 @@ class NoAttn(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
 
-    def forward(self, hidden_states: Tensor, *_: Any, **arguments: Any) -> tuple[Tensor, None]:
-        cache = arguments.get("past_key_values")
-        for layer in getattr(cache, "layers", [])[self.layer_idx : self.layer_idx + 1]:
-            if isinstance(layer, StaticLayer) and not layer.is_initialized:
-                layer.max_batch_size = hidden_states.shape[0]  # which older transformers read in a second use
-        return torch.zeros_like(hidden_states), None
+    def forward(self, hidden_states: Tensor, *_: Any, **arguments: Any) -> tuple[Tensor, Tensor]:
+        for cache in arguments.values():
+            for layer in getattr(cache, "layers", [])[self.layer_idx : self.layer_idx + 1]:
+                if isinstance(layer, StaticLayer) and not layer.is_initialized:
+                    layer.max_batch_size = hidden_states.shape[0]  # which older transformers read in a second use
+        return torch.zeros_like(hidden_states), hidden_states.new_zeros(len(hidden_states), 0, 1, 1)
 
 
 class NoMLP(nn.Module):
@@ -69,46 +71,79 @@ class NoMLP(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
-class PrunedLlamaDecoderLayer(LlamaDecoderLayer):
-    """A decoder layer with sizes of its own, which may lack its attention or its MLP."""
+class Selected(nn.Module):
+    """Some outputs of a norm that must see all heads."""
 
-    self_attn: Any
-    mlp: Any
+    def __init__(self, module: nn.Module, size: int):
+        super().__init__()
+        self.module = module
+        self.register_buffer("index", torch.arange(size))
 
-    def __init__(self, config: PrunedLlamaConfig, layer_idx: int):
-        layer = config.layer(layer_idx)
-        super().__init__(layer, layer_idx)
-        self.self_attn.config = self.mlp.config = config  # where `set_attn_implementation` stores its choice
-        skipped = getattr(layer, "skip", ())
-        if "attention" in skipped:
-            self.self_attn = NoAttn(layer_idx)
-        if "mlp" in skipped:
-            self.mlp = NoMLP()
-        for part, norms in NORMS.items():
-            for norm in norms if part in skipped else ():
-                setattr(self, norm, nn.Identity())
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.module(inputs).index_select(-1, self.index)
+
+
+def resized(module: Any, rows: Any, columns: Any) -> nn.Module:
+    """Return a linear module of another size, or of a norm as many outputs as `rows` says; None is the stock size."""
+    if module.weight.dim() == 1:
+        return Selected(module, rows)
+    shape = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
+    return nn.Linear(columns or shape[1], rows or shape[0], module.bias is not None, device=module.weight.device)
+
+
+def narrow(layer: nn.Module, config: Any, index: int) -> None:
+    """Give a stock layer the sizes that the config of the layer says."""
+    size, parts = config.layer(index), config.layer_parts
+    queries, keys, width = size.num_attention_heads, size.num_key_value_heads, config.head_dim
+    numbers = {"config": size, "queries": queries, "keys": keys, "readers": queries // keys}
+    numbers |= {"query width": queries * width, "key width": keys * width, "channels": size.intermediate_size}
+    for path, names in parts["rows"].items():
+        layer.set_submodule(path, resized(layer.get_submodule(path), sum(numbers[name] for name in names), None))
+    for path, name in parts["columns"].items():
+        layer.set_submodule(path, resized(layer.get_submodule(path), None, numbers[name]))
+    for attribute, name in parts["attributes"].items():
+        setattr(layer.get_submodule(parts["attention"]), attribute, numbers[name])
+    for part in getattr(size, "skip", ()):
+        for path, stub in parts["stubs"][part].items():
+            layer.set_submodule(path, {"NoAttn": NoAttn(index), "NoMLP": NoMLP(), "Identity": nn.Identity()}[stub])
 
 
 class PrunedLlamaModel(LlamaModel):
     """The decoder without the output embedding."""
 
     config_class = PrunedLlamaConfig
-    _no_split_modules = ["PrunedLlamaDecoderLayer"]  # noqa: RUF012
-
-    def __init__(self, config: PrunedLlamaConfig):
-        super().__init__(config)  # its layers of one size are replaced here, before weights are loaded
-        self.layers = nn.ModuleList(PrunedLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.post_init()
-
-
-class PrunedLlamaForCausalLM(LlamaForCausalLM):
-    """The causal language model."""
-
-    config_class = PrunedLlamaConfig
-    _no_split_modules = ["PrunedLlamaDecoderLayer"]  # noqa: RUF012
+    _can_record_outputs: ClassVar[Any] = dict(LlamaModel._can_record_outputs or {})
+    if "attentions" in _can_record_outputs:  # of a layer without attention too, of no heads
+        _can_record_outputs["attentions"] = [_can_record_outputs["attentions"], NoAttn]
 
     def __init__(self, config: PrunedLlamaConfig):
         super().__init__(config)
-        self.model = PrunedLlamaModel(config)
-        self._no_split_modules = self.model._no_split_modules  # not those of the stock layers that it replaces
+        for index, layer in enumerate(self.get_submodule(config.layer_parts["layers"]).children()):
+            narrow(layer, config, index)
         self.post_init()
+
+
+AutoModel.register(PrunedLlamaConfig, PrunedLlamaModel, exist_ok=True)  # stock classifiers ask for their decoder there
+
+
+class WithPrunedModel(PreTrainedModel):
+    """A stock model whose decoder is replaced, before weights are loaded."""
+
+    config_class = PrunedLlamaConfig
+
+    def __init__(self, config: PrunedLlamaConfig):
+        super().__init__(config)
+        self.get_submodule(config.layer_parts["output"] if self.can_generate() else "")  # raises if it has another name
+        setattr(self, self.base_model_prefix, PrunedLlamaModel(config))
+        self.post_init()
+
+
+class PrunedLlamaForCausalLM(WithPrunedModel, LlamaForCausalLM):
+    """The causal language model."""
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError("continuous batching has a cache of one size for all layers: use generate instead")
+
+
+class PrunedLlamaForSequenceClassification(WithPrunedModel, LlamaClassifier):
+    """A classifier of whole texts, whose last layer is yet to be trained."""

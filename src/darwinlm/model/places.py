@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from darwinlm.model.flow import is_selection
 from darwinlm.model.shards import FLOATS, Header
 from darwinlm.runtime.progress import say
 from darwinlm.types import DarwinError, UsageError
@@ -33,7 +34,9 @@ def check_places(directory: Path, model: PreTrainedModel, headers: Mapping[str, 
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     once = {name for name, _ in model.named_parameters()}
-    missing = [name for name in once if name not in headers and not _is_stored_tied(name, model, headers)]
+    selections = {f"{path}.index" for path, module in model.named_modules() if is_selection(module)}
+    missing = sorted(selections - headers.keys())
+    missing += [name for name in once if name not in headers and not _is_stored_tied(name, model, headers)]
     if missing:
         raise DarwinError(
             f"{directory} lacks the tensor {min(missing)} ({len(missing)} such); the checkpoint is incomplete, or of a "

@@ -8,6 +8,7 @@ program that has called `register` loads exports without `trust_remote_code`.
 from __future__ import annotations
 
 import atexit
+import copy
 import importlib.util
 import json
 import re
@@ -18,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
@@ -27,32 +29,31 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
-from darwinlm.model.families import EXPORTABLE, PRUNED, head_counts, head_dim
+from darwinlm.model.families import PRUNED, find_family, head_counts, head_dim, mlp_width
+from darwinlm.model.flow import find_frame, is_selection
+from darwinlm.model.naming import plain_linears
+from darwinlm.model.parts import layer_parts
 from darwinlm.runtime.scratch import scratch_directory
-from darwinlm.types import KINDS, BlockSizes, DarwinError, UsageError
+from darwinlm.types import BlockSizes, DarwinError, UsageError
 
 TEMPLATE = Path(__file__).with_name("modeling_pruned_llama.py")
+CLASSIFIER = "AutoModelForSequenceClassification"
 
 
 def family_of(config: PreTrainedConfig) -> str:
-    """Return the name of the family of a model, pruned or dense.
-
-    Raises:
-        UsageError: if a pruned model of this family cannot be exported.
-    """
-    family = config.model_type.removeprefix(PRUNED)
-    if family not in EXPORTABLE:
-        raise UsageError(
-            f"expected a model of one of the {len(EXPORTABLE)} families that can be exported (supported models, in the "
-            f"README), found {family!r}; darwinlm search takes it, and stops before the export"
-        )
-    return family
+    """Return the name of the family of a model, pruned or dense."""
+    return config.model_type.removeprefix(PRUNED)
 
 
 def module_name(family: str) -> str:
@@ -62,32 +63,28 @@ def module_name(family: str) -> str:
 
 def auto_map(family: str) -> dict[str, str]:
     """Return where the Auto classes of transformers find the pruned classes of a family. vLLM needs `AutoModel` too."""
-    auto_classes = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
-    return {
-        auto: f"{module_name(family)}.{name}" for auto, name in zip(auto_classes, _class_names(family), strict=True)
+    return {auto: f"{module_name(family)}.Pruned{stock}" for auto, stock in _stock_names(family).items()}
+
+
+def _stock_names(family: str) -> dict[str, str]:
+    """Return the names of a family's config and model classes in transformers, by the Auto class that finds them."""
+    classifiers = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    names = {
+        "AutoConfig": CONFIG_MAPPING_NAMES[family],
+        "AutoModel": MODEL_MAPPING_NAMES[family],
+        "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family],
     }
-
-
-def _class_names(family: str) -> tuple[str, str, str]:
-    config, model, causal_lm = _stock_names(family)
-    return f"Pruned{config}", f"Pruned{model}", f"Pruned{causal_lm}"
-
-
-def _stock_names(family: str) -> tuple[str, str, str]:
-    """Return the names of a family's config, model and causal language model classes in transformers."""
-    return CONFIG_MAPPING_NAMES[family], MODEL_MAPPING_NAMES[family], MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
+    return names | ({CLASSIFIER: classifiers[family]} if family in classifiers else {})
 
 
 def render(family: str) -> str:
     """Return the source of the Python module that an export of a family contains."""
-    text, module = TEMPLATE.read_text(), model_type_to_module_name(family)
-    norms = f"NORMS = {json.dumps(dict(zip(KINDS, EXPORTABLE[family], strict=True)))}"
-    text = re.sub(r"^NORMS = {.*}", norms, text, flags=re.MULTILINE)
-    config, model, causal_lm = _stock_names(family)
-    prefix = causal_lm.removesuffix("ForCausalLM")
-    text = text.replace("models.llama.modeling_llama", f"models.{module}.modeling_{module}")
-    for name, stock in (("Config", config), ("Model", model), ("ForCausalLM", causal_lm)):
-        text = re.sub(rf"Llama{name}\b", f"<{stock}>", text)
+    text, stock = TEMPLATE.read_text(), _stock_names(family)
+    if CLASSIFIER not in stock:
+        text = re.sub("LlamaClassifier: Any =.*\n", "", text[: text.index("\n\nclass PrunedLlamaForSequence")])
+    for auto, name in _stock_names("llama").items():
+        text = re.sub(rf"{name}\b", f"<{stock.get(auto)}>", text)
+    prefix = re.sub(r"(ForCausalLM|LMHeadModel)$", "", stock["AutoModelForCausalLM"])
     text = text.replace("Llama", prefix).replace("llama", family)
     return re.sub(r"<(\w+)>", r"\1", text)
 
@@ -97,11 +94,13 @@ def foreign_code(directory: Path) -> str | None:
 
     Whoever trusts the code of the export runs only what was compared here.
     """
-    ours = {f"{module_name(family)}.py": render(family) for family in EXPORTABLE}
     for file in sorted(directory.rglob("*.py")):
-        if file.read_text(errors="replace") != ours.get(file.name):
+        family = file.stem.removeprefix(module_name(""))
+        if family not in MODEL_MAPPING_NAMES.keys() & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys():
             return file.name
-    known = [auto_map(family) for family in EXPORTABLE]
+        if file.name != f"{module_name(family)}.py" or file.read_text(errors="replace") != render(family):
+            return file.name
+    known = [auto_map(family) for family in MODEL_MAPPING_NAMES.keys() & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()]
     for file in sorted(directory.glob("*.json")):
         named = _find_auto_map(file)
         if named is not None and named not in known:
@@ -119,8 +118,8 @@ def _find_auto_map(file: Path) -> Any:
 
 
 @cache
-def pruned_classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]:
-    """Return the config, model and causal language model classes of a family's pruned models.
+def pruned_classes(family: str) -> dict[str, Any]:
+    """Return the config and model classes of a family's pruned models, by the Auto class that finds them.
 
     Their `save_pretrained` writes the Python module beside the weights.
     """
@@ -133,10 +132,10 @@ def pruned_classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrained
     assert spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config, model, causal_lm = (getattr(module, name) for name in _class_names(family))
-    for auto, cls in zip(auto_map(family), (config, model, causal_lm), strict=True):
+    classes = {auto: getattr(module, f"Pruned{stock}") for auto, stock in _stock_names(family).items()}
+    for auto, cls in classes.items():
         cls.register_for_auto_class(auto)
-    return config, model, causal_lm
+    return classes
 
 
 @cache
@@ -148,15 +147,13 @@ def _module_directory() -> Path:
 
 @cache
 def register(family: str) -> None:
-    """Register a family's pruned classes with the Auto classes of this process. Further calls do nothing.
-
-    A family that cannot be exported has none.
-    """
-    if family in EXPORTABLE:
-        config, model, causal_lm = pruned_classes(family)
-        AutoConfig.register(config.model_type, config)
-        AutoModel.register(config, model)
-        AutoModelForCausalLM.register(config, causal_lm)
+    """Register a family's pruned classes with the Auto classes of this process. Further calls do nothing."""
+    classes = pruned_classes(family)
+    config = classes["AutoConfig"]
+    AutoConfig.register(config.model_type, config)
+    for auto in (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification):
+        if auto.__name__ in classes:
+            auto.register(config, classes[auto.__name__], exist_ok=True)
 
 
 def remaining_blocks(sizes: Sequence[BlockSizes]) -> tuple[int, ...]:
@@ -164,12 +161,16 @@ def remaining_blocks(sizes: Sequence[BlockSizes]) -> tuple[int, ...]:
     return tuple(i for i, block in enumerate(sizes) if block.query_heads or block.intermediate)
 
 
-def renumber_blocks(state: Mapping[str, Tensor], remaining: Sequence[int]) -> dict[str, Tensor]:
-    """Return a state dict with only the blocks `remaining`, numbered from 0, and all that is outside of blocks."""
+def renumber_blocks(state: Mapping[str, Tensor], remaining: Sequence[int], blocks: str) -> dict[str, Tensor]:
+    """Return a state dict with only the blocks `remaining`, numbered from 0, and all that is outside of blocks.
+
+    Args:
+        blocks: the path of the list of blocks.
+    """
     number = {str(old): str(new) for new, old in enumerate(remaining)}
     result: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        match = re.fullmatch(r"(.*\blayers\.)(\d+)(\..*)", name)
+        match = re.fullmatch(rf"({re.escape(blocks)}\.)(\d+)(\..*)", name)
         if match is None:
             result[name] = tensor
         elif match[2] in number:
@@ -204,24 +205,65 @@ def pruned_config(config: PreTrainedConfig, sizes: Sequence[BlockSizes]) -> PreT
             "choose a model that keeps it"
         )
     fields = _shared_fields(config)
-    fields["num_hidden_layers"] = len(blocks)
+    fields[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(blocks)
     for name, value in fields.items():
         if "layer" in name and isinstance(value, list) and len(value) == len(sizes):
             fields[name] = [value[i] for i in remaining]
     if fields.get("layer_types"):
         fields["layer_types"] = _layer_types(fields["layer_types"], blocks)
-    if len(set(blocks)) == 1 and blocks[0].intermediate:
-        native = _native_config(family, fields | _layer_fields(blocks[0]))
-        if native is not None:
-            return native
-    config_class: Any = pruned_classes(family)[0]
-    return config_class(
-        **fields,
-        architectures=[_class_names(family)[2]],
+    classes = pruned_classes(family)
+    pruned = classes["AutoConfig"](
+        **fields | describe_layers(config),
+        architectures=[classes["AutoModelForCausalLM"].__name__],
         auto_map=auto_map(family),
         allow_global_per_layer_attribute_access=True,
         per_layer_config={str(i): _layer_fields(block) for i, block in enumerate(blocks)},
     )
+    if len(set(blocks)) == 1 and blocks[0].intermediate:
+        native = _native_config(family, fields | _layer_fields(blocks[0]))
+        if native is not None and _same_tensors(native, pruned):
+            return native
+    return pruned
+
+
+def describe_layers(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return what the config of an export says of the layers of the model before pruning, whose config this is.
+
+    Raises:
+        UsageError: if a module fits no role.
+    """
+    known = ("layer_parts", "num_key_value_heads", "intermediate_size")
+    if hasattr(config, known[0]):
+        return {name: getattr(config, name) for name in known}
+    stock = CONFIG_MAPPING[family_of(config)]
+    dense = config if type(config) is stock else stock(**_shared_fields(config))
+    model = plain_linears(_empty(dense))
+    family = find_family(model)
+    parts = layer_parts(family, model.base_model_prefix)
+    return dict(zip(known, (parts, head_counts(dense)[1], mlp_width(model, family, 0)), strict=True))
+
+
+def _empty(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config on the meta device."""
+    with torch.device("meta"):
+        return _model_class(config)(copy.deepcopy(config))
+
+
+def _model_class(config: PreTrainedConfig) -> Any:
+    pruned = pruned_classes(family_of(config))
+    own = isinstance(config, pruned["AutoConfig"])
+    return pruned["AutoModelForCausalLM"] if own else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def _same_tensors(native: PreTrainedConfig, pruned: PreTrainedConfig) -> bool:
+    """Whether the stock class has the tensors of the pruned class; it may refuse sizes, or derive some from others."""
+    try:
+        stock = _empty(native).state_dict()
+    except (ValueError, RuntimeError):
+        return False
+    return {name: each.shape for name, each in stock.items()} == {
+        name: each.shape for name, each in _empty(pruned).state_dict().items()
+    }
 
 
 def block_sizes_of(config: PreTrainedConfig) -> tuple[BlockSizes, ...]:
@@ -241,7 +283,8 @@ def _shared_fields(config: PreTrainedConfig) -> dict[str, Any]:
     replaced = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
     per_layer = ("per_layer_config", "allow_global_per_layer_attribute_access")
     fields = {key: value for key, value in config.to_dict().items() if key not in replaced + per_layer}
-    return fields | {"head_dim": head_dim(config)}
+    computed = isinstance(getattr(type(config), "head_dim", None), property)
+    return fields if computed else fields | {"head_dim": head_dim(config)}
 
 
 def _layer_fields(block: BlockSizes) -> dict[str, Any]:
@@ -269,7 +312,8 @@ def _layer_types(types: list[str], blocks: Sequence[BlockSizes]) -> list[str]:
 def _native_config(family: str, fields: dict[str, Any]) -> PreTrainedConfig | None:
     """Return the family's stock config with these fields, or None if it cannot express them."""
     stock = CONFIG_MAPPING[family]
-    implied = fields["hidden_size"] == fields["num_attention_heads"] * fields["head_dim"]
+    hidden = fields[stock.attribute_map.get("hidden_size", "hidden_size")]
+    implied = hidden == fields["num_attention_heads"] * fields.get("head_dim", 0)
     # Where the config class does not declare `head_dim`, not all programs read it: for Qwen2, vLLM computes it.
     if not implied and not hasattr(stock(), "head_dim"):
         return None
@@ -295,12 +339,15 @@ def pruned_model(
         DarwinError: if the weights do not have these sizes.
     """
     config = pruned_config(model.config, sizes)
-    config_class, _, causal_lm = pruned_classes(family_of(config))
-    model_class: Any = causal_lm if isinstance(config, config_class) else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     config._attn_implementation = model.config._attn_implementation
     with init_empty_weights():
-        result = model_class(config)
-    state = renumber_blocks(model.state_dict() if weights is None else weights, remaining_blocks(sizes))
+        result = _model_class(config)(config)
+    given = model.state_dict() if weights is None else weights
+    state = renumber_blocks(given, remaining_blocks(sizes), find_frame(model).blocks)
+    for path, module in result.named_modules():
+        if is_selection(module) and f"{path}.weight" in state:  # of a norm from which nothing has gone
+            state[f"{path}.module.weight"] = state.pop(f"{path}.weight")
+            state[f"{path}.index"] = torch.arange(len(state[f"{path}.module.weight"]))
     try:
         result.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:

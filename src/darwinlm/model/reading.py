@@ -20,8 +20,9 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from darwinlm.model.families import PRUNED
+from darwinlm.model.naming import own_names, plain_linears
 from darwinlm.model.places import check_floats, check_strangers
-from darwinlm.model.pruned import register
+from darwinlm.model.pruned import describe_layers, register
 from darwinlm.model.shards import read_headers
 from darwinlm.runtime.files import read_json
 from darwinlm.runtime.progress import quiet_transformers
@@ -63,11 +64,15 @@ def read_config(path: Path) -> PretrainedConfig:
             f"unsupported model family {family!r}: transformers has no causal language model of this type; "
             "convert the model to another family, or install a newer transformers"
         )
-    register(family)  # the classes of pruned models are this package's own
+    if fields["model_type"] != family:
+        register(family)  # the classes of pruned models are this package's own
     with understood(f"{file} is no usable config", "fetch the model again"), quiet_transformers():
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         if getattr(config, "quantization_config", None) == {}:  # which transformers takes for a quantisation
             del config.quantization_config
+        if config.model_type != family:  # exports of darwinlm 0.x before 2026-11-27 do not describe their layers
+            for name, value in describe_layers(config).items():
+                setattr(config, name, value)
         return config
 
 
@@ -99,14 +104,15 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreT
     Raises:
         UsageError: if no model can be built from the config.
     """
-    register(config.model_type.removeprefix(PRUNED))
+    if config.model_type.startswith(PRUNED):
+        register(config.model_type.removeprefix(PRUNED))
     with understood("no model can be built from its config.json", "fetch the model again"):
         with init_empty_weights(include_buffers=False), no_init_weights():
             typed = {"dtype": dtype} if dtype else {}
             own = copy.deepcopy(config) if dtype else config  # in which transformers notes the precision
             model = AutoModelForCausalLM.from_config(own, trust_remote_code=False, **typed)
         model.tie_weights()
-        return model
+        return plain_linears(model).eval()
 
 
 def load(directory: Path | str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
@@ -120,8 +126,9 @@ def load(directory: Path | str, dtype: torch.dtype | str = "auto") -> PreTrained
             index of the shards names files elsewhere.
     """
     directory = Path(directory)
-    config, headers = read_config(directory), read_headers(directory)
+    config = read_config(directory)
     empty = skeleton(config)
+    headers = own_names(empty, read_headers(directory))
     parameters = {name for name, _ in empty.named_parameters(remove_duplicate=False)}
     check_floats(directory, {name: header for name, header in headers.items() if name in parameters})
     with understood(f"the weights in {directory} cannot be read", "fetch the model again"), quiet_transformers():
@@ -141,4 +148,4 @@ def load(directory: Path | str, dtype: torch.dtype | str = "auto") -> PreTrained
             "the checkpoint is incomplete, fetch it again"
         )
     check_strangers(directory, model, sorted(report["unexpected_keys"]))
-    return model
+    return plain_linears(model)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from darwinlm.model.flow import ATTENDED, STREAM, Flow, Marks, find_frame, trace
+from darwinlm.model.flow import ATTENDED, STREAM, Flow, Marks, find_frame, is_selection, trace
 from darwinlm.types import UsageError
 
 Fused = Literal["in order", "by head"]
@@ -27,10 +27,12 @@ class Family:
     must see all of them: its projection stays whole, and only the outputs of the norm are selected.
 
     Attributes:
+        returns_more: whether blocks return a tuple, of which the hidden states are the first.
         by_head: whether the fused projection of query, key and value holds the rows of one head after those of another.
         attention_norms, mlp_norms: the norms before and after the unit, which are removed together with it.
         query_counts, key_value_counts: where the attention's methods read its numbers of heads from attributes, these:
             of the module, or of its config (`config.NAME`).
+        query_widths: and these, where they read the width of all query heads.
         mlp: the module of the MLP, empty if its linear modules lie in the block itself.
     """
 
@@ -39,6 +41,7 @@ class Family:
     blocks: str
     final_norm: str
     output_embedding: str
+    returns_more: bool
     attention: str
     query: str
     key: str
@@ -48,6 +51,7 @@ class Family:
     attention_norms: tuple[str, ...]
     query_counts: tuple[str, ...]
     key_value_counts: tuple[str, ...]
+    query_widths: tuple[str, ...]
     mlp: str
     mlp_inputs: tuple[str, ...]
     mlp_output: str
@@ -105,8 +109,9 @@ def _trace(path: str, block: nn.Module, model: PreTrainedModel, call: dict[str, 
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"cannot prune {path}: it cannot be run by itself ({reason})") from None
-    if not isinstance(flow.values[""], Tensor):
-        _refuse(path, "a block that returns hidden states", f"a {type(flow.values['']).__name__}")
+    returned = flow.values[""]
+    if not isinstance(returned[0] if isinstance(returned, tuple) else returned, Tensor):
+        _refuse(path, "a block that returns hidden states", f"a {type(returned).__name__}")
     return flow
 
 
@@ -126,6 +131,8 @@ class _Roles:
         flow, within = self.flow, self.flow.attention
         if within is None:
             return {}
+        if flow.biases:
+            self._refuse(within, "heads that differ in their weights alone", f"{flow.biases[0]}, which biases each")
         readers = sorted(flow.readers(ATTENDED))
         if not readers:
             self._refuse(within, "a projection that reads what attention gives", "none")
@@ -143,21 +150,30 @@ class _Roles:
         projections = [projection for projection, _ in producers]
         if len(set(projections)) < len(projections) and (len(set(projections)) > 1 or self.fused is None):
             self._refuse(projections[0], "a projection of its own for query, key and value", "a fused one")
-        if self.fused == "by head" and flow.heads[0] != flow.heads[1]:
-            self._refuse(projections[0], "as many KV heads as query heads in it", f"{flow.heads[1]}")
+        keys = self._key_value_heads(projections)
+        if self.fused == "by head" and keys not in (1, flow.heads[0]):
+            self._refuse(projections[0], "as many KV heads as query heads in it, or one", f"{keys}")
         self.claimed |= {output}
         self.units.add(within)
         module = self.block.get_submodule(within)
-        query_counts, key_value_counts = _head_counts(module)
+        query_counts, key_value_counts, query_widths = _numbers(module, flow.heads[0] * flow.head_widths[0])
         return {
             "attention": within,
             **dict(zip(names, (producer for _, producer in producers), strict=True)),
-            "by_head": self.fused == "by head",
+            "by_head": self.fused == "by head" and keys > 1,  # one KV head lies behind all query heads
             "attention_output": output,
             "attention_norms": self._norms(projections, output),
             "query_counts": query_counts,
             "key_value_counts": key_value_counts,
+            "query_widths": query_widths,
         }
+
+    def _key_value_heads(self, projections: Sequence[str]) -> int:
+        """How many KV heads there are, which an attention that is written out repeats before they are seen."""
+        queries, keys = self.flow.heads
+        if len(set(projections)) > 1:
+            return keys
+        return (self._linear(projections[0]).out_features // self.flow.head_widths[0] - queries) // 2
 
     def _producer(self, role: str, marks: Marks, heads: int, width: int) -> tuple[str, str]:
         """The projection that a role's heads come from, and the module whose rows are selected with the heads."""
@@ -177,7 +193,7 @@ class _Roles:
             self._refuse(last, "a linear module", type(module).__name__)
         self._linear(projection)
         seen, own = self.flow.widths[last], {parameter.numel() for parameter in module.parameters()}
-        over_all = seen == heads * width != width
+        over_all = is_selection(module) or seen == heads * width != width
         if own != {seen} or not (over_all or seen == width):
             self._refuse(last, f"a norm over a head or over all {heads}", f"{type(module).__name__} over {seen}")
         self.claimed |= {last, projection}
@@ -254,6 +270,10 @@ def _refuse(path: str, expected: str, found: str) -> NoReturn:
 def _weights(block: nn.Module) -> Iterable[tuple[str, list[nn.Parameter]]]:
     """The modules that hold weights themselves, and the weights that lie beside modules, by path."""
     for path, module in block.named_modules():
+        if is_selection(block.get_submodule(path.rpartition(".")[0])):
+            continue
+        if is_selection(module):
+            yield path, list(module.parameters())
         own = [(name, parameter) for name, parameter in module.named_parameters(recurse=False) if parameter.numel() > 1]
         if any(True for child in module.children() for _ in child.parameters()):
             yield from ((f"{path}.{name}".lstrip("."), [parameter]) for name, parameter in own)
@@ -270,8 +290,8 @@ def _common(paths: Sequence[str]) -> str:
     return ".".join(parts[0][:shared])
 
 
-def _head_counts(attention: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The attributes from which an attention's methods read its numbers of heads."""
+def _numbers(attention: nn.Module, width: int) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """The attributes from which an attention's methods read its numbers of heads, and the width of all query heads."""
     read: set[str] = set()
     for cls in type(attention).__mro__:
         if issubclass(cls, nn.Module) and cls is not nn.Module:
@@ -285,4 +305,6 @@ def _head_counts(attention: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]
         for name in sorted(read):
             if name.endswith(("heads", "n_head")) and isinstance(getattr(owner, name, None), int):
                 (keys if "key_value" in name or "kv" in name else queries).append(f"{prefix}{name}")
-    return tuple(queries), tuple(keys)
+    numbers = {name: value for name, value in vars(attention).items() if name in read and isinstance(value, int)}
+    widths = [name for name, value in numbers.items() if value == width and name not in (*queries, *keys, "head_dim")]
+    return tuple(queries), tuple(keys), tuple(sorted(widths))

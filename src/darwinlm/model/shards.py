@@ -24,11 +24,17 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 
 
 class Header(NamedTuple):
-    """What a file of weights says of a tensor: the file's name, the precision by its name in the file, the shape."""
+    """What a file of weights says of a tensor: the file's name, the precision by its name in the file, the shape.
+
+    Attributes:
+        stored: its name in the file, and whether it is transposed there, where a model has it otherwise.
+    """
 
     file: str
     precision: str
     shape: tuple[int, ...]
+    stored: str = ""
+    transposed: bool = False
 
 
 def read_index(directory: Path) -> dict[str, str] | None:

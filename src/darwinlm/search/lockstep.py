@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from darwinlm.database.stitch import Stitcher
-from darwinlm.model.blocks import Blocks, Entry, enter
+from darwinlm.model.blocks import Blocks, Entry, enter, run_block
 from darwinlm.types import Genome
 
 WAVE_BYTES = 1 << 30  # of hidden states between two blocks, at most, where no limit is given
@@ -138,7 +138,8 @@ class Lockstep:
             block = None
             for after, (before, genome) in wanted.items():
                 block = self.stitcher.block(number, genome, dense) if block is None else block
-                behind = block(self._state(number, before, states), **self._entry(after[0]).arguments[number])
+                arguments = self._entry(after[0]).arguments[number]
+                behind = run_block(block, self._state(number, before, states), arguments)
                 uses[before] -= 1
                 if not uses[before]:
                     states.pop(before, None)
