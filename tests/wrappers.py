@@ -39,14 +39,14 @@ def _text(family: str) -> dict[str, Any]:
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma3": lambda: Gemma3Config(
         text_config=_text("gemma3"), vision_config=SiglipVisionConfig(**VISION).to_dict(), mm_tokens_per_image=PARTS,
-        image_token_index=IMAGE, image_token_id=IMAGE, boi_token_index=301, eoi_token_index=302,
+        image_token_index=IMAGE, boi_token_index=301, eoi_token_index=302,
     ),
     "llava": lambda: LlavaConfig(
         text_config=_text("llama-gqa"), vision_config=CLIPVisionConfig(**VISION, projection_dim=32).to_dict(),
         image_token_index=IMAGE, image_seq_length=PARTS,
     ),
     "mistral3": lambda: Mistral3Config(
-        text_config=_text("mistral"), vision_config=PixtralVisionConfig(**VISION, head_dim=8).to_dict(),
+        text_config=_text("mistral"), vision_config=PixtralVisionConfig(**VISION).to_dict(),
         image_token_index=IMAGE, spatial_merge_size=1,
     ),
     "internvl": lambda: InternVLConfig(
