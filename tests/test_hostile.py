@@ -16,8 +16,8 @@ from darwinlm.commands import compress
 from darwinlm.commands.export import export
 from darwinlm.config.files import read_plain
 from darwinlm.config.run import RunConfig
-from darwinlm.model.pruned import foreign_code
 from darwinlm.model.reading import load
+from darwinlm.model.wrapper_code import foreign_code
 from darwinlm.runtime.files import new_directory, write_text
 from darwinlm.types import DarwinError, UsageError
 from refusals import as_if_nothing_had_happened, copied_model, refused

@@ -35,9 +35,9 @@ from darwinlm.losses.metrics import label
 from darwinlm.model.blocks import InHostMemory
 from darwinlm.model.families import block_sizes
 from darwinlm.model.licence import licence_of
-from darwinlm.model.pruned import foreign_code
 from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_bytes, parameter_count
+from darwinlm.model.wrapper_code import foreign_code
 from darwinlm.report import run_report
 from darwinlm.runtime import parallel
 from darwinlm.runtime.device import DTYPES

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from darwinlm.export.around import save_wrapper
 from darwinlm.export.verify import Expected, verify_export
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.flow import find_frame
@@ -23,6 +24,7 @@ from darwinlm.model.pruned import (
     render,
     renumber_blocks,
 )
+from darwinlm.model.wrapped import is_wrapper
 from darwinlm.runtime.files import new_directory
 from darwinlm.runtime.progress import quiet_transformers, say
 from darwinlm.types import BlockSizes
@@ -42,17 +44,23 @@ def export_hf(
     It holds the weights in the model's own precision, but those of `origin` that are the same and more precise there,
     such as norms in float32, as they are; the config, the tokenizer, the generation config, the model card
     `card` as README.md, the code of the model unless a stock class can load it, and the licence files that lie in
-    `origin`, the directory of the model that this one was made from. The directory appears whole or not at all. If
-    `expected` is given, it appears only after a fresh process has loaded it and computed those logits.
+    `origin`, the directory of the model that this one was made from. If that is a wrapper, such as a model of
+    images and text, the export is the same wrapper around the stitched model. The directory appears whole or not
+    at all. If `expected` is given, it appears only after a fresh process has loaded it and computed those logits.
 
     Raises:
         UsageError: if the family cannot be exported, or as `new_directory` does.
         DarwinError: if the weights of `model` do not have the sizes `sizes`, or as `verify_export` does.
     """
     exported = pruned_model(model, sizes)
+    dense = None if origin is None else Checkpoint(origin)
     with new_directory(out) as directory:
+        weights = None if dense is None else _precise_weights(model, exported, sizes, dense)
         with quiet_transformers():
-            exported.save_pretrained(directory, state_dict=_precise_weights(model, exported, sizes, origin))
+            if dense is not None and weights is not None and is_wrapper(dense.whole):
+                save_wrapper(directory, exported, weights, dense)
+            else:
+                exported.save_pretrained(directory, state_dict=weights)
         for weights in directory.glob("*.safetensors"):  # safetensors 0.8 lets only their owner read them
             shutil.copymode(directory / "config.json", weights)
         tokenizer.save_pretrained(directory)
@@ -63,7 +71,8 @@ def export_hf(
         own_code = exported.config.model_type != family
         if own_code:
             (directory / f"{module_name(family)}.py").write_text(render(family), encoding="utf-8")
-        _complete_config(directory / "config.json", auto_map(family) if own_code else {})
+        if dense is None or not is_wrapper(dense.whole):
+            _complete_config(directory / "config.json", auto_map(family) if own_code else {})
         if expected is not None:
             difference = verify_export(directory, expected)
             say(f"export: loads without darwinlm, largest difference of a logit {difference:.1e}")
@@ -71,12 +80,9 @@ def export_hf(
 
 
 def _precise_weights(
-    model: PreTrainedModel, exported: PreTrainedModel, sizes: Sequence[BlockSizes], origin: Path | None
-) -> dict[str, Tensor] | None:
-    """Return the weights to write, tied ones once; None for those of `exported` as they are."""
-    if origin is None:
-        return None
-    dense = Checkpoint(origin)
+    model: PreTrainedModel, exported: PreTrainedModel, sizes: Sequence[BlockSizes], dense: Checkpoint
+) -> dict[str, Tensor]:
+    """Return the weights to write, tied ones once."""
     precise = {name: dense.precise(name, parameter) for name, parameter in model.named_parameters()}
     tied = {name for name, _ in exported.named_parameters(remove_duplicate=False)}
     once = dict(exported.named_parameters())

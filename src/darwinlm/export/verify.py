@@ -82,12 +82,14 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 {inspect.getsource(float32_logits)}
 
 directory, inputs, outputs = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
+config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
+auto = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
+model = auto.from_pretrained(directory, trust_remote_code=True).eval()
 logits = float32_logits(model, load_file(inputs)["token_ids"])
 save_file({{"logits": logits.contiguous()}}, outputs)
 """

@@ -20,12 +20,12 @@ from darwinlm.model.adapter import base_of, merge_adapter
 from darwinlm.model.families import find_family, find_units
 from darwinlm.model.gguf_file import convert_gguf
 from darwinlm.model.hub import HUB_ERRORS, fetch_model
-from darwinlm.model.naming import own_names
 from darwinlm.model.places import check_places
 from darwinlm.model.quantised import dequantise, is_quantised
-from darwinlm.model.reading import load, read_config, read_tokenizer, skeleton
+from darwinlm.model.reading import load, name_headers, read_parameter, read_tokenizer, read_whole, skeleton
 from darwinlm.model.roles import Family
-from darwinlm.model.shards import FLOATS, INDEX, WEIGHTS, Header, read_headers, read_tensor
+from darwinlm.model.shards import FLOATS, INDEX, WEIGHTS, Header
+from darwinlm.model.wrapped import text_config
 from darwinlm.runtime.names import hub_model
 from darwinlm.types import DarwinError, Unit, UsageError
 
@@ -36,7 +36,8 @@ class Checkpoint:
     """A directory of safetensors shards with a config, as transformers writes it, of a dense or a pruned model.
 
     Weights are read when asked for and never kept, so that a model larger than memory can be processed block by block.
-    It may be of a family that transformers knows and darwinlm does not prune, to be evaluated beside others.
+    Of a wrapper, such as a model of images and text, it is the language model in it. It may be of a family that
+    transformers knows and darwinlm does not prune, to be evaluated beside others.
 
     Raises:
         UsageError: if the directory has no config or weights, or is no causal language model.
@@ -48,7 +49,8 @@ class Checkpoint:
         for name, exists in (("config.json", (path / "config.json").exists()), (WEIGHTS, self._has_weights())):
             if not exists:
                 raise UsageError(f"{path} is not a model: expected {name} in it, found none; name a model directory")
-        self.config = read_config(path)
+        self.whole = read_whole(path)
+        self.config = text_config(self.whole)
         if getattr(self.config, "quantization_config", None):
             raise UsageError(f"{path} is quantised: expected plain float weights; name the model that it was made from")
 
@@ -78,8 +80,17 @@ class Checkpoint:
 
     @cached_property
     def headers(self) -> dict[str, Header]:
-        """What the files of weights say of every tensor, by its name in the model."""
-        return own_names(self.skeleton(), read_headers(self.path))
+        """What the files of weights say of every tensor of the language model, by its name in it."""
+        return self._named[0]
+
+    @property
+    def beside(self) -> dict[str, Header]:
+        """And of those beside it, such as a vision tower's, by their names in the whole model."""
+        return self._named[1]
+
+    @cached_property
+    def _named(self) -> tuple[dict[str, Header], dict[str, Header]]:
+        return name_headers(self.path, self.skeleton())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -162,9 +173,7 @@ class Checkpoint:
     def _stored(self, name: str) -> torch.Tensor:
         if name not in self.headers:
             raise DarwinError(f"{self.path} lacks the tensor {name}; the checkpoint is incomplete, fetch it again")
-        header = self.headers[name]
-        tensor = read_tensor(self.path, header.file, header.stored)
-        return tensor.T.contiguous() if header.transposed else tensor
+        return read_parameter(self.path, self.headers[name])
 
     def check_head(self) -> None:
         """Raise `UsageError` if the config ties the output embedding to the input's, and the weights hold another."""

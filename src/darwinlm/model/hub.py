@@ -42,8 +42,12 @@ _TOKENIZERS = (
 )
 
 
+# How images, sound and the like become the inputs of a model that holds a language model beside others.
+PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+
 # What describes a model beside its config and its weights; the card names the licence, which an export carries on.
-CARRIED = ("generation_config.json", "README.md", *_TOKENIZERS, *LICENCE_PATTERNS)
+CARRIED = ("generation_config.json", "README.md", *_TOKENIZERS, *PROCESSORS, *LICENCE_PATTERNS)
 
 
 def fetch_model(name: HubName) -> Path:

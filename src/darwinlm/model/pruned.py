@@ -10,13 +10,13 @@ from __future__ import annotations
 import atexit
 import copy
 import importlib.util
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -63,10 +64,10 @@ def module_name(family: str) -> str:
 
 def auto_map(family: str) -> dict[str, str]:
     """Return where the Auto classes of transformers find the pruned classes of a family. vLLM needs `AutoModel` too."""
-    return {auto: f"{module_name(family)}.Pruned{stock}" for auto, stock in _stock_names(family).items()}
+    return {auto: f"{module_name(family)}.Pruned{stock}" for auto, stock in stock_names(family).items()}
 
 
-def _stock_names(family: str) -> dict[str, str]:
+def stock_names(family: str) -> dict[str, str]:
     """Return the names of a family's config and model classes in transformers, by the Auto class that finds them."""
     classifiers = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     names = {
@@ -79,42 +80,14 @@ def _stock_names(family: str) -> dict[str, str]:
 
 def render(family: str) -> str:
     """Return the source of the Python module that an export of a family contains."""
-    text, stock = TEMPLATE.read_text(), _stock_names(family)
+    text, stock = TEMPLATE.read_text(), stock_names(family)
     if CLASSIFIER not in stock:
         text = re.sub("LlamaClassifier: Any =.*\n", "", text[: text.index("\n\nclass PrunedLlamaForSequence")])
-    for auto, name in _stock_names("llama").items():
+    for auto, name in stock_names("llama").items():
         text = re.sub(rf"{name}\b", f"<{stock.get(auto)}>", text)
     prefix = re.sub(r"(ForCausalLM|LMHeadModel)$", "", stock["AutoModelForCausalLM"])
     text = text.replace("Llama", prefix).replace("llama", family)
     return re.sub(r"<(\w+)>", r"\1", text)
-
-
-def foreign_code(directory: Path) -> str | None:
-    """Return a file in an export that has or names Python code that is not this package's, or None if there is none.
-
-    Whoever trusts the code of the export runs only what was compared here.
-    """
-    for file in sorted(directory.rglob("*.py")):
-        family = file.stem.removeprefix(module_name(""))
-        if family not in MODEL_MAPPING_NAMES.keys() & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys():
-            return file.name
-        if file.name != f"{module_name(family)}.py" or file.read_text(errors="replace") != render(family):
-            return file.name
-    known = [auto_map(family) for family in MODEL_MAPPING_NAMES.keys() & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()]
-    for file in sorted(directory.glob("*.json")):
-        named = _find_auto_map(file)
-        if named is not None and named not in known:
-            return file.name
-    return None
-
-
-def _find_auto_map(file: Path) -> Any:
-    """Return where a file of JSON says that code is, None if it does not."""
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError:
-        return None
-    return content.get("auto_map") if isinstance(content, dict) else None
 
 
 @cache
@@ -123,19 +96,24 @@ def pruned_classes(family: str) -> dict[str, Any]:
 
     Their `save_pretrained` writes the Python module beside the weights.
     """
-    # The module is a real file, because transformers reads its source and `save_pretrained` copies it.
+    module = import_module(family, render(family))
+    classes = {auto: getattr(module, f"Pruned{stock}") for auto, stock in stock_names(family).items()}
+    for auto, cls in classes.items():
+        cls.register_for_auto_class(auto)
+    return classes
+
+
+def import_module(family: str, source: str) -> ModuleType:
+    """Import the source of a module of an export; it is a real file, which transformers reads and copies."""
     path = _module_directory() / f"{module_name(family)}.py"
-    path.write_text(render(family))
+    path.write_text(source)
     name = f"{__name__}.{module_name(family)}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    classes = {auto: getattr(module, f"Pruned{stock}") for auto, stock in _stock_names(family).items()}
-    for auto, cls in classes.items():
-        cls.register_for_auto_class(auto)
-    return classes
+    return module
 
 
 @cache
@@ -148,10 +126,13 @@ def _module_directory() -> Path:
 @cache
 def register(family: str) -> None:
     """Register a family's pruned classes with the Auto classes of this process. Further calls do nothing."""
-    classes = pruned_classes(family)
+    register_classes(pruned_classes(family))
+
+
+def register_classes(classes: Mapping[str, Any]) -> None:
     config = classes["AutoConfig"]
-    AutoConfig.register(config.model_type, config)
-    for auto in (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification):
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification):
         if auto.__name__ in classes:
             auto.register(config, classes[auto.__name__], exist_ok=True)
 

@@ -12,20 +12,26 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from darwinlm.model.families import PRUNED
 from darwinlm.model.naming import own_names, plain_linears
-from darwinlm.model.places import check_floats, check_strangers
+from darwinlm.model.places import check_floats, check_places, check_strangers
 from darwinlm.model.pruned import describe_layers, register
-from darwinlm.model.shards import read_headers
+from darwinlm.model.shards import FLOATS, Header, read_headers, read_tensor
+from darwinlm.model.wrapped import WRAPPED, empty_wrapper, is_wrapper, split_headers, text_config
+from darwinlm.model.wrapper_code import register_wrapper
 from darwinlm.runtime.files import read_json
-from darwinlm.runtime.progress import quiet_transformers
+from darwinlm.runtime.progress import quiet_transformers, say
 from darwinlm.runtime.understood import understood
 from darwinlm.types import DarwinError, UsageError
 
@@ -47,6 +53,16 @@ LARGEST = {
 
 
 def read_config(path: Path) -> PretrainedConfig:
+    """The config of the language model in a model directory, or in a file; of most models it is the whole config.
+
+    Raises:
+        UsageError: as `read_whole` and `text_config`.
+        DarwinError: as `read_whole`.
+    """
+    return text_config(read_whole(path))
+
+
+def read_whole(path: Path) -> PretrainedConfig:
     """The config of a model directory, or in a file. Code in the directory is never run.
 
     Raises:
@@ -59,18 +75,23 @@ def read_config(path: Path) -> PretrainedConfig:
     fields = read_json(file, "model_type")
     check_sizes(fields, file)
     family = str(fields["model_type"]).removeprefix(PRUNED)
-    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # of which transformers would say that code is to be trusted
+    wraps = isinstance(fields.get(WRAPPED), dict) and family in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    # Of another, transformers would say that code is to be trusted.
+    if not wraps and family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UsageError(
             f"unsupported model family {family!r}: transformers has no causal language model of this type; "
             "convert the model to another family, or install a newer transformers"
         )
-    if fields["model_type"] != family:
+    if fields["model_type"] != family and not wraps:
         register(family)  # the classes of pruned models are this package's own
     with understood(f"{file} is no usable config", "fetch the model again"), quiet_transformers():
+        if fields["model_type"] != family and wraps:
+            register_wrapper(family, str(fields[WRAPPED]["model_type"]).removeprefix(PRUNED))
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         if getattr(config, "quantization_config", None) == {}:  # which transformers takes for a quantisation
             del config.quantization_config
-        if config.model_type != family:  # exports of darwinlm 0.x before 2026-11-27 do not describe their layers
+        # Exports of darwinlm 0.x before 2026-11-27 do not describe their layers.
+        if config.model_type != family and not wraps:
             for name, value in describe_layers(config).items():
                 setattr(config, name, value)
         return config
@@ -116,7 +137,7 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreT
 
 
 def load(directory: Path | str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """Load a causal language model, pruned or dense, from a directory, in evaluation mode.
+    """Load a causal language model, pruned or dense, from a directory, in evaluation mode; of a wrapper, that in it.
 
     Python code in the directory is never run.
 
@@ -126,6 +147,8 @@ def load(directory: Path | str, dtype: torch.dtype | str = "auto") -> PreTrained
             index of the shards names files elsewhere.
     """
     directory = Path(directory)
+    if is_wrapper(read_whole(directory)):
+        return _load_text(directory, dtype)
     config = read_config(directory)
     empty = skeleton(config)
     headers = own_names(empty, read_headers(directory))
@@ -149,3 +172,47 @@ def load(directory: Path | str, dtype: torch.dtype | str = "auto") -> PreTrained
         )
     check_strangers(directory, model, sorted(report["unexpected_keys"]))
     return plain_linears(model)
+
+
+def name_headers(directory: Path, model: PreTrainedModel) -> tuple[dict[str, Header], dict[str, Header]]:
+    """What the files of a model directory say of every tensor, by its name in the model, and in the wrapper around it.
+
+    Args:
+        model: the language model in the directory, with or without weights.
+
+    Returns:
+        The tensors of the language model, and those beside it, which only a wrapper has.
+    """
+    whole, headers = read_whole(directory), read_headers(directory)
+    if not is_wrapper(whole):
+        return own_names(model, headers), {}
+    return split_headers(empty_wrapper(whole), model, headers)
+
+
+def read_parameter(directory: Path, header: Header) -> torch.Tensor:
+    """One tensor in the layout that it has in its model. Raises `DarwinError` as `open_shard`."""
+    tensor = read_tensor(directory, header.file, header.stored)
+    return tensor.T.contiguous() if header.transposed else tensor
+
+
+def _load_text(directory: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    """As `load`, the language model in a wrapper."""
+    config = read_config(directory)
+    model = skeleton(config)
+    headers, beside = name_headers(directory, model)
+    say(f"{directory.name}: the language model in it; {len(beside)} tensors of other parts of it are not loaded")
+    check_places(directory, model, headers)
+    if not isinstance(dtype, torch.dtype):
+        named = config.dtype or next(FLOATS[each.precision] for each in headers.values())
+        dtype = named if isinstance(named, torch.dtype) else getattr(torch, str(named).removeprefix("torch."))
+    places = {*model.state_dict()}
+    state = {name: read_parameter(directory, header) for name, header in headers.items() if name in places}
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            state[name] = tensor.to(dtype)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    if (directory / "generation_config.json").exists():
+        with understood(f"{directory / 'generation_config.json'} cannot be read", "fetch the model again"):
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model
