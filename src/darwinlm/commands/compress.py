@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.commands.in_memory import Given, read_arguments
@@ -115,15 +116,19 @@ def run(config: RunConfig, until: Stage = "report", given: Given | None = None) 
             return this
         with work.within_memory():
             result = _allocate(work, database)
-        if until == "search" or not parallel.first():
+        if until == "search":
             return this
-        _export(work, result, _finish(work, database, "searched", result.best))
+        searched = _refit(work, database, "searched", result.best)
+        if parallel.first():
+            _export(work, result, _finish(work, database, result.best, searched))
         if until == "export":
             return this
-        uniform_model = _finish(work, database, "uniform", work.uniform)
-        work.keep_only(work.checkpoint.dtype)
-        rows = _evaluate(work, uniform_model)
-        _report(work, result, rows, _curves(work, database, result))
+        uniform = _refit(work, database, "uniform", work.uniform)
+        if parallel.first():
+            uniform_model = _finish(work, database, work.uniform, uniform)
+            work.keep_only(work.checkpoint.dtype)
+            rows = _evaluate(work, uniform_model)
+            _report(work, result, rows, _curves(work, database, result))
     return this
 
 
@@ -204,17 +209,25 @@ def _stitcher(work: Work, database: Database, dtype: torch.dtype) -> Stitcher:
     return Stitcher(work.dense(dtype), work.checkpoint.family, database, work.allowance.narrow)
 
 
-def _finish(work: Work, database: Database, name: str, genome: Genome) -> PreTrainedModel:
-    """The pruned model of a genome, its consumers solved again against the dense distribution by the refit.
+def _refit(work: Work, database: Database, name: str, genome: Genome) -> dict[str, Tensor]:
+    """The consumers of a genome's model, solved again against the dense distribution in the search's precision.
 
-    The refit computes in the search's precision, the model has the checkpoint's.
+    All processes take part. Without a refit, there are none.
     """
-    model, config = _stitcher(work, database, work.checkpoint.dtype).stitch(genome), work.config.refit
-    if config.tokens:
-        learner = _stitcher(work, database, work.dtype)
-        file, provenance = work.run.refit / f"{name}.safetensors", work.provenance | work.database_settings
-        with work.within_memory():
-            set_consumers(model, refit(learner, genome, work.tokens["refit"], config, file, provenance))
+    config = work.config.refit
+    if not config.tokens:
+        return {}
+    file, provenance = work.run.refit / f"{name}.safetensors", work.provenance | work.database_settings
+    with work.within_memory():
+        dense, blocks = work.dense_by_block()
+        learner = Stitcher(dense, work.checkpoint.family, database, kept_bytes=0)
+        return refit(learner, genome, work.tokens["refit"], config, file, provenance, blocks)
+
+
+def _finish(work: Work, database: Database, genome: Genome, consumers: dict[str, Tensor]) -> PreTrainedModel:
+    """The pruned model of a genome with its refitted consumers, in the checkpoint's precision."""
+    model = _stitcher(work, database, work.checkpoint.dtype).stitch(genome)
+    set_consumers(model, consumers)
     repeat_shared(model)
     return model
 

@@ -206,6 +206,27 @@ class InShards:
     dtype: torch.dtype
     device: torch.device
 
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> InShards:
+        """The blocks of a checkpoint, with a skeleton that has on the device all that is not in them.
+
+        Raises:
+            DarwinError: as `Checkpoint.fill`.
+        """
+        model: Any = checkpoint.skeleton()
+        inside = set(model.get_submodule(checkpoint.family.blocks).modules())
+        seen: set[nn.Parameter] = set()  # a tied weight is stored once
+        for path, module in list(model.named_modules()):
+            own = set(module.parameters(recurse=False))
+            if module not in inside and own - seen:
+                seen |= own
+                checkpoint.fill(model, path, dtype, device)
+            elif module not in inside:
+                for name, buffer in module.named_buffers(recurse=False):
+                    module._buffers[name] = buffer.to(device)
+        model.tie_weights()
+        return cls(checkpoint, model, dtype, device)
+
     def walk(self, first: int, end: int) -> Iterator[tuple[int, nn.Module]]:
         """As `Blocks.walk`. Raises as `Checkpoint.fill`."""
         for index in range(first, end):

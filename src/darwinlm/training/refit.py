@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,10 @@ from darwinlm.config.run import RefitConfig
 from darwinlm.database.stitch import Stitcher
 from darwinlm.losses.gradients import KLGradient
 from darwinlm.losses.logits import Logits
+from darwinlm.model.blocks import Blocks, Resident
 from darwinlm.model.families import linear_at
+from darwinlm.model.states import last_states
+from darwinlm.runtime import parallel
 from darwinlm.runtime.files import as_json, read_tensors, write_tensors
 from darwinlm.runtime.progress import say, track
 from darwinlm.training.optimizer_state import set_state, state_of
@@ -48,55 +51,93 @@ def refit(
     config: RefitConfig,
     file: Path,
     provenance: dict[str, Any],
+    blocks: Blocks | None = None,
 ) -> dict[str, Float[Tensor, "d_out kept"]]:
     """Return the float32 weights of the stitched model's consumers, by path, after one pass over `token_ids`.
 
     The pass minimises KL(dense || stitched), the mean over tokens, by AdamW without weight decay. The learning rate
     rises over the first tenth of the steps and falls to zero as a cosine. `file` keeps the result, and before that the
-    state of the pass: a later call continues from it and ends with the same weights.
+    state of the pass: a later call continues from it and ends with the same weights. Processes share the sequences of
+    every step, and all return the same weights.
+
+    Args:
+        blocks: the dense model's blocks, if they are not on the device with what else it has.
 
     Raises:
-        DarwinError: if `file` is of another refit, or the refit diverges.
+        DarwinError: on all processes, if `file` is of another refit, or the refit diverges.
+        PeerLostError: if another process has ended.
     """
     identity = as_json(provenance | {"genome": genome.levels, "refit": asdict(config)})
     done, tensors = _read(file, identity)
+    parallel.wait_for_all()  # every process has read the file before the first one writes it
     steps = -(-len(token_ids) // config.batch_size)
     if done == steps:
         return {name.removeprefix("weight."): tensor for name, tensor in tensors.items()}
-    dense, model = stitcher.dense, stitcher.stitch(genome)
-    alive = [index for index, level in enumerate(genome.levels) if level < stitcher.grid.highest(index)]
-    weights = _own_weights(model, [stitcher.grid.units[index].consumer for index in alive])
-    # Fused: the default on a GPU takes as much memory again as the weights.
-    optimizer = torch.optim.AdamW(list(weights.values()), weight_decay=0.0, fused=True)
-    if tensors:
-        set_state(weights, optimizer, tensors)
-    logits, device = (Logits.of(dense), Logits.of(model)), dense.device
-    low = dense.dtype == torch.bfloat16
-    saved, divergences = time.monotonic(), []
-    targets = _last_states(dense, token_ids[done * config.batch_size :])
-    with _set_aside(dense, model):
-        for step in track(range(done, steps), "refit", steps, done):
+    shares = [_share(step, len(token_ids), config.batch_size) for step in range(done, steps)]
+    dense, device = stitcher.dense, stitcher.dense.device
+    order = [index for share in shares for index in share]
+    source = blocks or Resident(dense, stitcher.family)
+    with closing(last_states(dense, stitcher.family, source, token_ids[order])) as targets:
+        model = stitcher.stitch(genome, blocks)
+        alive = [index for index, level in enumerate(genome.levels) if level < stitcher.grid.highest(index)]
+        weights = _own_weights(model, [stitcher.grid.units[index].consumer for index in alive])
+        if device.type != "cpu":
+            recompute(model)
+        # Fused: the default on a GPU takes as much memory again as the weights.
+        optimizer = torch.optim.AdamW(list(weights.values()), weight_decay=0.0, fused=True)
+        if tensors:
+            set_state(weights, optimizer, tensors)
+        gradients = _Gradients(list(weights.values()))
+        logits, low = (Logits.of(dense), Logits.of(model)), dense.dtype == torch.bfloat16
+        saved, divergences, seen = time.monotonic(), list[float](), 0
+        for step, share in zip(track(range(done, steps), "refit", steps, done), shares, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * _schedule(step, steps)
-            batch, total = token_ids[step * config.batch_size :][: config.batch_size], 0.0
-            for ids in batch.split(1):
+            tokens, total = token_ids[step * config.batch_size :][: config.batch_size].numel(), 0.0
+            for ids in token_ids[share].split(1) if share else ():
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
-                    total += _accumulate(model, logits, ids.to(device), next(targets), batch.numel())
-            if not math.isfinite(total):
+                    total += _accumulate(model, logits, ids.to(device), targets.read(seen).flatten(0, 1), tokens)
+                seen += 1
+            divergences.append(gradients.sum_with(total))
+            if not math.isfinite(divergences[-1]):
                 raise DarwinError(
                     f"the refit diverged at step {step + 1}: lower --refit.learning-rate, or --refit.tokens 0 leaves "
                     "it out"
                 )
-            divergences.append(total)
             nn.utils.clip_grad_norm_(weights.values(), 1.0)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            gradients.clear()
             if time.monotonic() - saved > SAVE_SECONDS:
                 _write(file, weights, optimizer, step + 1, identity)
                 saved = time.monotonic()
     say(f"refit: KL {_mean(divergences[:8]):.4f} in the first steps, {_mean(divergences[-8:]):.4f} in the last")
     _write(file, weights, None, steps, identity)
-    return {path: weight.detach() for path, weight in weights.items()}
+    return {path: weight.detach().cpu() for path, weight in weights.items()}
+
+
+def _share(step: int, sequences: int, batch_size: int) -> list[int]:
+    """The sequences of a step that this process runs."""
+    batch = range(step * batch_size, min((step + 1) * batch_size, sequences))
+    return list(batch[parallel.rank() :: parallel.processes()])
+
+
+class _Gradients:
+    """The gradients of all weights in one buffer, which processes add up in one exchange a step."""
+
+    def __init__(self, weights: Sequence[nn.Parameter]):
+        sizes = [weight.numel() for weight in weights]
+        self.buffer = torch.zeros(sum(sizes) + 1, device=weights[0].device if weights else None)
+        for weight, part in zip(weights, self.buffer[:-1].split(sizes), strict=True):
+            weight.grad = part.view_as(weight)
+
+    def sum_with(self, divergence: float) -> float:
+        """Add up the gradients of all processes and their divergences, and return the sum of the latter."""
+        self.buffer[-1] = divergence
+        parallel.sum_everywhere(self.buffer)
+        return self.buffer[-1].item()
+
+    def clear(self) -> None:
+        self.buffer.zero_()
 
 
 def set_consumers(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
@@ -124,45 +165,6 @@ def _replace(model: PreTrainedModel, path: str, weight: Tensor) -> nn.Linear:
     new.bias = old.bias
     model.set_submodule(path, new)
     return new
-
-
-def _last_states(
-    dense: PreTrainedModel, token_ids: Int[Tensor, "sequences length"]
-) -> Iterator[Float[Tensor, "length d_out"]]:
-    """Yield the dense model's last hidden states on each sequence; on a GPU they are computed first and wait outside.
-
-    They are thousands of times smaller than the logits, and the dense model need not be there any more.
-    """
-
-    def states() -> Iterator[Tensor]:
-        for ids in token_ids.split(1):
-            with torch.no_grad():
-                hidden = dense.get_decoder()(ids.to(dense.device), use_cache=False).last_hidden_state
-            yield hidden.flatten(0, 1)
-
-    return states() if dense.device.type == "cpu" else iter([hidden.cpu() for hidden in states()])
-
-
-@contextmanager
-def _set_aside(dense: PreTrainedModel, model: PreTrainedModel) -> Iterator[None]:
-    """Keep what the dense model alone holds in the host's memory, and compute activations twice, on a GPU.
-
-    The weights, gradients and moments that train take most of it. Its output embedding is shared with the model.
-    """
-    device = dense.device
-    if device.type == "cpu":
-        yield
-        return
-    recompute(model)
-    shared = {id(weight) for weight in model.parameters()}
-    aside = [(weight, weight.data.cpu()) for weight in dense.parameters() if id(weight) not in shared]
-    for weight, _ in aside:
-        weight.data = weight.data.new_empty(0)
-    try:
-        yield
-    finally:
-        for weight, data in aside:
-            weight.data = data.to(device)
 
 
 def recompute(model: PreTrainedModel) -> None:
@@ -213,4 +215,5 @@ def _write(
     steps: int,
     identity: dict[str, Any],
 ) -> None:
-    write_tensors(file, state_of(weights, optimizer), identity, steps=steps)
+    if parallel.first():
+        write_tensors(file, state_of(weights, optimizer), identity, steps=steps)
