@@ -158,8 +158,8 @@ def count_memory(
         stream=each * batch * hidden,
         scoring=scoring,
         training=_training(trained, each, max(once, scoring)) if any(steps) else 0,
-        # Gradients have their place throughout. Copies that products take replace the weights of the stitched model.
-        refit=4 * FLOAT * consumers + twice if refit.tokens else 0,
+        # Gradients have their place throughout, and the stitched model's own consumers are replaced.
+        refit=(4 * FLOAT - each) * consumers + twice if refit.tokens else 0,
         states=0 if all(steps) else blocks * tokens * hidden * each,
         survivors=3 * FLOAT * trained * survivors,
     )

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -73,52 +73,87 @@ def refit(
     steps = -(-len(token_ids) // config.batch_size)
     if done == steps:
         return {name.removeprefix("weight."): tensor for name, tensor in tensors.items()}
-    shares = [_share(step, len(token_ids), config.batch_size) for step in range(done, steps)]
-    dense, device = stitcher.dense, stitcher.dense.device
-    order = [index for share in shares for index in share]
-    source = blocks or Resident(dense, stitcher.family)
-    with closing(last_states(dense, stitcher.family, source, token_ids[order])) as targets:
-        model = stitcher.stitch(genome, blocks)
-        alive = [index for index, level in enumerate(genome.levels) if level < stitcher.grid.highest(index)]
-        weights = _own_weights(model, [stitcher.grid.units[index].consumer for index in alive])
-        if device.type != "cpu":
-            recompute(model)
-        # Fused: the default on a GPU takes as much memory again as the weights.
-        optimizer = torch.optim.AdamW(list(weights.values()), weight_decay=0.0, fused=True)
-        if tensors:
-            set_state(weights, optimizer, tensors)
-        gradients = _Gradients(list(weights.values()))
-        logits, low = (Logits.of(dense), Logits.of(model)), dense.dtype == torch.bfloat16
-        saved, divergences, seen = time.monotonic(), list[float](), 0
-        for step, share in zip(track(range(done, steps), "refit", steps, done), shares, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * _schedule(step, steps)
-            tokens, total = token_ids[step * config.batch_size :][: config.batch_size].numel(), 0.0
-            for ids in token_ids[share].split(1) if share else ():
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
-                    total += _accumulate(model, logits, ids.to(device), targets.read(seen).flatten(0, 1), tokens)
-                seen += 1
-            divergences.append(gradients.sum_with(total))
+    batches = [_Batch.of(batch) for batch in token_ids.split(config.batch_size)[done:]]
+    mine = torch.cat([batch.mine for batch in batches])
+    dense, source = stitcher.dense, blocks or Resident(stitcher.dense, stitcher.family)
+    saved, divergences = time.monotonic(), list[float]()
+    with closing(last_states(dense, stitcher.family, source, mine)) as targets:
+        learner = _Learner.of(stitcher, genome, blocks, tensors)
+        states = (targets.read(index).flatten(0, 1) for index in range(len(mine)))
+        for step, batch in zip(track(range(done, steps), "refit", steps, done), batches, strict=True):
+            divergences.append(learner.step(batch, states, config.learning_rate * _schedule(step, steps)))
             if not math.isfinite(divergences[-1]):
                 raise DarwinError(
                     f"the refit diverged at step {step + 1}: lower --refit.learning-rate, or --refit.tokens 0 leaves "
                     "it out"
                 )
-            nn.utils.clip_grad_norm_(weights.values(), 1.0)
-            optimizer.step()
-            gradients.clear()
             if time.monotonic() - saved > SAVE_SECONDS:
-                _write(file, weights, optimizer, step + 1, identity)
+                _write(file, learner.weights, learner.optimizer, step + 1, identity)
                 saved = time.monotonic()
     say(f"refit: KL {_mean(divergences[:8]):.4f} in the first steps, {_mean(divergences[-8:]):.4f} in the last")
-    _write(file, weights, None, steps, identity)
-    return {path: weight.detach().cpu() for path, weight in weights.items()}
+    _write(file, learner.weights, None, steps, identity)
+    return {path: weight.detach().cpu() for path, weight in learner.weights.items()}
 
 
-def _share(step: int, sequences: int, batch_size: int) -> list[int]:
-    """The sequences of a step that this process runs."""
-    batch = range(step * batch_size, min((step + 1) * batch_size, sequences))
-    return list(batch[parallel.rank() :: parallel.processes()])
+class _Batch(NamedTuple):
+    """The sequences of a step that this process runs, and the tokens that all processes run."""
+
+    mine: Int[Tensor, "mine length"]
+    tokens: int
+
+    @classmethod
+    def of(cls, token_ids: Int[Tensor, "sequences length"]) -> _Batch:
+        return cls(token_ids[parallel.rank() :: parallel.processes()], token_ids.numel())
+
+
+@dataclass
+class _Learner:
+    """The stitched model, its consumers that train, and their optimizer.
+
+    Attributes:
+        logits: of the dense model and of the stitched one.
+    """
+
+    model: PreTrainedModel
+    logits: tuple[Logits, Logits]
+    weights: dict[str, nn.Parameter]
+    optimizer: torch.optim.AdamW
+    gradients: _Gradients
+
+    @classmethod
+    def of(cls, stitcher: Stitcher, genome: Genome, blocks: Blocks | None, state: dict[str, Tensor]) -> _Learner:
+        """A learner in the state that was saved, or at its beginning if none was."""
+        model, levels = stitcher.stitch(genome, blocks), enumerate(genome.levels)
+        alive = [index for index, level in levels if level < stitcher.grid.highest(index)]
+        weights = _own_weights(model, [stitcher.grid.units[index].consumer for index in alive])
+        if stitcher.dense.device.type != "cpu":
+            recompute(model)
+        # Fused: the default on a GPU takes as much memory again as the weights.
+        optimizer = torch.optim.AdamW(list(weights.values()), weight_decay=0.0, fused=True)
+        if state:
+            set_state(weights, optimizer, state)
+        logits = Logits.of(stitcher.dense), Logits.of(model)
+        return cls(model, logits, weights, optimizer, _Gradients(list(weights.values())))
+
+    def step(self, batch: _Batch, targets: Iterator[Tensor], learning_rate: float) -> float:
+        """Take a step, all processes together, and return the divergence before it; none if that is not finite.
+
+        Args:
+            targets: the dense model's last hidden states on this process's sequences, in order.
+        """
+        total, device = 0.0, self.model.device
+        low = self.model.dtype == torch.bfloat16
+        for ids in batch.mine.split(1) if len(batch.mine) else ():
+            # Without a cache of them, the weights in low precision are there for a block at a time.
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low, cache_enabled=False):
+                total += _accumulate(self.model, self.logits, ids.to(device), next(targets), batch.tokens)
+        total = self.gradients.sum_with(total)
+        if math.isfinite(total):
+            nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
+            self.optimizer.param_groups[0]["lr"] = learning_rate
+            self.optimizer.step()
+            self.gradients.clear()
+        return total
 
 
 class _Gradients:
