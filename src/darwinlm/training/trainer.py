@@ -73,6 +73,9 @@ class RecoveryTrainer(Trainer):
         log: Path,
     ):
         super().__init__(model, args, train_dataset=train, eval_dataset=held_out)
+        if any(isinstance(module, FSDPModule) for module in model.modules()):  # whose blocks are sharded already
+            plugin: Any = self.accelerator.state.fsdp_plugin
+            plugin.auto_wrap_policy = None
         self.remove_callback(PrinterCallback)
         self.add_callback(_Log(log))
         self.teacher = teacher
