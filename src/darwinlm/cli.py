@@ -34,6 +34,7 @@ PRESETS, RECIPES = FOLDER / "presets", FOLDER / "recipes"  # settings that come 
 DENSE_MODEL = "a hub id, a directory, a .gguf file, or smollm2-135m"
 SIZES = ("--target", "--target-level")
 ALWAYS_SHOWN = ("help", "help_all", "config", "preset", "data", "out")
+PLAN_DEVICE = "cpu (this machine, measured) or GPUs by name and number, such as h100, rtx4090 or h100:8"
 CONFIG_HELP = "a YAML file of settings; flags win over it"
 
 
@@ -143,7 +144,7 @@ COMMANDS = (
     ),
     Command(
         "plan",
-        "what a run on a model takes, from its config alone: parameters, time, memory and disk",
+        "what a run on a model takes on a machine, from its config alone: parameters, time, memory and disk",
         (GradualConfig,),
         "plan.show:plan_command",
         positional=("model", "a hub id, a directory or a file with a config, or smollm2-135m"),
@@ -152,8 +153,9 @@ COMMANDS = (
         flags=(
             Flag("--target", {"type": str | None, "help": "one pruning to this size, as for compress: params=0.6"}),
             Flag("--target-level", {"type": float | None, "help": "one pruning to this uniform level"}),
+            Flag("--device", {"type": str, "default": "auto", "help": PLAN_DEVICE}),
         ),
-        shown=("target", "target_level", "stages"),
+        shown=("target", "target_level", "stages", "device"),
         presets=RECIPES,
     ),
     Command(
