@@ -66,8 +66,6 @@ def test_export_of_every_family(family: str, checkpoints: dict[str, Path], tmp_p
         torch.testing.assert_close(exported(ids).logits, expected, rtol=1e-4, atol=2e-4)
         attentions = exported(ids[:1], output_attentions=True).attentions
         heads = [block.query_heads for block in block_sizes_of(exported.config)]
-        if "opt" in family:  # whose decoder inside the decoder records them, and knows nothing of the code
-            heads = [count for count in heads if count]
         assert [weights.shape[1] for weights in attentions] == heads, "every layer has an entry"
         # What FSDP wraps, and device_map does not split, is there.
         assert set(exported._no_split_modules) <= {type(module).__name__ for module in exported.modules()}

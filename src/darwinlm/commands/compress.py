@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from math import inf
 from pathlib import Path
 from statistics import median
@@ -26,7 +26,7 @@ from darwinlm.config.run import RunConfig, Stage
 from darwinlm.data.packing import bos_of
 from darwinlm.database.calibrate import calibrate
 from darwinlm.database.stitch import Stitcher, repeat_shared
-from darwinlm.database.store import Database, add_unit
+from darwinlm.database.store import Database, add_unit, reused_database
 from darwinlm.evaluation.rows import Row, evaluate
 from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf
@@ -51,7 +51,7 @@ from darwinlm.search.fitness import Fitness
 from darwinlm.search.held_out import curves
 from darwinlm.search.sensitivity import find_starts
 from darwinlm.search.uniform import later_start
-from darwinlm.training.refit import refit, set_consumers
+from darwinlm.training.refit import refit, refitted, set_consumers
 from darwinlm.types import Curve, DarwinError, Genome, SearchResult
 
 
@@ -111,31 +111,37 @@ def run(config: RunConfig, until: Stage = "report", given: Given | None = None) 
             say(f"{this.path} is finished: {this.report_path} has its figures")
             return this
         work = open_work(this, config, until)
-        database = _eliminate(work)
+        database = build_database(work)
         if until == "database":
             return this
         with work.within_memory():
-            result = _allocate(work, database)
+            result = allocate(work, make_fitness(work, database))
         if until == "search":
             return this
-        searched = _refit(work, database, "searched", result.best)
+        searched = refit_consumers(work, database, "searched", result.best)
         if parallel.first():
-            _export(work, result, _finish(work, database, result.best, searched))
+            _export(work, result, finish(work, database, result.best, searched))
         if until == "export":
             return this
-        uniform = _refit(work, database, "uniform", work.uniform)
+        uniform = refit_consumers(work, database, "uniform", work.uniform)
         if parallel.first():
-            uniform_model = _finish(work, database, work.uniform, uniform)
+            uniform_model = finish(work, database, work.uniform, uniform)
             work.keep_only(work.checkpoint.dtype)
             rows = _evaluate(work, uniform_model)
             _report(work, result, rows, _curves(work, database, result))
     return this
 
 
-def _eliminate(work: Work) -> Database:
-    """Calibrate the dense model and eliminate structures, one block after another, into the database."""
+def build_database(work: Work) -> Database:
+    """Calibrate the dense model and eliminate structures, one block after another, into the database.
+
+    Raises:
+        UsageError: if the database of another run is to be used, and is not finished or made from something else.
+    """
     config, checkpoint = work.config, work.checkpoint
-    database = Database(work.run.database, work.grid, work.provenance | work.database_settings)
+    if config.reuse is not None:
+        return reused_database(work.run.database, work.grid, work.database_provenance)
+    database = Database(work.run.database, work.grid, work.database_provenance)
     finished = database.finished()
     statistics = calibrate(
         checkpoint,
@@ -163,10 +169,13 @@ def _first_token(work: Work, database: Database) -> str:
     return f"{what} makes up {median(shares.values()):.1%} of a unit's Hessian, at most {shares[most]:.1%} ({most})"
 
 
-def _allocate(work: Work, database: Database) -> SearchResult:
-    """The best genome found within the budget, or the one that was given. All processes search, the first writes."""
+def allocate(work: Work, fitness: Fitness, find: Callable[[], Mapping[str, Genome]] | None = None) -> SearchResult:
+    """The best genome found within the budget, or the one that was given. All processes search, the first writes.
+
+    Args:
+        find: finds the genomes from which a search may start, by name, if it is not to start as its settings say.
+    """
     config = work.config.search
-    fitness = _fitness(work, database)
     if work.given_genome is not None:
         score = fitness.score(work.given_genome, config.stages[-1])
         if score == inf:
@@ -177,18 +186,22 @@ def _allocate(work: Work, database: Database) -> SearchResult:
         result = SearchResult(work.given_genome, score, ())
     else:
         budget, seed, start_genome = work.budget, work.config.seed, work.start_genome
-        if start_genome is None:
-            starts = find_starts(work.uniform, budget, fitness, config, seed, work.run.search)
-        else:
+        if start_genome is not None:
             start, budget = later_start(start_genome, work.uniform, budget, config.moves, seed)
             starts = {"earlier": start}
+        elif work.run.history_path.exists():
+            starts = {}
+        elif find is not None:
+            starts = find()
+        else:
+            starts = find_starts(work.uniform, budget, fitness, config, seed, work.run.search)
         result = evolve(starts, budget, fitness, config, seed, work.run.history_path, fitness.length)
     if parallel.first():
         work.run.save_search(result, work.grid, work.provenance)
     return result
 
 
-def _fitness(work: Work, database: Database) -> Fitness:
+def make_fitness(work: Work, database: Database) -> Fitness:
     """The fitness of the run's candidates, within what it may keep on the device."""
     allowed, family = work.allowance, work.checkpoint.family
     dense = work.dense(work.dtype) if allowed.resident else work.checkpoint.load(work.dtype, torch.device("cpu"))
@@ -209,22 +222,25 @@ def _stitcher(work: Work, database: Database, dtype: torch.dtype) -> Stitcher:
     return Stitcher(work.dense(dtype), work.checkpoint.family, database, work.allowance.narrow)
 
 
-def _refit(work: Work, database: Database, name: str, genome: Genome) -> dict[str, Tensor]:
+def refit_consumers(work: Work, database: Database, name: str, genome: Genome) -> dict[str, Tensor]:
     """The consumers of a genome's model, solved again against the dense distribution in the search's precision.
 
-    All processes take part. Without a refit, there are none.
+    All processes take part, unless it has been done before. Without a refit, there are none.
     """
     config = work.config.refit
     if not config.tokens:
         return {}
-    file, provenance = work.run.refit / f"{name}.safetensors", work.provenance | work.database_settings
+    file, provenance = work.run.refit / f"{name}.safetensors", work.database_provenance
+    done = refitted(genome, config, file, provenance)
+    if done is not None:
+        return done
     with work.within_memory():
         dense, blocks = work.dense_by_block()
         learner = Stitcher(dense, work.checkpoint.family, database, kept_bytes=0)
         return refit(learner, genome, work.tokens["refit"], config, file, provenance, blocks)
 
 
-def _finish(work: Work, database: Database, genome: Genome, consumers: dict[str, Tensor]) -> PreTrainedModel:
+def finish(work: Work, database: Database, genome: Genome, consumers: dict[str, Tensor]) -> PreTrainedModel:
     """The pruned model of a genome with its refitted consumers, in the checkpoint's precision."""
     model = _stitcher(work, database, work.checkpoint.dtype).stitch(genome)
     set_consumers(model, consumers)

@@ -67,14 +67,15 @@ def refit(
         DarwinError: on all processes, if `file` is of another refit, or the refit diverges.
         PeerLostError: if another process has ended.
     """
-    identity = as_json(provenance | {"genome": genome.levels, "refit": asdict(config)})
+    earlier = refitted(genome, config, file, provenance)
+    if earlier is not None:
+        return earlier
+    identity = _identity(genome, config, provenance)
     done, tensors = _read(file, identity)
     parallel.wait_for_all()  # every process has read the file before the first one writes it
     steps = -(-len(token_ids) // config.batch_size)
-    if done == steps:
-        return {name.removeprefix("weight."): tensor for name, tensor in tensors.items()}
     batches = [_Batch.of(batch) for batch in token_ids.split(config.batch_size)[done:]]
-    mine = torch.cat([batch.mine for batch in batches])
+    mine = torch.cat([token_ids[:0], *(batch.mine for batch in batches)])
     dense, source = stitcher.dense, blocks or Resident(stitcher.dense, stitcher.family)
     saved, divergences = time.monotonic(), list[float]()
     with closing(last_states(dense, stitcher.family, source, mine)) as targets:
@@ -93,6 +94,20 @@ def refit(
     say(f"refit: KL {_mean(divergences[:8]):.4f} in the first steps, {_mean(divergences[-8:]):.4f} in the last")
     _write(file, learner.weights, None, steps, identity)
     return {path: weight.detach().cpu() for path, weight in learner.weights.items()}
+
+
+def refitted(
+    genome: Genome, config: RefitConfig, file: Path, provenance: dict[str, Any]
+) -> dict[str, Float[Tensor, "d_out kept"]] | None:
+    """Return what `refit` has returned, or None if it has not ended. Raises `DarwinError` if it is another refit's."""
+    _, tensors = _read(file, _identity(genome, config, provenance))
+    if not tensors or any(name.startswith("exp_avg.") for name in tensors):
+        return None
+    return {name.removeprefix("weight."): tensor for name, tensor in tensors.items()}
+
+
+def _identity(genome: Genome, config: RefitConfig, provenance: dict[str, Any]) -> dict[str, Any]:
+    return as_json(provenance | {"genome": genome.levels, "refit": asdict(config)})
 
 
 class _Batch(NamedTuple):
