@@ -9,7 +9,9 @@ import torch
 from transformers import PretrainedConfig
 
 from darwinlm.config.training import DistillationConfig, TrainingConfig
+from darwinlm.genome import Grid
 from darwinlm.losses.distillation import CHUNK
+from darwinlm.types import Genome
 
 FLOAT = 4  # bytes of float32
 LOGITS = 4  # float32 tensors of a chunk's logits: as they are made, log-probabilities of both models, the gradient
@@ -66,6 +68,21 @@ class TrainedModel:
     block: int
     inputs: Sequence[int]
     config: PretrainedConfig
+
+    @classmethod
+    def of(cls, parameters: int, config: PretrainedConfig, grid: Grid, genome: Genome) -> TrainedModel:
+        """The model that a genome makes of a dense one.
+
+        Args:
+            parameters: those of the pruned model.
+            config: the dense model's.
+        """
+        left = [unit.structures - grid.removed[i][genome.levels[i]] for i, unit in enumerate(grid.units)]
+        sizes = [0] * int(config.num_hidden_layers)
+        for count, unit in zip(left, grid.units, strict=True):
+            sizes[unit.block] += unit.parameters(unit.structures - count)
+        inputs = [count * unit.structure_width for count, unit in zip(left, grid.units, strict=True)]
+        return cls(parameters, max(sizes), inputs, config)
 
     @property
     def blocks(self) -> int:
