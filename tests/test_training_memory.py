@@ -20,6 +20,7 @@ from accelerator import MEMORY, NAME, accelerator
 from darwinlm.commands.train import train
 from darwinlm.config.run import DatabaseConfig
 from darwinlm.config.training import DistillationConfig, TrainConfig, TrainingConfig
+from darwinlm.data.stream import draw_held_out
 from darwinlm.losses.logits import hidden_states
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import find_grid
@@ -115,8 +116,6 @@ def test_a_teacher_that_only_judges_is_not_on_the_device(
     models: list[Any] = [
         Checkpoint(path).load(torch.float32, torch.device("cpu")) for path in (scaled, trained.exported)
     ]
-    from darwinlm.data.stream import draw_held_out
-
     cache = Path(config.out) / "cache"
     drawn = draw_held_out(config.data, 2, Checkpoint(scaled).tokenizer, config.stream, cache)
     with torch.no_grad():
