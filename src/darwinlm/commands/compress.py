@@ -44,6 +44,7 @@ from darwinlm.runtime.device import DTYPES
 from darwinlm.runtime.files import write_text
 from darwinlm.runtime.names import short_name
 from darwinlm.runtime.progress import say, track
+from darwinlm.runtime.trackers import check_trackers, tracking
 from darwinlm.search.costs import parameter_costs, shared_parameter_costs
 from darwinlm.search.evolution import evolve
 from darwinlm.search.fitness import Fitness
@@ -96,6 +97,7 @@ def run(config: RunConfig, until: Stage = "report", given: Given | None = None) 
     """
     told = explain_failures(f"the run in {config.out}", "lower --calibration.batch-size")
     this = Run(config.out)
+    check_trackers(config.report_to, "report-to")
     # Until there is a first parent: what made every start diverge may be mended.
     searching = until != "database" and not this.history_path.exists()
     free = ("search.learning_rate",) if searching else ()
@@ -105,7 +107,8 @@ def run(config: RunConfig, until: Stage = "report", given: Given | None = None) 
         if given is not None:
             given.write(this.path)
 
-    with told, parallel.together(), parallel.shared_directory(this.path, prepare):
+    shared = parallel.shared_directory(this.path, prepare)
+    with told, parallel.together(), shared, tracking(config.report_to, this.path / "tracked"):
         if this.finished:
             say(f"{this.path} is finished: {this.report_path} has its figures")
             return this

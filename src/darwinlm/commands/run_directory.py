@@ -41,6 +41,7 @@ FREE = (
     "verify",
     "memory",
     "reuse",
+    "report_to",
     "cache",
     "training.micro_batch_size",
     "training.gradient_checkpointing",
