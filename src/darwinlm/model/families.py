@@ -22,6 +22,7 @@ PRUNED = "pruned_"  # prefix of the model type of an export
 
 # How the rows of fused projections lie, which cannot be derived.
 ROWS: dict[str, Fused] = {
+    "bloom": "by head",
     "falcon": "by head",
     "glm": "in order",
     "glm4": "in order",
@@ -29,6 +30,7 @@ ROWS: dict[str, Fused] = {
     "gpt_bigcode": "by head",
     "gpt_neox": "by head",
     "moshi": "in order",
+    "mpt": "in order",
     "persimmon": "by head",
     "phi3": "in order",
 }
@@ -63,9 +65,10 @@ def head_dim(config: PretrainedConfig) -> int:
 def head_counts(config: PretrainedConfig) -> tuple[int, int]:
     """The numbers of query heads and of KV heads; without grouped queries a config may name only one."""
     queries = config.num_attention_heads
-    if getattr(config, "multi_query", False):
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         return queries, 1
-    return queries, getattr(config, "num_key_value_heads", None) or queries
+    names = ("num_key_value_heads", "num_kv_heads")
+    return queries, next((count for name in names if (count := getattr(config, name, None))), queries)
 
 
 def mlp_width(model: nn.Module, family: Family, block: int) -> int:
@@ -123,9 +126,16 @@ def _attention(block: _Block, layer: PretrainedConfig, dense: PretrainedConfig, 
         _Input(family.key, width, sharers),
         _Input(family.value, width, sharers),
     ]
+    if family.by_head:
+        if sharers > 1:
+            raise UsageError(
+                f"cannot prune {family.block(block.index)}.{family.query}: expected KV groups, whose rows lie together in "
+                f"it, to leave as a whole, found the structure {structure}; use --database.structure kv_group"
+            )
+        inputs = [_Input(family.query, (heads + 2) * width)]
     return block.unit(
         "attention",
-        inputs=[_Input(family.query, 3 * width)] if family.by_head else inputs,
+        inputs=inputs,
         output=family.attention_output,
         members=(family.attention, *family.attention_norms),
         width=heads * width,

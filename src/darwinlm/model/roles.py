@@ -28,11 +28,13 @@ class Family:
 
     Attributes:
         returns_more: whether blocks return a tuple, of which the hidden states are the first.
-        by_head: whether the fused projection of query, key and value holds the rows of one head after those of another.
+        by_head: whether the fused projection of query, key and value holds the rows of a KV group after those of another.
         attention_norms, mlp_norms: the norms before and after the unit, which are removed together with it.
         query_counts, key_value_counts: where the attention's methods read its numbers of heads from attributes, these:
             of the module, or of its config (`config.NAME`).
         query_widths: and these, where they read the width of all query heads.
+        biases: the arguments of the attention that hold something for each query head, such as slopes by position.
+        attention_adds, mlp_adds: whether the unit adds its second argument, the stream, to what it gives.
         mlp: the module of the MLP, empty if its linear modules lie in the block itself.
     """
 
@@ -52,10 +54,13 @@ class Family:
     query_counts: tuple[str, ...]
     key_value_counts: tuple[str, ...]
     query_widths: tuple[str, ...]
+    biases: tuple[str, ...]
+    attention_adds: bool
     mlp: str
     mlp_inputs: tuple[str, ...]
     mlp_output: str
     mlp_norms: tuple[str, ...]
+    mlp_adds: bool
 
     def block(self, index: int) -> str:
         """The path of the decoder block with this index."""
@@ -131,8 +136,6 @@ class _Roles:
         flow, within = self.flow, self.flow.attention
         if within is None:
             return {}
-        if flow.biases:
-            self._refuse(within, "heads that differ in their weights alone", f"{flow.biases[0]}, which biases each")
         readers = sorted(flow.readers(ATTENDED))
         if not readers:
             self._refuse(within, "a projection that reads what attention gives", "none")
@@ -151,8 +154,9 @@ class _Roles:
         if len(set(projections)) < len(projections) and (len(set(projections)) > 1 or self.fused is None):
             self._refuse(projections[0], "a projection of its own for query, key and value", "a fused one")
         keys = self._key_value_heads(projections)
-        if self.fused == "by head" and keys not in (1, flow.heads[0]):
-            self._refuse(projections[0], "as many KV heads as query heads in it, or one", f"{keys}")
+        foreign = sorted({*flow.biases} - flow.named[within])
+        if foreign:
+            self._refuse(within, f"what each head is given to be named, {foreign[0]}", "no such argument")
         self.claimed |= {output}
         self.units.add(within)
         module = self.block.get_submodule(within)
@@ -166,6 +170,8 @@ class _Roles:
             "query_counts": query_counts,
             "key_value_counts": key_value_counts,
             "query_widths": query_widths,
+            "biases": flow.biases,
+            "attention_adds": self._adds(within, output),
         }
 
     def _key_value_heads(self, projections: Sequence[str]) -> int:
@@ -226,7 +232,18 @@ class _Roles:
             fields = inputs * 2
         else:
             fields = inputs
-        return {"mlp": within, "mlp_inputs": fields, "mlp_output": output, "mlp_norms": self._norms(inputs, output)}
+        adds = bool(within) and self._adds(within, output)
+        if not adds and within in flow.seconds:
+            self._refuse(within, "an MLP that adds its second argument", "one that uses it otherwise")
+        norms = self._norms(inputs, output)
+        return {"mlp": within, "mlp_inputs": fields, "mlp_output": output, "mlp_norms": norms, "mlp_adds": adds}
+
+    def _adds(self, unit: str, output: str) -> bool:
+        """Whether a unit adds its second argument, the stream, to its output."""
+        rest, second = self.flow.sums[unit] - {output}, self.flow.seconds.get(unit)
+        if STREAM in rest and rest != second:
+            self._refuse(unit, "a unit that adds no stream but its second argument", "another sum")
+        return bool(rest) and rest == second
 
     def check_rest(self) -> None:
         """Refuse weights that no role explains: any within a unit, and matrices elsewhere in the block."""
@@ -272,7 +289,7 @@ def _weights(block: nn.Module) -> Iterable[tuple[str, list[nn.Parameter]]]:
     for path, module in block.named_modules():
         if is_selection(block.get_submodule(path.rpartition(".")[0])):
             continue
-        if is_selection(module):
+        if is_selection(module) and any(True for _ in module.parameters()):
             yield path, list(module.parameters())
         own = [(name, parameter) for name, parameter in module.named_parameters(recurse=False) if parameter.numel() > 1]
         if any(True for child in module.children() for _ in child.parameters()):
