@@ -144,9 +144,8 @@ class Stitcher:
         family = self.family
         stubs: dict[str, nn.Module] = {}
         if unit.kind == "attention":
-            stubs |= dict.fromkeys(family.attention_norms, nn.Identity()) | {
-                family.attention: NoAttn(family.attention_adds)
-            }
+            stubs |= dict.fromkeys(family.attention_norms, nn.Identity())
+            stubs[family.attention] = NoAttn(family.attention_adds)
         elif family.mlp:
             stubs |= dict.fromkeys(family.mlp_norms, nn.Identity()) | {family.mlp: NoMLP()}
         else:  # its modules lie in the block itself

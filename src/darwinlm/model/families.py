@@ -15,7 +15,7 @@ from darwinlm.config.run import DatabaseConfig
 from darwinlm.genome import Grid, level_grid
 from darwinlm.model.flow import is_selection
 from darwinlm.model.roles import Family, Fused, find_roles
-from darwinlm.types import BlockSizes, DarwinError, Genome, Kind, Producer, Structure, Unit
+from darwinlm.types import BlockSizes, DarwinError, Genome, Kind, Producer, Structure, Unit, UsageError
 
 PRUNED = "pruned_"  # prefix of the model type of an export
 
@@ -35,6 +35,10 @@ ROWS: dict[str, Fused] = {
     "phi3": "in order",
 }
 
+# Families whose attentions are given something for each head, such as slopes by position (ALiBi), for which the code of
+# their exports has lines more.
+GIVEN_BY_HEAD = ("bloom", "falcon", "mpt")
+
 
 def find_family(model: PreTrainedModel) -> Family:
     """Return where a model keeps its units, derived from its modules. The model may be on the meta device.
@@ -44,7 +48,14 @@ def find_family(model: PreTrainedModel) -> Family:
     Raises:
         UsageError: if a module fits no role; it names the module.
     """
-    return find_roles(model, ROWS.get(model.config.model_type.removeprefix(PRUNED)))
+    name = model.config.model_type.removeprefix(PRUNED)
+    family = find_roles(model, ROWS.get(name))
+    if family.biases and name not in GIVEN_BY_HEAD:
+        raise UsageError(
+            f"cannot prune {family.block(0)}.{family.attention}: expected heads that differ in their weights alone, "
+            f"found {family.biases[0]}, which biases each; convert the model to another family"
+        )
+    return family
 
 
 def modules_around(model: nn.Module, family: Family) -> list[str]:
@@ -129,8 +140,8 @@ def _attention(block: _Block, layer: PretrainedConfig, dense: PretrainedConfig, 
     if family.by_head:
         if sharers > 1:
             raise UsageError(
-                f"cannot prune {family.block(block.index)}.{family.query}: expected KV groups, whose rows lie together in "
-                f"it, to leave as a whole, found the structure {structure}; use --database.structure kv_group"
+                f"cannot prune {family.block(block.index)}.{family.query}: expected KV groups to leave whole, "
+                f"for their rows lie together, found the structure {structure}; use --database.structure kv_group"
             )
         inputs = [_Input(family.query, (heads + 2) * width)]
     return block.unit(

@@ -134,9 +134,6 @@ class PrunedLlamaModel(LlamaModel):
         self.post_init()
 
 
-AutoModel.register(PrunedLlamaConfig, PrunedLlamaModel, exist_ok=True)  # stock classifiers ask for their decoder there
-
-
 class WithPrunedModel(PreTrainedModel):
     """A stock model whose decoder is replaced, before weights are loaded."""
 
@@ -156,6 +153,7 @@ class PrunedLlamaForCausalLM(WithPrunedModel, LlamaForCausalLM):
         raise NotImplementedError("continuous batching has a cache of one size for all layers: use generate instead")
 
 
+AutoModel.register(PrunedLlamaConfig, PrunedLlamaModel, exist_ok=True)  # stock classifiers ask for their decoder there
 Generic: Any = (transformers.modeling_layers.GenericForSequenceClassification, LlamaModel.__base__)
 LlamaClassifier: Any = getattr(transformers, "LlamaForSequenceClassification", None) or type("Generic", Generic, {})
 

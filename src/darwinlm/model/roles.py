@@ -28,7 +28,7 @@ class Family:
 
     Attributes:
         returns_more: whether blocks return a tuple, of which the hidden states are the first.
-        by_head: whether the fused projection of query, key and value holds the rows of a KV group after those of another.
+        by_head: whether the fused projection of query, key and value holds the rows of one KV group after another.
         attention_norms, mlp_norms: the norms before and after the unit, which are removed together with it.
         query_counts, key_value_counts: where the attention's methods read its numbers of heads from attributes, these:
             of the module, or of its config (`config.NAME`).
