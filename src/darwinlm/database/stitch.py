@@ -14,15 +14,12 @@ from transformers import PreTrainedModel
 
 from darwinlm.database.levels import Level
 from darwinlm.database.store import Database
-from darwinlm.model.families import head_counts, head_dim, key_value_heads, linear_at
+from darwinlm.model.families import HEADS, head_counts, head_dim, key_value_heads, linear_at
 from darwinlm.model.flow import is_selection
 from darwinlm.model.roles import Family
 from darwinlm.types import Genome, Producer, Unit
 
 Module = TypeVar("Module", bound=nn.Module)
-
-
-HEADS = "bias_heads"  # the module of an attention that holds which heads it has, where heads are given different things
 
 
 LEVELS_KEPT = 2  # of each unit, on average: the parent's, and those in which mutants differ from it

@@ -38,6 +38,23 @@ ROWS: dict[str, Fused] = {
 # Families whose attentions are given something for each head, such as slopes by position (ALiBi), for which the code of
 # their exports has lines more.
 GIVEN_BY_HEAD = ("bloom", "falcon", "mpt")
+HEADS = "bias_heads"  # the module of such an attention that holds which of the heads before pruning it has
+
+_LATENT = "model.layers.0.self_attn.kv_b_proj: expected rows for each KV head, found those of a latent vector"
+# Why families are refused that the flow of one block would not tell: the module, what was expected, what was found.
+REFUSED = {
+    "bitnet": "model.layers.0.self_attn.attn_sub_norm: expected an output projection of heads, found a norm before it",
+    "codegen": "transformer.h.0.attn.qkv_proj: expected rows of query, key and value, found four parts of each",
+    "cpmant": "cpmant.encoder: expected a state for each token, found some of a prompt before them",
+    "deepseek_v3": _LATENT,
+    "gpt_neox_japanese": "gpt_neox_japanese.layers.0.attention: expected states and weights, found a bias beside them",
+    "hrm_text": "model.L_module: expected one list of blocks, found two that call each other",
+    "minicpm3": _LATENT,
+    "modernbert-decoder": "lm_head: expected an output embedding that reads the final norm, found a layer between them",
+    "openai-gpt": "transformer.h.0.ln_1: expected norms before the units, found the stream itself normed after each",
+    "xlm": "transformer.layer_norm1.0: expected norms before the units, found the stream itself normed after each",
+    "youtu": _LATENT,
+}
 
 
 def find_family(model: PreTrainedModel) -> Family:
@@ -49,6 +66,8 @@ def find_family(model: PreTrainedModel) -> Family:
         UsageError: if a module fits no role; it names the module.
     """
     name = model.config.model_type.removeprefix(PRUNED)
+    if name in REFUSED:
+        raise UsageError(f"cannot prune {REFUSED[name]}; convert the model to another family")
     family = find_roles(model, ROWS.get(name))
     if family.biases and name not in GIVEN_BY_HEAD:
         raise UsageError(

@@ -105,7 +105,7 @@ def find_frame(model: PreTrainedModel) -> Frame:
     inner, blocks = lists[0]
     root = paths[decoder]
     recorders, after, reason = _run(decoder, f"{root}.{inner}", blocks, returns_more=False)
-    returns_more = any(recorder.wrong for recorder in recorders)
+    returns_more = bool(reason) or any(recorder.wrong for recorder in recorders)
     if returns_more:
         recorders, after, reason = _run(decoder, f"{root}.{inner}", blocks, returns_more)
     if reason:

@@ -106,7 +106,9 @@ def narrow(layer: nn.Module, config: Any, index: int) -> None:
     numbers = {"config": size, "queries": queries, "keys": keys, "readers": queries // keys}
     numbers |= {"query width": queries * width, "key width": keys * width, "channels": size.intermediate_size}
     for path, names in parts["rows"].items():
-        layer.set_submodule(path, resized(layer.get_submodule(path), sum(numbers[name] for name in names), None))
+        module: Any = layer.get_submodule(path)
+        if module.weight.dim() > 1 or queries != config.num_attention_heads:  # a norm over all heads that are left
+            layer.set_submodule(path, resized(module, sum(numbers[name] for name in names), None))
     for path, name in parts["columns"].items():
         layer.set_submodule(path, resized(layer.get_submodule(path), None, numbers[name]))
     for attribute, name in parts["attributes"].items():

@@ -42,7 +42,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from darwinlm.model.families import GIVEN_BY_HEAD, PRUNED, find_family, head_counts, head_dim, mlp_width
-from darwinlm.model.flow import find_frame, is_selection
+from darwinlm.model.flow import find_frame
 from darwinlm.model.naming import plain_linears
 from darwinlm.model.parts import layer_parts
 from darwinlm.runtime.scratch import scratch_directory
@@ -331,10 +331,6 @@ def pruned_model(
         result = _model_class(config)(config)
     given = model.state_dict() if weights is None else weights
     state = renumber_blocks(given, remaining_blocks(sizes), find_frame(model).blocks)
-    for path, module in result.named_modules():
-        if is_selection(module) and f"{path}.weight" in state:  # of a norm from which nothing has gone
-            state[f"{path}.module.weight"] = state.pop(f"{path}.weight")
-            state[f"{path}.index"] = torch.arange(len(state[f"{path}.module.weight"]))
     try:
         result.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:

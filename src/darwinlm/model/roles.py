@@ -30,6 +30,9 @@ class Family:
         returns_more: whether blocks return a tuple, of which the hidden states are the first.
         by_head: whether the fused projection of query, key and value holds the rows of one KV group after another.
         attention_norms, mlp_norms: the norms before and after the unit, which are removed together with it.
+        projections: of query, key and value, which differ from `query` and `key` where those are norms.
+        head_norms: the norms of query and key, empty if there are none.
+        shared_norms: the norms before the attention that the MLP reads too.
         query_counts, key_value_counts: where the attention's methods read its numbers of heads from attributes, these:
             of the module, or of its config (`config.NAME`).
         query_widths: and these, where they read the width of all query heads.
@@ -51,6 +54,9 @@ class Family:
     by_head: bool
     attention_output: str
     attention_norms: tuple[str, ...]
+    projections: tuple[str, ...]
+    head_norms: tuple[str, ...]
+    shared_norms: tuple[str, ...]
     query_counts: tuple[str, ...]
     key_value_counts: tuple[str, ...]
     query_widths: tuple[str, ...]
@@ -150,7 +156,7 @@ class _Roles:
         counts = flow.heads[0], flow.heads[1], flow.heads[1]
         names = ("query", "key", "value")
         producers = [self._producer(*each) for each in zip(names, flow.inputs, counts, flow.head_widths, strict=True)]
-        projections = [projection for projection, _ in producers]
+        projections = [projection for projection, _, _ in producers]
         if len(set(projections)) < len(projections) and (len(set(projections)) > 1 or self.fused is None):
             self._refuse(projections[0], "a projection of its own for query, key and value", "a fused one")
         keys = self._key_value_heads(projections)
@@ -163,10 +169,13 @@ class _Roles:
         query_counts, key_value_counts, query_widths = _numbers(module, flow.heads[0] * flow.head_widths[0])
         return {
             "attention": within,
-            **dict(zip(names, (producer for _, producer in producers), strict=True)),
+            **dict(zip(names, (producer for _, producer, _ in producers), strict=True)),
             "by_head": self.fused == "by head" and keys > 1,  # one KV head lies behind all query heads
             "attention_output": output,
-            "attention_norms": self._norms(projections, output),
+            "attention_norms": (norms := self._norms(projections, output)),
+            "projections": tuple(projections),
+            "head_norms": tuple(norm for _, _, norm in producers[:2] if norm),
+            "shared_norms": self._shared(projections, norms),
             "query_counts": query_counts,
             "key_value_counts": key_value_counts,
             "query_widths": query_widths,
@@ -181,8 +190,8 @@ class _Roles:
             return keys
         return (self._linear(projections[0]).out_features // self.flow.head_widths[0] - queries) // 2
 
-    def _producer(self, role: str, marks: Marks, heads: int, width: int) -> tuple[str, str]:
-        """The projection that a role's heads come from, and the module whose rows are selected with the heads."""
+    def _producer(self, role: str, marks: Marks, heads: int, width: int) -> tuple[str, str, str]:
+        """The projection that a role's heads come from, the module whose rows are selected with them, and the norm."""
         assert self.flow.attention is not None
         if len(marks) != 1 or not marks <= self.flow.reads.keys():
             self._refuse(self.flow.attention, f"a {role} from one projection", f"{sorted(marks) or 'none'}")
@@ -192,7 +201,7 @@ class _Roles:
             if module.out_features != heads * width and self.fused is None:
                 self._refuse(last, f"{heads} heads of width {width}", f"a width of {module.out_features}")
             self.claimed.add(last)
-            return last, last
+            return last, last, ""
         before = self.flow.reads[last]
         projection = next(iter(before))
         if len(before) != 1 or not before <= self.flow.reads.keys():
@@ -203,7 +212,7 @@ class _Roles:
         if own != {seen} or not (over_all or seen == width):
             self._refuse(last, f"a norm over a head or over all {heads}", f"{type(module).__name__} over {seen}")
         self.claimed |= {last, projection}
-        return projection, last if over_all else projection
+        return projection, last if over_all else projection, last
 
     def mlp(self) -> dict[str, Any]:
         """The fields of the MLP, none if the block has none."""
@@ -265,6 +274,11 @@ class _Roles:
                 norms.append(path)
         self.claimed |= set(norms)
         return tuple(norms)
+
+    def _shared(self, inputs: Sequence[str], own: Sequence[str]) -> tuple[str, ...]:
+        """The norms that a unit reads and others too."""
+        before = frozenset().union(*(self.flow.reads[path] for path in inputs)) - {STREAM, *own}
+        return tuple(sorted(path for path in before if self._is_norm(path)))
 
     def _is_norm(self, path: str) -> bool:
         module = self.block.get_submodule(path)
