@@ -162,6 +162,7 @@ def test_the_run_directory_holds_what_the_design_says_and_nothing_else(compresse
     assert len(code) <= 1
     assert found - code == {
         "run.yaml",
+        "stages.json",
         "model.json",
         "table.json",
         "report.md",

@@ -17,6 +17,7 @@ from darwinlm.evaluation.rows import Row
 from darwinlm.genome import Grid, level_grid
 from darwinlm.report.figures import levels_figure, search_figure
 from darwinlm.report.run_report import print_table, write_report
+from darwinlm.runtime.stages import StageUse
 from darwinlm.runtime.timing import Ratio
 from darwinlm.types import Generation, Genome, Unit
 
@@ -29,6 +30,8 @@ ROWS = (
     Row("searched", 150_000_000, 14.25, 0.375, 1120.0, 44.0, Ratio(1.12, 1.05, 1.2), Ratio(1.1, 0.8, 1.3), 300_000_000,
         ("Water boils at 90 C", "Rome was | old")),
 )  # fmt: skip
+
+STAGES = {"database": StageUse(120.25, 3 * 10**9, 0), "search": StageUse(1800.0, 2 * 10**9, 5 * 10**9)}
 
 
 @pytest.fixture
@@ -57,7 +60,7 @@ def history(genomes: dict[str, Genome]) -> list[Generation]:
 
 def write(out: Path, grid: Grid, genomes: dict[str, Genome], history: list[Generation]) -> list[Path]:
     settings = {"data": "vital-wiki|c4", "seed": "0"}
-    return write_report(out, "A tiny model", ROWS, grid, genomes, history, settings, "KL", {})
+    return write_report(out, "A tiny model", ROWS, grid, genomes, history, settings, "KL", {}, STAGES)
 
 
 def test_files_are_written_whole(tmp_path: Path, grid: Grid, genomes: dict[str, Genome], history: list[Generation]):
@@ -178,3 +181,14 @@ def test_printed_table_fits_and_keeps_its_texts(capsys: pytest.CaptureFixture[st
     assert "? other work kept this machine busy while speeds were measured: report.md has their range" in lines
     assert "SmolLM2 uniform   Rome was ```[b]was" in lines
     assert "SmolLM2 dense     Rome was big" in lines
+
+
+def test_the_report_has_time_and_memory_of_every_stage(
+    tmp_path: Path, grid: Grid, genomes: dict[str, Genome], history: list[Generation]
+):
+    write(tmp_path, grid, genomes, history)
+    text = (tmp_path / "report.md").read_text()
+    assert "| database | 120.2 | 3.00 GB | 0.0 MB |" in text
+    assert "| search | 1,800.0 | 2.00 GB | 5.00 GB |" in text
+    assert "| all | 1,920.2 | 3.00 GB | 5.00 GB |" in text
+    assert json.loads((tmp_path / "table.json").read_text())["stages"]["search"]["device"] == 5 * 10**9

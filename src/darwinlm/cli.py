@@ -23,6 +23,7 @@ from darwinlm.config.frontier import FrontierConfig
 from darwinlm.config.run import DEMO, ExportConfig, RunConfig
 from darwinlm.config.training import GradualConfig, TrainConfig
 from darwinlm.rivals.methods import DEFAULT_METHODS, METHODS
+from darwinlm.runtime.progress import reporting, say
 from darwinlm.types import DarwinError, UsageError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -59,6 +60,9 @@ def _switch(name: str, default: bool, help_text: str) -> Flag:
 
 KEEP_ATTENTION = _switch("keep-attention", False, "let no block lose all of its attention, which vLLM wants")
 FIT_DATA = _switch("fit-data", False, "scale the stages' tokens down to the text, where it is too little")
+QUIET = Flag("--quiet", {"action": "store_true", "help": "tell nothing on standard error but why it failed"})
+LOG_FILE = Flag("--log-file", {"type": str | None, "help": "append what is told and measured to a file, as JSON lines"})
+REPORTING = (QUIET, LOG_FILE)  # which every command has
 VERIFY = _switch("verify", True, "load an hf export in a fresh process without darwinlm and compare its logits")
 
 
@@ -97,7 +101,7 @@ class Command:
     @property
     def own(self) -> tuple[str, ...]:
         """The names of its own arguments, some of which may be fields of the settings."""
-        return (*(flag.argument for flag in self.flags), *(self.positional or ())[:1])
+        return (*(flag.argument for flag in (*self.flags, *REPORTING)), *(self.positional or ())[:1])
 
 
 def _compression(name: str, summary: str, until: str = "report", **others: Any) -> Command:
@@ -393,7 +397,7 @@ def _command_parser(command: Command) -> Parser:
         parser.add_argument("--preset", choices=names, help="settings that come with darwinlm; --config wins over it")
     if command.recipe:
         parser.add_argument("--config", action="config", help=CONFIG_HELP)
-    for flag in command.flags:
+    for flag in (*command.flags, *REPORTING):
         parser.add_argument(flag.name, **flag.parser_arguments)
     separate = {*command.own, *command.fixed, *command.renamed.values()}
     for settings in command.settings:
@@ -406,16 +410,34 @@ def _command_parser(command: Command) -> Parser:
 
 def _run(command: Command, values: Namespace) -> None:
     """Call the function of a command with its settings, and with the values that are no field of them."""
+    given = vars(values) | dict(command.fixed)
+    quiet, file = (given.pop(flag.argument) for flag in REPORTING)
+    with reporting(quiet, _log_file(file)):
+        say(f"{command.name}: loading torch and transformers")
+        _call(command, given)
+
+
+def _log_file(name: str | None) -> Path | None:
+    """The file that is to be appended to. Raises `UsageError` if it cannot be."""
+    if name is None:
+        return None
+    try:
+        with Path(name).open("a", encoding="utf-8"):
+            return Path(name).absolute()
+    except OSError as error:
+        raise UsageError(f"--log-file: cannot write to {name}: {error.strerror}; name another file") from None
+
+
+def _call(command: Command, given: dict[str, Any]) -> None:
     module, _, name = command.function.partition(":")
     # torch and transformers come with it, which nobody should wait for to read --help.
     function: Callable[..., object] = getattr(import_module(f"darwinlm.commands.{module}"), name)
-    given = vars(values) | dict(command.fixed)
     given |= {setting: given.pop(flag) for flag, setting in command.renamed.items()}
     if given.get("target") is not None and given.get("target_level") == command.defaults.get("target_level"):
         given["target_level"] = None  # the size that the demo has by default gives way to another
     settings = [_settings(kind, given) for kind in command.settings]
     fields = {each.name for kind in command.settings for each in dataclasses.fields(kind)}
-    others = {name: given[name] for name in command.own if name not in fields and name not in command.renamed}
+    others = {name: given[name] for name in command.own if name in given and name not in fields}
     function(*settings, **others, **command.arguments)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from math import inf
 from pathlib import Path
@@ -45,6 +46,8 @@ from darwinlm.runtime.device import DTYPES
 from darwinlm.runtime.files import write_text
 from darwinlm.runtime.names import short_name
 from darwinlm.runtime.progress import say, track
+from darwinlm.runtime.stages import Stages, StageUse
+from darwinlm.runtime.trackers import check_trackers, tracking
 from darwinlm.search.costs import parameter_costs, shared_parameter_costs
 from darwinlm.search.evolution import evolve
 from darwinlm.search.fitness import Fitness
@@ -97,6 +100,7 @@ def run(config: RunConfig, until: Stage = "report", given: Given | None = None) 
     """
     told = explain_failures(f"the run in {config.out}", "lower --calibration.batch-size")
     this = Run(config.out)
+    check_trackers(config.report_to, "report-to")
     # Until there is a first parent: what made every start diverge may be mended.
     searching = until != "database" and not this.history_path.exists()
     free = ("search.learning_rate",) if searching else ()
@@ -106,29 +110,39 @@ def run(config: RunConfig, until: Stage = "report", given: Given | None = None) 
         if given is not None:
             given.write(this.path)
 
-    with told, parallel.together(), parallel.shared_directory(this.path, prepare):
+    shared = parallel.shared_directory(this.path, prepare)
+    with told, parallel.together(), shared, tracking(config.report_to, this.path / "tracked"):
         if this.finished:
             say(f"{this.path} is finished: {this.report_path} has its figures")
             return this
+        began = time.monotonic()
         work = open_work(this, config, until)
-        database = build_database(work)
+        stages = Stages(this.stages_path, work.device)
+        stages.add("preparation", time.monotonic() - began)
+        with stages.measured("database"):
+            database = build_database(work)
         if until == "database":
             return this
-        with work.within_memory():
+        with stages.measured("search"), work.within_memory():
             result = allocate(work, make_fitness(work, database))
         if until == "search":
             return this
-        searched = refit_consumers(work, database, "searched", result.best)
+        with stages.measured("refit"):
+            consumers = refit_consumers(work, database, "searched", result.best)
         if parallel.first():
-            _export(work, result, finish(work, database, result.best, searched))
+            with stages.measured("export"):
+                _export(work, result, finish(work, database, result.best, consumers))
         if until == "export":
             return this
-        uniform = refit_consumers(work, database, "uniform", work.uniform)
-        if parallel.first():
-            uniform_model = finish(work, database, work.uniform, uniform)
+        with stages.measured("refit"):
+            consumers = refit_consumers(work, database, "uniform", work.uniform)
+        if not parallel.first():
+            return this
+        with stages.measured("evaluation"):
+            uniform_model = finish(work, database, work.uniform, consumers)
             work.keep_only(work.checkpoint.dtype)
-            rows = _evaluate(work, uniform_model)
-            _report(work, result, rows, _curves(work, database, result))
+            rows, elsewhere = _evaluate(work, uniform_model), _curves(work, database, result)
+        _report(work, result, rows, elsewhere, stages.used)
     return this
 
 
@@ -297,7 +311,9 @@ def _curves(work: Work, database: Database, result: SearchResult) -> dict[str, C
     return curves(stitcher, result.history, texts, work.run.search / "curves.json") if result.history else {}
 
 
-def _report(work: Work, result: SearchResult, rows: list[Row], elsewhere: dict[str, Curve]) -> None:
+def _report(
+    work: Work, result: SearchResult, rows: list[Row], elsewhere: dict[str, Curve], stages: Mapping[str, StageUse]
+) -> None:
     """Tables and pictures, in the run directory and on the screen."""
     genomes = {"uniform": work.uniform, "searched": result.best}
     title = f"{short_name(work.config.model)} at {_target(work.config)}"
@@ -307,7 +323,7 @@ def _report(work: Work, result: SearchResult, rows: list[Row], elsewhere: dict[s
     metric = label(work.config.search.metric)
     history = result.history
     paths = run_report.write_report(
-        work.run.path, title, rows, work.grid, genomes, history, settings, metric, elsewhere
+        work.run.path, title, rows, work.grid, genomes, history, settings, metric, elsewhere, stages
     )
     run_report.print_table(rows)
     for path in [work.run.exported, *paths]:

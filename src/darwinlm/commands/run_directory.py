@@ -41,6 +41,7 @@ FREE = (
     "verify",
     "memory",
     "reuse",
+    "report_to",
     "cache",
     "training.micro_batch_size",
     "training.gradient_checkpointing",
@@ -63,6 +64,7 @@ class Run:
         search, refit, exported: where its stages keep their artifacts.
         history_path: the search's, a line of JSON for each generation.
         seal_path: the digests of the export's files.
+        stages_path: the time and memory that its stages took.
         table_path, report_path: what it ends with.
     """
 
@@ -74,6 +76,7 @@ class Run:
         self.refit = self.path / "refit"
         self.exported = self.path / "model"
         self.seal_path = self.path / "model.json"
+        self.stages_path = self.path / "stages.json"
         self.table_path = self.path / "table.json"
         self.report_path = self.path / "report.md"
 

@@ -268,6 +268,8 @@ class RunConfig:
     """Another run, whose database of the same model, text and settings is used instead of a new one."""
     memory: str | None = None
     """Memory of the device that the search may use, such as 24GB; what a GPU has, if not given."""
+    report_to: tuple[str, ...] = ()
+    """Trackers for the figures of search and refit: tensorboard, trackio, wandb or others that are installed."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     search: SearchConfig = field(default_factory=SearchConfig)

@@ -103,8 +103,9 @@ def quality_over(
                 hidden[first] = hidden_states(models[first], inputs[None])[0]
             else:
                 if number == len(kept):
-                    kept.append(hidden_states(models[first], inputs[None])[0])
-                hidden[first] = kept[number]
+                    of_first = hidden_states(models[first], inputs[None])[0]
+                    kept.append(of_first.cpu())  # all of them are too many for a GPU
+                hidden[first] = kept[number].to(models[first].device)
             for start in range(window.first - 1, len(inputs), CHUNK):
                 chunk = slice(start, start + CHUNK)
                 dense = None

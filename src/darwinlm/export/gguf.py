@@ -14,7 +14,7 @@ import torch
 from gguf import GGMLQuantizationType as Precision
 
 from darwinlm.export.gguf_graphs import Description
-from darwinlm.export.gguf_tensors import Written, open_weights, tensors
+from darwinlm.export.gguf_tensors import Weights, Written, tensors
 from darwinlm.export.gguf_vocabulary import add_vocabulary
 from darwinlm.export.verify import verify_gguf
 from darwinlm.model.checkpoint import Checkpoint
@@ -63,12 +63,12 @@ def export_gguf(directory: Path, out: Path, file_type: FileType = "f16", verify:
             f"{file.name}: llama.cpp has one size for all blocks of a {model.name}, so {model.zeros} heads and "
             "channels are written as zeros; a genome whose blocks are all alike has none"
         )
-    with open_weights(directory) as weights, new_file(file) as partial_file:
+    with new_file(file) as partial_file:
         writer = gguf.GGUFWriter(partial_file, model.graph.name)
         try:
             _add_settings(writer, model, name, file_type)
             add_vocabulary(writer, tokenizer, config.vocab_size)
-            written = list(tensors(model, weights))
+            written = list(tensors(model, Weights(checkpoint)))
             digests = _write(writer, written, PRECISIONS[file_type])
         finally:
             writer.close()
@@ -86,7 +86,7 @@ def _add_settings(writer: gguf.GGUFWriter, model: Description, name: str, file_t
     writer.add_file_type(gguf.LlamaFileType[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(model.positions)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(len(model.room))
     sizes = zip(*map(astuple, model.room), strict=True)
@@ -95,24 +95,26 @@ def _add_settings(writer: gguf.GGUFWriter, model: Description, name: str, file_t
         add(counts if graph.per_block else counts[0])
     writer.add_key_length(model.head_dim)
     writer.add_value_length(model.head_dim)
-    if graph.layer_norms:
-        writer.add_layer_norm_eps(config.norm_epsilon)
-    else:
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    (writer.add_layer_norm_eps if graph.layer_norms else writer.add_layer_norm_rms_eps)(model.epsilon)
     for method, field in graph.fields:
         getattr(writer, method)(getattr(config, field))
-    _add_positions(writer, model)
+    if graph.slopes:
+        writer.add_max_alibi_bias(8.0)  # the exponent of the steepest slope, in transformers always
+    if model.clip:
+        writer.add_clamp_kqv(model.clip)
+    if graph.rotated:
+        _add_positions(writer, model)
 
 
 def _add_positions(writer: gguf.GGUFWriter, model: Description) -> None:
     rope = model.rope()
-    writer.add_rope_dimension_count(model.head_dim)
+    writer.add_rope_dimension_count(int(model.head_dim * rope.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     if model.graph.windows:
-        writer.add_sliding_window(min(model.config.sliding_window, model.config.max_position_embeddings))
+        writer.add_sliding_window(min(model.config.sliding_window, model.positions))
         writer.add_sliding_window_pattern(model.period(model.graph))
         writer.add_rope_freq_base_swa(model.rope("sliding_attention")["rope_theta"])
 

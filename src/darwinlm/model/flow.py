@@ -62,6 +62,9 @@ class Flow:
         heads: the numbers of query heads and KV heads.
         head_widths: the widths of a head of query, key and value.
         biases: the arguments of the block that hold something for each head.
+        named: the names of the arguments with which a module is called.
+        seconds: what reaches the second argument of a module, where that has no name and the shape of the first.
+        sums: what reaches the states that a module has returned.
         values: what every module has returned, the block under the empty path.
     """
 
@@ -73,6 +76,9 @@ class Flow:
     heads: tuple[int, int] = (0, 0)
     head_widths: tuple[int, ...] = ()
     biases: tuple[str, ...] = ()
+    named: dict[str, frozenset[str]] = field(default_factory=dict)
+    seconds: dict[str, Marks] = field(default_factory=dict)
+    sums: dict[str, Marks] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
 
     def readers(self, path: str) -> set[str]:
@@ -99,7 +105,7 @@ def find_frame(model: PreTrainedModel) -> Frame:
     inner, blocks = lists[0]
     root = paths[decoder]
     recorders, after, reason = _run(decoder, f"{root}.{inner}", blocks, returns_more=False)
-    returns_more = any(recorder.wrong for recorder in recorders)
+    returns_more = bool(reason) or any(recorder.wrong for recorder in recorders)
     if returns_more:
         recorders, after, reason = _run(decoder, f"{root}.{inner}", blocks, returns_more)
     if reason:
@@ -179,9 +185,8 @@ def trace(block: nn.Module, width: int, call: Mapping[str, Any]) -> Flow:
         tracer.mark(states, frozenset([STREAM]))
         output = block(states, **arguments)
     tracer.flow.output = tracer.marks(output)
-    heads = tracer.flow.heads[0]
-    three = {name: value for name, value in arguments.items() if isinstance(value, Tensor) and value.dim() == 3}
-    tracer.flow.biases = tuple(name for name, value in three.items() if len(value) == heads > 1)
+    floats = {name: each for name, each in arguments.items() if isinstance(each, Tensor) and each.is_floating_point()}
+    tracer.flow.biases = tuple(name for name, each in floats.items() if each.dim() in (3, 4) and each.shape[-3] > 1)
     return tracer.flow
 
 
@@ -241,7 +246,7 @@ class _Tracer(TorchDispatchMode):
         self.normalised = False  # whether the last product has gone through a softmax
         self.marked: dict[int, tuple[Tensor, Marks]] = {}  # with the tensor, whose id lives no longer than it does
         for path, module in block.named_modules():
-            module.register_forward_pre_hook(partial(self._begin, path))
+            module.register_forward_pre_hook(partial(self._begin, path), with_kwargs=True)
             module.register_forward_hook(partial(self._keep, path))
             within = block.get_submodule(path.rpartition(".")[0])
             if is_selection(module) or (_owns_weights(module) and not is_selection(within)):
@@ -298,12 +303,16 @@ class _Tracer(TorchDispatchMode):
         self.flow.reads[path] = self.flow.reads.get(path, frozenset()) | self.marks(tensors)
         self.flow.widths[path] = tensors[0].shape[-1]
 
-    def _begin(self, path: str, *_: Any) -> None:
+    def _begin(self, path: str, _: nn.Module, args: Any, named: Any) -> None:
         self.running.append(path)
+        self.flow.named[path] = frozenset(named)
+        if len(args) > 1 and isinstance(args[1], Tensor) and args[1].shape == args[0].shape:
+            self.flow.seconds[path] = self.marks(args[1])
 
     def _keep(self, path: str, _: nn.Module, __: Any, output: Any) -> None:
         self.running.pop()
         self.flow.values[path] = output
+        self.flow.sums[path] = self.marks(output[0] if isinstance(output, tuple) else output)
 
     def _leave(self, path: str, _: nn.Module, __: Any, output: Any) -> None:
         self.mark(output, frozenset([path]))

@@ -23,6 +23,8 @@ def layer_parts(family: Family, base: str) -> dict[str, Any]:
         "rows": _rows(family),
         "columns": {family.attention_output: "query width", family.mlp_output: "channels"},
         "attributes": _attributes(family),
+        "biases": family.biases,
+        "attention adds": family.attention_adds,
         "stubs": {"attention": _stubs(family, family.attention_norms, family.attention), "mlp": _mlp_stubs(family)},
     }
 

@@ -15,6 +15,7 @@ from darwinlm.genome import Grid
 from darwinlm.report import tables
 from darwinlm.report.figures import levels_figure, save_figure, search_figure
 from darwinlm.runtime.files import write_record, write_text
+from darwinlm.runtime.stages import StageUse
 from darwinlm.runtime.timing import Ratio
 from darwinlm.types import Curve, Generation, Genome
 
@@ -137,6 +138,7 @@ def write_report(
     settings: Mapping[str, str],
     metric: str,
     curves: Mapping[str, Curve],
+    stages: Mapping[str, StageUse],
 ) -> list[Path]:
     """Write a run's report to the directory `out`, and return its files: `report.md`, `table.json` and the pictures.
 
@@ -149,6 +151,7 @@ def write_report(
         settings: the settings of the run, as the report shows them.
         metric: the name of what the search minimised.
         curves: the KL divergence of the search's parents on other texts, by text.
+        stages: what each stage took, by name.
     """
     out.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, str] = {}
@@ -158,8 +161,9 @@ def write_report(
     if history:
         save_figure(out / "search.png", search_figure(history, metric, curves))
         pictures["search.png"] = f"{metric} of the best genome, generation by generation, and KL on text it never saw"
-    write_record(out / "table.json", {"rows": [_record(row) for row in rows]}, settings)
-    write_text(out / "report.md", _markdown(title, rows, settings, pictures))
+    used = {name: asdict(use) for name, use in stages.items()}
+    write_record(out / "table.json", {"rows": [_record(row) for row in rows], "stages": used}, settings)
+    write_text(out / "report.md", _markdown(title, rows, settings, pictures, stages))
     return [out / name for name in ("report.md", "table.json", *pictures)]
 
 
@@ -204,13 +208,21 @@ sizes. It needs torch and transformers, but not `darwinlm`. If all blocks have t
 """
 
 
-def _markdown(title: str, rows: Sequence[Row], settings: Mapping[str, str], pictures: Mapping[str, str]) -> str:
+def _markdown(
+    title: str,
+    rows: Sequence[Row],
+    settings: Mapping[str, str],
+    pictures: Mapping[str, str],
+    stages: Mapping[str, StageUse],
+) -> str:
     lines = [f"# {title}", ""]
     if settings:
         lines += [tables.markdown(["setting", "value"], list(settings.items())), ""]
     lines += ["## Models", "", models_table(rows), ""]
     for name, caption in pictures.items():
         lines += [f"![{caption}]({name})", ""]
+    if stages:
+        lines += ["## Time and memory", "", stages_table(stages), ""]
     continuations = _by_prompt(rows)
     if continuations:
         lines += ["## Continuations", "", "Greedy, each from the same prompt.", ""]
@@ -224,6 +236,28 @@ def _markdown(title: str, rows: Sequence[Row], settings: Mapping[str, str], pict
             lines += textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * indent) or [row.model]
         lines += ["```", ""]
     return "\n".join(lines) + "\n" + LOADING
+
+
+NOTE_ON_STAGES = """\
+Seconds are summed over all processes that went on with a stage after an interruption. Memory is the most that the first
+process held while the stage ran, with the interpreter and its libraries{device}."""
+
+
+def stages_table(stages: Mapping[str, StageUse]) -> str:
+    """Return what each stage took as a Markdown table, and all of them together, followed by a note."""
+    on_gpu = any(use.device for use in stages.values())
+    titles = ["stage", "seconds", "memory", *(["memory of the GPU"] if on_gpu else [])]
+    together = StageUse(
+        sum(use.seconds for use in stages.values()),
+        max(use.host for use in stages.values()),
+        max(use.device for use in stages.values()),
+    )
+    rows = [
+        [name, f"{use.seconds:,.1f}", tables.size(use.host), *([tables.size(use.device)] if on_gpu else [])]
+        for name, use in (*stages.items(), ("all", together))
+    ]
+    note = NOTE_ON_STAGES.format(device=", and on the GPU of tensors" if on_gpu else "")
+    return "\n".join([tables.markdown(titles, rows), "", note])
 
 
 def models_table(rows: Sequence[Row]) -> str:
