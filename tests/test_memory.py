@@ -161,7 +161,7 @@ def test_targets_are_made_with_one_block_of_the_dense_model(scaled: Path, text: 
         MEMORY.begin()
         before = MEMORY.most
         blocks = InShards.of(checkpoint, torch.bfloat16, torch.device(NAME))
-        found = last_states(blocks.skeleton, checkpoint.family, blocks, ids)
+        found = last_states(blocks.skeleton, checkpoint.family, blocks, ids.split(1))
         held = MEMORY.most - before
         read = [found.read(index).cpu() for index in range(3)]
         size = parameter_bytes(whole)
@@ -208,7 +208,7 @@ def test_a_limit_that_is_too_low_is_refused_with_what_would_help(
 def counted(**changes: int) -> SearchMemory:
     sizes = {
         "dense": 100, "ends": 10, "block": 9, "narrow": 50, "targets": 10, "stream": 1, "scoring": 20, "training": 0,
-        "refit": 0, "states": 40, "survivors": 0,
+        "frozen": 0, "refit": 0, "states": 40, "survivors": 0,
     }  # fmt: skip
     return SearchMemory(**(sizes | changes))
 

@@ -78,29 +78,27 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 @torch.no_grad()
 def last_states(
-    dense: PreTrainedModel, family: Family, blocks: Blocks, token_ids: Int[Tensor, "sequences length"]
+    dense: PreTrainedModel, family: Family, blocks: Blocks, batches: Sequence[Int[Tensor, "sequences length"]]
 ) -> States:
-    """Return a dense model's last hidden states on each sequence, in the host's memory or in a file.
+    """Return a dense model's last hidden states on each batch, in the host's memory or in a file.
 
-    Each block is there once, for all sequences, and the device holds the states of one of them.
+    Each block is there once, for all batches, and the device holds the states of one of them.
 
     Args:
         dense: what it has beside its blocks is on the device.
         blocks: its blocks, wherever they are.
     """
-    batches, device = token_ids.split(1) if len(token_ids) else (), dense.device
+    device = dense.device
     states = States(batches, dense.config.hidden_size, dense.dtype, device, torch.device("cpu"))
-    if not batches:
-        return states
     try:
-        arguments: list[dict[str, Any]] = []
+        arguments: dict[torch.Size, list[dict[str, Any]]] = {}  # which depend on the shape of a batch alone
         for index, batch in enumerate(batches):
             entry = enter(dense, family, batch.to(device))
             states.write(index, entry.states)
-            arguments = entry.arguments  # which depend on the shape of a batch alone
-        for number, block in blocks.walk(0, len(arguments)):
-            for index in range(len(batches)):
-                states.write(index, run_block(block, states.read(index), arguments[number]))
+            arguments[batch.shape] = entry.arguments
+        for number, block in blocks.walk(0, dense.config.num_hidden_layers if batches else 0):
+            for index, batch in enumerate(batches):
+                states.write(index, run_block(block, states.read(index), arguments[batch.shape][number]))
         norm = dense.get_submodule(family.final_norm)
         for index in range(len(batches)):
             states.write(index, norm(states.read(index)))
