@@ -1,7 +1,7 @@
 """What a search holds on its device, counted from shapes before it begins, and what a limit leaves for its caches.
 
-Caches save time and change no result: what is not kept waits in the host's memory or in temporary files, or is read
-from the database again.
+Caches save time and change no result: what is not kept waits in the host's memory, is trained again, or is read from
+the database again.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class SearchMemory:
     @property
     def caches(self) -> int:
         """What more a search uses to save time: blocks, the parent's states, survivors, and narrow modules."""
-        return self.resident - self.search + self.states + min(self.survivors, KEPT_BYTES) + self.narrow
+        return self.resident - self.search + self.states + self.survivors + self.narrow
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def allowance(memory: SearchMemory, limit: int | None) -> Allowance:
     left = usable - (memory.resident if resident else memory.visiting)
     states = memory.states <= left
     left -= memory.states if states else 0
-    survivors = min(memory.survivors, KEPT_BYTES, left // 2)
+    survivors = min(memory.survivors, left // 2)
     more = min(max(WAVE_BYTES - 2 * memory.stream, 0), left // 2)
     narrow = (memory.narrow if memory.training and resident else memory.block) + left - survivors - more
     return Allowance(resident, narrow, states, survivors, 2 * memory.stream + more)
