@@ -126,7 +126,7 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
         for ids in (*tokens.values(), *texts.values()):
             check_ids(ids, checkpoint.config.vocab_size)
         provenance = {
-            "model": checkpoint.fingerprint,
+            "model": checkpoint.agree_on_fingerprint(),
             "text": corpus.fingerprint,
             "grid": {
                 "levels": config.database.levels,
