@@ -107,7 +107,8 @@ def _base(config: FrontierConfig) -> RunConfig:
     """The run whose database and sensitivities all sizes share."""
     shared = {each.name for each in fields(RunConfig)} & {each.name for each in fields(FrontierConfig)}
     settings: dict[str, Any] = {name: getattr(config, name) for name in shared}
-    return RunConfig(**settings | {"out": str(Path(config.out) / "base")})
+    settings["out"] = str(Path(config.out) / "base")
+    return RunConfig(**settings)
 
 
 def _open(config: FrontierConfig, out: Path) -> tuple[Work, dict[str, Work]]:
