@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.commands.in_memory import Given, read_arguments
@@ -53,7 +54,7 @@ from darwinlm.search.fitness import Fitness
 from darwinlm.search.held_out import curves
 from darwinlm.search.sensitivity import find_starts
 from darwinlm.search.uniform import later_start
-from darwinlm.training.refit import refit, set_consumers
+from darwinlm.training.refit import refit, refitted, set_consumers
 from darwinlm.types import Curve, DarwinError, Genome, SearchResult
 
 
@@ -124,18 +125,21 @@ def run(config: RunConfig, until: Stage = "report", given: Given | None = None) 
             return this
         with stages.measured("search"), work.within_memory():
             result = allocate(work, make_fitness(work, database))
-        if until == "search" or not parallel.first():
+        if until == "search":
             return this
         with stages.measured("refit"):
-            searched = finish(work, database, "searched", result.best)
-        with stages.measured("export"):
-            _export(work, result, searched)
-        del searched
+            consumers = refit_consumers(work, database, "searched", result.best)
+        if parallel.first():
+            with stages.measured("export"):
+                _export(work, result, finish(work, database, result.best, consumers))
         if until == "export":
             return this
         with stages.measured("refit"):
-            uniform_model = finish(work, database, "uniform", work.uniform)
+            consumers = refit_consumers(work, database, "uniform", work.uniform)
+        if not parallel.first():
+            return this
         with stages.measured("evaluation"):
+            uniform_model = finish(work, database, work.uniform, consumers)
             work.keep_only(work.checkpoint.dtype)
             rows, elsewhere = _evaluate(work, uniform_model), _curves(work, database, result)
         _report(work, result, rows, elsewhere, stages.used)
@@ -232,17 +236,28 @@ def _stitcher(work: Work, database: Database, dtype: torch.dtype) -> Stitcher:
     return Stitcher(work.dense(dtype), work.checkpoint.family, database, work.allowance.narrow)
 
 
-def finish(work: Work, database: Database, name: str, genome: Genome) -> PreTrainedModel:
-    """The pruned model of a genome, its consumers solved again against the dense distribution by the refit.
+def refit_consumers(work: Work, database: Database, name: str, genome: Genome) -> dict[str, Tensor]:
+    """The consumers of a genome's model, solved again against the dense distribution in the search's precision.
 
-    The refit computes in the search's precision, the model has the checkpoint's.
+    All processes take part, unless it has been done before. Without a refit, there are none.
     """
-    model, config = _stitcher(work, database, work.checkpoint.dtype).stitch(genome), work.config.refit
-    if config.tokens:
-        learner = _stitcher(work, database, work.dtype)
-        file = work.run.refit / f"{name}.safetensors"
-        with work.within_memory():
-            set_consumers(model, refit(learner, genome, work.tokens["refit"], config, file, work.database_provenance))
+    config = work.config.refit
+    if not config.tokens:
+        return {}
+    file, provenance = work.run.refit / f"{name}.safetensors", work.database_provenance
+    done = refitted(genome, config, file, provenance)
+    if done is not None:
+        return done
+    with work.within_memory():
+        dense, blocks = work.dense_by_block()
+        learner = Stitcher(dense, work.checkpoint.family, database, kept_bytes=0)
+        return refit(learner, genome, work.tokens["refit"], config, file, provenance, blocks)
+
+
+def finish(work: Work, database: Database, genome: Genome, consumers: dict[str, Tensor]) -> PreTrainedModel:
+    """The pruned model of a genome with its refitted consumers, in the checkpoint's precision."""
+    model = _stitcher(work, database, work.checkpoint.dtype).stitch(genome)
+    set_consumers(model, consumers)
     repeat_shared(model)
     return model
 

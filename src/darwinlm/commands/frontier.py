@@ -13,7 +13,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from darwinlm.commands.compress import allocate, build_database, finish, make_fitness
+from transformers import PreTrainedModel
+
+from darwinlm.commands.compress import allocate, build_database, finish, make_fitness, refit_consumers
 from darwinlm.commands.judging import Cells, Judge, find_requests, note_questions
 from darwinlm.commands.run_directory import FRONTIER_SETTINGS, SETTINGS, Run, claim, explain_failures
 from darwinlm.commands.work import Work, open_work
@@ -62,6 +64,8 @@ def frontier(config: FrontierConfig) -> list[Cell]:
         work, sizes = _open(config, out)
         database = build_database(work)
         results = _search(work, sizes, database)
+        for target, at in sizes.items():
+            refit_consumers(at, database, "searched", results[target].best)
         if not parallel.first():
             return []
         note_questions(asked, out)
@@ -199,8 +203,8 @@ def _measure(
     for number, target in enumerate((DENSE, *sizes)):
         place = f"frontier: {number}/{len(sizes)}, {target}"
         wanted = _cell(work, target, results.get(target))
-        # Stitched and refitted when it is first asked for.
-        make = partial(finish, sizes[target], database, "searched", results[target].best) if number else lambda: dense
+        # Stitched when it is first asked for.
+        make = partial(_model, sizes[target], database, results[target].best) if number else lambda: dense
         model = cache(make)
         cell = cells.of.get((wanted.method, wanted.kept))
         if cell is None or cell.levels != wanted.levels:
@@ -208,6 +212,11 @@ def _measure(
             cell = cells.keep(judge.measure(wanted, model()))
         chosen.append(judge.with_scores(cells, cell, model, requests, place))
     return chosen
+
+
+def _model(work: Work, database: Database, genome: Genome) -> PreTrainedModel:
+    """A size's refitted model."""
+    return finish(work, database, genome, refit_consumers(work, database, "searched", genome))
 
 
 def _cell(work: Work, target: str, result: SearchResult | None) -> Cell:

@@ -20,6 +20,7 @@ from darwinlm.data.draw import draw_texts, draw_tokens, fit_to_text
 from darwinlm.data.packing import check_ids
 from darwinlm.database.store import reused_database
 from darwinlm.genome import Grid
+from darwinlm.model.blocks import Blocks, InShards, Resident
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.families import block_sizes, find_grid
 from darwinlm.model.pruned import pruned_config
@@ -74,10 +75,10 @@ class Work:
         return self.provenance | database_settings(self.config)
 
     def dense(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The dense model in a precision: in the host's memory where the device has no room for it, nor any use."""
+        """The dense model in a precision: in the host's memory where the device has no room for it."""
         if dtype not in self.models:
-            fits = self.allowance.resident or self.config.refit.tokens
-            self.models[dtype] = self.checkpoint.load(dtype, self.device if fits else torch.device("cpu"))
+            there = self.device if self.allowance.resident else torch.device("cpu")
+            self.models[dtype] = self.checkpoint.load(dtype, there)
         return self.models[dtype]
 
     def at(self, this: Run, config: RunConfig, until: Stage) -> Work:
@@ -88,6 +89,18 @@ class Work:
             config, self.checkpoint, self.grid, self.dense_parameters, genome, self.device, self.dtype, until
         )
         return replace(self, run=this, config=config, uniform=genome, budget=budget, allowance=allowed)
+
+    def dense_by_block(self) -> tuple[PreTrainedModel, Blocks]:
+        """The dense model in the search's precision, and its blocks, of which an accelerator has one at a time.
+
+        No dense model stays on the accelerator.
+        """
+        if self.device.type == "cpu":
+            dense = self.dense(self.dtype)
+            return dense, Resident(dense, self.checkpoint.family)
+        self.models.clear()
+        blocks = InShards.of(self.checkpoint, self.dtype, self.device)
+        return blocks.skeleton, blocks
 
     def within_memory(self) -> AbstractContextManager[None]:
         """Let torch hold no more of the device than the search and the refit may use."""

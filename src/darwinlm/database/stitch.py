@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from darwinlm.database.levels import Level
 from darwinlm.database.store import Database
+from darwinlm.model.blocks import Blocks, Resident
 from darwinlm.model.families import HEADS, head_counts, head_dim, key_value_heads, linear_at
 from darwinlm.model.flow import is_selection
 from darwinlm.model.roles import Family
@@ -103,15 +104,24 @@ class Stitcher:
         for index, unit in enumerate(self.grid.units):
             self._units[unit.block].append((index, unit))
 
-    def stitch(self, genome: Genome) -> PreTrainedModel:
-        """The model that `genome` describes. Raises `UsageError` if the genome is for another model."""
+    def stitch(self, genome: Genome, blocks: Blocks | None = None) -> PreTrainedModel:
+        """The model that `genome` describes.
+
+        Args:
+            blocks: the dense model's blocks, if they are elsewhere; each is needed only while its narrow one is made.
+
+        Raises:
+            UsageError: if the genome is for another model.
+        """
         self.grid.check(genome)
         model = _shallow(self.dense)
         for path in sorted(_above(self.family.blocks) | {self.family.blocks}, key=len):
             model.set_submodule(path, _shallow(model.get_submodule(path)))
-        for number in range(self.dense.config.num_hidden_layers):
-            path = self.family.block(number)
-            model.set_submodule(path, self.block(number, genome, self.dense.get_submodule(path)))
+        source = blocks or Resident(self.dense, self.family)
+        for number, dense in source.walk(0, self.dense.config.num_hidden_layers):
+            block = self.block(number, genome, dense)
+            # Modules that a narrow block shares with a visiting one lose their weights when that one leaves.
+            model.set_submodule(self.family.block(number), block if blocks is None else _separate(block))
         return model
 
     def block(self, number: int, genome: Genome, dense: nn.Module) -> nn.Module:
@@ -293,6 +303,12 @@ def _shallow(module: Module) -> Module:
     own = {name: value for name, value in vars(module).items() if name not in ("forward", "_old_forward", "_hf_hook")}
     clone.__dict__ = {name: copy.copy(value) if isinstance(value, dict) else value for name, value in own.items()}
     return clone
+
+
+def _separate(block: nn.Module) -> nn.Module:
+    """A copy of a block that shares its weights and no module."""
+    tensors = (*block.parameters(), *block.buffers())
+    return copy.deepcopy(block, {id(tensor): tensor for tensor in tensors})
 
 
 def _above(path: str) -> set[str]:

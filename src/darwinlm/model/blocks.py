@@ -6,7 +6,7 @@ Everything that goes through a model without training it runs so. A family's own
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -206,9 +206,42 @@ class InShards:
     dtype: torch.dtype
     device: torch.device
 
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> InShards:
+        """The blocks of a checkpoint, with a skeleton that has on the device all that is not in them.
+
+        Raises:
+            DarwinError: as `Checkpoint.fill`.
+        """
+        model = checkpoint.skeleton()
+        fill_ends(checkpoint, model, [checkpoint.family.blocks], dtype, device)
+        return cls(checkpoint, model, dtype, device)
+
     def walk(self, first: int, end: int) -> Iterator[tuple[int, nn.Module]]:
         """As `Blocks.walk`. Raises as `Checkpoint.fill`."""
         for index in range(first, end):
             block = self.checkpoint.fill(self.skeleton, self.checkpoint.family.block(index), self.dtype, self.device)
             yield index, block
             block.to("meta")
+
+
+def fill_ends(
+    checkpoint: Checkpoint, model: PreTrainedModel, blocks: Sequence[str], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Give a skeleton the weights that are not in its blocks, on a device. Raises as `Checkpoint.fill`.
+
+    Args:
+        blocks: the paths of the blocks, or of what holds them.
+    """
+    inside = {module for path in blocks for module in model.get_submodule(path).modules()}
+    seen: set[nn.Parameter] = set()  # a tied weight is stored once
+    for path, module in list(model.named_modules()):
+        own = set(module.parameters(recurse=False))
+        if module in inside:
+            continue
+        if own - seen:
+            seen |= own
+            checkpoint.fill(model, path, dtype, device)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+    model.tie_weights()

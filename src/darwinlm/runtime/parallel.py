@@ -141,6 +141,17 @@ def sum_at(tensor: Tensor, owner: int) -> None:
             dist.reduce(tensor, owner)
 
 
+def sum_everywhere(tensor: Tensor) -> None:
+    """Replace `tensor` by its sum over all processes, the same to the last bit on all.
+
+    Raises:
+        PeerLostError: if another process has ended.
+    """
+    if processes() > 1:
+        with _peers():
+            dist.all_reduce(tensor)
+
+
 def sums_everywhere(values: Sequence[float]) -> list[float]:
     """The sums of each value over all processes, the same on all. Raises `PeerLostError` if a process has ended."""
     if processes() == 1:
