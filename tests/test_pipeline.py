@@ -250,7 +250,9 @@ def test_the_command_shows_its_own_progress_and_no_one_elses(
     _, done = by_command
     assert "database: 6/6" in done.stderr
     assert "s left" in done.stderr
-    assert re.search(r"search: (\d)/\1, \d+ s, 0 s left, KL \d\.\d{4}\n", done.stderr)
+    assert re.search(
+        r"search: (\d)/\1, \d+ s, 0 s left, KL \d\.\d{4} of \d+ candidates, [\d.]+ s a generation\n", done.stderr
+    )
     for foreign in ("Writing model shards", "Loading weights", "Warning", "Traceback", "it/s"):
         assert foreign not in done.stderr
 

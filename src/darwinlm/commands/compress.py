@@ -28,13 +28,14 @@ from darwinlm.data.packing import bos_of
 from darwinlm.database.calibrate import calibrate
 from darwinlm.database.stitch import Stitcher, repeat_shared
 from darwinlm.database.store import Database, add_unit, reused_database
+from darwinlm.evaluation.quality import ByBlock
 from darwinlm.evaluation.rows import Row, evaluate
 from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected, verify_export
 from darwinlm.export.vllm import check_vllm
 from darwinlm.losses.metrics import label
-from darwinlm.model.blocks import InHostMemory
+from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import block_sizes
 from darwinlm.model.licence import licence_of
 from darwinlm.model.reading import load
@@ -225,7 +226,7 @@ def make_fitness(work: Work, database: Database) -> Fitness:
         work.tokens["training"],
         work.config.search,
         bos_of(work.checkpoint.tokenizer),
-        blocks=None if allowed.resident else InHostMemory.of(dense, family, work.device),
+        blocks=work.blocks_of(dense, family),
         keeps_states=allowed.states,
         kept_bytes=allowed.survivors,
         wave_bytes=allowed.wave,
@@ -298,17 +299,23 @@ def _evaluate(work: Work, uniform_model: PreTrainedModel) -> list[Row]:
     """Dense, uniform and searched on held-out documents; the searched one as it was reloaded from its export."""
     reloaded: Any = load(work.run.exported)
     dense = work.dense(work.checkpoint.dtype)
-    models = {"dense": dense, "uniform": uniform_model, "searched": reloaded.to(work.device).eval()}
+    models = {"dense": dense, "uniform": uniform_model, "searched": reloaded.to(dense.device).eval()}
     sizes = {name: parameter_bytes(model) for name, model in models.items()}
     held_out, tokenizer = work.tokens["evaluation"], work.checkpoint.tokenizer
-    return evaluate(models, held_out, tokenizer, work.config.evaluation, sizes, work.texts)
+
+    def by_block(name: str) -> ByBlock:
+        family = Checkpoint(work.run.exported).family if name == "searched" else work.checkpoint.family
+        return ByBlock(family, work.blocks_of(models[name], family))
+
+    return evaluate(models, held_out, tokenizer, work.config.evaluation, sizes, work.texts, by_block)
 
 
 def _curves(work: Work, database: Database, result: SearchResult) -> dict[str, Curve]:
     """How the search did on text that it never saw."""
     stitcher = _stitcher(work, database, work.checkpoint.dtype)
     texts = {f"{work.config.data}, held out": work.tokens["evaluation"]} | work.texts
-    return curves(stitcher, result.history, texts, work.run.search / "curves.json") if result.history else {}
+    blocks = work.blocks_of(stitcher.dense, stitcher.family)
+    return curves(stitcher, blocks, result.history, texts, work.run.search / "curves.json") if result.history else {}
 
 
 def _report(

@@ -20,7 +20,7 @@ from darwinlm.data.draw import draw_texts, draw_tokens, fit_to_text
 from darwinlm.data.packing import check_ids
 from darwinlm.database.store import reused_database
 from darwinlm.genome import Grid
-from darwinlm.model.blocks import Blocks, InShards, Resident
+from darwinlm.model.blocks import Blocks, InHostMemory, InShards, Resident
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.families import block_sizes, find_grid
 from darwinlm.model.pruned import pruned_config
@@ -101,6 +101,15 @@ class Work:
         self.models.clear()
         blocks = InShards.of(self.checkpoint, self.dtype, self.device)
         return blocks.skeleton, blocks
+
+    def blocks_of(self, model: PreTrainedModel, family: Family) -> Blocks:
+        """A model's blocks: on the device where there is room for the model, else in the host's memory.
+
+        What the model has beside its blocks is on the device from then on.
+        """
+        if self.allowance.resident:
+            return Resident(model, family)
+        return InHostMemory.of(model, family, self.device)
 
     def within_memory(self) -> AbstractContextManager[None]:
         """Let torch hold no more of the device than the search and the refit may use."""
