@@ -17,7 +17,7 @@ from darwinlm.losses.metrics import Divergence
 from darwinlm.runtime.files import as_json, read_record, write_record
 from darwinlm.runtime.progress import track
 from darwinlm.search.fitness import BATCH_TOKENS
-from darwinlm.types import Curve, DarwinError, Generation
+from darwinlm.types import Curve, DarwinError, Generation, Genome
 
 POINTS = 8  # the most that a curve has
 TOKENS = 4096  # that are taken of each text
@@ -55,13 +55,14 @@ class HeldOut:
 def curves(
     stitcher: Stitcher,
     history: Sequence[Generation],
+    uniform: Genome,
     texts: Mapping[str, Int[Tensor, "_ length"]],
     file: Path,
-) -> dict[str, Curve]:
-    """Return a curve for each text: the KL divergence of the parents of some generations, stitched and untrained.
+) -> tuple[dict[str, Curve], dict[str, float]]:
+    """Return, by text, the KL divergence of the parents of some generations as a curve, and that of `uniform`.
 
-    Only generations that improved on the parent are considered; at most `POINTS` of them are measured, among them the
-    first and the last. The curves are kept in `file`, which a later call only reads.
+    All are stitched and untrained. Only generations that improved on the parent are considered; at most `POINTS` of
+    them are measured, among them the first and the last. The results are kept in `file`, which a later call only reads.
     """
     better = [line for i, line in enumerate(history) if i == 0 or line.genome != history[i - 1].genome]
     count = min(POINTS, len(better))
@@ -73,10 +74,13 @@ def curves(
         record = read_record(file, "curves")
         if record["provenance"] != as_json(provenance):
             raise DarwinError(f"{file} is of another search: delete it, and the same command measures the curves again")
-        return {name: tuple(map(tuple, curve)) for name, curve in zip(texts, record["curves"], strict=True)}
+        if "uniform" in record:  # 0.2.0 did not measure it
+            result = {name: tuple(map(tuple, curve)) for name, curve in zip(texts, record["curves"], strict=True)}
+            return result, dict(zip(texts, record["uniform"], strict=True))
     held_out = HeldOut(stitcher.dense, {name: text[: -(-TOKENS // text.shape[1])] for name, text in texts.items()})
-    divergences = [held_out(stitcher.stitch(line.genome)) for line in track(points, "curves", count)]
+    genomes = [uniform, *(line.genome for line in points)]
+    beside, *divergences = [held_out(stitcher.stitch(genome)) for genome in track(genomes, "curves", len(genomes))]
     measured = list(zip(points, divergences, strict=True))
     result = {name: tuple((line.generation, by_text[name]) for line, by_text in measured) for name in texts}
-    write_record(file, {"curves": list(result.values())}, provenance)
-    return result
+    write_record(file, {"curves": list(result.values()), "uniform": list(beside.values())}, provenance)
+    return result, beside
