@@ -41,6 +41,8 @@ from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_bytes, parameter_count
 from darwinlm.model.wrapper_code import foreign_code
 from darwinlm.report import run_report
+from darwinlm.report.html import unless_it_fails, write_page
+from darwinlm.report.run_page import RunFacts, lead, sections
 from darwinlm.runtime import parallel
 from darwinlm.runtime.device import DTYPES
 from darwinlm.runtime.files import write_text
@@ -52,7 +54,7 @@ from darwinlm.search.costs import parameter_costs, shared_parameter_costs
 from darwinlm.search.evolution import evolve
 from darwinlm.search.fitness import Fitness
 from darwinlm.search.held_out import curves
-from darwinlm.search.sensitivity import find_starts
+from darwinlm.search.sensitivity import SENSITIVITIES, find_starts, measured_sensitivities
 from darwinlm.search.uniform import later_start
 from darwinlm.training.refit import refit, refitted, set_consumers
 from darwinlm.types import Curve, DarwinError, Genome, SearchResult
@@ -141,8 +143,13 @@ def run(config: RunConfig, until: Stage = "report", given: Given | None = None) 
         with stages.measured("evaluation"):
             uniform_model = finish(work, database, work.uniform, consumers)
             work.keep_only(work.checkpoint.dtype)
-            rows, elsewhere = _evaluate(work, uniform_model), _curves(work, database, result)
-        _report(work, result, rows, elsewhere, stages.used)
+            rows = _evaluate(work, uniform_model)
+            curves, uniform = _curves(work, database, result)
+        _report(work, result, rows, curves, uniform, stages.used)
+        with unless_it_fails(this.page_path):
+            facts = _facts(work, database, result, rows, curves, uniform, stages.used)
+            write_page(this.page_path, facts.title, lead(facts), sections(facts))
+            print(this.page_path)
     return this
 
 
@@ -304,30 +311,81 @@ def _evaluate(work: Work, uniform_model: PreTrainedModel) -> list[Row]:
     return evaluate(models, held_out, tokenizer, work.config.evaluation, sizes, work.texts)
 
 
-def _curves(work: Work, database: Database, result: SearchResult) -> dict[str, Curve]:
-    """How the search did on text that it never saw."""
+def _curves(work: Work, database: Database, result: SearchResult) -> tuple[dict[str, Curve], dict[str, float]]:
+    """How the search did on text that it never saw, and the KL divergence of the uniform genome there."""
+    if not result.history:
+        return {}, {}
     stitcher = _stitcher(work, database, work.checkpoint.dtype)
     texts = {f"{work.config.data}, held out": work.tokens["evaluation"]} | work.texts
-    return curves(stitcher, result.history, texts, work.run.search / "curves.json") if result.history else {}
+    return curves(stitcher, result.history, work.uniform, texts, work.run.search / "curves.json")
 
 
 def _report(
-    work: Work, result: SearchResult, rows: list[Row], elsewhere: dict[str, Curve], stages: Mapping[str, StageUse]
+    work: Work,
+    result: SearchResult,
+    rows: list[Row],
+    elsewhere: dict[str, Curve],
+    uniform: dict[str, float],
+    stages: Mapping[str, StageUse],
 ) -> None:
     """Tables and pictures, in the run directory and on the screen."""
     genomes = {"uniform": work.uniform, "searched": result.best}
-    title = f"{short_name(work.config.model)} at {_target(work.config)}"
+    title = _title(work.config)
     settings = _settings(work, result)
     card = _card(work, result, (rows[0].parameters, rows[-1].parameters), run_report.models_table(rows))
     write_text(work.run.exported / "README.md", card)
     metric = label(work.config.search.metric)
     history = result.history
     paths = run_report.write_report(
-        work.run.path, title, rows, work.grid, genomes, history, settings, metric, elsewhere, stages
+        work.run.path, title, rows, work.grid, genomes, history, settings, metric, elsewhere, uniform, stages
     )
     run_report.print_table(rows)
     for path in [work.run.exported, *paths]:
         print(path)
+
+
+def _title(config: RunConfig) -> str:
+    return f"{short_name(config.model)} at {_target(config)}"
+
+
+def _facts(
+    work: Work,
+    database: Database,
+    result: SearchResult,
+    rows: list[Row],
+    elsewhere: dict[str, Curve],
+    uniform: dict[str, float],
+    stages: Mapping[str, StageUse],
+) -> RunFacts:
+    """All that the HTML report tells."""
+    return RunFacts(
+        title=_title(work.config),
+        rows=rows,
+        grid=work.grid,
+        genomes={"uniform": work.uniform, "searched": result.best},
+        history=result.history,
+        metric=label(work.config.search.metric),
+        curves=elsewhere,
+        uniform=uniform,
+        sensitivities=measured_sensitivities(work.run.search / SENSITIVITIES),
+        errors=[database.errors(index) for index in range(len(work.grid.units))],
+        stages=stages,
+        settings=_settings(work, result),
+        provenance=_made_from(work),
+        recipe=work.run.recipe,
+    )
+
+
+def _made_from(work: Work) -> dict[str, str]:
+    """What the run was made from, by its hash, and under which licence."""
+    licence = licence_of(work.checkpoint.path)
+    sealed = {f"SHA-256 of model/{name}": digest for name, digest in work.run.sealed.items() if "safetensors" in name}
+    return {
+        "SHA-256 of the dense model": work.checkpoint.fingerprint,
+        "SHA-256 of the text": work.provenance["text"],
+        **sealed,
+        "Licence of the dense model": ", ".join(licence.values()) or "its card names none",
+    }
 
 
 def _card(work: Work, result: SearchResult, parameters: tuple[int, int], table: str = "") -> str:

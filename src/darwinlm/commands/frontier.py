@@ -35,7 +35,7 @@ from darwinlm.search.budget import Target
 from darwinlm.search.costs import parameter_costs
 from darwinlm.search.fitness import Fitness
 from darwinlm.search.mutation import adapt, spread
-from darwinlm.search.sensitivity import find_starts, sensitivities
+from darwinlm.search.sensitivity import SENSITIVITIES, find_starts, sensitivities
 from darwinlm.types import DarwinError, Genome, SearchResult, SelectionStage, UsageError
 
 TABLE, PICTURE = "frontier.md", "frontier.png"
@@ -169,7 +169,7 @@ def _starts(work: Work, at: Work, fitness: Fitness, known: Mapping[str, Genome])
     stage = SelectionStage(1, config.stages[0].fitness_tokens)
     for name, genome in _neighbours(known, at).items():
         if config.start == "sensitivity":
-            table = sensitivities(at.grid, fitness, stage, directory / "sensitivities.json")
+            table = sensitivities(at.grid, fitness, stage, directory / SENSITIVITIES)
             starts[name] = adapt(genome, at.budget, table)
         else:
             starts[name] = spread(genome, at.budget, Random(seed))
