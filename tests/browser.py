@@ -52,9 +52,7 @@ class Browser:
                 assert "error" not in message, message
                 return message["result"]
 
-    def open(
-        self, page: Path, width: int = 1280, height: int = 900, dark: bool = False, scripts: bool = True
-    ) -> None:
+    def open(self, page: Path, width: int = 1280, height: int = 900, dark: bool = False, scripts: bool = True) -> None:
         """Load a page and wait until it is drawn."""
         phone = width < 600
         metrics = {"width": width, "height": height, "deviceScaleFactor": 2 if phone else 1, "mobile": phone}
@@ -119,7 +117,9 @@ class Browser:
                 self._send("Fetch.continueRequest", {"requestId": parameters["requestId"]})
             else:
                 self.requests.append(address)
-                self._send("Fetch.failRequest", {"requestId": parameters["requestId"], "errorReason": "BlockedByClient"})
+                self._send(
+                    "Fetch.failRequest", {"requestId": parameters["requestId"], "errorReason": "BlockedByClient"}
+                )
         elif event == "Network.requestWillBeSent":
             address = parameters["request"]["url"]
             if not address.startswith(("file:", "data:", "blob:", "about:")) and address not in self.requests:

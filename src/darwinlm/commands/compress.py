@@ -22,7 +22,7 @@ from darwinlm.commands.run_directory import (
     explain_failures,
     versions_text,
 )
-from darwinlm.commands.work import Work, open_work
+from darwinlm.commands.work import Work, made_from, open_work
 from darwinlm.config.run import RunConfig, Stage
 from darwinlm.data.packing import bos_of
 from darwinlm.database.calibrate import calibrate
@@ -358,6 +358,7 @@ def _facts(
     stages: Mapping[str, StageUse],
 ) -> RunFacts:
     """All that the HTML report tells."""
+    sealed = {f"SHA-256 of model/{name}": digest for name, digest in work.run.sealed.items() if "safetensors" in name}
     return RunFacts(
         title=_title(work.config),
         rows=rows,
@@ -371,21 +372,9 @@ def _facts(
         errors=[database.errors(index) for index in range(len(work.grid.units))],
         stages=stages,
         settings=_settings(work, result),
-        provenance=_made_from(work),
+        provenance=made_from(work.checkpoint, work.provenance) | sealed,
         recipe=work.run.recipe,
     )
-
-
-def _made_from(work: Work) -> dict[str, str]:
-    """What the run was made from, by its hash, and under which licence."""
-    licence = licence_of(work.checkpoint.path)
-    sealed = {f"SHA-256 of model/{name}": digest for name, digest in work.run.sealed.items() if "safetensors" in name}
-    return {
-        "SHA-256 of the dense model": work.checkpoint.fingerprint,
-        "SHA-256 of the text": work.provenance["text"],
-        **sealed,
-        "Licence of the dense model": ", ".join(licence.values()) or "its card names none",
-    }
 
 
 def _card(work: Work, result: SearchResult, parameters: tuple[int, int], table: str = "") -> str:

@@ -65,7 +65,6 @@ def layout(height: int, **changes: Any) -> dict[str, Any]:
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         "hovermode": "closest",
         "hoverlabel": {"bgcolor": "#30363d", "font": {"color": "#ffffff"}, "align": "left"},
-        "dragmode": False,
     }
     return shared | changes
 
@@ -169,7 +168,13 @@ def search_chart(
     data: list[Trace] = []
     for number, (text, curve) in enumerate(drawn.items()):
         colour, (numbers, values) = COLOURS[number], zip(*curve, strict=True)
-        trace: Trace = {"type": "scatter", "mode": "lines+markers", "x": numbers, "y": values, "name": safe(names[text])}
+        trace: Trace = {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "x": numbers,
+            "y": values,
+            "name": safe(names[text]),
+        }
         trace |= {"marker": {"symbol": SYMBOLS[number], "color": colour, "size": 7}, "line": {"color": colour}}
         if text == SEARCHED:
             trace["line"]["shape"] = "hv"
@@ -180,7 +185,9 @@ def search_chart(
             line = {"color": colour, "dash": "dash", "width": 2}
             label = f"uniform: {names[text]}, {short(beside[text])}"
             level = {"x": ends, "y": [beside[text]] * 2, "mode": "lines", "line": line, "yaxis": "y2" if far else "y"}
-            data.append({"type": "scatter", "name": safe(label), "hovertext": safe(label), "hoverinfo": "text", **level})
+            data.append(
+                {"type": "scatter", "name": safe(label), "hovertext": safe(label), "hoverinfo": "text", **level}
+            )
     top = 0.78 if len(ranges) > 1 else 1
     # The title would be cut in two by the strip above.
     axes = {"xaxis": axis("generation", anchor="y"), "yaxis": axis(f"{metric} (nats a token)", domain=[0, top])}
@@ -227,7 +234,9 @@ def _search_table(
     return Table(titles, rows, "The figures of every generation", folded=True)
 
 
-def points_chart(name: str, caption: str, title: str, points: Mapping[str, Mapping[str, Point]], table: Table | None = None) -> Chart:
+def points_chart(
+    name: str, caption: str, title: str, points: Mapping[str, Mapping[str, Point]], table: Table | None = None
+) -> Chart:
     """Return a chart of one figure of several models on several texts, tasks or works, as dots with intervals.
 
     Args:
@@ -250,6 +259,7 @@ def points_chart(name: str, caption: str, title: str, points: Mapping[str, Mappi
             {
                 "type": "scatter",
                 "mode": "markers",
+                "orientation": "h",
                 "name": safe(model),
                 "x": [point.value for point in known.values()],
                 "y": [safe(what) for what in known],
@@ -260,8 +270,12 @@ def points_chart(name: str, caption: str, title: str, points: Mapping[str, Mappi
             }
         )
     rows = len({what for values in points.values() for what in values})
-    axes = {"xaxis": axis(title, nticks=6), "yaxis": axis(autorange="reversed", type="category", nticks=0)}
-    return Chart(name, caption, data, layout(150 + 44 * rows, **axes), table)
+    ends = [end for values in points.values() for point in values.values() for end in (point.low, point.high)]
+    ((low, high),) = spans([end for end in ends if isfinite(end)] or [0.0], [])
+    names = axis(autorange="reversed", type="category", nticks=0, ticklabelposition="outside top", ticklen=0)
+    axes = {"xaxis": axis(title, nticks=6, range=[low, high]), "yaxis": names}
+    height = 130 + (20 + 14 * len(points)) * rows
+    return Chart(name, caption, data, layout(height, scattermode="group", scattergap=0.3, **axes), table)
 
 
 def _with_interval(point: Point) -> str:
@@ -309,7 +323,11 @@ def lines_chart(
             "visible": any(point.high > point.low for point in points),
             "thickness": 1,
         }
-        trace: Trace = {"type": "scatter", "mode": "lines+markers" if len(finite) < 60 else "lines", "name": safe(label)}
+        trace: Trace = {
+            "type": "scatter",
+            "mode": "lines+markers" if len(finite) < 60 else "lines",
+            "name": safe(label),
+        }
         trace |= {"x": [line.places[i] for i in finite], "y": [point.value for point in points], "error_y": error}
         trace |= {"line": {"color": colour, "dash": dash}, "marker": {"color": colour, "symbol": symbol, "size": 8}}
         data.append(trace | {"hovertext": [safe(line.said[i]) for i in finite], "hoverinfo": "text"})

@@ -125,7 +125,9 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
     data = {chart.name: {"data": chart.data, "layout": chart.layout} for chart in charts}
     # A "<" in a string could end the script that holds it.
     embedded = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    body = "\n".join(f"<section><h2>{escape(s.title)}</h2>\n{''.join(map(_block, s.blocks))}</section>" for s in sections)
+    body = "\n".join(
+        f"<section><h2>{escape(s.title)}</h2>\n{''.join(map(_block, s.blocks))}</section>" for s in sections
+    )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -174,12 +176,12 @@ def _block(block: Block) -> str:
         case Chart():
             return _chart(block)
         case Grid():
-            return f'<div class="grid">{"".join(map(_chart, block.charts))}</div>\n'
+            return f'<div class="charts">{"".join(map(_chart, block.charts))}</div>\n'
         case Note():
             return f'<p class="note">{escape(block.text)}</p>\n'
         case Writings():
             texts = (f'<div class="text"><b>{escape(k)}</b>{escape(text)}</div>' for k, text in block.texts.items())
-            return f'<div class="grid">{"".join(texts)}</div><p></p>\n'
+            return f'<div class="texts">{"".join(texts)}</div>\n'
         case Listing():
             return f"<details><summary>{escape(block.title)}</summary><pre>{escape(block.text)}</pre></details>\n"
 
@@ -193,7 +195,9 @@ def _chart(chart: Chart) -> str:
 
 def _table(table: Table) -> str:
     words = [title in WORDS for title in table.titles]
-    head = "".join(f"<th{' class=words' * is_word}>{escape(t)}</th>" for t, is_word in zip(table.titles, words, strict=True))
+    head = "".join(
+        f"<th{' class=words' * is_word}>{escape(t)}</th>" for t, is_word in zip(table.titles, words, strict=True)
+    )
     rows = "".join(f"<tr>{''.join(map(_cell, row, words))}</tr>\n" for row in table.rows)
     drawn = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table></div>'
     if table.folded:
@@ -203,4 +207,4 @@ def _table(table: Table) -> str:
 
 def _cell(text: str, is_word: bool) -> str:
     kinds = ["words"] * is_word + ["long"] * (is_word and len(text) > LONG)
-    return f'<td{f" class={chr(34)}{chr(32).join(kinds)}{chr(34)}" if kinds else ""}>{escape(text)}</td>'
+    return f"<td{f' class={chr(34)}{chr(32).join(kinds)}{chr(34)}' if kinds else ''}>{escape(text)}</td>"

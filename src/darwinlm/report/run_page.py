@@ -61,14 +61,14 @@ def lead(facts: RunFacts) -> str:
     found = others[-1]
     share = found.parameters / dense.parameters
     beside = "".join(f", where the {row.model} model of that size has {row.kl:.3f}" for row in others[:-1])
-    speeds = {"decoding": found.decode_ratio, "prefill": found.prefill_ratio}
-    faster = " and ".join(f"{what} {ratio.brief.rstrip('?')}" for what, ratio in speeds.items())
-    unsure = ", by uncertain measurements" if any(ratio.wide for ratio in speeds.values()) else ""
+    decode, prefill = found.decode_ratio, found.prefill_ratio
+    unsure = " (other work disturbed the timing)" if decode.wide or prefill.wide else ""
     return (
         f"The {found.model} model has {tables.parameters(found.parameters)} of the dense model's "
-        f"{tables.parameters(dense.parameters)} parameters ({share:.0%}), and its KL from the dense model on held-out "
+        f"{tables.parameters(dense.parameters)} parameters ({100 * share:.0f} %), and its KL from the dense model on held-out "
         f"text is {found.kl:.3f} nats a token{beside}. Its perplexity is {found.perplexity:.2f} (dense: "
-        f"{dense.perplexity:.2f}), and its speed that of the dense model times: {faster}{unsure}."
+        f"{dense.perplexity:.2f}). It decodes {decode.median:.2f} times as fast as the dense model, and reads prompts "
+        f"{prefill.median:.2f} times as fast{unsure}."
     )
 
 
