@@ -74,7 +74,7 @@ class _Bench:
 
 
 def compare(config: CompareConfig) -> list[Cell]:
-    """Measure every method at every size, print the table, and write `report.html`, `comparison.md` and `comparison.png`.
+    """Measure every method at every size, print the table, and write report and picture.
 
     A cell that is in `cells.jsonl` is not measured again, nor is a task repeated whose score it holds. A method that
     fails at a size does not stop the others; table and picture then lack its cell.

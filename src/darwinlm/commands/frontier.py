@@ -57,7 +57,7 @@ OPEN = ("targets", "sizes", "largest", "smallest", *(each.name for each in field
 
 
 def frontier(config: FrontierConfig) -> list[Cell]:
-    """Search, refit and measure a model at every size, print the table, and write `report.html`, `frontier.md` and `frontier.png`.
+    """Search, refit and measure a model at every size, print the table, and write report and picture.
 
     What is finished is not done again, so that sizes and tasks can be added.
 

@@ -64,7 +64,7 @@ class Judge:
     of_dense: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
     def measure(self, cell: Cell, model: PreTrainedModel) -> Cell:
-        """Return the cell of a model with its size in bytes, its perplexity, KL and speed beside the dense one, and what it writes."""
+        """Return a model's cell with its size, perplexity, KL, speed beside the dense one, and what it writes."""
         models = {DENSE: self.dense, cell.method: model}
         quality = perplexity_and_kl(models, self.held_out, self.of_dense[HELD_OUT])[cell.method]
         speeds = speed(models, self.held_out, self.evaluation)

@@ -10,9 +10,9 @@ from pathlib import Path
 from darwinlm.evaluation.tasks import is_share
 from darwinlm.genome import Grid
 from darwinlm.report import comparison, frontier, tables
-from darwinlm.report.charts import Line, Point, axis, lines_chart
+from darwinlm.report.charts import Line, Point, axis, layout, lines_chart
 from darwinlm.report.comparison import DENSE, HELD_OUT, Cell, refusals, task_notes
-from darwinlm.report.html import Block, Chart, Note, Section, Table
+from darwinlm.report.html import Block, Chart, Note, Section, Table, safe
 from darwinlm.report.html import Grid as ChartGrid
 from darwinlm.report.run_page import StageCost, provenance_blocks, stages_blocks, writings
 from darwinlm.types import KINDS, Generation, Kind
@@ -35,6 +35,12 @@ class CellsFacts:
     provenance: Mapping[str, str]
     recipe: str
     stages: Mapping[str, StageCost]
+
+
+SHADES = ((0, "#dbe9f6"), (1, "#08306b"))  # of one hue, so that a print in grey tells as much
+
+
+ON_UNITS = "Darker means that more is left; a cross marks a unit that was removed whole."
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,8 @@ def comparison_lead(cells: Sequence[Cell]) -> str:
     first, *others = ranked[min(ranked)]
     second = f", the next, {others[0].method}, {others[0].kl:.3f}" if others else ""
     return (
-        f"{best} has the least KL from the dense model on held-out text at {wins.count(best)} of {len(wins)} sizes. At "
+        f"Of the methods, {best} has the least KL from the dense model on held-out text at {wins.count(best)} of "
+        f"{len(wins)} sizes. At "
         f"{100 * min(ranked):.0f} % of the parameters {first.method} has {first.kl:.3f} nats a token{second}."
     )
 
@@ -102,7 +109,7 @@ def frontier_sections(
     return [
         Section("Sizes", [table, *map(Note, [*notes, *facts.protocol, *task_notes(cells[0])])]),
         Section("Quality over size", [*curves, *_task_note(cells[0])]),
-        Section("Sizes of units", [_units_chart(grid, kind, cells[1:]) for kind in KINDS]),
+        Section("Sizes of units", [*(_units_chart(grid, kind, cells[1:]) for kind in KINDS), Note(ON_UNITS)]),
         Section("Searches", [_histories_chart(histories, metric)] if any(histories.values()) else []),
         *_endings(facts),
     ]
@@ -114,7 +121,7 @@ def comparison_sections(facts: CellsFacts) -> list[Section]:
     charts = [_by_method(measure, cells) for measure in (*_measures(cells[0], True), _SPEED)]
     said = [*facts.protocol, *task_notes(cells[0]), *refusals(cells)]
     return [
-        Section("Quality over size", [ChartGrid(charts), *_task_note(cells[0])]),
+        Section("Quality over size", [*charts, *_task_note(cells[0])]),
         Section("All figures", [Table(*comparison.cells_of(cells)), *map(Note, said)]),
         *_endings(facts),
     ]
@@ -181,7 +188,8 @@ def _over(size: frontier.Axis, measure: _Measure, cells: Sequence[Cell]) -> Char
     marks = {name: place for name, place in marks.items() if all(map(math.isfinite, place))}
     name = f"{measure.name}-{frontier.SIZES.index(size)}"
     axes = axis(size.label, nticks=6), axis()
-    return lines_chart(name, measure.title, axes, {measure.title: line}, marked=marks, height=300)
+    caption = f"{measure.title} over {size.label.partition(' (')[0]}"
+    return lines_chart(name, caption, axes, {measure.title: line}, marked=marks, height=300)
 
 
 def _said(cell: Cell, measure: _Measure) -> str:
@@ -201,27 +209,30 @@ def _by_method(measure: _Measure, cells: Sequence[Cell]) -> Chart:
     axes = axis("parameters kept (%)", autorange="reversed"), axis(**scale)
     level = measure.of(dense).value
     shown = (DENSE, level) if level > 0 or not measure.logarithmic else None
-    return lines_chart(measure.name, measure.title, axes, lines, shown, height=420)
+    return lines_chart(measure.name, measure.title, axes, lines, shown, height=440)
 
 
 def _units_chart(grid: Grid, kind: Kind, cells: Sequence[Cell]) -> Chart:
-    """What each size leaves of the units of a kind, as a line for each size."""
+    """What each size leaves of the units of a kind: a row for each size, darker where more is left."""
     members = [i for i, unit in enumerate(grid.units) if unit.kind == kind]
-    left = {
-        cell.method: [grid.units[i].structures - grid.removed[i][cell.levels[i]] for i in members] for cell in cells
-    }
-    blocks = [grid.units[i].block for i in members]
-    of = [grid.units[i].structures for i in members]
-    lines = {}
-    for name, counts in left.items():
-        shares = [Point.exact(100 * count / most) for count, most in zip(counts, of, strict=True)]
-        parts = zip(blocks, counts, of, strict=True)
-        lines[name] = Line(blocks, shares, [f"{name}, block {block}: {n:,} of {most:,}" for block, n, most in parts])
-    rows = [[str(block), str(most), *map(str, counts)] for block, most, *counts in zip(blocks, of, *left.values())]
-    table = Table(["block", DENSE, *left], rows, "The figures of every unit", folded=True)
-    axes = axis("decoder block", nticks=12), axis("left (%)", range=[-2, 105])
+    blocks, most = ([getattr(grid.units[i], what) for i in members] for what in ("block", "structures"))
+    names = [cell.method for cell in cells]
+    left = [[grid.units[i].structures - grid.removed[i][cell.levels[i]] for i in members] for cell in cells]
+    shares = [[round(100 * n / of, 1) for n, of in zip(row, most, strict=True)] for row in left]
+    rows = [[str(block), str(of), *map(str, row)] for block, of, *row in zip(blocks, most, *left, strict=True)]
+    table = Table(["block", DENSE, *names], rows, "The figures of every unit", folded=True)
     what = "attention heads" if kind == "attention" else "MLP channels"
-    return lines_chart(f"units-{kind}", f"{what} left at each size", axes, lines, table=table)
+    hover = [
+        [f"{safe(name)}, block {block}: {n:,} of {of:,}" for block, n, of in zip(blocks, row, most, strict=True)]
+        for name, row in zip(names, left, strict=True)
+    ]
+    heat = {"type": "heatmap", "x": blocks, "y": list(map(safe, names)), "z": shares, "zmin": 0, "zmax": 100}
+    heat |= {"xgap": 1, "ygap": 1, "colorscale": SHADES, "colorbar": {"thickness": 10, "title": {"text": "% left"}}}
+    heat |= {"hovertext": hover, "hoverinfo": "text", "text": [["" if n else "x" for n in row] for row in left]}
+    heat |= {"texttemplate": "%{text}", "textfont": {"color": "#08306b"}}
+    axes = {"xaxis": axis("decoder block", nticks=12), "yaxis": axis(type="category", autorange="reversed", nticks=0)}
+    drawn = layout(110 + 32 * len(cells), **axes)
+    return Chart(f"units-{kind}", f"{what[0].upper()}{what[1:]} left at each size", [heat], drawn, table)
 
 
 def _histories_chart(histories: Mapping[str, Sequence[Generation]], metric: str) -> Chart:

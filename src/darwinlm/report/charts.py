@@ -338,8 +338,10 @@ def lines_chart(
         data.append({"type": "scatter", "name": safe(level[0]), **ends, **style})
     for label, (x, y) in (marked or {}).items():
         ring = {"symbol": "circle-open", "size": 18, "color": GREY, "line": {"width": 2}}
-        said = {"mode": "markers+text", "text": [safe(label)], "textposition": "top right", "showlegend": False}
-        data.append({"type": "scatter", "x": [x], "y": [y], "marker": ring, "hoverinfo": "skip", **said})
+        said = {"mode": "markers+text", "text": [safe(label)], "textposition": "top center", "cliponaxis": False}
+        data.append(
+            {"type": "scatter", "x": [x], "y": [y], "marker": ring, "hoverinfo": "skip", "showlegend": False, **said}
+        )
     horizontal, vertical = axes
     shown = {"xaxis": dict(horizontal), "yaxis": dict(vertical), "showlegend": len(lines) > 1 or level is not None}
     return Chart(name, caption, data, layout(height, **shown), table)

@@ -65,8 +65,8 @@ def lead(facts: RunFacts) -> str:
     unsure = " (other work disturbed the timing)" if decode.wide or prefill.wide else ""
     return (
         f"The {found.model} model has {tables.parameters(found.parameters)} of the dense model's "
-        f"{tables.parameters(dense.parameters)} parameters ({100 * share:.0f} %), and its KL from the dense model on held-out "
-        f"text is {found.kl:.3f} nats a token{beside}. Its perplexity is {found.perplexity:.2f} (dense: "
+        f"{tables.parameters(dense.parameters)} parameters ({100 * share:.0f} %), and its KL from the dense model on "
+        f"held-out text is {found.kl:.3f} nats a token{beside}. Its perplexity is {found.perplexity:.2f} (dense: "
         f"{dense.perplexity:.2f}). It decodes {decode.median:.2f} times as fast as the dense model, and reads prompts "
         f"{prefill.median:.2f} times as fast{unsure}."
     )
