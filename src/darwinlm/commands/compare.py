@@ -42,6 +42,7 @@ from darwinlm.runtime.files import read_record, write_text
 from darwinlm.runtime.locking import locked_directory
 from darwinlm.runtime.names import short_name
 from darwinlm.runtime.progress import say
+from darwinlm.runtime.stages import Stages
 from darwinlm.runtime.stopwatch import Stopwatch
 from darwinlm.search.budget import Target
 from darwinlm.search.costs import Costs, parameter_costs
@@ -225,7 +226,7 @@ def _write_page(out: Path, bench: _Bench, cells: Sequence[Cell]) -> None:
         settings={"Model": config.model, "Text": config.data, "Seed": str(config.seed), "Versions": versions_text()},
         provenance=bench.made_from,
         recipe=run.recipe,
-        stages=run.stages,
+        stages=Stages(run.stages_path, resolve_device(config.device)).used,
     )
     write_page(out / NAME, facts.title, comparison_lead(cells), comparison_sections(facts))
 

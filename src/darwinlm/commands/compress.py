@@ -15,46 +15,37 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.commands.in_memory import Given, read_arguments
+from darwinlm.commands.reporting import card_of, report
 from darwinlm.commands.run_directory import (
     SETTINGS,
     Run,
     claim,
     explain_failures,
-    versions_text,
 )
-from darwinlm.commands.work import Work, made_from, open_work
+from darwinlm.commands.work import Work, open_work
 from darwinlm.config.run import RunConfig, Stage
 from darwinlm.data.packing import bos_of
 from darwinlm.database.calibrate import calibrate
 from darwinlm.database.stitch import Stitcher, repeat_shared
 from darwinlm.database.store import Database, add_unit, reused_database
 from darwinlm.evaluation.rows import Row, evaluate
-from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected, verify_export
 from darwinlm.export.vllm import check_vllm
-from darwinlm.losses.metrics import label
 from darwinlm.model.blocks import InHostMemory
 from darwinlm.model.families import block_sizes
-from darwinlm.model.licence import licence_of
 from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_bytes, parameter_count
 from darwinlm.model.wrapper_code import foreign_code
-from darwinlm.report import run_report
-from darwinlm.report.html import unless_it_fails, write_page
-from darwinlm.report.run_page import RunFacts, lead, sections
 from darwinlm.runtime import parallel
 from darwinlm.runtime.device import DTYPES
-from darwinlm.runtime.files import write_text
-from darwinlm.runtime.names import short_name
 from darwinlm.runtime.progress import say, track
-from darwinlm.runtime.stages import Stages, StageUse
+from darwinlm.runtime.stages import Stages
 from darwinlm.runtime.trackers import check_trackers, tracking
-from darwinlm.search.costs import parameter_costs, shared_parameter_costs
 from darwinlm.search.evolution import evolve
 from darwinlm.search.fitness import Fitness
 from darwinlm.search.held_out import curves
-from darwinlm.search.sensitivity import SENSITIVITIES, find_starts, measured_sensitivities
+from darwinlm.search.sensitivity import find_starts
 from darwinlm.search.uniform import later_start
 from darwinlm.training.refit import refit, refitted, set_consumers
 from darwinlm.types import Curve, DarwinError, Genome, SearchResult
@@ -145,11 +136,7 @@ def run(config: RunConfig, until: Stage = "report", given: Given | None = None) 
             work.keep_only(work.checkpoint.dtype)
             rows = _evaluate(work, uniform_model)
             curves, uniform = _curves(work, database, result)
-        _report(work, result, rows, curves, uniform, stages.used)
-        with unless_it_fails(this.page_path):
-            facts = _facts(work, database, result, rows, curves, uniform, stages.used)
-            write_page(this.page_path, facts.title, lead(facts), sections(facts))
-            print(this.page_path)
+        report(work, database, result, rows, curves, uniform, stages.used)
     return this
 
 
@@ -284,7 +271,7 @@ def _export(work: Work, result: SearchResult, model: PreTrainedModel) -> None:
             )
         sizes = block_sizes(work.grid, result.best, work.checkpoint.config)
         counts = work.dense_parameters, parameter_count(model)
-        card = _card(work, result, counts)
+        card = card_of(work, result, counts)
         export_hf(model, sizes, work.checkpoint.tokenizer, exported, card, expected, work.checkpoint.path)
         work.run.seal_export()
         for refusal in check_vllm(exported):
@@ -318,103 +305,3 @@ def _curves(work: Work, database: Database, result: SearchResult) -> tuple[dict[
     stitcher = _stitcher(work, database, work.checkpoint.dtype)
     texts = {f"{work.config.data}, held out": work.tokens["evaluation"]} | work.texts
     return curves(stitcher, result.history, work.uniform, texts, work.run.search / "curves.json")
-
-
-def _report(
-    work: Work,
-    result: SearchResult,
-    rows: list[Row],
-    elsewhere: dict[str, Curve],
-    uniform: dict[str, float],
-    stages: Mapping[str, StageUse],
-) -> None:
-    """Tables and pictures, in the run directory and on the screen."""
-    genomes = {"uniform": work.uniform, "searched": result.best}
-    title = _title(work.config)
-    settings = _settings(work, result)
-    card = _card(work, result, (rows[0].parameters, rows[-1].parameters), run_report.models_table(rows))
-    write_text(work.run.exported / "README.md", card)
-    metric = label(work.config.search.metric)
-    history = result.history
-    paths = run_report.write_report(
-        work.run.path, title, rows, work.grid, genomes, history, settings, metric, elsewhere, uniform, stages
-    )
-    run_report.print_table(rows)
-    for path in [work.run.exported, *paths]:
-        print(path)
-
-
-def _title(config: RunConfig) -> str:
-    return f"{short_name(config.model)} at {_target(config)}"
-
-
-def _facts(
-    work: Work,
-    database: Database,
-    result: SearchResult,
-    rows: list[Row],
-    elsewhere: dict[str, Curve],
-    uniform: dict[str, float],
-    stages: Mapping[str, StageUse],
-) -> RunFacts:
-    """All that the HTML report tells."""
-    sealed = {f"SHA-256 of model/{name}": digest for name, digest in work.run.sealed.items() if "safetensors" in name}
-    return RunFacts(
-        title=_title(work.config),
-        rows=rows,
-        grid=work.grid,
-        genomes={"uniform": work.uniform, "searched": result.best},
-        history=result.history,
-        metric=label(work.config.search.metric),
-        curves=elsewhere,
-        uniform=uniform,
-        sensitivities=measured_sensitivities(work.run.search / SENSITIVITIES),
-        errors=[database.errors(index) for index in range(len(work.grid.units))],
-        stages=stages,
-        settings=_settings(work, result),
-        provenance=made_from(work.checkpoint, work.provenance) | sealed,
-        recipe=work.run.recipe,
-    )
-
-
-def _card(work: Work, result: SearchResult, parameters: tuple[int, int], table: str = "") -> str:
-    """The export's model card, with the parameters of the dense and of the pruned model, and what was measured."""
-    return model_card(work.config.model, licence_of(work.checkpoint.path), _settings(work, result), *parameters, table)
-
-
-def _settings(work: Work, result: SearchResult) -> dict[str, str]:
-    """What made the result, for people."""
-    config = work.config
-    search = {"Genome": f"{config.genome}, without a budget", "Compared with": f"uniform at {_target(config)}"}
-    if result.history:
-        search = {
-            "Target": f"at most {work.budget.text}: {_target(config)}",
-            "Search": f"{len(result.history) - 1} generations of {config.search.offspring} offspring",
-            f"Search {label(config.search.metric)}": (
-                f"{result.history[0].fitness:.4f} (start) to {result.fitness:.4f} nats a token"
-            ),
-        }
-    return {
-        "Model": config.model,
-        "Text": config.data,
-        "Calibration": f"{config.calibration.tokens:,} tokens",
-        **search,
-        **_sizes(work, result.best),
-        "Refit": f"{config.refit.tokens:,} tokens" if config.refit.tokens else "none",
-        "Seed": str(config.seed),
-        "Versions": versions_text(),
-    }
-
-
-def _sizes(work: Work, genome: Genome) -> dict[str, str]:
-    """The size of the export beside the paper's count, where the two may differ."""
-    if not any(unit.uneven for unit in work.grid.units):
-        return {}
-    both = (parameter_costs, shared_parameter_costs)
-    exported, counted = (costs(work.grid, work.dense_parameters).of(genome) for costs in both)
-    return {"Size": f"{exported:,} parameters; {counted:,} as the paper counts, with K and V shared by what is left"}
-
-
-def _target(config: RunConfig) -> str:
-    """What the user asked for."""
-    return config.target or f"level {config.level:g} of {config.database.levels}"

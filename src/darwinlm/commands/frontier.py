@@ -42,6 +42,7 @@ from darwinlm.runtime import parallel
 from darwinlm.runtime.files import write_text
 from darwinlm.runtime.names import short_name
 from darwinlm.runtime.progress import say
+from darwinlm.runtime.stages import Stages
 from darwinlm.search.budget import Target
 from darwinlm.search.costs import parameter_costs
 from darwinlm.search.fitness import Fitness
@@ -251,7 +252,7 @@ def _write_page(
         settings={"Model": config.model, "Text": config.data, "Seed": str(config.seed), "Versions": versions_text()},
         provenance=made_from(work.checkpoint, work.provenance),
         recipe=(out / FRONTIER_SETTINGS).read_text(encoding="utf-8"),
-        stages=work.run.stages,
+        stages=Stages(work.run.stages_path, work.device).used,
     )
     histories = {target: result.history for target, result in results.items()}
     sections = frontier_sections(facts, work.grid, histories, label(config.search.metric))

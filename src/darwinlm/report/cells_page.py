@@ -14,7 +14,8 @@ from darwinlm.report.charts import Line, Point, axis, layout, lines_chart
 from darwinlm.report.comparison import DENSE, HELD_OUT, Cell, refusals, task_notes
 from darwinlm.report.html import Block, Chart, Note, Section, Table, safe
 from darwinlm.report.html import Grid as ChartGrid
-from darwinlm.report.run_page import StageCost, provenance_blocks, stages_blocks, writings
+from darwinlm.report.run_page import provenance_blocks, stages_blocks, writings
+from darwinlm.runtime.stages import StageUse
 from darwinlm.types import KINDS, Generation, Kind
 
 
@@ -34,7 +35,7 @@ class CellsFacts:
     settings: Mapping[str, str]
     provenance: Mapping[str, str]
     recipe: str
-    stages: Mapping[str, StageCost]
+    stages: Mapping[str, StageUse]
 
 
 SHADES = ((0, "#dbe9f6"), (1, "#08306b"))  # of one hue, so that a print in grey tells as much
