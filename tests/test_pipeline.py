@@ -166,6 +166,7 @@ def test_the_run_directory_holds_what_the_design_says_and_nothing_else(compresse
         "model.json",
         "table.json",
         "report.md",
+        "report.html",
         "levels.png",
         "search.png",
         "search/sensitivities.json",
@@ -240,7 +241,7 @@ def test_the_command_ends_with_table_continuations_and_paths(
     run, done = by_command
     for word in ("dense", "uniform", "searched", "perplexity", "KL", "Hello there"):
         assert word in done.stdout
-    for name in ("model", "report.md", "table.json", "levels.png", "search.png"):
+    for name in ("model", "report.md", "report.html", "table.json", "levels.png", "search.png"):
         assert str(run.path / name) in done.stdout.splitlines()
 
 

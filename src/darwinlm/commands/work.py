@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from darwinlm.genome import Grid
 from darwinlm.model.blocks import Blocks, InHostMemory, InShards, Resident
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.families import block_sizes, find_grid
+from darwinlm.model.licence import licence_of
 from darwinlm.model.pruned import pruned_config
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime import parallel
@@ -119,6 +121,20 @@ class Work:
         """Free the dense model in every other precision."""
         for other in self.models.keys() - {dtype}:
             del self.models[other]
+
+
+def made_from(checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> dict[str, str]:
+    """The hashes of the dense model and of the text, and the model's licence, for people.
+
+    Args:
+        provenance: as `Work.provenance`.
+    """
+    licence = licence_of(checkpoint.path)
+    return {
+        "SHA-256 of the dense model": provenance["model"],
+        "SHA-256 of the text": provenance["text"],
+        "Licence of the dense model": ", ".join(licence.values()) or "its card names none",
+    }
 
 
 def database_settings(config: RunConfig) -> dict[str, Any]:

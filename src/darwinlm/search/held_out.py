@@ -28,14 +28,15 @@ def curves(
     stitcher: Stitcher,
     blocks: Blocks,
     history: Sequence[Generation],
+    uniform: Genome,
     texts: Mapping[str, Int[Tensor, "_ length"]],
     file: Path,
-) -> dict[str, Curve]:
-    """Return a curve for each text: the KL divergence of the parents of some generations, stitched and untrained.
+) -> tuple[dict[str, Curve], dict[str, float]]:
+    """Return, by text, the KL divergence of the parents of some generations as a curve, and that of `uniform`.
 
-    Their models run through the dense model's `blocks` in lockstep. Only generations that improved on the parent are
-    considered; at most `POINTS` of them are measured, among them the first and the last. The curves are kept in `file`,
-    which a later call only reads.
+    All are untrained, and run through the dense model's `blocks` in lockstep. Only generations that improved on the
+    parent are considered; at most `POINTS` of them are measured, among them the first and the last. The results are
+    kept in `file`, which a later call only reads.
     """
     better = [line for i, line in enumerate(history) if i == 0 or line.genome != history[i - 1].genome]
     count = min(POINTS, len(better))
@@ -47,15 +48,19 @@ def curves(
         record = read_record(file, "curves")
         if record["provenance"] != as_json(provenance):
             raise DarwinError(f"{file} is of another search: delete it, and the same command measures the curves again")
-        return {name: tuple(map(tuple, curve)) for name, curve in zip(texts, record["curves"], strict=True)}
+        if "uniform" in record:  # 0.2.0 did not measure it
+            result = {name: tuple(map(tuple, curve)) for name, curve in zip(texts, record["curves"], strict=True)}
+            return result, dict(zip(texts, record["uniform"], strict=True))
     short = [text[: -(-TOKENS // text.shape[1])] for text in texts.values()]
-    of_texts = divergences(stitcher, blocks, [line.genome for line in points], short)
+    by_text = dict(
+        zip(texts, divergences(stitcher, blocks, [uniform, *(line.genome for line in points)], short), strict=True)
+    )
     result = {
-        name: tuple((line.generation, of_genome[line.genome]) for line in points)
-        for name, of_genome in zip(texts, of_texts, strict=True)
+        name: tuple((line.generation, of_genome[line.genome]) for line in points) for name, of_genome in by_text.items()
     }
-    write_record(file, {"curves": list(result.values())}, provenance)
-    return result
+    beside = {name: of_genome[uniform] for name, of_genome in by_text.items()}
+    write_record(file, {"curves": list(result.values()), "uniform": list(beside.values())}, provenance)
+    return result, beside
 
 
 @torch.no_grad()
