@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 import pruned
 import tiny
@@ -253,6 +253,18 @@ def test_a_module_without_a_role_is_named(change: Callable[[PreTrainedModel], No
     model = tiny.build("llama-gqa")
     change(model)
     with pytest.raises(UsageError, match=message):
+        find_family(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", families.REFUSED)
+def test_a_family_that_is_refused_has_the_module_that_is_named(name: str) -> None:
+    config: Any = CONFIG_MAPPING[name](num_hidden_layers=2)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    path = families.REFUSED[name].partition(":")[0]
+    assert model.get_submodule(path)
+    with pytest.raises(UsageError, match=rf"^cannot prune {re.escape(path)}: expected .*, found "):
         find_family(model)
 
 

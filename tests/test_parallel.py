@@ -112,6 +112,33 @@ def test_two_processes_take_the_path_of_one(
     assert done.stderr.count("search: 2/2") == 1  # only the first speaks
 
 
+HASHES = """
+import os
+from pathlib import Path
+from darwinlm.model.checkpoint import Checkpoint
+hashed = Checkpoint.__dict__["fingerprint"]
+compute = hashed.func
+def noted(checkpoint):
+    Path({place!r}, os.environ["RANK"]).touch()
+    return compute(checkpoint)
+hashed.func = noted
+from darwinlm.cli import main
+raise SystemExit(main())
+"""
+
+
+def test_a_checkpoint_is_hashed_by_one_process(
+    checkpoints: dict[str, Path], text: Path, tmp_path: Path, alone: Path
+) -> None:
+    out, program, place = tmp_path / "run", tmp_path / "hashing.py", tmp_path / "hashed-by"
+    shutil.copytree(alone, out)
+    place.mkdir()
+    program.write_text(HASHES.format(place=str(place)))
+    done = torchrun(str(program), *runs.command(runs.short(checkpoints["llama-gqa"], text, out), name="database"))
+    assert done.returncode == 0, done.stderr
+    assert [file.name for file in place.iterdir()] == ["0"]
+
+
 def test_two_machines_that_share_files_take_the_path_of_one(
     checkpoints: dict[str, Path], text: Path, tmp_path: Path, alone: Path
 ) -> None:

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.commands.in_memory import Given, read_arguments
+from darwinlm.commands.reporting import card_of, report
 from darwinlm.commands.run_directory import (
     SETTINGS,
     Run,
     claim,
     explain_failures,
-    versions_text,
 )
 from darwinlm.commands.work import Work, open_work
 from darwinlm.config.run import RunConfig, Stage
@@ -28,27 +28,21 @@ from darwinlm.data.packing import bos_of
 from darwinlm.database.calibrate import calibrate
 from darwinlm.database.stitch import Stitcher, repeat_shared
 from darwinlm.database.store import Database, add_unit, reused_database
+from darwinlm.evaluation.quality import ByBlock
 from darwinlm.evaluation.rows import Row, evaluate
-from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected, verify_export
 from darwinlm.export.vllm import check_vllm
-from darwinlm.losses.metrics import label
-from darwinlm.model.blocks import InHostMemory
+from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import block_sizes
-from darwinlm.model.licence import licence_of
 from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_bytes, parameter_count
 from darwinlm.model.wrapper_code import foreign_code
-from darwinlm.report import run_report
 from darwinlm.runtime import parallel
 from darwinlm.runtime.device import DTYPES
-from darwinlm.runtime.files import write_text
-from darwinlm.runtime.names import short_name
 from darwinlm.runtime.progress import say, track
-from darwinlm.runtime.stages import Stages, StageUse
+from darwinlm.runtime.stages import Stages
 from darwinlm.runtime.trackers import check_trackers, tracking
-from darwinlm.search.costs import parameter_costs, shared_parameter_costs
 from darwinlm.search.evolution import evolve
 from darwinlm.search.fitness import Fitness
 from darwinlm.search.held_out import curves
@@ -141,8 +135,9 @@ def run(config: RunConfig, until: Stage = "report", given: Given | None = None) 
         with stages.measured("evaluation"):
             uniform_model = finish(work, database, work.uniform, consumers)
             work.keep_only(work.checkpoint.dtype)
-            rows, elsewhere = _evaluate(work, uniform_model), _curves(work, database, result)
-        _report(work, result, rows, elsewhere, stages.used)
+            rows = _evaluate(work, uniform_model)
+            curves, uniform = _curves(work, database, result)
+        report(work, database, result, rows, curves, uniform, stages.used)
     return this
 
 
@@ -225,7 +220,7 @@ def make_fitness(work: Work, database: Database) -> Fitness:
         work.tokens["training"],
         work.config.search,
         bos_of(work.checkpoint.tokenizer),
-        blocks=None if allowed.resident else InHostMemory.of(dense, family, work.device),
+        blocks=work.blocks_of(dense, family),
         keeps_states=allowed.states,
         kept_bytes=allowed.survivors,
         wave_bytes=allowed.wave,
@@ -277,7 +272,7 @@ def _export(work: Work, result: SearchResult, model: PreTrainedModel) -> None:
             )
         sizes = block_sizes(work.grid, result.best, work.checkpoint.config)
         counts = work.dense_parameters, parameter_count(model)
-        card = _card(work, result, counts)
+        card = card_of(work, result, counts)
         export_hf(model, sizes, work.checkpoint.tokenizer, exported, card, expected, work.checkpoint.path)
         work.run.seal_export()
         for refusal in check_vllm(exported):
@@ -298,76 +293,22 @@ def _evaluate(work: Work, uniform_model: PreTrainedModel) -> list[Row]:
     """Dense, uniform and searched on held-out documents; the searched one as it was reloaded from its export."""
     reloaded: Any = load(work.run.exported)
     dense = work.dense(work.checkpoint.dtype)
-    models = {"dense": dense, "uniform": uniform_model, "searched": reloaded.to(work.device).eval()}
+    models = {"dense": dense, "uniform": uniform_model, "searched": reloaded.to(dense.device).eval()}
     sizes = {name: parameter_bytes(model) for name, model in models.items()}
     held_out, tokenizer = work.tokens["evaluation"], work.checkpoint.tokenizer
-    return evaluate(models, held_out, tokenizer, work.config.evaluation, sizes, work.texts)
+
+    def by_block(name: str) -> ByBlock:
+        family = Checkpoint(work.run.exported).family if name == "searched" else work.checkpoint.family
+        return ByBlock(family, work.blocks_of(models[name], family))
+
+    return evaluate(models, held_out, tokenizer, work.config.evaluation, sizes, work.texts, by_block)
 
 
-def _curves(work: Work, database: Database, result: SearchResult) -> dict[str, Curve]:
-    """How the search did on text that it never saw."""
+def _curves(work: Work, database: Database, result: SearchResult) -> tuple[dict[str, Curve], dict[str, float]]:
+    """How the search did on text that it never saw, and the KL divergence of the uniform genome there."""
+    if not result.history:
+        return {}, {}
     stitcher = _stitcher(work, database, work.checkpoint.dtype)
     texts = {f"{work.config.data}, held out": work.tokens["evaluation"]} | work.texts
-    return curves(stitcher, result.history, texts, work.run.search / "curves.json") if result.history else {}
-
-
-def _report(
-    work: Work, result: SearchResult, rows: list[Row], elsewhere: dict[str, Curve], stages: Mapping[str, StageUse]
-) -> None:
-    """Tables and pictures, in the run directory and on the screen."""
-    genomes = {"uniform": work.uniform, "searched": result.best}
-    title = f"{short_name(work.config.model)} at {_target(work.config)}"
-    settings = _settings(work, result)
-    card = _card(work, result, (rows[0].parameters, rows[-1].parameters), run_report.models_table(rows))
-    write_text(work.run.exported / "README.md", card)
-    metric = label(work.config.search.metric)
-    history = result.history
-    paths = run_report.write_report(
-        work.run.path, title, rows, work.grid, genomes, history, settings, metric, elsewhere, stages
-    )
-    run_report.print_table(rows)
-    for path in [work.run.exported, *paths]:
-        print(path)
-
-
-def _card(work: Work, result: SearchResult, parameters: tuple[int, int], table: str = "") -> str:
-    """The export's model card, with the parameters of the dense and of the pruned model, and what was measured."""
-    return model_card(work.config.model, licence_of(work.checkpoint.path), _settings(work, result), *parameters, table)
-
-
-def _settings(work: Work, result: SearchResult) -> dict[str, str]:
-    """What made the result, for people."""
-    config = work.config
-    search = {"Genome": f"{config.genome}, without a budget", "Compared with": f"uniform at {_target(config)}"}
-    if result.history:
-        search = {
-            "Target": f"at most {work.budget.text}: {_target(config)}",
-            "Search": f"{len(result.history) - 1} generations of {config.search.offspring} offspring",
-            f"Search {label(config.search.metric)}": (
-                f"{result.history[0].fitness:.4f} (start) to {result.fitness:.4f} nats a token"
-            ),
-        }
-    return {
-        "Model": config.model,
-        "Text": config.data,
-        "Calibration": f"{config.calibration.tokens:,} tokens",
-        **search,
-        **_sizes(work, result.best),
-        "Refit": f"{config.refit.tokens:,} tokens" if config.refit.tokens else "none",
-        "Seed": str(config.seed),
-        "Versions": versions_text(),
-    }
-
-
-def _sizes(work: Work, genome: Genome) -> dict[str, str]:
-    """The size of the export beside the paper's count, where the two may differ."""
-    if not any(unit.uneven for unit in work.grid.units):
-        return {}
-    both = (parameter_costs, shared_parameter_costs)
-    exported, counted = (costs(work.grid, work.dense_parameters).of(genome) for costs in both)
-    return {"Size": f"{exported:,} parameters; {counted:,} as the paper counts, with K and V shared by what is left"}
-
-
-def _target(config: RunConfig) -> str:
-    """What the user asked for."""
-    return config.target or f"level {config.level:g} of {config.database.levels}"
+    blocks = work.blocks_of(stitcher.dense, stitcher.family)
+    return curves(stitcher, blocks, result.history, work.uniform, texts, work.run.search / "curves.json")

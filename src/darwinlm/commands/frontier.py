@@ -17,25 +17,37 @@ from transformers import PreTrainedModel
 
 from darwinlm.commands.compress import allocate, build_database, finish, make_fitness, refit_consumers
 from darwinlm.commands.judging import Cells, Judge, find_requests, note_questions
-from darwinlm.commands.run_directory import FRONTIER_SETTINGS, SETTINGS, Run, claim, explain_failures
-from darwinlm.commands.work import Work, open_work
+from darwinlm.commands.run_directory import (
+    FRONTIER_SETTINGS,
+    SETTINGS,
+    Run,
+    claim,
+    explain_failures,
+    versions_text,
+)
+from darwinlm.commands.work import Work, made_from, open_work
 from darwinlm.config.evaluation import TasksConfig
 from darwinlm.config.files import read_settings
 from darwinlm.config.frontier import FrontierConfig
 from darwinlm.config.run import RunConfig
 from darwinlm.database.store import Database
 from darwinlm.evaluation.tasks import Request
+from darwinlm.losses.metrics import label
+from darwinlm.report.cells_page import CellsFacts, frontier_lead, frontier_sections
 from darwinlm.report.comparison import DENSE, Cell
 from darwinlm.report.figures import save_figure
 from darwinlm.report.frontier import figure, markdown, print_table
+from darwinlm.report.html import NAME, unless_it_fails, write_page
 from darwinlm.runtime import parallel
 from darwinlm.runtime.files import write_text
+from darwinlm.runtime.names import short_name
 from darwinlm.runtime.progress import say
+from darwinlm.runtime.stages import Stages
 from darwinlm.search.budget import Target
 from darwinlm.search.costs import parameter_costs
 from darwinlm.search.fitness import Fitness
 from darwinlm.search.mutation import adapt, spread
-from darwinlm.search.sensitivity import find_starts, sensitivities
+from darwinlm.search.sensitivity import SENSITIVITIES, find_starts, sensitivities
 from darwinlm.types import DarwinError, Genome, SearchResult, SelectionStage, UsageError
 
 TABLE, PICTURE = "frontier.md", "frontier.png"
@@ -46,7 +58,7 @@ OPEN = ("targets", "sizes", "largest", "smallest", *(each.name for each in field
 
 
 def frontier(config: FrontierConfig) -> list[Cell]:
-    """Search, refit and measure a model at every size, print the table, and write `frontier.md` and `frontier.png`.
+    """Search, refit and measure a model at every size, print the table, and write report and picture.
 
     What is finished is not done again, so that sizes and tasks can be added.
 
@@ -72,8 +84,10 @@ def frontier(config: FrontierConfig) -> list[Cell]:
         cells = _measure(work, sizes, results, database, config, requests)
         write_text(out / TABLE, markdown(cells, _protocol(config), PICTURE))
         save_figure(out / PICTURE, figure(cells))
+        with unless_it_fails(out / NAME):
+            _write_page(out, config, work, results, cells)
     print_table(cells)
-    print(out / TABLE, out / PICTURE, sep="\n")
+    print(out / TABLE, out / PICTURE, out / NAME, sep="\n")
     return cells
 
 
@@ -111,7 +125,8 @@ def _base(config: FrontierConfig) -> RunConfig:
     """The run whose database and sensitivities all sizes share."""
     shared = {each.name for each in fields(RunConfig)} & {each.name for each in fields(FrontierConfig)}
     settings: dict[str, Any] = {name: getattr(config, name) for name in shared}
-    return RunConfig(**settings | {"out": str(Path(config.out) / "base")})
+    settings["out"] = str(Path(config.out) / "base")
+    return RunConfig(**settings)
 
 
 def _open(config: FrontierConfig, out: Path) -> tuple[Work, dict[str, Work]]:
@@ -168,7 +183,7 @@ def _starts(work: Work, at: Work, fitness: Fitness, known: Mapping[str, Genome])
     stage = SelectionStage(1, config.stages[0].fitness_tokens)
     for name, genome in _neighbours(known, at).items():
         if config.start == "sensitivity":
-            table = sensitivities(at.grid, fitness, stage, directory / "sensitivities.json")
+            table = sensitivities(at.grid, fitness, stage, directory / SENSITIVITIES)
             starts[name] = adapt(genome, at.budget, table)
         else:
             starts[name] = spread(genome, at.budget, Random(seed))
@@ -225,6 +240,23 @@ def _cell(work: Work, target: str, result: SearchResult | None) -> Cell:
     kept = round(parameters / work.dense_parameters, 6)
     seconds = sum(line.seconds for line in result.history) if result else 0.0
     return Cell(target, kept, levels=genome.levels, parameters=parameters, seconds=seconds)
+
+
+def _write_page(
+    out: Path, config: FrontierConfig, work: Work, results: Mapping[str, SearchResult], cells: list[Cell]
+) -> None:
+    facts = CellsFacts(
+        title=f"{short_name(config.model)} at {len(results)} sizes",
+        cells=cells,
+        protocol=[note.replace("`", "") for note in _protocol(config)],
+        settings={"Model": config.model, "Text": config.data, "Seed": str(config.seed), "Versions": versions_text()},
+        provenance=made_from(work.checkpoint, work.provenance),
+        recipe=(out / FRONTIER_SETTINGS).read_text(encoding="utf-8"),
+        stages=Stages(work.run.stages_path, work.device).used,
+    )
+    histories = {target: result.history for target, result in results.items()}
+    sections = frontier_sections(facts, work.grid, histories, label(config.search.metric))
+    write_page(out / NAME, facts.title, frontier_lead(cells), sections)
 
 
 def _protocol(config: FrontierConfig) -> list[str]:

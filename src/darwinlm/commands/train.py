@@ -146,8 +146,8 @@ def _open(training: Training, config: TrainConfig) -> _Work:
         for drawn in (sequences, held_out):
             drawn.check_ids(checkpoint.config.vocab_size)
         provenance = {
-            "model": checkpoint.fingerprint,
-            "teacher": None if teacher is None else teacher.fingerprint,
+            "model": checkpoint.agree_on_fingerprint(),
+            "teacher": None if teacher is None else teacher.agree_on_fingerprint(),
             "text": sequences.fingerprint,
             "settings": _determining(config),
         }

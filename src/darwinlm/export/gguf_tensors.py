@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -45,11 +45,18 @@ class Weights:
 
 @dataclass(frozen=True)
 class Written:
-    """A tensor of the file. Its shape is known beforehand, its values are made only when it is written."""
+    """A tensor of the file. Its shape is known beforehand, its values are made only when it is written.
+
+    Attributes:
+        source: the path of the linear module whose weights these are, if they are one's.
+        columns: what was done to its columns, and is done to figures of them, `[1, columns]`.
+    """
 
     name: str
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
+    source: str = ""
+    columns: Callable[[Tensor], Tensor] | None = None
 
 
 def tensors(model: Description, weights: Weights) -> Iterator[Written]:
@@ -68,7 +75,8 @@ def tensors(model: Description, weights: Weights) -> Iterator[Written]:
     if bias in weights:
         yield _stored("output.bias", weights, bias)
     if not model.config.tie_word_embeddings:
-        yield _stored("output.weight", weights, f"{family.output_embedding}.weight", logits)
+        output = _stored("output.weight", weights, f"{family.output_embedding}.weight", logits)
+        yield replace(output, source=family.output_embedding)
     elif graph.output or logits != 1.0 or model.multiplier("embedding_multiplier") != 1.0:
         yield _stored("output.weight", weights, embedding, logits)
     if model.rope().get("rope_type") == "llama3":
@@ -202,13 +210,14 @@ class _Block:
 
     def _part(
         self, name: str, rows: _Rows, kind: str, shape: tuple[int, ...], present: bool,
-        change: Callable[[Tensor], Tensor],
+        change: Callable[[Tensor], Tensor], columns: Callable[[Tensor], Tensor] | None = None,
     ) -> Written:  # fmt: skip
         name, source = f"{self.target}.{name}", f"{rows.path}.{kind}"
         if not present or (source not in self.weights and kind == "bias"):
             return _constant(name, shape, 0.0)
         self.weights.shape(source)
-        return Written(name, shape, lambda: change(rows.take(self.weights.read(source))))
+        path = rows.path if kind == "weight" else ""
+        return Written(name, shape, lambda: change(rows.take(self.weights.read(source))), path, columns)
 
     def _output(self, name: str, path: str, present: bool, change: Callable[[Tensor], Tensor]) -> Iterator[Written]:
         """The projection out of a unit, whose columns `change` brings to the number of the room."""
@@ -220,7 +229,8 @@ class _Block:
             return part if factor == 1.0 else part.float() * factor
 
         rows = _Rows(source, _whole)
-        yield self._part(f"{name}.weight", rows, "weight", (hidden, width), present, lambda part: scaled(change(part)))
+        made = lambda part: scaled(change(part))  # noqa: E731
+        yield self._part(f"{name}.weight", rows, "weight", (hidden, width), present, made, columns=change)
         if self._has_bias(source):
             yield self._part(f"{name}.bias", rows, "bias", (hidden,), present, scaled)
 
@@ -233,7 +243,7 @@ class _Block:
         for each in zip(*parts.values(), strict=True):  # the weights, and the biases if there are some
             name = each[0].name.replace(INPUTS[0], "attn_qkv")
             shape = (sum(part.shape[0] for part in each), *each[0].shape[1:])
-            yield Written(name, shape, partial(_joined, each))
+            yield Written(name, shape, partial(_joined, each), each[0].source)
 
     def _norms(self, sources: Sequence[str], present: bool) -> Iterator[Written]:
         for source in sources:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from darwinlm.model.checkpoint import Checkpoint
-from darwinlm.model.flow import by_name
+from darwinlm.model.flow import Recorder
 from darwinlm.model.roles import Family
 
 
@@ -43,7 +43,7 @@ def enter(model: PreTrainedModel, family: Family, token_ids: Int[Tensor, "sequen
     name = family.blocks.rpartition(".")[2]
     blocks: Any = getattr(parent, name)
     norm = model.get_submodule(family.final_norm)
-    recorders = [_Recorder(block, family.returns_more) for block in blocks]
+    recorders = [Recorder(family.block(index), block, family.returns_more) for index, block in enumerate(blocks)]
     setattr(parent, name, nn.ModuleList(recorders))
     model.set_submodule(family.final_norm, nn.Identity())
     try:
@@ -52,28 +52,7 @@ def enter(model: PreTrainedModel, family: Family, token_ids: Int[Tensor, "sequen
         setattr(parent, name, blocks)
         model.set_submodule(family.final_norm, norm)
     assert recorders[0].states is not None
-    return Entry(recorders[0].states, [recorder.arguments for recorder in recorders])
-
-
-class _Recorder(nn.Module):
-    """Takes the place of a block: records its input and arguments, and returns the input unchanged."""
-
-    def __init__(self, block: nn.Module, returns_more: bool):
-        super().__init__()
-        self.block = [block]  # in a list, so that it is no submodule
-        self.returns_more = returns_more
-        self.states: Tensor | None = None
-        self.arguments: dict[str, Any] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["block"][0], name)
-
-    def forward(self, states: Tensor, *unnamed: Any, **arguments: Any) -> Any:
-        self.states, self.arguments = states, by_name(self.block[0], unnamed, arguments)
-        return (states, None) if self.returns_more else states
+    return Entry(recorders[0].states, [recorder.calls[0] for recorder in recorders])
 
 
 def run_block(

@@ -47,6 +47,7 @@ REFUSED = {
     "codegen": "transformer.h.0.attn.qkv_proj: expected rows of query, key and value, found four parts of each",
     "cpmant": "cpmant.encoder: expected a state for each token, found some of a prompt before them",
     "deepseek_v3": _LATENT,
+    "gemma3n_text": "model.layers.0.altup: expected one stream of hidden states, found several that each block mixes",
     "gpt_neox_japanese": "gpt_neox_japanese.layers.0.attention: expected states and weights, found a bias beside them",
     "hrm_text": "model.L_module: expected one list of blocks, found two that call each other",
     "minicpm3": _LATENT,

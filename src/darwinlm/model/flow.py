@@ -134,9 +134,9 @@ def find_frame(model: PreTrainedModel) -> Frame:
 
 def _run(
     decoder: nn.Module, path: str, blocks: nn.ModuleList, returns_more: bool
-) -> tuple[list[_Recorder], list[str], str]:
+) -> tuple[list[Recorder], list[str], str]:
     """Run a decoder on zeros with recorders, and return them, the modules that ran after them, and why it failed."""
-    recorders = [_Recorder(f"{path}.{index}", block, returns_more) for index, block in enumerate(blocks)]
+    recorders = [Recorder(f"{path}.{index}", block, returns_more) for index, block in enumerate(blocks)]
     memo: dict[int, Any] = {id(blocks): nn.ModuleList(recorders)}
     for parameter in set(decoder.parameters()) - set(blocks.parameters()):
         memo[id(parameter)] = nn.Parameter(_zeros(parameter), requires_grad=False)
@@ -195,8 +195,8 @@ def _zeros(like: Tensor) -> Tensor:
     return torch.zeros((), dtype=like.dtype, device="cpu").expand(like.shape)
 
 
-class _Recorder(nn.Module):
-    """Takes the place of a block, and records how it is called."""
+class Recorder(nn.Module):
+    """Takes the place of a block: records how it is called, and returns the hidden states unchanged."""
 
     def __init__(self, path: str, block: nn.Module, returns_more: bool):
         super().__init__()
@@ -205,6 +205,7 @@ class _Recorder(nn.Module):
         self.wrong = False  # whether it was given what is no hidden states, but one sequence of them
         self.block = [block]  # in a list, so that it is no submodule
         self.calls: list[dict[str, Any]] = []
+        self.states: Tensor | None = None  # of the last call
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -212,7 +213,7 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["block"][0], name)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Recorder:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
         return self
 
     def forward(self, *unnamed: Any, **arguments: Any) -> Any:
@@ -222,12 +223,12 @@ class _Recorder(nn.Module):
                 f"{type(unnamed[0]).__name__ if unnamed else 'none'}; convert the model to another family"
             )
         states, *others = unnamed
-        self.wrong = states.dim() != 3
+        self.states, self.wrong = states, states.dim() != 3
         self.calls.append(by_name(self.block[0], others, arguments))
         return (states, None) if self.returns_more else states
 
 
-def _note_after(path: str, recorders: list[_Recorder], after: list[str], *_: Any) -> None:
+def _note_after(path: str, recorders: list[Recorder], after: list[str], *_: Any) -> None:
     if recorders[-1].calls:
         after.append(path)
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from darwinlm.model.blocks import Blocks, enter, run_block
 from darwinlm.model.roles import Family
+from darwinlm.runtime.progress import track
 from darwinlm.runtime.scratch import scratch_writing
 
 SPILL_BYTES = 4 << 30  # states that take more bytes are kept in a file
@@ -78,28 +79,36 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 @torch.no_grad()
 def last_states(
-    dense: PreTrainedModel, family: Family, blocks: Blocks, batches: Sequence[Int[Tensor, "sequences length"]]
+    model: PreTrainedModel,
+    family: Family,
+    blocks: Blocks,
+    batches: Sequence[Int[Tensor, "sequences length"]],
+    description: str = "dense model",
 ) -> States:
-    """Return a dense model's last hidden states on each batch, in the host's memory or in a file.
+    """Return a model's last hidden states on each batch, in the host's memory or in a file.
 
     Each block is there once, for all batches, and the device holds the states of one of them.
 
     Args:
-        dense: what it has beside its blocks is on the device.
+        model: what it has beside its blocks is on the device.
         blocks: its blocks, wherever they are.
+        description: for the progress.
     """
-    device = dense.device
-    states = States(batches, dense.config.hidden_size, dense.dtype, device, torch.device("cpu"))
+    device = model.device
+    states = States(batches, model.config.hidden_size, model.dtype, device, torch.device("cpu"))
+    if not batches:
+        return states
     try:
         arguments: dict[torch.Size, list[dict[str, Any]]] = {}  # which depend on the shape of a batch alone
         for index, batch in enumerate(batches):
-            entry = enter(dense, family, batch.to(device))
+            entry = enter(model, family, batch.to(device))
             states.write(index, entry.states)
             arguments[batch.shape] = entry.arguments
-        for number, block in blocks.walk(0, dense.config.num_hidden_layers if batches else 0):
+        count = model.config.num_hidden_layers
+        for number, block in track(blocks.walk(0, count), description, count):
             for index, batch in enumerate(batches):
                 states.write(index, run_block(block, states.read(index), arguments[batch.shape][number]))
-        norm = dense.get_submodule(family.final_norm)
+        norm = model.get_submodule(family.final_norm)
         for index in range(len(batches)):
             states.write(index, norm(states.read(index)))
     except BaseException:

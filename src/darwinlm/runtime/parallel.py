@@ -162,6 +162,16 @@ def sums_everywhere(values: Sequence[float]) -> list[float]:
     return sums.tolist()
 
 
+def from_first(find: Callable[[], str]) -> str:
+    """What the first process finds, on all; the others do not look. Raises `PeerLostError` if a process has ended."""
+    if processes() == 1:
+        return find()
+    found = [find() if first() else None]
+    with _peers():
+        dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
+    return str(found[0])
+
+
 def wait_for_all() -> None:
     """Return once every process has called this. Raises `PeerLostError` if one has ended."""
     if processes() > 1:
