@@ -313,7 +313,7 @@ def test_candidates_of_the_papers_recipes_are_trained_within_80_gb(
     if fits:
         allowance(counted, 78 << 30)
         return
-    with pytest.raises(UsageError, match="take --search.trains consumers"):
+    with pytest.raises(UsageError, match=r"take --search\.trains consumers"):
         allowance(counted, 78 << 30)
 
 
