@@ -23,11 +23,12 @@ from darwinlm.database.stitch import Stitcher
 from darwinlm.losses.logits import Logits
 from darwinlm.losses.metrics import Divergence, predicted_tokens
 from darwinlm.losses.metrics import metric as make_metric
+from darwinlm.model.blocks import InHostMemory
 from darwinlm.runtime import parallel
 from darwinlm.search import candidate_training
 from darwinlm.search.fitness import Fitness
 from darwinlm.types import Genome, MetricName, SelectionStage
-from pruned import prune, token_ids, zero_masked
+from pruned import CPU, prune, token_ids, zero_masked
 
 STAGES = tuple(SelectionStage(1, tokens) for tokens in (64, 128, 256))
 PAPER = tuple(
@@ -435,3 +436,15 @@ def test_the_tokens_that_stages_add_are_those_that_are_scored(stitcher: Stitcher
         added.append(sum(read))
     counting.remove()
     assert added == config.added_tokens(length)
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "distillation"])
+def test_candidates_are_trained_alike_where_the_dense_model_is_elsewhere(
+    loss: Literal["cross-entropy", "distillation"], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    case = prune(checkpoints["llama-gqa"], tmp_path)
+    config, genomes = SearchConfig(stages=TRAINED, learning_rate=1e-3, loss=loss), random_genomes(case.stitcher, 3)
+    texts = token_ids(1, 8), token_ids(2, 8), config
+    expected = Fitness(case.stitcher, *texts).scores(genomes, TRAINED[1])
+    blocks = InHostMemory.of(case.stitcher.dense, case.stitcher.family, CPU)
+    assert Fitness(case.stitcher, *texts, blocks=blocks).scores(genomes, TRAINED[1]) == expected
