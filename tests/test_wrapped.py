@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 import pruned
+import runs
 import wrappers
+from darwinlm import compress
 from darwinlm.database.stitch import repeat_shared
+from darwinlm.export.gguf import export_gguf
 from darwinlm.export.verify import Expected
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import block_sizes
@@ -31,7 +35,10 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=wrappers.CONFIGS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow if name != "gemma3" else ()) for name in wrappers.CONFIGS],
+)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -103,3 +110,17 @@ def test_an_export_is_read_again_as_a_language_model(whole: tuple[Any, pruned.Pr
     assert len(again.checkpoint.units) == len(case.checkpoint.units) - 2
     twice = export(again, -1, tmp_path / "twice", verify=True)
     assert Checkpoint(twice).beside.keys() == case.checkpoint.beside.keys()
+
+
+@pytest.mark.slow
+def test_a_whole_model_in_memory_is_compressed(tmp_path: Path) -> None:
+    model = wrappers.build("gemma3")
+    settings = asdict(runs.short(tmp_path, tmp_path, tmp_path / "run"))
+    for name in ("model", "data", "out"):
+        del settings[name]
+    texts = pruned.tiny.documents()
+    run = compress(model, texts, tmp_path / "run", tokenizer=pruned.tiny.tokenizer(), **settings)
+    assert run.exported is not None
+    found: Any = AutoModelForImageTextToText.from_pretrained(run.exported, trust_remote_code=True)
+    assert found(**wrappers.image_inputs("gemma3")).logits.isfinite().all()
+    assert export_gguf(run.exported, tmp_path / "model.gguf", "f32").exists()

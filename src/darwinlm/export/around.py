@@ -57,8 +57,7 @@ def _config(text: PreTrainedModel, dense: Checkpoint) -> dict[str, Any]:
     fields = json.loads(dense.whole.to_json_string())
     inner = json.loads(text.config.to_json_string())
     own_code = text.config.model_type != family_of(text.config)
-    names = wrapper_auto_map(family)
-    stock = names[WHOLE].rpartition(".Pruned")[2]
+    stock = wrapper_auto_map(family)[WHOLE].rpartition(".Pruned")[2]
     for name in ("auto_map", "_name_or_path"):
         fields.pop(name, None)
         inner.pop(name, None)
@@ -66,4 +65,4 @@ def _config(text: PreTrainedModel, dense: Checkpoint) -> dict[str, Any]:
     fields |= {"model_type": f"{PRUNED}{family}" if own_code else family}
     fields |= {"architectures": [f"Pruned{stock}" if own_code else stock]}
     fields |= {"dtype": str(text.dtype).removeprefix("torch.")}
-    return fields | ({"auto_map": names} if own_code else {})
+    return fields

@@ -14,7 +14,7 @@ import torch
 from gguf import GGMLQuantizationType as Precision
 
 from darwinlm.export.gguf_graphs import Description
-from darwinlm.export.gguf_tensors import Written, open_weights, tensors
+from darwinlm.export.gguf_tensors import Weights, Written, tensors
 from darwinlm.export.gguf_vocabulary import add_vocabulary
 from darwinlm.export.verify import verify_gguf
 from darwinlm.model.checkpoint import Checkpoint
@@ -63,12 +63,12 @@ def export_gguf(directory: Path, out: Path, file_type: FileType = "f16", verify:
             f"{file.name}: llama.cpp has one size for all blocks of a {model.name}, so {model.zeros} heads and "
             "channels are written as zeros; a genome whose blocks are all alike has none"
         )
-    with open_weights(directory) as weights, new_file(file) as partial_file:
+    with new_file(file) as partial_file:
         writer = gguf.GGUFWriter(partial_file, model.graph.name)
         try:
             _add_settings(writer, model, name, file_type)
             add_vocabulary(writer, tokenizer, config.vocab_size)
-            written = list(tensors(model, weights))
+            written = list(tensors(model, Weights(checkpoint)))
             digests = _write(writer, written, PRECISIONS[file_type])
         finally:
             writer.close()

@@ -3,58 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from darwinlm.export.gguf_graphs import Description
+from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import head_dim
-from darwinlm.model.shards import WEIGHTS, read_index
+from darwinlm.model.reading import read_parameter
 from darwinlm.types import BlockSizes, DarwinError
 
 
 class Weights:
     """The tensors of a model directory, each of which is read only when it is used."""
 
-    def __init__(self, shards: dict[str, Any]):
-        self.shards = shards
+    def __init__(self, checkpoint: Checkpoint):
+        self.directory, self.headers = checkpoint.path, checkpoint.headers
 
     def __contains__(self, name: str) -> bool:
-        return name in self.shards
+        return name in self.headers
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor without reading it. Raises `DarwinError` if it is missing."""
-        if name not in self.shards:
+        if name not in self.headers:
             raise DarwinError(f"expected a tensor {name}, found none; the directory is incomplete, export it again")
-        return tuple(self.shards[name].get_slice(name).get_shape())
+        return self.headers[name].shape
 
     def read(self, name: str) -> Tensor:
         """Read a tensor, in the precision in which it is stored."""
-        return self.shards[name].get_tensor(name)
-
-
-@contextmanager
-def open_weights(directory: Path) -> Iterator[Weights]:
-    """Open all weights of a model directory. Raises `DarwinError` if a file of them cannot be read."""
-    index = read_index(directory)
-    files = [WEIGHTS] if index is None else sorted(set(index.values()))
-    with ExitStack() as stack:
-        shards: dict[str, Any] = {}
-        for file in files:
-            try:
-                shard = stack.enter_context(safe_open(directory / file, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise DarwinError(f"{directory / file} cannot be read ({error}); export the model again") from None
-            shards |= dict.fromkeys(shard.keys(), shard)
-        yield Weights(shards)
+        return read_parameter(self.directory, self.headers[name])
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,9 @@ from darwinlm.model.pruned import (
     pruned_model,
     render,
 )
-from darwinlm.model.reading import read_config, skeleton
+from darwinlm.model.reading import read_config, read_whole, skeleton
+from darwinlm.model.wrapped import is_wrapper
+from darwinlm.model.wrapper_code import wrapper_auto_map
 from darwinlm.runtime.files import read_json
 from darwinlm.types import BlockSizes, UsageError
 
@@ -68,8 +70,8 @@ def check_vllm(directory: Path) -> list[str]:
     """
     if not (directory / "config.json").is_file():
         raise UsageError(f"no model in {directory}: expected config.json in it; name an export")
-    config = read_config(directory)
-    family = family_of(config)
+    whole, config = read_whole(directory), read_config(directory)
+    around, family = is_wrapper(whole), family_of(config)
     sizes = block_sizes_of(config)
     refusals: list[str] = []
     bare = [str(index) for index, block in enumerate(sizes) if not block.query_heads]
@@ -84,7 +86,9 @@ def check_vllm(directory: Path) -> list[str]:
             "--database.structure kv_group or balanced"
         )
     if config.model_type.startswith(PRUNED):
-        if read_json(directory / "config.json").get("auto_map") != auto_map(family):
+        if read_json(directory / "config.json").get("auto_map") != (
+            wrapper_auto_map(family_of(whole)) if around else auto_map(family)
+        ):
             refusals.append("config.json has no complete auto_map, AutoModel above all: export the model again")
         code = directory / f"{module_name(family)}.py"
         if not code.exists() or code.read_text(encoding="utf-8") != render(family):
