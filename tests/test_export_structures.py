@@ -15,7 +15,7 @@ import tiny
 from darwinlm.database.stitch import repeat_shared
 from darwinlm.export.hf import export_hf
 from darwinlm.model.families import block_sizes, find_family
-from darwinlm.model.pruned import block_sizes_of
+from darwinlm.model.families import block_sizes_of
 from darwinlm.model.reading import load
 from darwinlm.types import Genome, Structure
 
@@ -37,7 +37,7 @@ def test_export_of_every_structure(
         expected = pruned.zero_masked(case.dense, case.database, genome)(ids).logits
         torch.testing.assert_close(exported(ids).logits, expected, rtol=1e-4, atol=2e-4)
         left = [block for block in sizes if block.query_heads or block.intermediate]
-        assert list(block_sizes_of(exported.config)) == left
+        assert list(block_sizes_of(exported)) == left
         different += len(set(left)) > 1
         repeated += any(block.key_value_heads > config.num_key_value_heads for block in left)
     assert different > 1
@@ -65,7 +65,7 @@ def test_export_of_every_family(family: str, checkpoints: dict[str, Path], tmp_p
         assert {module.config._attn_implementation for module in attentions} <= {"eager"}
         torch.testing.assert_close(exported(ids).logits, expected, rtol=1e-4, atol=2e-4)
         attentions = exported(ids[:1], output_attentions=True).attentions
-        heads = [block.query_heads for block in block_sizes_of(exported.config)]
+        heads = [block.query_heads for block in block_sizes_of(exported)]
         if "opt" in family:  # whose decoder inside the decoder records them, and knows nothing of the code
             heads = [count for count in heads if count]
         assert [weights.shape[1] for weights in attentions] == heads, "every layer has an entry"

@@ -32,9 +32,9 @@ class NoAttn(nn.Module):
 
 
 class NoMLP(nn.Module):
-    """Takes the place of an MLP that was removed: its output is zero."""
+    """Takes the place of an MLP or a mixer that was removed: its output is zero."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         return torch.zeros_like(hidden_states)
 
 
@@ -119,6 +119,8 @@ class Stitcher:
         stubs: dict[str, nn.Module] = {}
         if unit.kind == "attention":
             stubs |= dict.fromkeys(family.attention_norms, nn.Identity()) | {family.attention: NoAttn()}
+        elif unit.kind == "mixer":
+            stubs |= dict.fromkeys(family.mixer_norms, nn.Identity()) | {family.mixer: NoMLP()}
         elif family.mlp:
             stubs |= dict.fromkeys(family.mlp_norms, nn.Identity()) | {family.mlp: NoMLP()}
         else:  # its modules lie in the block itself
@@ -232,7 +234,7 @@ def _open_up(dense: nn.Module, family: Family) -> nn.Module:
     block = _shallow(dense)
     inside = (
         family.attention, family.attention_output, family.query, family.key, family.value, *family.attention_norms,
-        family.mlp, family.mlp_output, *family.mlp_inputs, *family.mlp_norms,
+        family.mlp, family.mlp_output, *family.mlp_inputs, *family.mlp_norms, family.mixer, *family.mixer_norms,
     )  # fmt: skip
     present = {path for path, _ in dense.named_modules()}  # an earlier pruning removes some
     above = {outer for path in present.intersection(inside) for outer in _above(path)}

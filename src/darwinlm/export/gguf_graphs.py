@@ -8,8 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from darwinlm.model.families import PRUNED, find_family, head_dim
-from darwinlm.model.pruned import block_sizes_of
+from darwinlm.model.families import PRUNED, block_sizes_of, find_family, head_dim
 from darwinlm.model.reading import skeleton
 from darwinlm.types import BlockSizes, UsageError
 
@@ -138,8 +137,9 @@ class Description:
         if self.name not in GRAPHS:
             found = f"{self.name}, of which no tensors can be written yet"
             raise refused(f"a model of one of the families {', '.join(GRAPHS)}", found)
-        self.family = find_family(skeleton(config))
-        self.sizes: Sequence[BlockSizes] = block_sizes_of(config)
+        model = skeleton(config)
+        self.family = find_family(model)
+        self.sizes: Sequence[BlockSizes] = block_sizes_of(model)
         self.head_dim = head_dim(config)
         self.graph, self.room = self._choose()
 

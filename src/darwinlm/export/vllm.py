@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from darwinlm.model.families import block_sizes_of
 from darwinlm.model.pruned import (
     PRUNED,
     auto_map,
-    block_sizes_of,
     family_of,
     module_name,
     pruned_config,
@@ -34,6 +34,10 @@ from darwinlm.types import BlockSizes, UsageError
 STUB = BlockSizes(query_heads=1, key_value_heads=1, intermediate=32)  # sizes of the modules of zeros
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # the table of attention functions in transformers
 LARGEST_PARALLEL = 8  # devices
+MIXERS = (
+    "expected blocks that mix tokens by attention alone, found linear attention, convolutions or state spaces, which "
+    "vLLM's Transformers backend does not run"
+)
 
 
 def zero_stubs(model: PreTrainedModel) -> PreTrainedModel:
@@ -42,8 +46,13 @@ def zero_stubs(model: PreTrainedModel) -> PreTrainedModel:
     Where `model` lacks one of them, the result has a small one of zeros: an attention with one query head and one KV
     head, or an MLP with 32 channels. It shares all other weights with `model`, which must be of the class that an
     export loads into.
+
+    Raises:
+        UsageError: if blocks mix tokens otherwise than by attention.
     """
-    sizes = block_sizes_of(model.config)
+    sizes = block_sizes_of(model)
+    if any(block.mixer for block in sizes):
+        raise UsageError(f"--compat vllm: {MIXERS}; leave it out")
     full = tuple(
         BlockSizes(
             block.query_heads or STUB.query_heads,
@@ -72,10 +81,12 @@ def check_vllm(directory: Path) -> list[str]:
         raise UsageError(f"no model in {directory}: expected config.json in it; name an export")
     whole, config = read_whole(directory), read_config(directory)
     around, family = is_wrapper(whole), family_of(config)
-    sizes = block_sizes_of(config)
-    refusals: list[str] = []
+    model = skeleton(config)
+    sizes = block_sizes_of(model)
+    mixers = any(block.mixer for block in sizes)
+    refusals = [f"{MIXERS}: serve it with transformers"] if mixers else []
     bare = [str(index) for index, block in enumerate(sizes) if not block.query_heads]
-    if bare:
+    if bare and not mixers:
         refusals.append(f"no attention in block {', '.join(bare)}: export with --compat vllm, which writes zeros there")
     uneven = [
         str(i) for i, block in enumerate(sizes) if block.query_heads and block.query_heads % block.key_value_heads
@@ -93,7 +104,7 @@ def check_vllm(directory: Path) -> list[str]:
         code = directory / f"{module_name(family)}.py"
         if not code.exists() or code.read_text(encoding="utf-8") != render(family):
             refusals.append(f"{code.name} is missing or not that of this darwinlm: export the model again")
-    return refusals + _check_classes(skeleton(config))
+    return refusals + _check_classes(model)
 
 
 def tensor_parallel_sizes(sizes: Sequence[BlockSizes]) -> tuple[int, ...]:

@@ -2,8 +2,8 @@
 
 darwinlm wrote this; it needs torch >= 2.5 and transformers >= 5.0 alone. Every layer is a stock layer that is narrowed
 to what `config.per_layer_config[i]` says: `num_attention_heads`, `num_key_value_heads` and `intermediate_size`, where
-missing those of the config (as before pruning), and under `skip` the parts that the layer lacks, "attention" or "mlp",
-together with their norms. `config.layer_parts` says what each module of a layer is for.
+missing those of the config (as before pruning), and under `skip` the parts that the layer lacks, "attention", "mlp" or
+"mixer", together with their norms. `config.layer_parts` says what each module of a layer is for.
 """
 
 import copy
@@ -65,9 +65,9 @@ class NoAttn(nn.Module):
 
 
 class NoMLP(nn.Module):
-    """Takes the place of an MLP that a layer lacks."""
+    """Takes the place of an MLP that a layer lacks, or of what mixes tokens without attention."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return torch.zeros_like(hidden_states)
 
 
@@ -97,14 +97,14 @@ def narrow(layer: nn.Module, config: Any, index: int) -> None:
     queries, keys, width = size.num_attention_heads, size.num_key_value_heads, config.head_dim
     numbers = {"config": size, "queries": queries, "keys": keys, "readers": queries // keys}
     numbers |= {"query width": queries * width, "key width": keys * width, "channels": size.intermediate_size}
-    for path, names in parts["rows"].items():
-        layer.set_submodule(path, resized(layer.get_submodule(path), sum(numbers[name] for name in names), None))
-    for path, name in parts["columns"].items():
-        layer.set_submodule(path, resized(layer.get_submodule(path), None, numbers[name]))
-    for attribute, name in parts["attributes"].items():
+    present = {path for path, _ in layer.named_modules()}  # not every layer has every part
+    for path in present & (parts["rows"].keys() | parts["columns"].keys()):
+        rows, columns = sum(numbers[name] for name in parts["rows"].get(path, [])), parts["columns"].get(path)
+        layer.set_submodule(path, resized(layer.get_submodule(path), rows or None, numbers.get(columns)))
+    for attribute, name in parts["attributes"].items() if parts["attention"] in present else ():
         setattr(layer.get_submodule(parts["attention"]), attribute, numbers[name])
     for part in getattr(size, "skip", ()):
-        for path, stub in parts["stubs"][part].items():
+        for path, stub in parts["stubs"][part].items() if present >= parts["stubs"][part].keys() else ():
             layer.set_submodule(path, {"NoAttn": NoAttn(index), "NoMLP": NoMLP(), "Identity": nn.Identity()}[stub])
 
 
