@@ -14,8 +14,7 @@ import pruned
 import tiny
 from darwinlm.database.stitch import repeat_shared
 from darwinlm.export.hf import export_hf
-from darwinlm.model.families import block_sizes, find_family
-from darwinlm.model.families import block_sizes_of
+from darwinlm.model.families import block_sizes, block_sizes_of, find_family
 from darwinlm.model.reading import load
 from darwinlm.types import Genome, Structure
 

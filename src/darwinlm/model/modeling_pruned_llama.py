@@ -2,8 +2,8 @@
 
 darwinlm wrote this; it needs torch >= 2.5 and transformers >= 5.0 alone. Every layer is a stock layer that is narrowed
 to what `config.per_layer_config[i]` says: `num_attention_heads`, `num_key_value_heads` and `intermediate_size`, where
-missing those of the config (as before pruning), and under `skip` the parts that the layer lacks, "attention", "mlp" or
-"mixer", together with their norms. `config.layer_parts` says what each module of a layer is for.
+missing those of the config (as before pruning), and under `skip` what it lacks ("attention", "mlp", "mixer") with its
+norms. `config.layer_parts` says what each module of a layer is for.
 """
 
 import copy
@@ -64,7 +64,7 @@ class NoAttn(nn.Module):
         return torch.zeros_like(hidden_states), hidden_states.new_zeros(len(hidden_states), 0, 1, 1)
 
 
-class NoMLP(nn.Module):
+class NoMLP(nn.Identity):
     """Takes the place of an MLP that a layer lacks, or of what mixes tokens without attention."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -103,14 +103,15 @@ def narrow(layer: nn.Module, config: Any, index: int) -> None:
         layer.set_submodule(path, resized(layer.get_submodule(path), rows or None, numbers.get(columns)))
     for attribute, name in parts["attributes"].items() if parts["attention"] in present else ():
         setattr(layer.get_submodule(parts["attention"]), attribute, numbers[name])
+    stubs: Any = {"NoAttn": NoAttn, "NoMLP": NoMLP, "Identity": nn.Identity}
     for part in getattr(size, "skip", ()):
         for path, stub in parts["stubs"][part].items() if present >= parts["stubs"][part].keys() else ():
-            layer.set_submodule(path, {"NoAttn": NoAttn(index), "NoMLP": NoMLP(), "Identity": nn.Identity()}[stub])
+            old, new = layer.get_submodule(path), stubs[stub](index)  # whose buffers some models fill in every layer
+            vars(new).update(_buffers=old._buffers, _non_persistent_buffers_set=old._non_persistent_buffers_set)
+            layer.set_submodule(path, new)
 
 
-class PrunedLlamaModel(LlamaModel):
-    """The decoder without the output embedding."""
-
+class PrunedLlamaModel(LlamaModel):  # without the output embedding
     config_class = PrunedLlamaConfig
     _can_record_outputs: ClassVar[Any] = dict(LlamaModel._can_record_outputs or {})
     if "attentions" in _can_record_outputs:  # of a layer without attention too, of no heads
@@ -120,6 +121,7 @@ class PrunedLlamaModel(LlamaModel):
         super().__init__(config)
         for index, layer in enumerate(self.get_submodule(config.layer_parts["layers"]).children()):
             narrow(layer, config, index)
+        self.register_buffer("unfilled", torch.zeros(0), persistent=False)  # else `_init_weights` would skip this
         self.post_init()
 
 
@@ -139,8 +141,6 @@ class WithPrunedModel(PreTrainedModel):
 
 
 class PrunedLlamaForCausalLM(WithPrunedModel, LlamaForCausalLM):
-    """The causal language model."""
-
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError("continuous batching has a cache of one size for all layers: use generate instead")
 

@@ -93,7 +93,7 @@ def find_roles(model: PreTrainedModel, fused: Fused | None) -> Family:
         if any(names <= other.names for other in found):
             continue
         roles = _Roles(path, block, _trace(path, block, model, call), fused)
-        found.append(_Found(path, names, roles.attention(), roles.mlp(), roles.mixer()))
+        found.append(_Found(path, names, **roles.parts()))
         roles.check_rest()
     named = {name: path for name, path in vars(frame).items() if name != "calls"}
     return Family(**named, **_merge(frame.blocks, found))
@@ -167,6 +167,11 @@ class _Roles:
         self.fused: Fused | None = fused
         self.claimed: set[str] = set()
         self.units: set[str] = set()  # the modules of units
+
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """The fields of each unit of the block."""
+        attention, mixer = self.attention(), self.mixer()
+        return {"attention": attention, "mixer": mixer, "mlp": self.mlp()}
 
     def attention(self) -> dict[str, Any]:
         """The fields of the attention, none if the block has none."""
@@ -282,34 +287,25 @@ class _Roles:
         ]  # fmt: skip
 
     def _mlp_output(self, linear: Sequence[str]) -> str:
-        """The output of the MLP, which reads linear modules alone; what mixes tokens has others before its output."""
+        """The output of the MLP, which reads linear modules alone."""
         ends = [path for path in linear if not self.flow.readers(path) & {*linear}]
         outputs = [path for path in ends if self.flow.reads[path] and self.flow.reads[path] <= {*linear}]
         return (outputs or ends or [*linear])[-1]
 
     def mixer(self) -> dict[str, Any]:
-        """The fields of what mixes tokens without attention, none if the block has none."""
-        flow, linear = self.flow, self._linears()
-        if not linear:
-            return {}
-        output, within = linear[-1], linear[-1].partition(".")[0]
+        """The fields of what mixes tokens without attention, by a convolution at least; none if the block has none."""
+        flow = self.flow
+        convolutions = [path for path, module in self.block.named_modules() if isinstance(module, nn.Conv1d)]
+        within = convolutions[0].partition(".")[0] if convolutions else ""
         inside = [path for path in flow.reads if path.startswith(f"{within}.")]
-        strange = [path for path in linear if path not in inside]
-        if strange or self.claimed & {*inside} or not isinstance(flow.values[within], Tensor):
-            self._refuse((strange or linear)[0], f"an MLP whose inputs meet in {self._known_end()}", "another module")
-        if any(flow.readers(path) - {*inside} for path in inside if path != output):
-            self._refuse(output, f"one output of {within}", "several")
-        convolution = any(isinstance(module, nn.Conv1d) for module in self.block.get_submodule(within).modules())
-        if not convolution:
-            self._refuse(
-                within, "a convolution in what mixes tokens beside attention", "none"
-            )
-        norms = self._norms([path for path in inside if flow.reads[path] - {*inside}], output)
+        linear = [path for path in self._linears() if path in inside]
+        if not linear or self.claimed & {*inside} or not isinstance(flow.values[within], Tensor):
+            return {}
+        if any(flow.readers(path) - {*inside} for path in inside if path != linear[-1]):
+            self._refuse(within, f"{linear[-1]} as the only output", "several")
+        norms = self._norms([path for path in inside if flow.reads[path] - {*inside}], linear[-1])
         self.claimed |= {name for name, _ in _weights(self.block) if name.startswith(f"{within}.")}
-        return {"mixer": within, "mixer_output": output, "mixer_norms": norms}
-
-    def _known_end(self) -> str:
-        return next((path for path in reversed(self.flow.reads) if path in self.claimed), "it")
+        return {"mixer": within, "mixer_output": linear[-1], "mixer_norms": norms}
 
     def check_rest(self) -> None:
         """Refuse weights that no role explains: any within a unit, and matrices elsewhere in the block."""
