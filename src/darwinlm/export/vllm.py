@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from darwinlm.model.families import block_sizes_of
+from darwinlm.model.families import block_sizes_of, head_counts, layer_config
 from darwinlm.model.pruned import (
     PRUNED,
     auto_map,
@@ -51,7 +51,7 @@ def zero_stubs(model: PreTrainedModel) -> PreTrainedModel:
         UsageError: if blocks mix tokens otherwise than by attention.
     """
     sizes = block_sizes_of(model)
-    if any(block.mixer for block in sizes):
+    if _has_mixers(model):
         raise UsageError(f"--compat vllm: {MIXERS}; leave it out")
     full = tuple(
         BlockSizes(
@@ -81,16 +81,13 @@ def check_vllm(directory: Path) -> list[str]:
         raise UsageError(f"no model in {directory}: expected config.json in it; name an export")
     whole, config = read_whole(directory), read_config(directory)
     around, family = is_wrapper(whole), family_of(config)
-    model = skeleton(config)
-    sizes = block_sizes_of(model)
-    mixers = any(block.mixer for block in sizes)
+    model, heads = skeleton(config), _heads(config)
+    mixers = _has_mixers(model)
     refusals = [f"{MIXERS}: serve it with transformers"] if mixers else []
-    bare = [str(index) for index, block in enumerate(sizes) if not block.query_heads]
+    bare = [str(index) for index, counts in enumerate(heads) if counts is None]
     if bare and not mixers:
         refusals.append(f"no attention in block {', '.join(bare)}: export with --compat vllm, which writes zeros there")
-    uneven = [
-        str(i) for i, block in enumerate(sizes) if block.query_heads and block.query_heads % block.key_value_heads
-    ]
+    uneven = [str(index) for index, counts in enumerate(heads) if counts is not None and counts[0] % counts[1]]
     if uneven:
         refusals.append(
             f"query heads are not the same number for every KV head in block {', '.join(uneven)}: prune with "
@@ -105,6 +102,16 @@ def check_vllm(directory: Path) -> list[str]:
         if not code.exists() or code.read_text(encoding="utf-8") != render(family):
             refusals.append(f"{code.name} is missing or not that of this darwinlm: export the model again")
     return refusals + _check_classes(model)
+
+
+def _heads(config: PreTrainedConfig) -> list[tuple[int, int] | None]:
+    """How many query heads and KV heads the config says that each block has, None where it has no attention."""
+    layers = [layer_config(config, index) for index in range(config.num_hidden_layers)]
+    return [None if "attention" in getattr(layer, "skip", ()) else head_counts(layer) for layer in layers]
+
+
+def _has_mixers(model: PreTrainedModel) -> bool:
+    return any(isinstance(module, nn.Conv1d) for module in model.get_decoder().modules())
 
 
 def tensor_parallel_sizes(sizes: Sequence[BlockSizes]) -> tuple[int, ...]:

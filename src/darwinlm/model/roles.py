@@ -128,8 +128,7 @@ def _merge(blocks: str, found: Sequence[_Found]) -> dict[str, Any]:
             for name, value in part.items():
                 richer = name.endswith("norms") and len(each.parts()) < most.setdefault(name, len(each.parts()))
                 if fields.setdefault(name, value) != value and not richer:
-                    wanted = f"{fields[name] or 'none'} for {name}, as in other blocks"
-                    _refuse(each.path, wanted, value or "none")
+                    _refuse(each.path, f"as {name} {_named(fields[name])}, as in other blocks", _named(value))
         for name in ("attention", "mlp", "mixer"):
             path = getattr(each, name).get(name)
             if path and owners.setdefault(path, name) != name:
@@ -137,6 +136,11 @@ def _merge(blocks: str, found: Sequence[_Found]) -> dict[str, Any]:
     if "attention" not in fields or "mlp" not in fields:
         _refuse(blocks, "an attention and an MLP in its blocks", "none")
     return fields
+
+
+def _named(value: Any) -> str:
+    """A field of a family for a message."""
+    return (", ".join(value) if isinstance(value, tuple) else str(value)) or "none"
 
 
 def _trace(path: str, block: nn.Module, model: PreTrainedModel, call: dict[str, Any]) -> Flow:
