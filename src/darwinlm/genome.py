@@ -33,8 +33,8 @@ class Grid:
 
     def kinds(self) -> dict[Kind, list[int]]:
         """The indices of the units of each kind that there is."""
-        members = {kind: [i for i, unit in enumerate(self.units) if unit.kind == kind] for kind in KINDS}
-        return {kind: indices for kind, indices in members.items() if indices}
+        found = {unit.kind for unit in self.units}
+        return {kind: [i for i, unit in enumerate(self.units) if unit.kind == kind] for kind in KINDS if kind in found}
 
     def dense(self) -> Genome:
         """The genome of the dense model."""

@@ -42,7 +42,7 @@ def wrapper_auto_map(family: str) -> dict[str, str]:
     return {auto: f"{module_name(family)}.Pruned{stock}" for auto, stock in names.items()}
 
 
-def _wrapper_names(family: str) -> dict[str, str]:
+def _wrapper_names(family: str) -> dict[str, Any]:
     names: dict[str, Any] = {"AutoConfig": CONFIG_MAPPING_NAMES[family], "AutoModel": MODEL_MAPPING_NAMES[family]}
     return names | dict.fromkeys((WHOLE, "AutoModelForCausalLM"), MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family])
 

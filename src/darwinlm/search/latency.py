@@ -191,8 +191,8 @@ def _one_block(stitcher: Stitcher, genome: Genome, block: int) -> PreTrainedMode
         if isinstance(getattr(part, "layer_idx", None), int):
             vars(part)["layer_idx"] = 0  # of the cache
     model.set_submodule(family.blocks, nn.ModuleList([module]))
-    types = getattr(model.config, "layer_types", None)
-    if types:
+    types = getattr(model.config, "layer_types", None) or []
+    if len(set(types)) > 1:
         first = stitcher.grid.units[next(iter(stitcher.grid.kinds()["attention"]))].block
         config = copy.deepcopy(model.config)
         config.layer_types = [types[block], types[first]]  # caches take their length from a layer with attention
