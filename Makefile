@@ -62,6 +62,7 @@ build/gpu/.ready: pyproject.toml
 gpu: build/gpu/.ready
 	PYTHONPATH=src:build/gpu DARWINLM_TEST_DEVICE=$(GPU) $(PYTHON) -m pytest tests/test_accelerator.py -m "slow or not slow" -W default -n 4
 	PYTHONPATH=src:build/gpu $(PYTHON) benchmarks/gpu.py --device $(GPU)
+	PYTHONPATH=src:build/gpu $(PYTHON) benchmarks/gpu_run.py --device $(GPU) --blocks 5 --levels 4 --untrained --memory 5GiB --stages database search
 
 gpu-wheels:
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --dest $(WHEELS) \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,20 @@ import pytest
 import runs
 from darwinlm.config.run import RunConfig
 
-PROGRESS = ("reading ", "database: ", "search: ", "generation ", "perplexity and KL: ", "speed: ", "continuations: ")
+TOLD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")  # before each line of progress
 
 
 def only_sentence(stderr: str) -> str:
     """The one line on stderr that is no progress."""
-    lines = [line for line in stderr.splitlines() if not line.startswith(PROGRESS)]
+    lines = [line for line in stderr.splitlines() if not TOLD.match(line)]
     assert len(lines) == 1, stderr
     assert lines[0].startswith("darwinlm: ")
     return lines[0]
+
+
+def told(stderr: str) -> list[str]:
+    """The messages on stderr, without their times."""
+    return [TOLD.sub("", line) for line in stderr.splitlines() if TOLD.match(line)]
 
 
 def refused(

@@ -32,7 +32,10 @@ def test_model_that_does_not_exist(model: str, config: RunConfig, capsys: pytest
 
 @pytest.mark.parametrize(
     ("family", "found"),
-    [("gpt2", "cannot prune transformer.h.0"), ("no_such_family", "unsupported model family 'no_such_family'")],
+    [
+        ("deepseek_v3", "cannot prune model.layers.0.self_attn.kv_b_proj"),
+        ("no_such_family", "unsupported model family 'no_such_family'"),
+    ],
 )
 def test_unsupported_family(
     family: str, found: str, config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]

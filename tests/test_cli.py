@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 import runs
 from darwinlm import __version__, cli
 from darwinlm.commands import compress, export  # noqa: F401, before `run` is replaced
 from darwinlm.config.files import read_settings
 from darwinlm.config.run import DEMO, RunConfig, SearchConfig
+from darwinlm.runtime import progress
 from darwinlm.runtime.progress import console, say, track
 from darwinlm.types import DarwinError, SelectionStage, UsageError
+from refusals import TOLD, only_sentence, told
 
 
 @pytest.fixture
@@ -251,8 +257,7 @@ def test_exit_codes(
 
     monkeypatch.setattr(compress, "run", fail)
     assert cli.main(["compress", "M", "--data", "D", "--out", "O"]) == code
-    (line,) = capsys.readouterr().err.splitlines()
-    assert words in line
+    assert words in only_sentence(capsys.readouterr().err)
 
 
 def test_a_fault_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
@@ -273,10 +278,69 @@ def test_progress_without_a_terminal_is_lines(capsys: pytest.CaptureFixture[str]
     assert not console.is_terminal
     assert list(track("abc", "letters", 5, done=2)) == ["a", "b", "c"]
     say("[bold]said[/bold]")
-    lines = capsys.readouterr().err.splitlines()
+    lines = told(capsys.readouterr().err)
     assert lines[0].startswith("letters: 5/5, ")
     assert lines[0].endswith(" 0 s left")
     assert lines[1:] == ["[bold]said[/bold]"]
+
+
+def test_a_terminal_shows_a_bar_and_a_status_that_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=screen, force_terminal=True, width=100))
+    said: list[str] = []
+    for item in track("ab", "letters", 2, status=lambda: f"after {said}"):
+        said.append(item)
+        say("told between")
+    shown = screen.getvalue()
+    assert "letters" in shown
+    assert "2/2" in shown
+    assert "after ['a', 'b']" in shown
+    assert "told between" in shown
+    assert not TOLD.search(shown)
+
+
+def test_what_is_told_goes_to_a_file_as_json(
+    checkpoints: dict[str, Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where nothing is printed; the figures of every generation go there too."""
+    file = tmp_path / "log.jsonl"
+    config = runs.short(checkpoints["llama-gqa"], text, tmp_path / "run", device="cpu")
+    arguments = runs.command(config, "--log-file", str(file), name="search")
+    assert runs.call(*arguments) == 0
+    printed = told(capsys.readouterr().err)
+    events = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [event["message"] for event in events if "message" in event] == printed
+    found = [(event["step"], event["fitness"]) for event in events if event.get("work") == "search"]
+    assert found == [(line["generation"], line["fitness"]) for line in runs.history(tmp_path / "run")[1:]]
+    assert all(datetime.fromisoformat(event["time"]).tzinfo for event in events)
+    file.unlink()
+    assert runs.call(*arguments, "--quiet") == 0
+    assert capsys.readouterr().err == ""
+    again = [json.loads(line)["message"] for line in file.read_text().splitlines()]
+    assert again[0] == "search: loading torch and transformers"
+
+
+def test_a_log_file_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = str(tmp_path / "missing" / "log.jsonl")
+    assert runs.call("compress", "M", "--data", "D", "--out", str(tmp_path / "O"), "--log-file", name) == 2
+    assert f"--log-file: cannot write to {name}" in only_sentence(capsys.readouterr().err)
+
+
+def test_figures_go_to_tensorboard(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = runs.short(checkpoints["llama-gqa"], text, tmp_path / "run", device="cpu", report_to=("tensorboard",))
+    compress.run(config, until="search")
+    (file,) = (tmp_path / "run" / "tracked").rglob("events.*")
+    accumulator = events.EventAccumulator(str(file)).Reload()
+    found = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in accumulator.Scalars("search/fitness")]
+    assert found == [(line["generation"], line["fitness"]) for line in runs.history(tmp_path / "run")[1:]]
+
+
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("compress", "M", "--data", "D", "--out", str(tmp_path / "O"), "--report-to", "[paper]")
+    assert runs.call(*arguments) == 2
+    assert "--report-to: expected what is installed" in only_sentence(capsys.readouterr().err)
+    assert not (tmp_path / "O").exists()
 
 
 @pytest.mark.parametrize("command", ["compress", "database", "search", "train", "gradual", "plan", "compare"])

@@ -34,6 +34,7 @@ from darwinlm.rivals import shortgpt
 from darwinlm.rivals.problem import Problem, scored_tokens
 from darwinlm.runtime.files import read_lines
 from darwinlm.types import DarwinError, Genome, SelectionStage, UsageError
+from refusals import told
 
 METHODS = tuple(registry.METHODS)
 SHARES = (0.88, 0.48)
@@ -240,9 +241,9 @@ def test_tasks_are_asked_of_every_model_and_only_once(
     found = [compare(each) for each in (plain, with_arc, with_both)]
     for before, after in pairwise(found):
         assert [replace(cell, scores=()) for cell in after] == [replace(cell, scores=()) for cell in before]
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("compare: ")]
-    assert len(told) == 5 + 4 + 4  # one of the five is refused, and asked nothing
-    assert told[-1] == "compare: 4/5, uniform at params=0.48: piqa"
+    said = [line for line in told(capsys.readouterr().err) if line.startswith("compare: ")]
+    assert len(said) == 5 + 4 + 4  # one of the five is refused, and asked nothing
+    assert said[-1] == "compare: 4/5, uniform at params=0.48: piqa"
     assert [[score.task for score in cell.scores] for cell in found[-1]] == [["piqa", "arc_easy"]] * 4 + [[]]
     for cell in found[-1]:
         for score in cell.scores:

@@ -18,6 +18,7 @@ PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md
 BLOCK = re.compile(r"(?P<mark><!-- not run: [^\n]+ -->\n\n?)?```sh\n(?P<text>.*?)```", re.DOTALL)
 SMALL = {
     "compress": {"calibration", "database", "search", "refit", "evaluation"},
+    "frontier": {"calibration", "database", "search", "refit", "evaluation"},
     "compare": {"calibration", "database", "search", "evaluation"},
     "plan": {"calibration", "database"},
 }

@@ -11,6 +11,7 @@ import tiny
 from darwinlm.data.corpus import parts_of, read_corpus
 from darwinlm.data.documents import LONGEST, PLAIN, pieces_of, read_documents
 from darwinlm.types import UsageError
+from refusals import told
 
 GOOD = b'{"text": "Good."}\n'
 
@@ -32,7 +33,7 @@ def test_bad_lines_are_left_out_and_counted(
     file = tmp_path / "text.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + GOOD + line + GOOD + b"\n" + line)
     assert list(read_documents(str(file))) == ["Good.", "Good."]
-    (said,) = capsys.readouterr().err.splitlines()
+    (said,) = told(capsys.readouterr().err)
     assert said.startswith(f"{file}: 2 of 4 lines are left out, the first for this: line 2 of {file}: it ")
     assert reason in said
     file.write_bytes(line)

@@ -74,8 +74,6 @@ def test_export_of_every_family(family: str, checkpoints: dict[str, Path], tmp_p
         layers: Any = exported.get_submodule(case.checkpoint.family.blocks)
         mixed = dict(zip(layers, block_sizes_of(exported), strict=True))  # of which some never had an attention
         heads = [size.query_heads for layer, size in mixed.items() if has(layer, case.checkpoint.family.attention)]
-        if "opt" in family:  # whose decoder inside the decoder records them, and knows nothing of the code
-            heads = [count for count in heads if count]
         assert [weights.shape[1] for weights in attentions] == heads, "every layer has an entry"
         # What FSDP wraps, and device_map does not split, is there as in the dense model.
         whole, left = ({type(module).__name__ for module in each.modules()} for each in (case.dense, exported))

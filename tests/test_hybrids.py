@@ -106,7 +106,7 @@ def test_what_is_left_of_blocks_is_read_from_the_model(case: pruned.Pruned, tmp_
     whole = sum(parameter.numel() for parameter in case.dense.parameters())
     shared = (
         0 if case.checkpoint.family.mixer_norms else case.dense.config.hidden_size
-    )  # a norm, which leaves with both
+    )  # of a norm
     assert size - left == whole - prunable_parameters(grid, grid.dense()) - shared
 
 
@@ -133,6 +133,7 @@ def test_the_figure_has_a_row_for_mixers(case: pruned.Pruned) -> None:
     assert [axis.get_ylabel() for axis in figure.axes][-1] == "mixers left (%)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moves", ["priced", "within_kinds"])
 def test_a_run_removes_mixers_where_the_budget_asks_for_it(
     moves: str, checkpoints: dict[str, Path], text: Path, tmp_path: Path

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from darwinlm.genome import level_grid
 from darwinlm.search.budget import Bound, Budget
 from darwinlm.search.costs import parameter_costs
-from darwinlm.search.mutation import Move, priced, restore, spread, spread_within_kinds, within_kinds
+from darwinlm.search.mutation import Move, adapt, priced, restore, spread, spread_within_kinds, within_kinds
 from darwinlm.search.uniform import ceilings, later_start, uniform_genome
 from darwinlm.types import Genome, MovesName
 from test_genome import shapes, units
@@ -72,6 +72,35 @@ def test_level_switches_keep_each_kinds_level_sum(
     assert 2 <= sum(changes) <= 2 * switches
     for kind in (0, 1):
         assert sum(parent.levels[kind::2]) == sum(mutant.levels[kind::2])
+
+
+@settings(max_examples=40, deadline=None)
+@of_two_sizes
+def test_a_genome_is_adapted_to_another_size_by_the_gentlest_steps(
+    shape: tuple[int, int, int], before: float, after: float, seed: int
+) -> None:
+    """Its sensitivities are convex: then no single exchange of levels between two units can do better."""
+    rng = Random(seed)
+    earlier, smaller = uniform_at(before, shape, rng), uniform_at(after, shape, rng)
+    weights = [rng.uniform(0.5, 2.0) for _ in earlier.levels]
+    for start, end in ((earlier, smaller), (smaller, earlier)):
+        budget = budget_of(end, shape)
+        costs = budget.main.costs.units
+        table = [
+            [weight * (1 - cost / of_unit[0]) ** 2 for cost in of_unit]
+            for weight, of_unit in zip(weights, costs, strict=True)
+        ]
+        found = adapt(start, budget, table)
+        assert budget.fits(found)
+        given_back = (budget.dearer(found, index) for index in range(len(found.levels)))
+        larger = [found.replace({i: level}) for i, level in enumerate(given_back) if level is not None]
+        assert not any(budget.fits(genome) for genome in larger), "there is no room left"
+        reference = spread(start, budget, Random(seed))
+        assert rise(table, found) <= 1.1 * rise(table, reference) + 1e-9
+
+
+def rise(table: list[list[float]], genome: Genome) -> float:
+    return sum(row[level] for row, level in zip(table, genome.levels, strict=True))
 
 
 def test_small_mutations_are_the_most_frequent() -> None:

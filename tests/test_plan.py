@@ -29,7 +29,7 @@ from darwinlm.search.uniform import uniform_genome
 from darwinlm.types import SelectionStage, UsageError
 
 RECIPES = Path(__file__).parents[1] / "src" / "darwinlm" / "recipes"
-RATES = Rates(products=1e9, forward=1e9, solves=1e9, sweeps=1e9, fills=1e9, loads=1e9, disk=1e9)
+RATES = Rates(products=1e9, forward=1e9, solves=1e9, inverses=1e9, sweeps=1e9, fills=1e9, loads=1e9, disk=1e9)
 
 
 def planned(config: PreTrainedConfig, level: float = 5.0, **settings: object) -> Plan:
@@ -129,7 +129,8 @@ def test_activations_that_do_not_fit_are_planned_on_disk() -> None:
 
 def test_rates_are_positive_and_finite() -> None:
     rates = measure_rates(torch.bfloat16, size=128)
-    assert all(0 < rate < 1e15 for rate in vars(rates).values())
+    waits = {"channel", "block"}  # of a GPU for its host
+    assert all(0 < rate < 1e15 for name, rate in vars(rates).items() if name not in waits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -155,8 +156,8 @@ def test_no_config_is_one_sentence(tmp_path: Path) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates that take no seconds to measure."""
-    monkeypatch.setattr("darwinlm.commands.plan.show.measure_rates", lambda _: RATES)
-    monkeypatch.setattr("darwinlm.commands.plan.show.block_rates", lambda *_: BlockRates(1e12, 5e11))
+    monkeypatch.setattr("darwinlm.commands.plan.devices.measure_rates", lambda _: RATES)
+    monkeypatch.setattr("darwinlm.commands.plan.devices.block_rates", lambda *_: BlockRates(1e12, 5e11))
 
 
 @pytest.mark.usefixtures("quick")
@@ -234,7 +235,7 @@ def test_every_recipe_is_priced(
     assert main(["plan", str(tmp_path), "--config", str(RECIPES / f"{recipe}.yaml")]) == 0
     printed = capsys.readouterr().out
     assert re.search(rf"^at level 5 of 10, head +{size}, ", printed, re.MULTILINE)
-    assert re.search(rf"^training at level 5, [\d,]+ tokens +{steps} steps, ", printed, re.MULTILINE)
+    assert re.search(rf"^pruned to level 5 +{size}, trained on [\d,]+ tokens in {steps} steps, ", printed, re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -245,8 +246,8 @@ def test_a_recipe_is_priced_stage_by_stage(tmp_path: Path, capsys: pytest.Captur
     printed = capsys.readouterr().out
     assert re.search(r"at level 5 of 10, head +3.50 B", printed)
     for level in (5, 6):
-        assert f"training at level {level}, 10,003,415,040 tokens" in printed
-    assert printed.count("2,385 steps, ") == 2
+        assert re.search(rf"^pruned to level {level} .*, trained on 10,003,415,040 tokens", printed, re.MULTILINE)
+    assert printed.count(" in 2,385 steps, ") == 2
     assert "2.8e+20 operations" in printed
 
 

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from darwinlm.commands.compress import compress
     from darwinlm.commands.evaluate import evaluate_models
     from darwinlm.commands.export import export_model
+    from darwinlm.commands.frontier import frontier
     from darwinlm.commands.plan.work import plan
     from darwinlm.commands.run_directory import Run, load
     from darwinlm.commands.train import train
     from darwinlm.config.evaluation import EvaluateConfig
+    from darwinlm.config.frontier import FrontierConfig
     from darwinlm.config.run import (
         CalibrationConfig,
         DatabaseConfig,
@@ -54,6 +56,7 @@ __all__ = [
     "EvaluationConfig",
     "ExportConfig",
     "Fitness",
+    "FrontierConfig",
     "Genome",
     "RefitConfig",
     "Run",
@@ -73,6 +76,7 @@ __all__ = [
     "evolve",
     "export_model",
     "find_checkpoint",
+    "frontier",
     "load",
     "perplexity_and_kl",
     "plan",
@@ -91,9 +95,11 @@ _MODULES = {
     ),
     "config.training": ("TrainConfig",),
     "config.evaluation": ("EvaluateConfig",),
+    "config.frontier": ("FrontierConfig",),
     "commands.compress": ("compress",),
     "commands.evaluate": ("evaluate_models",),
     "commands.export": ("export_model",),
+    "commands.frontier": ("frontier",),
     "commands.plan.work": ("plan",),
     "commands.run_directory": (
         "Run",

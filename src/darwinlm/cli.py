@@ -19,9 +19,11 @@ from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_set
 from darwinlm.config.checks import is_utf8
 from darwinlm.config.evaluation import CompareConfig, EvaluateConfig, SpeedConfig
 from darwinlm.config.files import check_known, read_plain
+from darwinlm.config.frontier import FrontierConfig
 from darwinlm.config.run import DEMO, ExportConfig, RunConfig
 from darwinlm.config.training import GradualConfig, TrainConfig
 from darwinlm.rivals.methods import DEFAULT_METHODS, METHODS
+from darwinlm.runtime.progress import reporting, say
 from darwinlm.types import DarwinError, UsageError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -33,6 +35,7 @@ PRESETS, RECIPES = FOLDER / "presets", FOLDER / "recipes"  # settings that come 
 DENSE_MODEL = "a hub id, a directory, a .gguf file, or smollm2-135m"
 SIZES = ("--target", "--target-level")
 ALWAYS_SHOWN = ("help", "help_all", "config", "preset", "data", "out")
+PLAN_DEVICE = "cpu (this machine, measured) or GPUs by name and number, such as h100, rtx4090 or h100:8"
 CONFIG_HELP = "a YAML file of settings; flags win over it"
 
 
@@ -55,6 +58,11 @@ def _switch(name: str, default: bool, help_text: str) -> Flag:
     return Flag(f"--{name}", {"action": ActionYesNo(no_prefix="no-"), "default": default, "help": shown})
 
 
+KEEP_ATTENTION = _switch("keep-attention", False, "let no block lose all of its attention, which vLLM wants")
+FIT_DATA = _switch("fit-data", False, "scale the stages' tokens down to the text, where it is too little")
+QUIET = Flag("--quiet", {"action": "store_true", "help": "tell nothing on standard error but why it failed"})
+LOG_FILE = Flag("--log-file", {"type": str | None, "help": "append what is told and measured to a file, as JSON lines"})
+REPORTING = (QUIET, LOG_FILE)  # which every command has
 VERIFY = _switch("verify", True, "load an hf export in a fresh process without darwinlm and compare its logits")
 
 
@@ -73,6 +81,7 @@ class Command:
         shown: settings that `--help` shows; `--help-all` shows all. Nothing here: all are shown.
         presets: the folder of the settings that `--preset` names, if there are any.
         recipe: whether `--config` reads settings from a file.
+        renamed: settings by the names that their flags have instead.
     """
 
     name: str
@@ -87,20 +96,19 @@ class Command:
     shown: tuple[str, ...] = ()
     presets: Path | None = None
     recipe: bool = True
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def own(self) -> tuple[str, ...]:
         """The names of its own arguments, some of which may be fields of the settings."""
-        return (*(flag.argument for flag in self.flags), *(self.positional or ())[:1])
+        return (*(flag.argument for flag in (*self.flags, *REPORTING)), *(self.positional or ())[:1])
 
 
 def _compression(name: str, summary: str, until: str = "report", **others: Any) -> Command:
     """A command that runs the stages of a run up to `until`."""
-    keep_attention = _switch("keep-attention", False, "let no block lose all of its attention, which vLLM wants")
-    fit_data = _switch("fit-data", False, "scale the stages' tokens down to the text, where it is too little")
     settings: dict[str, Any] = {
         "positional": ("model", DENSE_MODEL),
-        "flags": (VERIFY, keep_attention, fit_data),
+        "flags": (VERIFY, KEEP_ATTENTION, FIT_DATA),
         "arguments": {"until": until},
         "shown": ("target", "target_level", "seed", "device", "dtype", "genome", "fit_data"),
         "presets": PRESETS,
@@ -140,7 +148,7 @@ COMMANDS = (
     ),
     Command(
         "plan",
-        "what a run on a model takes, from its config alone: parameters, time, memory and disk",
+        "what a run on a model takes on a machine, from its config alone: parameters, time, memory and disk",
         (GradualConfig,),
         "plan.show:plan_command",
         positional=("model", "a hub id, a directory or a file with a config, or smollm2-135m"),
@@ -149,8 +157,9 @@ COMMANDS = (
         flags=(
             Flag("--target", {"type": str | None, "help": "one pruning to this size, as for compress: params=0.6"}),
             Flag("--target-level", {"type": float | None, "help": "one pruning to this uniform level"}),
+            Flag("--device", {"type": str, "default": "auto", "help": PLAN_DEVICE}),
         ),
-        shown=("target", "target_level", "stages"),
+        shown=("target", "target_level", "stages", "device"),
         presets=RECIPES,
     ),
     Command(
@@ -178,6 +187,31 @@ COMMANDS = (
             Flag("--speed", {"action": "store_true", "help": "time prefill and decoding; needs --against"}),
             Flag("--generation", {"action": "store_true", "help": "what greedy continuations repeat, and get right"}),
         ),
+    ),
+    Command(
+        "frontier",
+        "a model at each of several sizes over one database, to choose a size; stops and resumes anywhere",
+        (FrontierConfig,),
+        "frontier:frontier",
+        positional=("model", DENSE_MODEL),
+        flags=(
+            Flag(
+                "--targets",
+                {
+                    "type": str,
+                    "nargs": "+",
+                    "metavar": "TARGET",
+                    "default": [],
+                    "help": "sizes, each as for compress --target; if none are given, --sizes of them",
+                },
+            ),
+            Flag("--from", {"type": float, "default": 0.95, "help": "the share that the largest model keeps"}),
+            Flag("--to", {"type": float, "default": 0.4, "help": "the share that the smallest model keeps"}),
+            KEEP_ATTENTION,
+            FIT_DATA,
+        ),
+        renamed={"from": "largest", "to": "smallest"},
+        shown=("targets", "sizes", "from", "to", "seed", "device", "dtype", "memory", "tasks", "tasks_data", "limit"),
     ),
     Command(
         "compare",
@@ -363,9 +397,9 @@ def _command_parser(command: Command) -> Parser:
         parser.add_argument("--preset", choices=names, help="settings that come with darwinlm; --config wins over it")
     if command.recipe:
         parser.add_argument("--config", action="config", help=CONFIG_HELP)
-    for flag in command.flags:
+    for flag in (*command.flags, *REPORTING):
         parser.add_argument(flag.name, **flag.parser_arguments)
-    separate = {*command.own, *command.fixed}
+    separate = {*command.own, *command.fixed, *command.renamed.values()}
     for settings in command.settings:
         names = {each.name for each in dataclasses.fields(settings)}
         parser.add_class_arguments(settings, skip=separate & names)
@@ -376,15 +410,34 @@ def _command_parser(command: Command) -> Parser:
 
 def _run(command: Command, values: Namespace) -> None:
     """Call the function of a command with its settings, and with the values that are no field of them."""
+    given = vars(values) | dict(command.fixed)
+    quiet, file = (given.pop(flag.argument) for flag in REPORTING)
+    with reporting(quiet, _log_file(file)):
+        say(f"{command.name}: loading torch and transformers")
+        _call(command, given)
+
+
+def _log_file(name: str | None) -> Path | None:
+    """The file that is to be appended to. Raises `UsageError` if it cannot be."""
+    if name is None:
+        return None
+    try:
+        with Path(name).open("a", encoding="utf-8"):
+            return Path(name).absolute()
+    except OSError as error:
+        raise UsageError(f"--log-file: cannot write to {name}: {error.strerror}; name another file") from None
+
+
+def _call(command: Command, given: dict[str, Any]) -> None:
     module, _, name = command.function.partition(":")
     # torch and transformers come with it, which nobody should wait for to read --help.
     function: Callable[..., object] = getattr(import_module(f"darwinlm.commands.{module}"), name)
-    given = vars(values) | dict(command.fixed)
+    given |= {setting: given.pop(flag) for flag, setting in command.renamed.items()}
     if given.get("target") is not None and given.get("target_level") == command.defaults.get("target_level"):
         given["target_level"] = None  # the size that the demo has by default gives way to another
     settings = [_settings(kind, given) for kind in command.settings]
     fields = {each.name for kind in command.settings for each in dataclasses.fields(kind)}
-    others = {name: given[name] for name in command.own if name not in fields}
+    others = {name: given[name] for name in command.own if name in given and name not in fields}
     function(*settings, **others, **command.arguments)
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from darwinlm.commands.compress import run as prune
+from darwinlm.commands.judging import Cells, Judge, find_requests, note_questions
 from darwinlm.config.checks import expect
 from darwinlm.config.evaluation import CompareConfig
 from darwinlm.config.run import RefitConfig, RunConfig
@@ -21,27 +19,22 @@ from darwinlm.data.draw import draw_texts, draw_tokens
 from darwinlm.data.packing import bos_of
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import MANIFEST, Database
-from darwinlm.evaluation.quality import perplexity_and_kl
-from darwinlm.evaluation.speed import speed
-from darwinlm.evaluation.tasks import SUITE, Request, questions, requested, run_tasks
+from darwinlm.evaluation.tasks import Request
 from darwinlm.genome import Grid
 from darwinlm.model.checkpoint import find_checkpoint
 from darwinlm.model.families import find_grid
 from darwinlm.model.size import parameter_count
 from darwinlm.report.comparison import (
     DENSE,
-    HELD_OUT,
     Cell,
     markdown,
     print_table,
-    read_cells,
     save_picture,
-    write_cells,
 )
 from darwinlm.rivals.methods import DEFAULT_METHODS, METHODS, Method
 from darwinlm.rivals.problem import Problem, mask_tokens, scored_tokens
 from darwinlm.runtime.device import resolve_device, resolve_dtype
-from darwinlm.runtime.files import read_record, write_record, write_text
+from darwinlm.runtime.files import read_record, write_text
 from darwinlm.runtime.locking import locked_directory
 from darwinlm.runtime.progress import say
 from darwinlm.runtime.stopwatch import Stopwatch
@@ -51,10 +44,7 @@ from darwinlm.search.fitness import Fitness
 from darwinlm.search.uniform import uniform
 from darwinlm.types import DarwinError, Genome, UsageError
 
-QUESTIONS, TABLE, PICTURE = "questions.json", "comparison.md", "comparison.png"
-
-
-METRICS = {request.task: request.metric for request in SUITE}
+TABLE, PICTURE = "comparison.md", "comparison.png"
 
 
 @dataclass(frozen=True)
@@ -64,33 +54,16 @@ class _Bench:
     Attributes:
         searched: stitches models in the precision of the search and of the tasks.
         judged: stitches models in the checkpoint's precision, in which perplexity, KL and speed are measured.
-        of_dense: the dense model's last hidden states on each text, which all models are judged against.
     """
 
     config: CompareConfig
     run: RunConfig
     grid: Grid
     costs: Costs
-    tokenizer: PreTrainedTokenizerBase
     searched: Stitcher
     judged: Stitcher
+    judge: Judge
     tokens: dict[str, Int[Tensor, "sequences length"]]
-    texts: dict[str, Int[Tensor, "_ length"]]
-    of_dense: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-
-
-class _Cells:
-    """The cells that are measured, as `cells.jsonl` in a directory holds them."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self.of = {(cell.method, cell.kept): cell for cell in read_cells(directory)}
-
-    def keep(self, cell: Cell) -> Cell:
-        """Add a cell, or replace the one of the same method and size, and write the file."""
-        self.of[cell.method, cell.kept] = cell
-        write_cells(self.directory, self.of.values())
-        return cell
 
 
 def compare(config: CompareConfig) -> list[Cell]:
@@ -110,12 +83,11 @@ def compare(config: CompareConfig) -> list[Cell]:
     methods, shares = _methods(config), _shares(config)
     out = Path(config.out)
     with locked_directory(out):
-        requests, questions_asked = _requests(config)
+        requests, asked = find_requests(config, out)
         base = _base(config)
         prune(base, until="database")
-        if questions_asked:
-            write_record(out / QUESTIONS, {"questions": questions_asked}, {})
-        bench, cells = _open(config, base), _Cells(out)
+        note_questions(asked, out)
+        bench, cells = _open(config, base), Cells(out)
         chosen, failures = _measure_all(bench, cells, [(m, share) for share in shares for m in methods], requests)
         write_text(out / TABLE, markdown(chosen, _protocol(bench), PICTURE))
         save_picture(out / PICTURE, chosen)
@@ -172,7 +144,7 @@ def _base(config: CompareConfig) -> RunConfig:
 
 
 def _measure_all(
-    bench: _Bench, cells: _Cells, wanted: Sequence[tuple[str, float]], requests: list[Request]
+    bench: _Bench, cells: Cells, wanted: Sequence[tuple[str, float]], requests: list[Request]
 ) -> tuple[list[Cell], list[str]]:
     """The dense model's cell and the wanted ones that there are, with their scores; and the failures of methods."""
     count = 1 + len(wanted)
@@ -192,12 +164,12 @@ def _measure_all(
     return chosen, failures
 
 
-def _measure_dense(bench: _Bench, cells: _Cells, place: str) -> Cell:
+def _measure_dense(bench: _Bench, cells: Cells, place: str) -> Cell:
     say(place)
     return cells.keep(_measure(bench, DENSE, 1.0, bench.grid.dense(), 0.0))
 
 
-def _measure_method(bench: _Bench, cells: _Cells, method: str, kept: float, place: str) -> Cell:
+def _measure_method(bench: _Bench, cells: Cells, method: str, kept: float, place: str) -> Cell:
     """Let a method choose a genome, and measure it; a method that has none of this size gives a refused cell."""
     say(place)
     try:
@@ -213,7 +185,7 @@ def _choose(bench: _Bench, method: Method, kept: float) -> tuple[Genome, float]:
     text = bench.tokens["search"]
     # Each method pays for its own scores: nothing of another's is reused.
     scored_by = settings if method.ours else replace(settings, scrambled=0.0)
-    bos = bos_of(bench.tokenizer)
+    bos = bos_of(bench.judge.tokenizer)
     wanted, dense_parameters = replace(bench.run, target=f"params={kept!r}"), parameter_count(bench.searched.dense)
     uniform_genome, budget = uniform(bench.grid, bench.costs, wanted, dense_parameters)
     state = Path(config.out) / "state" / f"{method.name}-{kept:g}"
@@ -233,25 +205,6 @@ def _choose(bench: _Bench, method: Method, kept: float) -> tuple[Genome, float]:
         genome = allocate(problem)
     assert budget.fits(genome)
     return genome, stopwatch.seconds
-
-
-def _requests(config: CompareConfig) -> tuple[list[Request], dict[str, Any]]:
-    """The tasks, each by the metric that the paper's protocol takes, or by all that it has, and their questions.
-
-    Raises:
-        UsageError: if there is no such task, or the comparison holds answers to other questions.
-    """
-    requests = [replace(request, metric=METRICS.get(request.task)) for request in requested(config)]
-    asked = questions(requests, config) if requests else {}
-    path = Path(config.out) / QUESTIONS
-    before = read_record(path, "questions")["questions"] if path.exists() else {}
-    for task in before.keys() & asked.keys():
-        if before[task] != asked[task]:
-            raise UsageError(
-                f"{config.out} holds answers to other questions of {task} ({before[task]}, not {asked[task]}); choose "
-                "another --out"
-            )
-    return requests, before | asked
 
 
 def _protocol(bench: _Bench) -> list[str]:
@@ -279,42 +232,15 @@ def _open(config: CompareConfig, run: RunConfig) -> _Bench:
     models = {dtype: checkpoint.load(dtype, device) for dtype in dict.fromkeys(precisions)}
     searched, judged = (Stitcher(models[dtype], checkpoint.family, database) for dtype in precisions)
     costs = parameter_costs(grid, parameter_count(searched.dense))
-    return _Bench(config, run, grid, costs, checkpoint.tokenizer, searched, judged, tokens, texts)
+    judge = Judge(judged.dense, tokens["evaluation"], texts, checkpoint.tokenizer, config.evaluation, config)
+    return _Bench(config, run, grid, costs, searched, judged, judge, tokens)
 
 
 def _measure(bench: _Bench, method: str, kept: float, genome: Genome, seconds: float) -> Cell:
     """The cell of a genome, with perplexity, KL and speed measured beside the dense model's."""
-    models = {DENSE: bench.judged.dense, method: bench.judged.stitch(genome)}
-    held_out = bench.tokens["evaluation"]
-    quality = perplexity_and_kl(models, held_out, bench.of_dense[HELD_OUT])[method]
-    speeds = speed(models, held_out, bench.config.evaluation)
-    own = speeds[method]
-    texts = {text: perplexity_and_kl(models, ids, bench.of_dense[text])[method] for text, ids in bench.texts.items()}
-    return Cell(
-        method,
-        kept,
-        levels=genome.levels,
-        parameters=bench.costs.of(genome),
-        perplexity=quality.perplexity,
-        kl=quality.kl,
-        prefill_tokens_per_s=own.prefill_tokens_per_s,
-        decode_tokens_per_s=own.decode_tokens_per_s,
-        speedup=(own.prefill_ratio.median, own.decode_ratio.median),
-        uncertain_speed=own.prefill_ratio.wide or own.decode_ratio.wide,
-        seconds=seconds,
-        texts=texts,
-    )
+    cell = Cell(method, kept, levels=genome.levels, parameters=bench.costs.of(genome), seconds=seconds)
+    return bench.judge.measure(cell, bench.judged.stitch(genome))
 
 
-def _with_scores(bench: _Bench, cells: _Cells, cell: Cell, requests: list[Request], place: str) -> Cell:
-    """The cell with the scores that are requested, in their order; the model runs the tasks that it has none of."""
-    answered = {score.task for score in cell.scores}
-    left = [request for request in requests if request.task not in answered and cell.refused is None]
-    if left:
-        model = bench.searched.stitch(Genome(cell.levels))
-        for request in left:
-            say(f"{place}: {request.task}")
-            scores = run_tasks(model, bench.tokenizer, [request], bench.config)
-            cell = cells.keep(replace(cell, scores=(*cell.scores, *scores)))
-    by_request = [score for request in requests for score in cell.scores if score.task == request.task]
-    return replace(cell, scores=tuple(by_request))
+def _with_scores(bench: _Bench, cells: Cells, cell: Cell, requests: list[Request], place: str) -> Cell:
+    return bench.judge.with_scores(cells, cell, lambda: bench.searched.stitch(Genome(cell.levels)), requests, place)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from math import inf
 from pathlib import Path
 from statistics import median
@@ -25,7 +25,7 @@ from darwinlm.config.run import RunConfig, Stage
 from darwinlm.data.packing import bos_of
 from darwinlm.database.calibrate import calibrate
 from darwinlm.database.stitch import Stitcher, repeat_shared
-from darwinlm.database.store import Database, add_unit
+from darwinlm.database.store import Database, add_unit, reused_database
 from darwinlm.evaluation.rows import Row, evaluate
 from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf
@@ -44,6 +44,7 @@ from darwinlm.runtime.device import DTYPES
 from darwinlm.runtime.files import write_text
 from darwinlm.runtime.names import short_name
 from darwinlm.runtime.progress import say, track
+from darwinlm.runtime.trackers import check_trackers, tracking
 from darwinlm.search.costs import parameter_costs, shared_parameter_costs
 from darwinlm.search.evolution import evolve
 from darwinlm.search.fitness import Fitness
@@ -96,6 +97,7 @@ def run(config: RunConfig, until: Stage = "report", given: Given | None = None) 
     """
     told = explain_failures(f"the run in {config.out}", "lower --calibration.batch-size")
     this = Run(config.out)
+    check_trackers(config.report_to, "report-to")
     # Until there is a first parent: what made every start diverge may be mended.
     searching = until != "database" and not this.history_path.exists()
     free = ("search.learning_rate",) if searching else ()
@@ -105,32 +107,39 @@ def run(config: RunConfig, until: Stage = "report", given: Given | None = None) 
         if given is not None:
             given.write(this.path)
 
-    with told, parallel.together(), parallel.shared_directory(this.path, prepare):
+    shared = parallel.shared_directory(this.path, prepare)
+    with told, parallel.together(), shared, tracking(config.report_to, this.path / "tracked"):
         if this.finished:
             say(f"{this.path} is finished: {this.report_path} has its figures")
             return this
         work = open_work(this, config, until)
-        database = _eliminate(work)
+        database = build_database(work)
         if until == "database":
             return this
         with work.within_memory():
-            result = _allocate(work, database)
+            result = allocate(work, make_fitness(work, database))
         if until == "search" or not parallel.first():
             return this
-        _export(work, result, _finish(work, database, "searched", result.best))
+        _export(work, result, finish(work, database, "searched", result.best))
         if until == "export":
             return this
-        uniform_model = _finish(work, database, "uniform", work.uniform)
+        uniform_model = finish(work, database, "uniform", work.uniform)
         work.keep_only(work.checkpoint.dtype)
         rows = _evaluate(work, uniform_model)
         _report(work, result, rows, _curves(work, database, result))
     return this
 
 
-def _eliminate(work: Work) -> Database:
-    """Calibrate the dense model and eliminate structures, one block after another, into the database."""
+def build_database(work: Work) -> Database:
+    """Calibrate the dense model and eliminate structures, one block after another, into the database.
+
+    Raises:
+        UsageError: if the database of another run is to be used, and is not finished or made from something else.
+    """
     config, checkpoint = work.config, work.checkpoint
-    database = Database(work.run.database, work.grid, work.provenance | work.database_settings)
+    if config.reuse is not None:
+        return reused_database(work.run.database, work.grid, work.database_provenance)
+    database = Database(work.run.database, work.grid, work.database_provenance)
     finished = database.finished()
     statistics = calibrate(
         checkpoint,
@@ -158,10 +167,13 @@ def _first_token(work: Work, database: Database) -> str:
     return f"{what} makes up {median(shares.values()):.1%} of a unit's Hessian, at most {shares[most]:.1%} ({most})"
 
 
-def _allocate(work: Work, database: Database) -> SearchResult:
-    """The best genome found within the budget, or the one that was given. All processes search, the first writes."""
+def allocate(work: Work, fitness: Fitness, find: Callable[[], Mapping[str, Genome]] | None = None) -> SearchResult:
+    """The best genome found within the budget, or the one that was given. All processes search, the first writes.
+
+    Args:
+        find: finds the genomes from which a search may start, by name, if it is not to start as its settings say.
+    """
     config = work.config.search
-    fitness = _fitness(work, database)
     if work.given_genome is not None:
         score = fitness.score(work.given_genome, config.stages[-1])
         if score == inf:
@@ -172,18 +184,22 @@ def _allocate(work: Work, database: Database) -> SearchResult:
         result = SearchResult(work.given_genome, score, ())
     else:
         budget, seed, start_genome = work.budget, work.config.seed, work.start_genome
-        if start_genome is None:
-            starts = find_starts(work.uniform, budget, fitness, config, seed, work.run.search)
-        else:
+        if start_genome is not None:
             start, budget = later_start(start_genome, work.uniform, budget, config.moves, seed)
             starts = {"earlier": start}
+        elif work.run.history_path.exists():
+            starts = {}
+        elif find is not None:
+            starts = find()
+        else:
+            starts = find_starts(work.uniform, budget, fitness, config, seed, work.run.search)
         result = evolve(starts, budget, fitness, config, seed, work.run.history_path, fitness.length)
     if parallel.first():
         work.run.save_search(result, work.grid, work.provenance)
     return result
 
 
-def _fitness(work: Work, database: Database) -> Fitness:
+def make_fitness(work: Work, database: Database) -> Fitness:
     """The fitness of the run's candidates, within what it may keep on the device."""
     allowed, family = work.allowance, work.checkpoint.family
     dense = work.dense(work.dtype) if allowed.resident else work.checkpoint.load(work.dtype, torch.device("cpu"))
@@ -204,7 +220,7 @@ def _stitcher(work: Work, database: Database, dtype: torch.dtype) -> Stitcher:
     return Stitcher(work.dense(dtype), work.checkpoint.family, database, work.allowance.narrow)
 
 
-def _finish(work: Work, database: Database, name: str, genome: Genome) -> PreTrainedModel:
+def finish(work: Work, database: Database, name: str, genome: Genome) -> PreTrainedModel:
     """The pruned model of a genome, its consumers solved again against the dense distribution by the refit.
 
     The refit computes in the search's precision, the model has the checkpoint's.
@@ -212,9 +228,9 @@ def _finish(work: Work, database: Database, name: str, genome: Genome) -> PreTra
     model, config = _stitcher(work, database, work.checkpoint.dtype).stitch(genome), work.config.refit
     if config.tokens:
         learner = _stitcher(work, database, work.dtype)
-        file, provenance = work.run.refit / f"{name}.safetensors", work.provenance | work.database_settings
+        file = work.run.refit / f"{name}.safetensors"
         with work.within_memory():
-            set_consumers(model, refit(learner, genome, work.tokens["refit"], config, file, provenance))
+            set_consumers(model, refit(learner, genome, work.tokens["refit"], config, file, work.database_provenance))
     repeat_shared(model)
     return model
 

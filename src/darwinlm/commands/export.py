@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from darwinlm.commands.compress import run
-from darwinlm.commands.run_directory import Run, explain_failures, find_export
+from darwinlm.commands.frontier import find_size
+from darwinlm.commands.run_directory import FRONTIER_SETTINGS, Run, explain_failures, find_export
 from darwinlm.config.run import ExportConfig
 from darwinlm.export.card import stubbed_card
 from darwinlm.export.gguf import export_gguf
@@ -19,15 +20,23 @@ from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime.files import check_new
 from darwinlm.runtime.progress import say
+from darwinlm.types import UsageError
 
 
-def export(path: Path, verify: bool = True) -> Path:
+def export(path: Path, verify: bool = True, target: str | None = None) -> Path:
     """The model directory that a user means by a run, or by itself. A run that has found its genome is stitched now.
 
+    Args:
+        target: of a frontier, the size, which is searched first if it is new.
+
     Raises:
-        UsageError: if there is no model there, and no run with a genome.
+        UsageError: if there is no model there, and no run with a genome, or if a size is named of what has only one.
         DarwinError: if the run's database lacks a unit, which only `darwinlm compress` measures again.
     """
+    if (path / FRONTIER_SETTINGS).is_file():
+        path = find_size(path, target).path
+    elif target is not None:
+        raise UsageError(f"--target: expected a frontier, found {path}, which has one size; leave --target out")
     this = Run(path)
     if this.searched and not this.exported.exists():
         this.check_database()
@@ -58,7 +67,7 @@ def export_model(source: str | Path, out: str | Path, config: ExportConfig | Non
     """
     config = ExportConfig() if config is None else config
     check_new(Path(out), directory=config.format == "hf")  # before a model is stitched
-    return convert(export(Path(source), config.verify), Path(out), config)
+    return convert(export(Path(source), config.verify, config.target), Path(out), config)
 
 
 def convert(directory: Path, out: Path, config: ExportConfig) -> Path:

@@ -30,6 +30,7 @@ from darwinlm.training.directory import Training
 from darwinlm.types import DarwinError, Genome, SearchResult, UsageError
 
 SETTINGS, TRAIN_SETTINGS, GRADUAL_SETTINGS = "run.yaml", "train.yaml", "recipe.yaml"
+FRONTIER_SETTINGS = "frontier.yaml"
 GIVEN_MODEL, GIVEN_TEXT = "given-model", "given-text.jsonl"  # a model and texts that were given in memory
 MARK = f"# Settings of darwinlm, format {FORMAT_VERSION}\n"  # above them; 0.1.0 wrote none
 
@@ -39,6 +40,8 @@ FREE = (
     "out",
     "verify",
     "memory",
+    "reuse",
+    "report_to",
     "cache",
     "training.micro_batch_size",
     "training.gradient_checkpointing",
@@ -58,7 +61,7 @@ class Run:
     Attributes:
         path: the directory.
         dense: where a model that is no directory of safetensors is converted to one.
-        database, search, refit, exported: where its stages keep their artifacts.
+        search, refit, exported: where its stages keep their artifacts.
         history_path: the search's, a line of JSON for each generation.
         seal_path: the digests of the export's files.
         table_path, report_path: what it ends with.
@@ -67,7 +70,6 @@ class Run:
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self.dense = self.path / "dense"
-        self.database = self.path / "database"
         self.search = self.path / "search"
         self.history_path = self.search / "history.jsonl"
         self.refit = self.path / "refit"
@@ -83,9 +85,15 @@ class Run:
             raise UsageError(f"no run in {path}: expected {SETTINGS} in it; name a directory that compress wrote")
         return cls(path)
 
+    @property
+    def database(self) -> Path:
+        """Where its database is, or that of the run which it reuses."""
+        reused = self.config.reuse if (self.path / SETTINGS).exists() else None
+        return self.path / "database" if reused is None else Run.open(reused).database
+
     def abandon(self) -> None:
         """Leave the directory to another run if this one has done nothing yet: its arguments were wrong."""
-        if not self.database.exists():
+        if not (self.path / "database").exists() and not self.history_path.exists():
             sweep(self.path)
             (self.path / SETTINGS).unlink(missing_ok=True)
             (self.path / GIVEN_TEXT).unlink(missing_ok=True)

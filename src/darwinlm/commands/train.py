@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, set_seed
-from transformers.integrations import get_available_reporting_integrations
 
 from darwinlm.commands.run_directory import FREE, TRAIN_SETTINGS, claim, explain_failures, open_model, versions_text
 from darwinlm.config.checks import expect
@@ -31,6 +30,7 @@ from darwinlm.runtime import parallel
 from darwinlm.runtime.device import resolve_device, resolve_dtype
 from darwinlm.runtime.files import read_json, write_record
 from darwinlm.runtime.progress import quiet_transformers, say
+from darwinlm.runtime.trackers import check_trackers
 from darwinlm.training.adapters import add_adapters, merge_adapters
 from darwinlm.training.arguments import accumulation, is_sharded, training_arguments
 from darwinlm.training.directory import FINISHED, Training
@@ -84,7 +84,7 @@ def check(config: TrainConfig, student: Checkpoint, teacher: Checkpoint | None) 
         _check_tokenizers(config, student, teacher)
     vocabulary = student.config.vocab_size
     expect(distillation.top_k <= vocabulary, "distillation.top_k", f"at most {vocabulary:,}", distillation.top_k)
-    _check_reports(training.report_to)
+    check_trackers(training.report_to, "training.report-to")
     accumulation(config)
     if training.lora_rank and find_spec("peft") is None:
         raise UsageError("--training.lora-rank wants the package peft: pip install darwinlm[lora]")
@@ -174,16 +174,6 @@ def _determining(config: TrainConfig) -> dict[str, Any]:
     free = {name.removeprefix("training.") for name in FREE}
     settings = {name: value for name, value in asdict(config.training).items() if name not in free}
     return settings | asdict(config.distillation) | {"seed": config.seed}
-
-
-def _check_reports(names: Sequence[str]) -> None:
-    installed = get_available_reporting_integrations()
-    known = ", ".join(installed) or "nothing"
-    for name in names:
-        if name not in installed:
-            raise UsageError(
-                f"--training.report-to: expected what is installed ({known}), found {name!r}; install it or leave it"
-            )
 
 
 def _check_tokenizers(config: TrainConfig, student: Checkpoint, teacher: Checkpoint) -> None:

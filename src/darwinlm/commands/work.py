@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from darwinlm.config.run import STARTS, RunConfig, Stage
 from darwinlm.data.corpus import fingerprint, read_corpus
 from darwinlm.data.draw import draw_texts, draw_tokens, fit_to_text
 from darwinlm.data.packing import check_ids
+from darwinlm.database.store import reused_database
 from darwinlm.genome import Grid
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.families import block_sizes, find_grid
@@ -68,10 +69,9 @@ class Work:
     models: dict[torch.dtype, PreTrainedModel] = field(default_factory=dict)
 
     @property
-    def database_settings(self) -> dict[str, Any]:
-        """Settings that determine the database's content."""
-        config = self.config
-        return {"calibration": asdict(config.calibration), "database": asdict(config.database), "seed": config.seed}
+    def database_provenance(self) -> dict[str, Any]:
+        """All that determines the database's content."""
+        return self.provenance | database_settings(self.config)
 
     def dense(self, dtype: torch.dtype) -> PreTrainedModel:
         """The dense model in a precision: in the host's memory where the device has no room for it, nor any use."""
@@ -79,6 +79,15 @@ class Work:
             fits = self.allowance.resident or self.config.refit.tokens
             self.models[dtype] = self.checkpoint.load(dtype, self.device if fits else torch.device("cpu"))
         return self.models[dtype]
+
+    def at(self, this: Run, config: RunConfig, until: Stage) -> Work:
+        """The work of another run on the same model, text and levels, at another size. Raises as `open_work`."""
+        costs = _costs(this, config, self.checkpoint, self.grid, self.device, self.dense_parameters)
+        genome, budget = uniform(self.grid, costs, config, self.dense_parameters)
+        allowed = _allowance(
+            config, self.checkpoint, self.grid, self.dense_parameters, genome, self.device, self.dtype, until
+        )
+        return replace(self, run=this, config=config, uniform=genome, budget=budget, allowance=allowed)
 
     def within_memory(self) -> AbstractContextManager[None]:
         """Let torch hold no more of the device than the search and the refit may use."""
@@ -90,10 +99,16 @@ class Work:
             del self.models[other]
 
 
+def database_settings(config: RunConfig) -> dict[str, Any]:
+    """Settings that determine the database's content."""
+    return {"calibration": asdict(config.calibration), "database": asdict(config.database), "seed": config.seed}
+
+
 def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
     """Everything that can be wrong with the arguments is found here, before hours are spent."""
     try:
         device = resolve_device(config.device)
+        assert this.database  # that there is one, if it is another run's
         with parallel.first_before_others():
             checkpoint = find_checkpoint(config.model, this.path)
         assert checkpoint.family  # that it can be pruned
@@ -120,6 +135,8 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
             },
             "versions": versions(),
         } | ({"evaluation text": {text: fingerprint(ids) for text, ids in texts.items()}} if texts else {})
+        if config.reuse is not None:
+            reused_database(this.database, grid, provenance | database_settings(config))
         dense_parameters = parameter_count(checkpoint.skeleton())
         costs = _costs(this, config, checkpoint, grid, device, dense_parameters)
         uniform_genome, budget = uniform(grid, costs, config, dense_parameters)

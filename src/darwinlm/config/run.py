@@ -218,6 +218,8 @@ class ExportConfig:
     """A directory for transformers and vLLM, or a file for llama.cpp, Ollama and LM Studio."""
     type: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto"
     """Precision of a GGUF file; auto is f16. A directory keeps that of the model."""
+    target: str | None = None
+    """Of a frontier: the size, as for darwinlm compress; one that it lacks is searched first, from its neighbours."""
     compat: Literal["none", "vllm"] = "none"
     """Write small modules of zeros where a block has none, which vLLM wants."""
     verify: bool = True
@@ -262,8 +264,12 @@ class RunConfig:
     """Scale the stages' tokens down to the text that there is, instead of refusing too little of it."""
     verify: bool = True
     """Load the export in a fresh process without darwinlm and compare its logits."""
+    reuse: str | None = None
+    """Another run, whose database of the same model, text and settings is used instead of a new one."""
     memory: str | None = None
     """Memory of the device that the search may use, such as 24GB; what a GPU has, if not given."""
+    report_to: tuple[str, ...] = ()
+    """Trackers for the figures of search and refit: tensorboard, trackio, wandb or others that are installed."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     search: SearchConfig = field(default_factory=SearchConfig)

@@ -38,12 +38,15 @@ MANIFEST = "database.json"
 class Database:
     """The levels of every unit of one model, computed from one set of calibration tokens.
 
+    Args:
+        cure: what to do if `path` holds a database of another provenance.
+
     Raises:
         UsageError: if `path` holds a database of another provenance.
         DarwinError: if its manifest is damaged or of another format version.
     """
 
-    def __init__(self, path: Path, grid: Grid, provenance: dict[str, Any]):
+    def __init__(self, path: Path, grid: Grid, provenance: dict[str, Any], cure: str = "choose another --out"):
         self.path = path
         self.grid = grid
         self.provenance = provenance
@@ -53,9 +56,7 @@ class Database:
             stored = read_record(path / MANIFEST, "provenance")["provenance"]
             if stored != provenance:
                 changed = [key for key in provenance if stored.get(key) != provenance[key]]
-                raise UsageError(
-                    f"{path} holds a database made from another {' and '.join(changed)}; choose another --out"
-                )
+                raise UsageError(f"{path} holds a database made from another {' and '.join(changed)}; {cure}")
         elif parallel.first():
             write_record(path / MANIFEST, {}, provenance)
 
@@ -133,6 +134,17 @@ class Database:
 
     def _file(self, name: str) -> Path:
         return self.path / f"{name}.safetensors"
+
+
+def reused_database(path: Path, grid: Grid, provenance: dict[str, Any]) -> Database:
+    """Open the finished database of another run. Raises `UsageError` if it is unfinished, or of another provenance."""
+    if not (path / MANIFEST).exists():
+        raise UsageError(f"--reuse: expected a database in {path}, found none; name a run that has built one")
+    database = Database(path, grid, provenance, "give the same settings, or leave --reuse out")
+    missing = len(grid.units) - len(database.finished())
+    if missing:
+        raise UsageError(f"--reuse: the database in {path} lacks {missing} units; run its own command to the end first")
+    return database
 
 
 def add_unit(database: Database, statistics: UnitStatistics, config: DatabaseConfig, dtype: torch.dtype) -> None:

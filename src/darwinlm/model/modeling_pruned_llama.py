@@ -1,9 +1,8 @@
 """A Llama whose decoder layers differ in query heads, KV heads and MLP width, and may lack their attention or MLP.
 
 darwinlm wrote this; it needs torch >= 2.5 and transformers >= 5.0 alone. Every layer is a stock layer that is narrowed
-to what `config.per_layer_config[i]` says: `num_attention_heads`, `num_key_value_heads` and `intermediate_size`, where
-missing those of the config (as before pruning), and under `skip` what it lacks ("attention", "mlp", "mixer") with its
-norms. `config.layer_parts` says what each module of a layer is for.
+to what `config.per_layer_config[i]` says: `num_attention_heads`, `num_key_value_heads`, `intermediate_size`, and under
+`skip` what it lacks, "attention", "mlp" or "mixer". `config.layer_parts` says what each module of a layer is for.
 """
 
 import copy
@@ -18,7 +17,7 @@ from transformers.cache_utils import StaticLayer
 if int(transformers.__version__.split(".")[0]) < 5:  # it would ignore `rope_parameters` and compute wrong logits
     raise ImportError(f"expected transformers 5.0 or newer, found {transformers.__version__}; install a newer one")
 
-LlamaClassifier: Any = getattr(transformers, "LlamaForSequenceClassification", PreTrainedModel)  # some lack it
+recorded: Any = (LlamaModel._can_record_outputs or {}).get("attentions", nn.Module)  # for `output_attentions`
 CHOICE = "_attn_implementation_internal"  # where `set_attn_implementation` stores it
 
 
@@ -49,11 +48,11 @@ class PrunedLlamaConfig(LlamaConfig):
 
 
 # Not "NoAttention": transformers takes a file with a class of that name for one whose attention cannot be switched.
-class NoAttn(nn.Module):
+class NoAttn(getattr(recorded, "target_class", recorded)):  # whose weights, here of no heads, are recorded
     """Takes the place of an attention that a layer lacks: its output, which the layer adds to the stream, is zero."""
 
     def __init__(self, layer_idx: int):
-        super().__init__()
+        nn.Module.__init__(self)
         self.layer_idx = layer_idx
 
     def forward(self, hidden_states: Tensor, *_: Any, **arguments: Any) -> tuple[Tensor, Tensor]:
@@ -113,9 +112,6 @@ def narrow(layer: nn.Module, config: Any, index: int) -> None:
 
 class PrunedLlamaModel(LlamaModel):  # without the output embedding
     config_class = PrunedLlamaConfig
-    _can_record_outputs: ClassVar[Any] = dict(LlamaModel._can_record_outputs or {})
-    if "attentions" in _can_record_outputs:  # of a layer without attention too, of no heads
-        _can_record_outputs["attentions"] = [_can_record_outputs["attentions"], NoAttn]
 
     def __init__(self, config: PrunedLlamaConfig):
         super().__init__(config)
@@ -143,6 +139,10 @@ class WithPrunedModel(PreTrainedModel):
 class PrunedLlamaForCausalLM(WithPrunedModel, LlamaForCausalLM):
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError("continuous batching has a cache of one size for all layers: use generate instead")
+
+
+Generic: Any = (transformers.modeling_layers.GenericForSequenceClassification, LlamaModel.__base__)
+LlamaClassifier: Any = getattr(transformers, "LlamaForSequenceClassification", None) or type("Generic", Generic, {})
 
 
 class PrunedLlamaForSequenceClassification(WithPrunedModel, LlamaClassifier):

@@ -84,7 +84,7 @@ def render(family: str) -> str:
     """Return the source of the Python module that an export of a family contains."""
     text, stock = TEMPLATE.read_text(), stock_names(family)
     if CLASSIFIER not in stock:
-        text = re.sub("LlamaClassifier: Any =.*\n", "", text[: text.index("\n\nclass PrunedLlamaForSequence")])
+        text = text[: text.index("\n\nGeneric: Any")]
     for auto, name in stock_names("llama").items():
         text = re.sub(rf"{name}\b", f"<{stock.get(auto)}>", text)
     prefix = re.sub(r"(ForCausalLM|LMHeadModel)$", "", stock["AutoModelForCausalLM"])

@@ -44,6 +44,7 @@ class Cell:
     Attributes:
         kept: the share of the dense model's parameters that the model may have; 1 for the dense model.
         refused: if the method gives no model of this size, the reason; the figures are then missing.
+        bytes: the size of the weights.
         perplexity, kl: the perplexity, and KL(dense || model) in nats a token, on held-out documents.
         speedup: the speeds of prefill and of decoding, as multiples of the dense model's in the same run.
         uncertain_speed: whether its multiples differed much from turn to turn.
@@ -57,6 +58,7 @@ class Cell:
     refused: str | None = None
     levels: tuple[int, ...] = ()
     parameters: int = 0
+    bytes: int = 0
     perplexity: float = math.nan
     kl: float = math.nan
     prefill_tokens_per_s: float = math.nan
@@ -130,10 +132,14 @@ def markdown(cells: Sequence[Cell], protocol: Sequence[str], picture: str) -> st
         picture: the path of the picture, as the Markdown refers to it.
     """
     titles = _titles(cells[0])
-    tasks = [f"{s.task}: {s.questions:,} questions from {s.source}, {s.shots}-shot; per cent" for s in cells[0].scores]
     table = tables.markdown(titles, [_columns(cell, titles) for cell in cells])
-    notes = [f"- {note}" for note in [*protocol, *tasks, *_refusals(cells)]]
+    notes = [f"- {note}" for note in [*protocol, *task_notes(cells[0]), *_refusals(cells)]]
     return "\n".join([table, "", *notes, "", f"![Perplexity at every size]({picture})"]) + "\n"
+
+
+def task_notes(cell: Cell) -> list[str]:
+    """A note on each task that a cell has a score of, for below a table."""
+    return [f"{s.task}: {s.questions:,} questions from {s.source}, {s.shots}-shot; per cent" for s in cell.scores]
 
 
 def _refusals(cells: Sequence[Cell]) -> list[str]:

@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-WORDS = frozenset({"model", "method", "setting", "value"})  # titles of the columns that hold words, not figures
+WORDS = frozenset(
+    {"model", "method", "setting", "value", "stage"}
+)  # titles of the columns that hold words, not figures
 
 
 GAP = 2  # characters between two columns

@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -22,7 +22,7 @@ from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from darwinlm.runtime.locking import holding, locked_directory
-from darwinlm.runtime.progress import console
+from darwinlm.runtime.progress import silence
 from darwinlm.types import DarwinError, UsageError
 
 FAILURES = "darwinlm/failures"  # key of the number of processes of a run that have failed
@@ -86,10 +86,10 @@ def together() -> Iterator[None]:
     # Gloo beside NCCL: a collective on the host is one that the host waits for.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=this_rank, world_size=world, timeout=TIMEOUT)
-    console.quiet = not first()
     before = signal.signal(signal.SIGTERM, _end_on_signal)
     try:
-        yield
+        with nullcontext() if first() else silence():
+            yield
         wait_for_all()
     except BaseException as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending already
@@ -99,7 +99,6 @@ def together() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-        console.quiet = False
         dist.destroy_process_group()
 
 

@@ -8,13 +8,14 @@ from dataclasses import asdict, fields, replace
 from math import inf, isfinite
 from pathlib import Path
 from random import Random
+from statistics import median
 from typing import Any
 
 from darwinlm.config.run import SearchConfig
 from darwinlm.losses.metrics import label
 from darwinlm.runtime import parallel
 from darwinlm.runtime.files import as_json, read_lines, write_lines
-from darwinlm.runtime.progress import say, track
+from darwinlm.runtime.progress import figures, say, track
 from darwinlm.search.budget import Budget
 from darwinlm.search.fitness import Scorer
 from darwinlm.search.mutation import Move, priced, within_kinds
@@ -59,10 +60,14 @@ def evolve(
         _write(history_path, history, provenance)
     numbers, scarce = range(len(history), config.generations + 1), False
 
-    def best() -> str:
-        return f"{label(config.metric)} {history[-1].fitness:.4f}"
+    def state() -> str:
+        """The best fitness, the candidates that were scored for it, and how long a generation takes."""
+        times = [generation.seconds for generation in history[1:]]
+        pace = f", {median(times):.1f} s a generation" if times else ""
+        scored = sum(generation.scored for generation in history)
+        return f"{label(config.metric)} {history[-1].fitness:.4f} of {scored:,} candidates{pace}"
 
-    for number in track(numbers, "search", config.generations, len(history) - 1, best):
+    for number in track(numbers, "search", config.generations, len(history) - 1, state):
         rng = Random(f"{seed} {number}")
         offspring = _offspring(history[-1].genome, budget, config, rng)
         if not offspring:
@@ -79,6 +84,8 @@ def evolve(
             )
         history.append(_generation(number, history[-1], offspring, fitness, config, length))
         _write(history_path, history, provenance)
+        last = history[-1]
+        figures("search", number, {"fitness": last.fitness, "seconds": last.seconds, "candidates": last.scored})
     return SearchResult(history[-1].genome, history[-1].fitness, tuple(history))
 
 

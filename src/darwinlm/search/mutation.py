@@ -11,6 +11,10 @@ from darwinlm.types import Genome
 TRIES = 1000
 
 
+Choice = Callable[[Genome, Sequence[tuple[int, int]]], tuple[int, int]]
+"""Chooses which unit of a genome goes to which level, among pairs of both."""
+
+
 Move = Callable[[Genome, Budget, Random, int], Genome | None]
 """Maps a genome, its budget, a generator and the most steps to a mutant, or to None if there is none."""
 
@@ -46,9 +50,9 @@ def priced(genome: Genome, budget: Budget, rng: Random, max_switches: int) -> Ge
     for _ in range(TRIES):
         mutant = genome
         for _ in range(_count(rng, max_switches)):
-            mutant = _restore(mutant, budget, indices, rng, fitting=False) or mutant
+            mutant = _restore(mutant, budget, indices, _at_random(rng), fitting=False) or mutant
         grown = {i for i in indices if mutant.levels[i] != genome.levels[i]}
-        mutant = _prune_until_it_fits(mutant, budget, [i for i in indices if i not in grown], rng)
+        mutant = _prune_until_it_fits(mutant, budget, [i for i in indices if i not in grown], _at_random(rng))
         if mutant is None:
             continue
         mutant = restore(mutant, budget, rng, [i for i in indices if mutant.levels[i] <= genome.levels[i]])
@@ -65,9 +69,44 @@ def spread(genome: Genome, budget: Budget, rng: Random) -> Genome:
     Raises:
         AssertionError: if no genome fits the budget; `limit_of` refuses such budgets.
     """
-    smaller = _prune_until_it_fits(budget.worth(_capped(genome, budget)), budget, range(len(genome.levels)), rng)
+    everywhere = range(len(genome.levels))
+    smaller = _prune_until_it_fits(budget.worth(_capped(genome, budget)), budget, everywhere, _at_random(rng))
     assert smaller is not None
     return restore(smaller, budget, rng)
+
+
+def adapt(genome: Genome, budget: Budget, sensitivities: Sequence[Sequence[float]]) -> Genome:
+    """Return a genome of another size, made from an earlier result by the steps that cost least for what they save.
+
+    Units lose levels where their sensitivity rises least for the cost that it saves, until the model fits. Then they
+    get levels back where it falls most for the cost, while the model still fits.
+
+    Args:
+        sensitivities: of each unit at each level.
+
+    Raises:
+        AssertionError: if no genome fits the budget; `limit_of` refuses such budgets.
+    """
+    everywhere, costs = range(len(genome.levels)), budget.main.costs.units
+
+    def rate(now: Genome, step: tuple[int, int]) -> float:
+        """The rise of the sensitivity for what a step saves; for a step back, the fall for what it costs."""
+        index, level = step
+        before = now.levels[index]
+        saved = costs[index][before] - costs[index][level]
+        return (sensitivities[index][level] - sensitivities[index][before]) / saved if saved else 0.0
+
+    def gentlest(now: Genome, steps: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        return min(steps, key=lambda step: rate(now, step))
+
+    def dearest(now: Genome, steps: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        return max(steps, key=lambda step: rate(now, step))
+
+    adapted = _prune_until_it_fits(budget.worth(_capped(genome, budget)), budget, everywhere, gentlest)
+    assert adapted is not None
+    while (larger := _restore(adapted, budget, everywhere, dearest, fitting=True)) is not None:
+        adapted = larger
+    return adapted
 
 
 def spread_within_kinds(genome: Genome, sums: Genome, budget: Budget, rng: Random) -> Genome:
@@ -89,9 +128,13 @@ def spread_within_kinds(genome: Genome, sums: Genome, budget: Budget, rng: Rando
 def restore(genome: Genome, budget: Budget, rng: Random, indices: Sequence[int] | None = None) -> Genome:
     """Give single levels back to random units while the model fits; if `indices` is given, only to those units."""
     indices = range(len(genome.levels)) if indices is None else indices
-    while (larger := _restore(genome, budget, indices, rng, fitting=True)) is not None:
+    while (larger := _restore(genome, budget, indices, _at_random(rng), fitting=True)) is not None:
         genome = larger
     return genome
+
+
+def _at_random(rng: Random) -> Choice:
+    return lambda _, steps: rng.choice(steps)
 
 
 def _capped(genome: Genome, budget: Budget) -> Genome:
@@ -117,17 +160,17 @@ def _switch(genome: Genome, budget: Budget, rng: Random) -> Genome:
     return genome.replace({up: genome.levels[up] + 1, down: genome.levels[down] - 1})
 
 
-def _restore(genome: Genome, budget: Budget, indices: Sequence[int], rng: Random, fitting: bool) -> Genome | None:
-    """Move a random unit of `indices` a level down, within the limits if `fitting`; None if no unit allows it."""
+def _restore(genome: Genome, budget: Budget, indices: Sequence[int], choose: Choice, fitting: bool) -> Genome | None:
+    """Move one unit of `indices` a level down, within the limits if `fitting`; None if no unit allows it."""
     options = [(i, level) for i in indices if (level := budget.dearer(genome, i)) is not None]
     for bound in budget.bounds if fitting else ():
         costs, room = bound.costs.units, bound.limit - bound.costs.of(genome)
         options = [(i, level) for i, level in options if costs[i][level] - costs[i][genome.levels[i]] <= room]
-    return genome.replace(dict([rng.choice(options)])) if options else None
+    return genome.replace(dict([choose(genome, options)])) if options else None
 
 
-def _prune_until_it_fits(genome: Genome, budget: Budget, indices: Sequence[int], rng: Random) -> Genome | None:
-    """Remove levels from random units of `indices` until the model fits; return None if it never does."""
+def _prune_until_it_fits(genome: Genome, budget: Budget, indices: Sequence[int], choose: Choice) -> Genome | None:
+    """Remove levels from units of `indices` until the model fits; return None if it never does."""
     while exceeded := budget.exceeded(genome):
         costs, options = exceeded[0].costs.units, []
         for i in indices:
@@ -136,5 +179,5 @@ def _prune_until_it_fits(genome: Genome, budget: Budget, indices: Sequence[int],
             options += [] if level is None else [(i, level)]
         if not options:
             return None
-        genome = genome.replace(dict([rng.choice(options)]))
+        genome = genome.replace(dict([choose(genome, options)]))
     return genome

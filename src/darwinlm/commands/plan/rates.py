@@ -48,19 +48,25 @@ class Rates:
         products: floating-point operations of large float32 matrix products.
         forward: the same in the precision of the forward pass.
         solves: floating-point operations of the level solves.
+        inverses: floating-point operations of Hessians' factors and inverses.
         sweeps: matrix entries passed over between two products of an elimination of channels.
         fills: bytes of fresh memory that are written, as by every operation between two products.
         loads: bytes of stored weights that are read, checked and converted.
         disk: bytes written.
+        channel, block: seconds, not a rate, in which a GPU waits for its host at every removal of a structure of one
+            column, and of one of several.
     """
 
     products: float
     forward: float
     solves: float
+    inverses: float
     sweeps: float
     fills: float
     loads: float
     disk: float
+    channel: float = 0.0
+    block: float = 0.0
 
 
 def columns(unit: Unit) -> int:
@@ -100,6 +106,7 @@ def measure_rates(dtype: torch.dtype = torch.float32, size: int = 3072) -> Rates
         products=products,
         forward=forward,
         solves=solve_operations(grid, 0, d_out) / solving,
+        inverses=products,
         sweeps=size**2 / max(swept, 1e-3),
         fills=_fill_rate(),
         loads=_load_rate(dtype),

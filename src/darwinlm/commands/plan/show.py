@@ -1,4 +1,4 @@
-"""`darwinlm plan`: what a run or a recipe will take on this machine, from a model's config alone."""
+"""`darwinlm plan`: what a run or a recipe will take on a machine, from a model's config alone."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 from huggingface_hub import hf_hub_download
 from transformers import PretrainedConfig
 
-from darwinlm.commands.plan.rates import BlockRates, block_rates, measure_rates
-from darwinlm.commands.plan.work import Plan, plan, plan_search, plan_training
+from darwinlm.commands.plan.devices import machine_of
+from darwinlm.commands.plan.fits import first_misfit, summary
+from darwinlm.commands.plan.shapes import shape_of
+from darwinlm.commands.plan.stages import Pruning, Stage, stages_of
 from darwinlm.config.checks import expect_level, expect_one_size
 from darwinlm.config.training import GradualConfig, GradualStage
 from darwinlm.genome import Grid
@@ -22,12 +24,10 @@ from darwinlm.model.hub import HUB_ERRORS
 from darwinlm.model.reading import read_config, skeleton
 from darwinlm.model.size import parameter_count
 from darwinlm.report import tables
-from darwinlm.runtime.device import DTYPES, resolve_dtype
 from darwinlm.runtime.names import hub_name
 from darwinlm.runtime.scratch import scratch_directory
 from darwinlm.search.budget import Target, limit_of
 from darwinlm.search.costs import counted_costs, parameter_costs, shared_parameter_costs
-from darwinlm.search.memory import HEADROOM, SearchMemory, count_memory
 from darwinlm.search.uniform import ceilings, uniform_genome
 from darwinlm.types import UsageError
 
@@ -41,6 +41,9 @@ def find_config(model: str) -> PretrainedConfig:
         UsageError: if there is none.
     """
     path = Path(model).expanduser()
+    shape = None if path.exists() else shape_of(model)
+    if shape is not None:
+        return shape
     if model in PACKAGED or path.suffix == ".gguf":
         with scratch_directory("plan") as directory:
             return find_checkpoint(model, Path(directory)).config
@@ -59,7 +62,7 @@ def find_config(model: str) -> PretrainedConfig:
 
 
 def plan_command(config: GradualConfig, target: str | None = None, target_level: float | None = None) -> None:
-    """Print what a recipe takes on this machine, or one pruning to a size, and what is left of the model at each level.
+    """Print what a recipe takes on a machine, or one pruning to a size, and what is left of the model at each level.
 
     Raises:
         UsageError: as `find_config` and `_show`, if a target cannot be read or reached, or if two are given.
@@ -75,24 +78,59 @@ def plan_command(config: GradualConfig, target: str | None = None, target_level:
 
 
 def _show(model: PretrainedConfig, config: GradualConfig) -> None:
-    """Print what a recipe takes on this machine: the sizes, the database of the dense model, then every stage.
-
-    The database of a later stage takes less than that of the first, and is not counted.
+    """Print what a recipe takes on a machine: the sizes, then every stage, and which of them does not fit.
 
     Raises:
         UsageError: if the model's family is not supported, or a setting cannot be used.
     """
-    calibration, database = config.calibration, config.database
     find_family(skeleton(model))  # before seconds are spent on rates
-    rates = measure_rates(DTYPES[calibration.dtype])
-    block = block_rates(model, resolve_dtype("auto", torch.device("cpu")))
-    plans = [plan(model, calibration, database, stage.target_level, rates) for stage in config.stages]
-    rows = [*_size_rows(plans[0].grid, plans[0].parameters, model, config), *_database_rows(plans[0], config)]
-    for stage, at in zip(config.stages, plans, strict=True):
-        rows += _stage_rows(stage, at, model, block, config)
+    machine = machine_of(config.device, model, config.calibration.dtype)
+    stages = stages_of(model, config, machine)
+    prunings = [Pruning.of(model, config, stage, machine) for stage in config.stages]
+    first = prunings[0].at
+    rows = [*_size_rows(first.grid, first.parameters, model, config), *map(_training_row, prunings)]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        print(f"{name:{width}}  {value}")
+        if value:
+            print(f"{name:{width}}  {value}")
+    print()
+    print(f"estimates for {machine}, by counting; memory is beside the interpreter and its libraries")
+    tables.show(TITLES, [[cells(stage) for stage in stages]])
+    print(f"in all {duration(sum(stage.seconds for stage in stages))}")
+    print(summary(first_misfit(model, config, machine, stages), machine))
+
+
+TITLES = ("stage", "time", "on each device", "on the host", "disk", "setting")
+
+
+def cells(stage: Stage) -> tuple[str, ...]:
+    """The cells of a stage's row in a table with `TITLES`."""
+    sizes = (tables.size(size) if size else "-" for size in (stage.device, stage.host, stage.disk))
+    return (stage.name, duration(stage.seconds), *sizes, stage.note)
+
+
+def _training_row(this: Pruning) -> Row:
+    """The row for the size and the training of a stage of the recipe."""
+    level, pruned = f"{this.stage.target_level:g}", tables.parameters(this.at.target_parameters)
+    if not this.stage.tokens:
+        return f"pruned to level {level}", pruned
+    counted = this.training
+    received = f"; {tables.size(counted.communication_bytes)} to each process for every micro-batch"
+    return (
+        f"pruned to level {level}",
+        f"{pruned}, trained on {this.stage.tokens:,} tokens in {counted.steps:,} steps, "
+        f"{counted.work.forward + counted.work.training:.1e} operations"
+        + (received if counted.communication_bytes else ""),
+    )
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it, in one unit."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 3600 * 72 else f"{seconds / 86400:.0f} days"
 
 
 def _size_rows(grid: Grid, parameters: int, model: PretrainedConfig, config: GradualConfig) -> list[Row]:
@@ -137,67 +175,3 @@ def _level_of(target: Target, model: PretrainedConfig, config: GradualConfig) ->
     raise UsageError(
         f"--target: expected a size that a uniform model has below level {levels}, found less; give another value"
     )
-
-
-def _database_rows(first: Plan, config: GradualConfig) -> list[Row]:
-    """Return the rows for measuring the dense model and building its database."""
-    return [
-        (f"calibration, {config.calibration.tokens:,} tokens", _duration(first.calibration_seconds)),
-        ("elimination", _duration(first.elimination_seconds)),
-        ("peak memory", f"{tables.size(first.memory_bytes)} beside the interpreter"),
-        ("database on disk", tables.size(first.disk_bytes)),
-        ("activations on disk", tables.size(first.spilled_bytes)),
-    ]
-
-
-def _stage_rows(
-    stage: GradualStage, at: Plan, model: PretrainedConfig, block: BlockRates, config: GradualConfig
-) -> list[Row]:
-    """Return the rows for the search, the refit and the training of a stage."""
-    name = f"level {stage.target_level:g}"
-    length = config.calibration.sequence_length
-    search = plan_search(at.parameters, model, at.grid, at.uniform, config.search, config.refit, length)
-    parts = {
-        "the start": search.start,
-        f"{config.search.generations} generations": search.generations,
-        "refit": search.refit,
-    }
-    seconds = ", ".join(f"{part} {_duration(work.seconds(block))}" for part, work in parts.items())
-    held = count_memory(at.parameters, model, at.grid, at.uniform, config.search, config.refit, length, torch.bfloat16)
-    rows = [
-        (f"pruned to {name}", tables.parameters(at.target_parameters)),
-        (f"  its search at {name}", seconds),
-        (f"  its memory on a GPU at {name}", _memory(held)),
-    ]
-    if not stage.tokens:
-        return rows
-    training = plan_training(at.target_parameters, at.parameters, stage.tokens, config)
-    teacher = f", the teacher's {tables.size(training.teacher_bytes)} in each" if training.teacher_bytes else ""
-    received = f"{tables.size(training.communication_bytes)} to each process for every micro-batch"
-    return [
-        *rows,
-        (
-            f"training at {name}, {stage.tokens:,} tokens",
-            f"{training.steps:,} steps, {training.work.forward + training.work.training:.1e} operations, "
-            f"{_duration(training.work.seconds(block))} on this machine",
-        ),
-        (
-            f"  its memory at {name}",
-            f"{tables.size(training.memory_bytes)} over all processes{teacher}, beside activations",
-        ),
-        *([(f"  its communication at {name}", received)] if training.communication_bytes else []),
-        (f"  its disk at {name}", tables.size(training.disk_bytes)),
-    ]
-
-
-def _memory(held: SearchMemory) -> str:
-    """What a search and its refit hold in bfloat16, with what an allocator wastes, and what more would save time."""
-    least, resident, refit = (tables.size(count / HEADROOM) for count in (held.search, held.resident, held.refitting))
-    search = least if held.training else f"{least} (with all blocks there {resident})"
-    return f"{search} for the search, {refit} for the refit; {tables.size(held.caches / HEADROOM)} more save time"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import torch
@@ -13,10 +13,13 @@ from darwinlm.config.run import CalibrationConfig, DatabaseConfig, RefitConfig, 
 from darwinlm.config.training import GradualConfig, steps_of
 from darwinlm.database.calibrate import PANEL, SPILL_BYTES
 from darwinlm.genome import Grid, prunable_parameters
+from darwinlm.losses.logits import ROWS
 from darwinlm.model.families import find_grid, head_dim
 from darwinlm.model.reading import skeleton
 from darwinlm.runtime.device import DTYPES
 from darwinlm.search.costs import parameter_costs
+from darwinlm.search.fitness import BATCH_TOKENS
+from darwinlm.search.memory import LOGITS
 from darwinlm.search.sensitivity import measured_levels
 from darwinlm.search.uniform import uniform_genome
 from darwinlm.training.teacher_logits import LOGIT_BYTES
@@ -59,8 +62,9 @@ def plan_search(
     search: SearchConfig,
     refit: RefitConfig,
     length: int,
+    processes: int = 1,
 ) -> SearchPlan:
-    """Count the work of a search and of its refits.
+    """Count the work of a search and of its refits, of the process that has most of it.
 
     A forward pass takes two operations for each weight and token. A backward pass takes two for the hidden states, and
     two for each weight that trains.
@@ -69,6 +73,7 @@ def plan_search(
         parameters: parameters of the dense model, embeddings included.
         uniform: a genome of the size that is searched for.
         length: tokens in a sequence.
+        processes: share batches and candidates where none is trained, candidates where they are, and no refit.
     """
     blocks, pruned = (prunable_parameters(grid, genome) for genome in (grid.dense(), uniform))
     head = config.vocab_size * config.hidden_size
@@ -85,13 +90,16 @@ def plan_search(
     for stage, added in zip(search.stages, search.added_tokens(length), strict=True):
         again = stage.training_tokens > 0  # a candidate that has trained is another one
         read = stage.fitness_tokens if again else added
-        scores += candidates * 2.0 * small * read
+        # A process scores whole candidates that are trained, and batches of others.
+        batches = 1 if again else max(1, -(-read // max(BATCH_TOKENS, length)))
+        own = -(-candidates * batches // processes) / batches
+        scores += own * 2.0 * small * read
         if search.metric == "kl":  # the dense model's logits, for each candidate in training or once for all
-            scores += (candidates if again else 1) * 2.0 * head * read
-        steps += candidates * (4.0 * small + 2.0 * trained) * (stage.training_tokens - before)
+            scores += (own if again else min(1.0, own)) * 2.0 * head * read
+        steps += own * (4.0 * small + 2.0 * trained) * (stage.training_tokens - before)
         candidates, before = stage.survivors, stage.training_tokens
     return SearchPlan(
-        start=Work(_start(grid, dense, blocks, small, search) + 2.0 * teacher * before),
+        start=Work(_start(grid, dense, blocks, small, search) / processes + 2.0 * teacher * before),
         generations=Work(search.generations * scores, search.generations * steps),
         refit=Work(2 * refit.tokens * 2.0 * dense, 2 * refit.tokens * (4.0 * small + 2.0 * consumers)),
     )
@@ -106,7 +114,7 @@ def _start(grid: Grid, dense: int, blocks: int, small: int, search: SearchConfig
     last: SelectionStage = search.stages[-1]
     operations, starts = 2.0 * dense * last.fitness_tokens, 1
     if search.start == "sensitivity":
-        count, starts = 1 + max(unit.block for unit in grid.units), 2
+        count, starts = blocks_of(grid), 2
         for index, unit in enumerate(grid.units):
             rest = dense - blocks * unit.block / count
             operations += 2.0 * rest * len(measured_levels(grid.highest(index))) * search.stages[0].fitness_tokens
@@ -123,7 +131,8 @@ class Plan:
         parameters: parameters of the dense model, embeddings included.
         target_parameters: parameters of the uniform model at the target level, as it is exported.
         calibration_seconds, elimination_seconds: the seconds that each takes for the whole model.
-        memory_bytes: the most bytes that are held at a time, without the interpreter and torch.
+        calibration_bytes, elimination_bytes: the most bytes that each holds in one process, without the interpreter and
+            torch.
         disk_bytes: the size of the database.
         spilled_bytes: the size of the activations that are kept in a temporary file.
     """
@@ -134,9 +143,15 @@ class Plan:
     target_parameters: int
     calibration_seconds: float
     elimination_seconds: float
-    memory_bytes: int
+    calibration_bytes: int
+    elimination_bytes: int
     disk_bytes: int
     spilled_bytes: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """The most bytes that are held at a time in one process."""
+        return max(self.calibration_bytes, self.elimination_bytes)
 
 
 def plan(
@@ -145,25 +160,31 @@ def plan(
     database: DatabaseConfig,
     target_level: float,
     rates: Rates,
+    processes: int = 1,
+    gpu: bool = False,
 ) -> Plan:
     """Return what a run on a model of this config takes.
 
     Args:
         rates: measured with the precision of `calibration`.
+        processes: share the calibration tokens, and whole blocks to eliminate; each loads all blocks. What a process
+            holds is counted.
+        gpu: whether Hessians are factorised in float64, as on a GPU.
 
     Raises:
         UsageError: if the family is not supported or a setting cannot be used.
     """
-    model = skeleton(config)
-    grid = find_grid(model, config, database)
+    grid, size = _sizes(config, database)
     units = grid.units
     genome = uniform_genome(grid, target_level, database.levels, Random(0))
-    size = sum(parameter.numel() for parameter in model.parameters())
     dtype = DTYPES[calibration.dtype]
     stored = (config.dtype or torch.float32).itemsize
+    calibration = replace(calibration, tokens=-(-calibration.tokens // processes))
     tokens, hidden = calibration.tokens, config.hidden_size
     disk = [_level_bytes(grid, index, hidden, stored) for index in range(len(units))]
     stream = tokens * hidden * dtype.itemsize
+    held = stream * (stream <= SPILL_BYTES)
+    shared = -(-blocks_of(grid) // processes) / blocks_of(grid)
     return Plan(
         grid=grid,
         uniform=genome,
@@ -171,13 +192,25 @@ def plan(
         target_parameters=parameter_costs(grid, size).of(genome),
         calibration_seconds=stored * config.vocab_size * hidden / rates.loads
         + sum(_measured(unit, config, calibration, rates) for unit in units),
-        elimination_seconds=sum(
-            _eliminated(grid, index, hidden, rates) + disk[index] / rates.disk for index in range(len(units))
-        ),
-        memory_bytes=stream * (stream <= SPILL_BYTES) + _working_bytes(units, config, calibration, dtype),
+        elimination_seconds=shared * sum(_eliminated(grid, index, hidden, rates) for index in range(len(units)))
+        + sum(disk) / rates.disk,
+        calibration_bytes=held + forward_bytes(units, config, calibration, dtype),
+        elimination_bytes=held + elimination_bytes(units, hidden, gpu),
         disk_bytes=sum(disk),
-        spilled_bytes=stream * (stream > SPILL_BYTES),
+        spilled_bytes=processes * stream * (stream > SPILL_BYTES),
     )
+
+
+_SIZES: dict[tuple[str, DatabaseConfig], tuple[Grid, int]] = {}
+
+
+def _sizes(config: PretrainedConfig, database: DatabaseConfig) -> tuple[Grid, int]:
+    """Return the grid and the parameters of a model; of equal configs once, for they take most of a plan's time."""
+    key = config.to_json_string(), database
+    if key not in _SIZES:
+        model = skeleton(config)
+        _SIZES[key] = find_grid(model, config, database), sum(weight.numel() for weight in model.parameters())
+    return _SIZES[key]
 
 
 def _measured(unit: Unit, config: PretrainedConfig, calibration: CalibrationConfig, rates: Rates) -> float:
@@ -203,9 +236,16 @@ def _measured(unit: Unit, config: PretrainedConfig, calibration: CalibrationConf
 def _eliminated(grid: Grid, index: int, d_out: int, rates: Rates) -> float:
     """Return the seconds that a unit's elimination and its level solves take."""
     unit = grid.units[index]
-    swept = columns(unit) ** 2 / rates.sweeps if unit.structure_width == 1 else 0.0
-    solved = solve_operations(grid, index, d_out) / rates.solves
-    return elimination_operations(unit, d_out) / rates.products + swept + solved
+    single, inverse = unit.structure_width == 1, columns(unit) ** 3
+    swept = columns(unit) ** 2 / rates.sweeps if single else 0.0
+    waited = unit.structures * (rates.channel if single else rates.block)
+    solved = inverse / rates.inverses + solve_operations(grid, index, d_out) / rates.solves
+    return (elimination_operations(unit, d_out) - inverse) / rates.products + swept + waited + solved
+
+
+def largest_level_bytes(grid: Grid, d_out: int, stored: int) -> int:
+    """Return the bytes of all levels of the unit that has most of them."""
+    return max(_level_bytes(grid, index, d_out, stored) for index in range(len(grid.units)))
 
 
 def _level_bytes(grid: Grid, index: int, d_out: int, stored: int) -> int:
@@ -216,18 +256,27 @@ def _level_bytes(grid: Grid, index: int, d_out: int, stored: int) -> int:
     )
 
 
-def _working_bytes(
+def forward_bytes(
     units: tuple[Unit, ...], config: PretrainedConfig, calibration: CalibrationConfig, dtype: torch.dtype
 ) -> int:
-    """Return the most bytes that a block needs, in its forward pass or in the elimination of its larger unit."""
+    """Return the bytes of a block, its Hessians and its forward pass."""
     first = [unit for unit in units if unit.block == 0]
-    squares = [FLOAT * columns(unit) ** 2 for unit in first]
-    weights = [FLOAT * columns(unit) * config.hidden_size for unit in first]
+    squares = sum(FLOAT * columns(unit) ** 2 for unit in first)
     block = dtype.itemsize * sum(unit.parameters(0) for unit in first)
     in_flight = calibration.batch_size * calibration.sequence_length * FLOAT * 4 * max(map(columns, first))
-    forward = block + sum(squares) + in_flight
-    # The Hessian as summed, damped and sorted, its inverse, the Gram matrix, and a Cholesky factor.
-    return max(forward, 6 * max(squares) + 2 * max(weights))
+    return block + squares + in_flight
+
+
+def elimination_bytes(units: tuple[Unit, ...], hidden: int, gpu: bool) -> int:
+    """Return the bytes that the elimination of a block's larger unit takes."""
+    widest = max(columns(unit) for unit in units if unit.block == 0)
+    # The Hessian as summed, damped and sorted, its inverse, the Gram matrix, and a factor, in float64 on a GPU.
+    return FLOAT * ((7 if gpu else 6) * widest**2 + 2 * widest * hidden)
+
+
+def blocks_of(grid: Grid) -> int:
+    """Return the number of decoder blocks."""
+    return 1 + max(unit.block for unit in grid.units)
 
 
 @dataclass(frozen=True)
@@ -270,3 +319,22 @@ def plan_training(parameters: int, teacher_parameters: int, tokens: int, config:
         disk_bytes=FLOAT * tokens + logits + 2 * 3 * FLOAT * parameters,
         communication_bytes=(2 * DTYPES["bfloat16"].itemsize + FLOAT) * parameters if config.training.fsdp else 0,
     )
+
+
+def activation_bytes(config: PretrainedConfig, at: Plan, tokens: int, checkpointing: bool) -> int:
+    """Return the bytes that a training step keeps of its forward pass, and of the logits of a few tokens.
+
+    Of a block they are, for each token: the stream in float32 around each of two norms and what the norms give, and
+    five tensors as wide as what each consumer reads. Where activations are computed again they are one block's, and the
+    stream in front of every block.
+
+    Args:
+        tokens: of a micro-batch.
+    """
+    each, blocks = DTYPES["bfloat16"].itemsize, blocks_of(at.grid)
+    left = zip(at.grid.units, at.grid.removed, at.uniform.levels, strict=True)
+    inputs = sum((unit.structures - removed[level]) * unit.structure_width for unit, removed, level in left)
+    kept = tokens * (2 * (FLOAT + each) * config.hidden_size * blocks + 5 * each * inputs)
+    if checkpointing:
+        kept = kept // blocks + tokens * config.hidden_size * each * blocks
+    return kept + LOGITS * FLOAT * min(ROWS, tokens) * config.vocab_size

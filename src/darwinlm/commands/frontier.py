@@ -1,0 +1,228 @@
+"""`darwinlm frontier`: one database, and over it a pruned model at each of several sizes, to choose one of them.
+
+Every size is a run of its own in a directory of the frontier's, whose search begins at its neighbours' genomes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from functools import cache, partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from darwinlm.commands.compress import allocate, build_database, finish, make_fitness
+from darwinlm.commands.judging import Cells, Judge, find_requests, note_questions
+from darwinlm.commands.run_directory import FRONTIER_SETTINGS, SETTINGS, Run, claim, explain_failures
+from darwinlm.commands.work import Work, open_work
+from darwinlm.config.evaluation import TasksConfig
+from darwinlm.config.files import read_settings
+from darwinlm.config.frontier import FrontierConfig
+from darwinlm.config.run import RunConfig
+from darwinlm.database.store import Database
+from darwinlm.evaluation.tasks import Request
+from darwinlm.report.comparison import DENSE, Cell
+from darwinlm.report.figures import save_figure
+from darwinlm.report.frontier import figure, markdown, print_table
+from darwinlm.runtime import parallel
+from darwinlm.runtime.files import write_text
+from darwinlm.runtime.progress import say
+from darwinlm.search.budget import Target
+from darwinlm.search.costs import parameter_costs
+from darwinlm.search.fitness import Fitness
+from darwinlm.search.mutation import adapt, spread
+from darwinlm.search.sensitivity import find_starts, sensitivities
+from darwinlm.types import DarwinError, Genome, SearchResult, SelectionStage, UsageError
+
+TABLE, PICTURE = "frontier.md", "frontier.png"
+
+
+# Settings that may change later: more sizes and tasks, and how tasks are asked.
+OPEN = ("targets", "sizes", "largest", "smallest", *(each.name for each in fields(TasksConfig)))
+
+
+def frontier(config: FrontierConfig) -> list[Cell]:
+    """Search, refit and measure a model at every size, print the table, and write `frontier.md` and `frontier.png`.
+
+    What is finished is not done again, so that sizes and tasks can be added.
+
+    Returns:
+        The dense model's cell, then those of the sizes, the largest first; none on processes but the first.
+
+    Raises:
+        UsageError: if a setting, model, size or text cannot be used.
+        DarwinError: if a stage or a task fails. The same call goes on from there.
+    """
+    out = Path(config.out)
+    told = explain_failures(f"the frontier in {out}", "lower --calibration.batch-size")
+    with told, parallel.together(), parallel.shared_directory(out, lambda: _claim(out, config)):
+        requests, asked = find_requests(config, out)
+        work, sizes = _open(config, out)
+        database = build_database(work)
+        results = _search(work, sizes, database)
+        if not parallel.first():
+            return []
+        note_questions(asked, out)
+        cells = _measure(work, sizes, results, database, config, requests)
+        write_text(out / TABLE, markdown(cells, _protocol(config), PICTURE))
+        save_figure(out / PICTURE, figure(cells))
+    print_table(cells)
+    print(out / TABLE, out / PICTURE, sep="\n")
+    return cells
+
+
+def find_size(path: Path, target: str | None) -> Run:
+    """The run of a size of a frontier; a size that it lacks is searched first, from its neighbours.
+
+    Raises:
+        UsageError: if no size is named, or it cannot be reached.
+        DarwinError: as `frontier`.
+    """
+    config = replace(read_settings(path / FRONTIER_SETTINGS, FrontierConfig), out=str(path))
+    found = [target for target in config.wanted if Run(path / target).searched]
+    if target is None:
+        raise UsageError(
+            f"{path} has models of several sizes: expected --target, one of {', '.join(found) or 'none yet'} or a size "
+            "between them; name one"
+        )
+    this = Run(path / target)
+    if not this.searched:
+        told = explain_failures(f"the search in {this.path}", "give it less --memory")
+        with told, parallel.shared_directory(path, lambda: None):
+            work, sizes = _open(replace(config, targets=(*found, target)), path)
+            _search(work, sizes, build_database(work))
+    return this
+
+
+def _claim(out: Path, config: FrontierConfig) -> None:
+    claim(out, FRONTIER_SETTINGS, config, ("base",), OPEN)
+    base = _base(config)
+    Path(base.out).mkdir(exist_ok=True)
+    claim(Path(base.out), SETTINGS, base)
+
+
+def _base(config: FrontierConfig) -> RunConfig:
+    """The run whose database and sensitivities all sizes share."""
+    shared = {each.name for each in fields(RunConfig)} & {each.name for each in fields(FrontierConfig)}
+    settings: dict[str, Any] = {name: getattr(config, name) for name in shared}
+    return RunConfig(**settings | {"out": str(Path(config.out) / "base")})
+
+
+def _open(config: FrontierConfig, out: Path) -> tuple[Work, dict[str, Work]]:
+    """Open what all sizes share, and each size. What could not even begin leaves its directory to another."""
+    base = Run(out / "base")
+    try:
+        work = open_work(base, _base(config), "report")
+        return work, _at_all_sizes(work, config)
+    except DarwinError:
+        if parallel.first() and not (base.path / "database").exists():
+            shutil.rmtree(base.path, ignore_errors=True)
+            (out / FRONTIER_SETTINGS).unlink(missing_ok=True)
+        raise
+
+
+def _at_all_sizes(work: Work, config: FrontierConfig) -> dict[str, Work]:
+    """The work at every size by its target, the largest first, so that one that cannot be reached is found early."""
+    costs = parameter_costs(work.grid, work.dense_parameters)
+    sizes = {target: _at(work, config, target) for target in config.wanted}
+    return dict(sorted(sizes.items(), key=lambda size: -costs.of(size[1].uniform)))
+
+
+def _at(work: Work, config: FrontierConfig, target: str) -> Work:
+    this = Run(Path(config.out) / target)
+    settings = replace(work.config, out=str(this.path), target=target, reuse=work.config.out)
+    if Target.parse(target).measure == "latency" and config.latency.table is None:
+        work.at(work.run, replace(work.config, target=target), "search")  # which measures the table
+        table = str(work.run.search / "latency.json")
+        settings = replace(settings, latency=replace(config.latency, table=table))
+    return work.at(this, settings, "export")
+
+
+def _search(work: Work, sizes: Mapping[str, Work], database: Database) -> dict[str, SearchResult]:
+    """The best genome of every size; each search starts from sensitivities and from the sizes that are finished."""
+    results: dict[str, SearchResult] = {}
+    largest = next(iter(sizes.values()))
+    with work.within_memory():
+        fitness = make_fitness(largest, database)
+        for number, (target, at) in enumerate(sizes.items(), 1):
+            say(f"frontier: {number}/{len(sizes)}, search at {target}")
+            if parallel.first():
+                at.run.path.mkdir(exist_ok=True)
+                claim(at.run.path, SETTINGS, at.config)
+            known = {name: size.run.genome for name, size in sizes.items() if name != target and size.run.searched}
+            results[target] = allocate(at, fitness, partial(_starts, work, at, fitness, known))
+            parallel.wait_for_all()  # for what the first process writes in the end
+    return results
+
+
+def _starts(work: Work, at: Work, fitness: Fitness, known: Mapping[str, Genome]) -> dict[str, Genome]:
+    """Starts of the search at a size: those of any search, and genomes of the sizes next to it, made to fit."""
+    config, seed, directory = at.config.search, at.config.seed, work.run.search
+    starts = find_starts(at.uniform, at.budget, fitness, config, seed, directory)
+    stage = SelectionStage(1, config.stages[0].fitness_tokens)
+    for name, genome in _neighbours(known, at).items():
+        if config.start == "sensitivity":
+            table = sensitivities(at.grid, fitness, stage, directory / "sensitivities.json")
+            starts[name] = adapt(genome, at.budget, table)
+        else:
+            starts[name] = spread(genome, at.budget, Random(seed))
+    admitted = {name: genome for name, genome in starts.items() if at.budget.admits(genome)}
+    return admitted or starts
+
+
+def _neighbours(known: Mapping[str, Genome], at: Work) -> dict[str, Genome]:
+    """The next larger and the next smaller genome of those that are known, by name."""
+    cost = at.budget.cost
+    larger = [name for name in known if cost(known[name]) > at.budget.main.limit]
+    smaller = [name for name in known if name not in larger]
+    next_ones = [min(larger, key=lambda name: cost(known[name]))] if larger else []
+    next_ones += [max(smaller, key=lambda name: cost(known[name]))] if smaller else []
+    return {name: known[name] for name in next_ones}
+
+
+def _measure(
+    work: Work,
+    sizes: Mapping[str, Work],
+    results: Mapping[str, SearchResult],
+    database: Database,
+    config: FrontierConfig,
+    requests: list[Request],
+) -> list[Cell]:
+    """The cells of the dense model and of all sizes, with their scores."""
+    cells, chosen = Cells(Path(config.out)), []
+    held_out, tokenizer = work.tokens["evaluation"], work.checkpoint.tokenizer
+    dense = work.dense(work.checkpoint.dtype)
+    judge = Judge(dense, held_out, work.texts, tokenizer, config.evaluation, config)
+    for number, target in enumerate((DENSE, *sizes)):
+        place = f"frontier: {number}/{len(sizes)}, {target}"
+        wanted = _cell(work, target, results.get(target))
+        # Stitched and refitted when it is first asked for.
+        make = partial(finish, sizes[target], database, "searched", results[target].best) if number else lambda: dense
+        model = cache(make)
+        cell = cells.of.get((wanted.method, wanted.kept))
+        if cell is None or cell.levels != wanted.levels:
+            say(f"{place}: measured")
+            cell = cells.keep(judge.measure(wanted, model()))
+        chosen.append(judge.with_scores(cells, cell, model, requests, place))
+    return chosen
+
+
+def _cell(work: Work, target: str, result: SearchResult | None) -> Cell:
+    """The cell of a search's result, or of the dense model, before anything is measured."""
+    genome = work.grid.dense() if result is None else result.best
+    parameters = parameter_costs(work.grid, work.dense_parameters).of(genome)
+    kept = round(parameters / work.dense_parameters, 6)
+    seconds = sum(line.seconds for line in result.history) if result else 0.0
+    return Cell(target, kept, levels=genome.levels, parameters=parameters, seconds=seconds)
+
+
+def _protocol(config: FrontierConfig) -> list[str]:
+    search = config.search
+    return [
+        f"{config.model} on {config.data}: {config.calibration.tokens:,} calibration tokens; {search.generations} "
+        f"generations of {search.offspring} offspring at each size; refit on {config.refit.tokens:,} tokens; seed "
+        f"{config.seed}",
+        f"`darwinlm export {config.out} --target SIZE --out DIRECTORY` writes one of them, or a size between them",
+    ]
