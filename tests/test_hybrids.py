@@ -104,9 +104,7 @@ def test_what_is_left_of_blocks_is_read_from_the_model(case: pruned.Pruned, tmp_
     left = prunable_parameters(again.database.grid, again.database.grid.dense())
     assert left == prunable_parameters(grid, genome)
     whole = sum(parameter.numel() for parameter in case.dense.parameters())
-    shared = (
-        0 if case.checkpoint.family.mixer_norms else case.dense.config.hidden_size
-    )  # of a norm
+    shared = 0 if case.checkpoint.family.mixer_norms else case.dense.config.hidden_size  # of a norm
     assert size - left == whole - prunable_parameters(grid, grid.dense()) - shared
 
 

@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
     FalconConfig,
     FalconH1Config,
     Gemma2Config,
@@ -82,6 +83,10 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "phi3": Phi3Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False),
     "olmo2": Olmo2Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, attention_bias=True),
     "glm4": Glm4Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, head_dim=8, attention_bias=True),
+    "cohere2": Cohere2Config(
+        **COMMON, num_attention_heads=8, num_key_value_heads=4, sliding_window=8, logit_scale=0.5,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
     # Attention and MLP read one norm, and both are added to the stream at once.
     "phi": PhiConfig(**COMMON, num_attention_heads=4, num_key_value_heads=2, partial_rotary_factor=0.5),  # pyright: ignore[reportCallIssue]
     # Linear modules are stored transposed, and blocks take arguments without names.

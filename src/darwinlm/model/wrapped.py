@@ -6,6 +6,7 @@ Everything but the export sees the language model alone, as a causal model of it
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 
 from accelerate import init_empty_weights
@@ -21,6 +22,7 @@ from darwinlm.runtime.understood import understood
 from darwinlm.types import UsageError
 
 WRAPPED = "text_config"  # the field of a wrapper's config that describes the language model in it
+LOGITS = {"logit_scale": 1.0, "logits_scaling": 1.0, "final_logit_softcapping": None}  # fields, and that change nothing
 
 
 def is_wrapper(config: PretrainedConfig) -> bool:
@@ -44,6 +46,9 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
         )
     text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", False))
     text.dtype = text.dtype or config.dtype
+    for name in LOGITS.keys() & vars(text).keys():
+        if name not in inspect.getsource(inspect.unwrap(wrapper_class(config).forward)):  # the whole does not heed it
+            setattr(text, name, LOGITS[name])
     if getattr(config, "quantization_config", None):
         text.quantization_config = config.quantization_config
     return text
