@@ -24,6 +24,7 @@ from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import block_sizes
 from darwinlm.model.reading import load
 from darwinlm.model.wrapper_code import foreign_code
+from darwinlm.types import Genome
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,6 +116,23 @@ def test_an_export_is_read_again_as_a_language_model(whole: tuple[Any, pruned.Pr
     assert len(again.checkpoint.units) == len(case.checkpoint.units) - gone < len(case.checkpoint.units)
     twice = export(again, -1, tmp_path / "twice", verify=True)
     assert Checkpoint(twice).beside.keys() == case.checkpoint.beside.keys()
+
+
+@pytest.mark.slow
+def test_a_block_stays_behind_which_the_vision_tower_adds_something(tmp_path: Path) -> None:
+    model = wrappers.write_checkpoint(tmp_path / "dense", "qwen3_vl")
+    case = pruned.prune(tmp_path / "dense", tmp_path / "database")
+    genome = Genome(tuple(top if index in (2, 3) else 0 for index, top in enumerate(tops(case))))
+    stitched = repeat_shared(case.stitcher.stitch(genome))
+    sizes = block_sizes(case.database.grid, genome, case.dense.config)
+    assert sizes[1].empty
+    out = pruned.export_hf(stitched, sizes, pruned.tiny.tokenizer(), tmp_path / "out", "", None, case.checkpoint.path)
+    found: Any = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
+    masked = pruned.zero_masked(case.dense, case.database, genome)
+    twin: Any = wrappers.masked_wrapper(model, masked.state_dict(), case.checkpoint.family.backbone)
+    inputs = wrappers.image_inputs("qwen3_vl")
+    torch.testing.assert_close(found(**inputs).logits, twin(**inputs).logits, rtol=1e-4, atol=2e-4)
+    assert len(Checkpoint(out).units) == len(case.checkpoint.units) - 2
 
 
 @pytest.mark.slow

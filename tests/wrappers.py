@@ -25,7 +25,9 @@ from transformers import (
     PixtralVisionConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2_5_VLConfig,
     Qwen3_5Config,
+    Qwen3VLConfig,
     Siglip2VisionConfig,
     SiglipVisionConfig,
     SmolVLMConfig,
@@ -40,6 +42,10 @@ IMAGE = 300  # the token that stands for a part of an image
 PARTS = 4  # of an image
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION: dict[str, Any] = SIZES | {"image_size": 28, "patch_size": 14}
+TEXT: dict[str, Any] = tiny.COMMON | {
+    "num_attention_heads": 8, "num_key_value_heads": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+}  # fmt: skip
 
 
 def _text(family: str) -> dict[str, Any]:
@@ -87,6 +93,22 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         text_config=_text("llama-gqa"), vision_config=SmolVLMVisionConfig(**VISION).to_dict(),
         image_token_id=IMAGE, scale_factor=1, tie_word_embeddings=True,
     ),
+    "qwen2_5_vl": lambda: Qwen2_5_VLConfig(
+        text_config=TEXT | {"num_attention_heads": 4, "num_key_value_heads": 2}, image_token_id=IMAGE,
+        video_token_id=301, vision_start_token_id=302, vision_end_token_id=303,
+        vision_config={
+            "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "patch_size": 7, "window_size": 28,
+            "out_hidden_size": 32, "fullatt_block_indexes": [1],
+        },
+    ),
+    "qwen3_vl": lambda: Qwen3VLConfig(
+        text_config=TEXT | {"head_dim": 8}, image_token_id=IMAGE, video_token_id=301, vision_start_token_id=302,
+        vision_end_token_id=303,
+        vision_config={
+            "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "patch_size": 7,
+            "out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1],
+        },
+    ),
     "lfm2_vl": lambda: Lfm2VlConfig(
         text_config=_text("lfm2-hybrid"), image_token_id=IMAGE, downsample_factor=2, projector_hidden_size=32,
         vision_config=Siglip2VisionConfig(**SIZES, patch_size=7, num_patches=16, vision_use_head=False).to_dict(),
@@ -132,7 +154,7 @@ def _more(family: str, pixels: Tensor, ids: Tensor) -> dict[str, Tensor]:
         return {"pixel_values": pixels[:, None]}
     if family == "paligemma":
         return {"token_type_ids": torch.zeros_like(ids)}
-    if family == "qwen3_5":  # patches of two frames
+    if family.startswith("qwen"):  # patches of two frames
         grid = torch.tensor([[1, 4, 4]] * 2)
         patches = pixels.repeat(1, 2, 1, 1).flatten().reshape(2 * 16, -1)
         return {"pixel_values": patches, "image_grid_thw": grid, "mm_token_type_ids": (ids == IMAGE).int()}

@@ -90,7 +90,7 @@ def _precise_weights(
     tied = {name for name, _ in exported.named_parameters(remove_duplicate=False)}
     once = dict(exported.named_parameters())
     state: dict[str, Tensor] = exported.state_dict()
-    renumbered = renumber_blocks(precise, remaining_blocks(sizes), find_frame(model).blocks)
+    renumbered = renumber_blocks(precise, remaining_blocks(sizes, model.config), find_frame(model).blocks)
     return {name: renumbered.get(name, tensor) for name, tensor in state.items() if name in once or name not in tied}
 
 

@@ -50,7 +50,9 @@ from darwinlm.runtime.scratch import scratch_directory
 from darwinlm.types import BlockSizes, DarwinError, UsageError
 
 TEMPLATE = Path(__file__).with_name("modeling_pruned_llama.py")
+CAUSAL = Path(__file__).with_name("modeling_causal_llama.py")  # for decoders without a causal language model
 CLASSIFIER = "AutoModelForSequenceClassification"
+FIRST_KEPT = "first_kept"  # the field that says how many blocks stay whatever is left of them
 INDICES = ("mlp_only_layers", "full_attn_idxs")  # fields that list blocks, rather than something of each
 
 
@@ -75,14 +77,44 @@ def stock_names(family: str) -> dict[str, str]:
     names = {
         "AutoConfig": CONFIG_MAPPING_NAMES[family],
         "AutoModel": MODEL_MAPPING_NAMES[family],
-        "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family],
+        "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family) or _causal_name(family),
     }
     return names | ({CLASSIFIER: classifiers[family]} if family in classifiers else {})
+
+
+def is_text_family(family: str) -> bool:
+    """Whether transformers has a causal language model of a family, or the decoder of one inside another model."""
+    inner = family.endswith("_text") and family in MODEL_MAPPING_NAMES
+    return inner or family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _causal_name(family: str) -> str:
+    return f"{MODEL_MAPPING_NAMES[family].removesuffix('Model')}ForCausalLM"
+
+
+@cache
+def complete_family(family: str) -> None:
+    """Register a causal language model of a family of which transformers has the decoder alone."""
+    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        module = sys.modules[pruned_classes(family)["AutoModelForCausalLM"].__module__]
+        AutoModelForCausalLM.register(CONFIG_MAPPING[family], getattr(module, _causal_name(family)), exist_ok=True)
+
+
+def _with_causal_class(text: str) -> str:
+    """The source of the classes of pruned models, with a causal language model that transformers does not have."""
+    source = CAUSAL.read_text()
+    text = text.replace(" LlamaForCausalLM,", " GenerationMixin,", 1)
+    imported = "from transformers.modeling_outputs import CausalLMOutputWithPast\n"
+    before, rest = text.split("\n\nclass PrunedLlamaConfig", 1)
+    before = before.replace("StaticLayer\n", f"StaticLayer\n{imported}", 1)
+    return f"{before}\n\n{source[source.index('class Llama') :]}\n\nclass PrunedLlamaConfig{rest}"
 
 
 def render(family: str) -> str:
     """Return the source of the Python module that an export of a family contains."""
     text, stock = TEMPLATE.read_text(), stock_names(family)
+    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        text = _with_causal_class(text)
     if CLASSIFIER not in stock:
         text = text[: text.index("\n\nGeneric: Any")]
     for auto, name in stock_names("llama").items():
@@ -139,9 +171,16 @@ def register_classes(classes: Mapping[str, Any]) -> None:
             auto.register(config, classes[auto.__name__], exist_ok=True)
 
 
-def remaining_blocks(sizes: Sequence[BlockSizes]) -> tuple[int, ...]:
-    """Return the blocks of which anything remains. The others compute nothing and are left out of a checkpoint."""
-    return tuple(i for i, block in enumerate(sizes) if not block.empty)
+def remaining_blocks(sizes: Sequence[BlockSizes], config: PreTrainedConfig) -> tuple[int, ...]:
+    """Return the blocks of which anything remains. The others compute nothing and are left out of a checkpoint.
+
+    The first blocks stay whatever is left of them if another model adds something of its own behind each.
+
+    Args:
+        config: of the model, before or after pruning.
+    """
+    kept = getattr(config, FIRST_KEPT, 0)
+    return tuple(i for i, block in enumerate(sizes) if not block.empty or i < kept)
 
 
 def renumber_blocks(state: Mapping[str, Tensor], remaining: Sequence[int], blocks: str) -> dict[str, Tensor]:
@@ -180,7 +219,7 @@ def pruned_config(config: PreTrainedConfig, sizes: Sequence[BlockSizes]) -> PreT
         raise UsageError(
             f"expected sizes for {config.num_hidden_layers} blocks, found {len(sizes)}; use the sizes of this model"
         )
-    remaining = remaining_blocks(sizes)
+    remaining = remaining_blocks(sizes, config)
     blocks = [sizes[i] for i in remaining]
     fields, described = _shared_fields(config), describe_layers(config)
     mixers = "mixer" in described["layer_parts"]["stubs"]
@@ -334,7 +373,7 @@ def pruned_model(
     with init_empty_weights():
         result = _model_class(config)(config)
     given = model.state_dict() if weights is None else weights
-    state = renumber_blocks(given, remaining_blocks(sizes), find_frame(model).blocks)
+    state = renumber_blocks(given, remaining_blocks(sizes, model.config), find_frame(model).blocks)
     for path, module in result.named_modules():
         if is_selection(module) and f"{path}.weight" in state:  # of a norm from which nothing has gone
             state[f"{path}.module.weight"] = state.pop(f"{path}.weight")

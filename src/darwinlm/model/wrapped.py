@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from accelerate import init_empty_weights
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from darwinlm.model.naming import own_names
-from darwinlm.model.pruned import family_of
+from darwinlm.model.pruned import FIRST_KEPT, complete_family, family_of, is_text_family
 from darwinlm.model.shards import Header
 from darwinlm.model.wrapper_code import wrapper_class
 from darwinlm.runtime.understood import understood
@@ -39,11 +38,15 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
     if not is_wrapper(config):
         return config
     text = copy.deepcopy(getattr(config, WRAPPED))
-    if family_of(text) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not is_text_family(family_of(text)):
         raise UsageError(
-            f"unsupported model family {family_of(config)!r}: expected a causal language model of transformers in it, "
+            f"unsupported model family {family_of(config)!r}: expected a language model of transformers in it, "
             f"found {family_of(text)!r}; convert the model to another family"
         )
+    complete_family(family_of(text))
+    layers = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None)
+    if layers:  # what these layers of a vision tower see is added behind the first blocks
+        setattr(text, FIRST_KEPT, len(layers))
     text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", False))
     text.dtype = text.dtype or config.dtype
     for name in LOGITS.keys() & vars(text).keys():
