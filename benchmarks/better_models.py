@@ -17,6 +17,7 @@ from statistics import mean
 
 import torch
 from cells import cells
+from held_out import HeldOut
 from search import even_at, open_bench
 from shared_database import run_over
 from time_to_kl import plainly, texts
@@ -24,7 +25,6 @@ from time_to_kl import plainly, texts
 from darwinlm import load
 from darwinlm.config.run import DatabaseConfig, RunConfig
 from darwinlm.runtime.files import read_lines
-from darwinlm.search.held_out import HeldOut
 from darwinlm.types import Genome
 
 METHODS = ("uniform", "plain search", "start", "compress")

@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from held_out import HeldOut
 
 from darwinlm.config.run import DatabaseConfig
 from darwinlm.data.corpus import read_corpus
@@ -32,7 +33,6 @@ from darwinlm.database.store import Database, add_unit
 from darwinlm.genome import level_grid
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.families import find_units
-from darwinlm.search.held_out import HeldOut
 from darwinlm.search.uniform import uniform_genome
 
 TOKENS = Path(__file__).resolve().parents[2] / "shared" / "reference" / "smollm2_calibration_tokens.npz"

@@ -10,6 +10,7 @@ through the types that are named, or all, and writes their rows of the table in 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -44,6 +45,7 @@ from darwinlm.training.refit import refit
 from darwinlm.types import DarwinError, SelectionStage
 
 RESULTS = Path(__file__).with_name("RESULTS-families.md")
+UNMADE = "cannot be made tiny"
 SECONDS = 120  # for one model
 LARGEST = 20_000_000  # parameters of a model that counts as tiny
 STEPS = ("units", "database", "stitch", "search", "refit", "export", "reload", "generate")
@@ -74,9 +76,19 @@ DELTA = TURNS | {
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
 }  # fmt: skip
 MAMBA = {"mamba_n_heads": 16, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 # Fields without which a small model of the type cannot be built.
 NEEDED: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "falcon": {"head_dim": None},
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.0] * 3,
+        "laurel_rank": 8,
+        "vocab_size_per_layer_input": 320,
+        "hidden_size_per_layer_input": 16,
+    },
     "deepseek_v3": {"head_dim": None},
     "youtu": {"head_dim": None},
     "helium": {"head_dim": 8},
@@ -148,6 +160,20 @@ def kind_of(model: PreTrainedModel) -> str:
     return DENSE
 
 
+def kind_of_config(config: PreTrainedConfig) -> str:
+    """What kind of model a config is of that no small model is made of; what its fields tell."""
+    if config.is_encoder_decoder:
+        return "attention to another model"
+    if any(name.startswith(("text_", "vision_", "decoder_")) for name in config.sub_configs):
+        return "wrapper of several models"
+    kinds = {
+        r'"(\w*num_\w*experts": [1-9]|n_routed_experts")': "mixture of experts",
+        r'"(state_size|mamba_\w+)"': "state space or linear attention",
+    }
+    text = config.to_json_string(use_diff=False)
+    return next((kind for pattern, kind in kinds.items() if re.search(pattern, text)), UNMADE)
+
+
 def steps(model: PreTrainedModel, directory: Path) -> Iterator[str]:
     """Take a model through all steps. Yields the name of each step that it has passed."""
     checkpoint_path = directory / "dense"
@@ -202,7 +228,7 @@ def steps(model: PreTrainedModel, directory: Path) -> Iterator[str]:
 
 def examine(model_type: str, out: Path) -> int:
     """Write to `out` the kind of a model type, the steps that it passes, and why it passes no more."""
-    found: dict[str, Any] = {"kind": "cannot be made tiny", "passed": []}
+    found: dict[str, Any] = {"kind": kind_of_config(CONFIG_MAPPING[model_type]()), "passed": []}
     try:
         kind = kind_of(meta_model(model_type))
         model = tiny_model(model_type) if kind in (DENSE, HYBRID) else None
@@ -215,7 +241,8 @@ def examine(model_type: str, out: Path) -> int:
     except DarwinError as error:
         found["refused"] = str(error)
     except Exception as error:
-        found["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if found["kind"] in (UNMADE, "dense decoder"):
+            found["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     out.write_text(json.dumps(found))
     return 0
 
@@ -225,7 +252,7 @@ def row(model_type: str, examine_it: Callable[[str, Path], int] = examine) -> di
     with tempfile.TemporaryDirectory() as directory:
         out, log = Path(directory) / "found.json", Path(directory) / "log"
         ended = attempt(partial(examine_it, model_type, out), log, SECONDS)[0]
-        found = json.loads(out.read_text()) if out.exists() else {"kind": "cannot be made tiny", "passed": []}
+        found = json.loads(out.read_text()) if out.exists() else {"kind": UNMADE, "passed": []}
         if ended == "killed":
             found.setdefault("failed", f"not done after {SECONDS} seconds")
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

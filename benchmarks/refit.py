@@ -16,6 +16,7 @@ from random import Random
 from statistics import mean
 
 import torch
+from held_out import HeldOut
 from torch import Tensor
 
 from darwinlm.config.run import DatabaseConfig, RefitConfig
@@ -25,7 +26,6 @@ from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import Database, add_unit
 from darwinlm.genome import level_grid
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
-from darwinlm.search.held_out import HeldOut
 from darwinlm.search.uniform import uniform_genome
 from darwinlm.training.refit import refit, set_consumers
 

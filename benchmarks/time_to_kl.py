@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from held_out import HeldOut
 from refit import HELD_OUT, wikitext
 from search import LENGTH, Bench, even_at, mutants, open_bench, plan_of, seconds, staged, stages
 from torch import Tensor
@@ -31,7 +32,6 @@ from darwinlm.model.checkpoint import find_checkpoint
 from darwinlm.search.budget import Budget
 from darwinlm.search.evolution import evolve
 from darwinlm.search.fitness import Fitness
-from darwinlm.search.held_out import HeldOut
 from darwinlm.search.sensitivity import find_starts
 from darwinlm.types import Genome
 

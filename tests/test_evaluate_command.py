@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -26,6 +28,7 @@ from darwinlm.evaluation.generation import repetition, write
 from darwinlm.evaluation.local_tasks import LOCAL
 from darwinlm.evaluation.quality import quality_over, windows_over
 from darwinlm.evaluation.tasks import SUITE, Request, Score
+from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.reading import load
 from darwinlm.types import UsageError
 
@@ -60,6 +63,34 @@ def test_perplexity_and_kl_in_windows_equal_those_of_full_logits(stride: int) ->
         divergences.append((p.exp() * (p - q)).sum())
     assert found["other"].perplexity == pytest.approx(torch.stack(surprises).mean().exp().item(), rel=1e-4)
     assert found["other"].kl == pytest.approx(torch.stack(divergences).mean().item(), rel=1e-4)
+
+
+def test_no_more_than_two_models_are_held_at_a_time(
+    checkpoints: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And all have the figures that they have when they are evaluated alone."""
+    held: list[weakref.ref[Any]] = []
+    most = 0
+    read = Checkpoint.load
+
+    def counted(*given: Any) -> Any:
+        nonlocal most
+        model = read(*given)
+        held.append(weakref.ref(model))
+        gc.collect()
+        most = max(most, sum(each() is not None for each in held))
+        return model
+
+    dense, *others = (tiny.write_checkpoint(tmp_path / str(seed), "llama-gqa", seed) for seed in range(4))
+    config = EvaluateConfig(
+        model=str(others[0]), data=str(text), against=str(dense), beside=",".join(map(str, others[1:])), tokens=256,
+        window=64, generation=True, continuation_tokens=4, device="cpu",
+    )  # fmt: skip
+    monkeypatch.setattr(Checkpoint, "load", counted)
+    cards = evaluate_models(config)
+    assert most == 2
+    alone = [evaluate_models(replace(config, model=str(other), beside=None))[-1] for other in others]
+    assert [(card.qualities, card.writing) for card in cards[1:]] == [(card.qualities, card.writing) for card in alone]
 
 
 def test_repetition_counts_four_grams() -> None:

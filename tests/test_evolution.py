@@ -166,6 +166,8 @@ def test_it_starts_from_the_best_start(tmp_path: Path) -> None:
     )
     assert result.history[0].genome == target()
     assert result.history[0].scored == 2
+    starts = {"uniform": start, "better": target()}
+    assert result.history[0].starts == {name: KnownFitness(target()).score(g, STAGES[-1]) for name, g in starts.items()}
     assert fitness.asked[:2] == [(start, STAGES[-1]), (target(), STAGES[-1])], (
         "by the last stage, as its rivals will be"
     )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 import pruned
 import tiny
@@ -19,6 +19,7 @@ from darwinlm.database.calibrate import calibrate
 from darwinlm.database.levels import Level
 from darwinlm.database.stitch import NoAttn, repeat_shared
 from darwinlm.genome import level_grid, prunable_parameters
+from darwinlm.model import families
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import ROWS, block_sizes, find_family, find_units, head_dim, linear_at
 from darwinlm.types import DarwinError, Genome, Structure, Unit, UsageError
@@ -29,7 +30,8 @@ CASES = [
     (model, structure)
     for model in tiny.CONFIGS
     for structure in STRUCTURES
-    if structure == ("head" if "mqa" in model else "kv_group") or not model.endswith(("mha", "mqa", "hybrid"))
+    if structure == ("head" if "mqa" in model else "kv_group")
+    or not model.endswith(("mha", "mqa", "fused-gqa", "hybrid"))
 ]
 
 
@@ -258,6 +260,30 @@ def test_a_module_without_a_role_is_named(change: Callable[[PreTrainedModel], No
     change(model)
     with pytest.raises(UsageError, match=message):
         find_family(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", families.REFUSED)
+def test_a_family_that_is_refused_has_the_module_that_is_named(name: str) -> None:
+    config: Any = CONFIG_MAPPING[name](num_hidden_layers=2)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    path = families.REFUSED[name].partition(":")[0]
+    assert model.get_submodule(path)
+    with pytest.raises(UsageError, match=rf"^cannot prune {re.escape(path)}: expected .*, found "):
+        find_family(model)
+
+
+def test_what_each_head_is_given_is_refused_where_exports_cannot_pick_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "GIVEN_BY_HEAD", ())
+    with pytest.raises(UsageError, match=r"transformer\.h\.0\.self_attention: .* found alibi, which biases each"):
+        find_family(tiny.build("bloom-mha"))
+
+
+@pytest.mark.parametrize("structure", ["head", "balanced"])
+def test_groups_whose_rows_lie_together_leave_whole(structure: Structure) -> None:
+    with pytest.raises(UsageError, match=rf"self_attention\.query_key_value: .* found the structure {structure}"):
+        units_of("falcon-fused-gqa", structure)
 
 
 def test_roles_do_not_depend_on_names() -> None:

@@ -23,6 +23,7 @@ from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.size import parameter_count
 from darwinlm.report.comparison import CELLS, DENSE, Cell, read_cells
 from darwinlm.report.frontier import KNEE, figure, find_knee
+from darwinlm.report.html import NAME
 from darwinlm.search.mutation import adapt
 from darwinlm.types import Genome
 from refusals import only_sentence
@@ -107,7 +108,7 @@ def test_table_and_picture_show_all_sizes(config: FrontierConfig, cells: list[Ce
 def test_the_same_command_measures_nothing_again(config: FrontierConfig, cells: list[Cell]) -> None:
     before = written(Path(config.out))
     assert frontier(config) == cells
-    reports = {TABLE, PICTURE}
+    reports = {TABLE, PICTURE, NAME}
     after = written(Path(config.out))
     results = {name for name in before if not name.endswith("result.json") and name not in reports}
     assert {name: after[name] for name in results} == {name: before[name] for name in results}

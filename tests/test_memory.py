@@ -17,8 +17,15 @@ import tiny
 from accelerator import MEMORY, NAME, accelerator
 from darwinlm.commands import work as module
 from darwinlm.commands.compress import run
+from darwinlm.commands.run_directory import Run
 from darwinlm.config.checks import bytes_of
 from darwinlm.config.run import CalibrationConfig, DatabaseConfig, RefitConfig, RunConfig
+from darwinlm.losses.logits import hidden_states
+from darwinlm.model.blocks import InShards
+from darwinlm.model.checkpoint import Checkpoint
+from darwinlm.model.size import parameter_bytes
+from darwinlm.model.states import last_states
+from darwinlm.runtime.files import read_record
 from darwinlm.search.memory import HEADROOM, Allowance, SearchMemory, allowance
 from darwinlm.types import MetricName, SelectionStage, UsageError
 
@@ -129,6 +136,69 @@ def test_a_search_whose_blocks_wait_outside_holds_what_is_counted(
     assert held <= limit < resident
     assert held == pytest.approx(count.visiting, rel=0.15)
     assert runs.history(tmp_path / "tight") == runs.history(tmp_path / "free")
+
+
+@pytest.mark.slow
+def test_a_refit_holds_what_is_counted_and_no_dense_model(
+    scaled: Path, text: Path, tmp_path: Path, counts: list[SearchMemory]
+) -> None:
+    search = replace(runs.SHORT.search, generations=1, stages=STAGES["untrained"])
+    refit = RefitConfig(tokens=16 * LENGTH)
+    settings = config(scaled, text, tmp_path / "run", search=search, memory="1GB", refit=refit)
+    with accelerator():
+        run(settings, until="search")
+    held, count = most_held(settings, "export"), counts[-1]
+    print("REFIT", held, count.refitting, count)
+    assert held == pytest.approx(count.refitting, rel=0.15)
+
+
+@pytest.mark.slow
+def test_targets_are_made_with_one_block_of_the_dense_model(scaled: Path, text: Path, tmp_path: Path) -> None:
+    """And are the last hidden states of the whole one."""
+    checkpoint = Checkpoint(scaled)
+    ids = torch.randint(4, 2000, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+    whole: Any = checkpoint.load(torch.bfloat16, torch.device("cpu"))
+    with accelerator():
+        gc.collect()
+        MEMORY.begin()
+        before = MEMORY.most
+        blocks = InShards.of(checkpoint, torch.bfloat16, torch.device(NAME))
+        found = last_states(blocks.skeleton, checkpoint.family, blocks, ids)
+        held = MEMORY.most - before
+        read = [found.read(index).cpu() for index in range(3)]
+        size = parameter_bytes(whole)
+        whole.to(NAME)
+        for index in range(3):
+            hidden = hidden_states(whole, ids[index : index + 1])
+            assert torch.equal(read[index], hidden.cpu())
+    print("TARGETS", held, size)
+    assert held < size / 2
+
+
+@pytest.mark.slow
+def test_a_report_on_a_model_that_does_not_fit_has_the_figures_of_one_that_does(
+    scaled: Path, text: Path, tmp_path: Path, counts: list[SearchMemory]
+) -> None:
+    """Its blocks wait in the host's memory, and the device never holds more than the limit."""
+    search = replace(runs.SHORT.search, generations=2, offspring=5, stages=STAGES["untrained"])
+    free = config(scaled, text, tmp_path / "free", search=search, memory="1GB", refit=RefitConfig(tokens=0))
+    prepare(free, tmp_path / "tight")
+    with accelerator():
+        run(free)
+    limit = int(1.02 * counts[-1].visiting / HEADROOM)
+    tight = replace(free, out=str(tmp_path / "tight"), memory=f"{limit / 1e6:.3f}MB")
+    with accelerator():
+        gc.collect()
+        MEMORY.begin()
+        run(tight)
+        assert MEMORY.most <= limit
+    there, here = (Run(tmp_path / name).table for name in ("free", "tight"))
+    for row, other in zip(there, here, strict=True):
+        assert other["model"] == row["model"]
+        assert other["kl"] == pytest.approx(row["kl"], rel=1e-2, abs=1e-3)
+        assert other["perplexity"] == pytest.approx(row["perplexity"], rel=1e-2)
+    curves = [read_record(tmp_path / name / "search" / "curves.json", "curves")["curves"] for name in ("free", "tight")]
+    assert [[point[0] for point in curve] for curve in curves[0]] == [[p[0] for p in curve] for curve in curves[1]]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OPTIONAL = {"peft": "lora", "lm-eval": "eval", "plotly": "report", "libgguf": "quant"}
+OPTIONAL = {"peft": "lora", "lm-eval": "eval", "libgguf": "quant"}
 """Distributions that are imported where they are used, and the extra that installs each."""
 
 

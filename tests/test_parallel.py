@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import asdict
@@ -109,6 +110,59 @@ def test_two_processes_take_the_path_of_one(
     for file in ("sensitivities.json", "result.json"):
         assert (tmp_path / "one" / "search" / file).read_text() == (tmp_path / "two" / "search" / file).read_text()
     assert done.stderr.count("search: 2/2") == 1  # only the first speaks
+
+
+HASHES = """
+import os
+from pathlib import Path
+from darwinlm.model.checkpoint import Checkpoint
+hashed = Checkpoint.__dict__["fingerprint"]
+compute = hashed.func
+def noted(checkpoint):
+    Path({place!r}, os.environ["RANK"]).touch()
+    return compute(checkpoint)
+hashed.func = noted
+from darwinlm.cli import main
+raise SystemExit(main())
+"""
+
+
+def test_a_checkpoint_is_hashed_by_one_process(
+    checkpoints: dict[str, Path], text: Path, tmp_path: Path, alone: Path
+) -> None:
+    out, program, place = tmp_path / "run", tmp_path / "hashing.py", tmp_path / "hashed-by"
+    shutil.copytree(alone, out)
+    place.mkdir()
+    program.write_text(HASHES.format(place=str(place)))
+    done = torchrun(str(program), *runs.command(runs.short(checkpoints["llama-gqa"], text, out), name="database"))
+    assert done.returncode == 0, done.stderr
+    assert [file.name for file in place.iterdir()] == ["0"]
+
+
+def test_two_machines_that_share_files_take_the_path_of_one(
+    checkpoints: dict[str, Path], text: Path, tmp_path: Path, alone: Path
+) -> None:
+    """Two launchers, each with one process of local rank 0: what two machines do, but for the network between them."""
+    for name in ("one", "two"):
+        shutil.copytree(alone, tmp_path / name)
+    one, two = (
+        runs.command(runs.short(checkpoints["llama-gqa"], text, tmp_path / name), name="search")
+        for name in ("one", "two")
+    )
+    assert runs.call(*one) == 0
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    launch += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    machines = [
+        subprocess.Popen([*launch, "--node-rank", str(rank), "-m", "darwinlm", *two], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [machine.communicate(timeout=250)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], errors
+    assert runs.history(tmp_path / "one") == runs.history(tmp_path / "two")
+    assert [error.count("search: 2/2") for error in errors] == [1, 0]  # only the first process speaks
 
 
 def die(how: str, command: list[str], program: Path) -> str:

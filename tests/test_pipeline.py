@@ -162,9 +162,11 @@ def test_the_run_directory_holds_what_the_design_says_and_nothing_else(compresse
     assert len(code) <= 1
     assert found - code == {
         "run.yaml",
+        "stages.json",
         "model.json",
         "table.json",
         "report.md",
+        "report.html",
         "levels.png",
         "search.png",
         "search/sensitivities.json",
@@ -239,7 +241,7 @@ def test_the_command_ends_with_table_continuations_and_paths(
     run, done = by_command
     for word in ("dense", "uniform", "searched", "perplexity", "KL", "Hello there"):
         assert word in done.stdout
-    for name in ("model", "report.md", "table.json", "levels.png", "search.png"):
+    for name in ("model", "report.md", "report.html", "table.json", "levels.png", "search.png"):
         assert str(run.path / name) in done.stdout.splitlines()
 
 
@@ -249,7 +251,9 @@ def test_the_command_shows_its_own_progress_and_no_one_elses(
     _, done = by_command
     assert "database: 6/6" in done.stderr
     assert "s left" in done.stderr
-    assert re.search(r"search: (\d)/\1, \d+ s, 0 s left, KL \d\.\d{4}\n", done.stderr)
+    assert re.search(
+        r"search: (\d)/\1, \d+ s, 0 s left, KL \d\.\d{4} of \d+ candidates, [\d.]+ s a generation\n", done.stderr
+    )
     for foreign in ("Writing model shards", "Loading weights", "Warning", "Traceback", "it/s"):
         assert foreign not in done.stderr
 

@@ -17,6 +17,7 @@ from darwinlm.evaluation.rows import Row
 from darwinlm.genome import Grid, level_grid
 from darwinlm.report.figures import levels_figure, search_figure
 from darwinlm.report.run_report import print_table, write_report
+from darwinlm.runtime.stages import StageUse
 from darwinlm.runtime.timing import Ratio
 from darwinlm.types import Generation, Genome, Unit
 
@@ -29,6 +30,8 @@ ROWS = (
     Row("searched", 150_000_000, 14.25, 0.375, 1120.0, 44.0, Ratio(1.12, 1.05, 1.2), Ratio(1.1, 0.8, 1.3), 300_000_000,
         ("Water boils at 90 C", "Rome was | old")),
 )  # fmt: skip
+
+STAGES = {"database": StageUse(120.25, 3 * 10**9, 0), "search": StageUse(1800.0, 2 * 10**9, 5 * 10**9)}
 
 
 @pytest.fixture
@@ -57,7 +60,7 @@ def history(genomes: dict[str, Genome]) -> list[Generation]:
 
 def write(out: Path, grid: Grid, genomes: dict[str, Genome], history: list[Generation]) -> list[Path]:
     settings = {"data": "vital-wiki|c4", "seed": "0"}
-    return write_report(out, "A tiny model", ROWS, grid, genomes, history, settings, "KL", {})
+    return write_report(out, "A tiny model", ROWS, grid, genomes, history, settings, "KL", {}, {}, STAGES)
 
 
 def test_files_are_written_whole(tmp_path: Path, grid: Grid, genomes: dict[str, Genome], history: list[Generation]):
@@ -139,22 +142,61 @@ def test_levels_picture_shows_what_is_left(grid: Grid, genomes: dict[str, Genome
     assert legend == ["uniform (50.0 % left overall)", "searched (54.2 % left overall)", "removed"]
 
 
+def with_starts(history: list[Generation], uniform: float) -> list[Generation]:
+    return [replace(history[0], starts={"uniform": uniform}), *history[1:]]
+
+
+def heights(axis: Axes) -> dict[str, float]:
+    """The level lines that are seen within an axis's limits, by their label."""
+    low, high = axis.get_ylim()
+    lines = {str(line.get_label()): float(np.asarray(line.get_ydata())[0]) for line in axis.lines}
+    return {label: y for label, y in lines.items() if label.startswith("uniform") and low <= y <= high}
+
+
 def test_search_picture_shows_the_curve_of_every_text(history: list[Generation]):
     curves = {"articles, held out": ((0, 2.0), (2, 1.25)), "texts/other.txt": ((0, 3.0), (2, 3.5))}
-    (axis,) = search_figure(history, "KL", curves).axes
-    _, *lines = axis.lines
-    assert [np.asarray(line.get_xydata()).tolist() for line in lines] == [[[0, 2], [2, 1.25]], [[0, 3], [2, 3.5]]]
-    legend = axis.get_legend()
-    assert legend is not None
-    said = [text.get_text() for text in legend.get_texts()]
-    assert said == ["KL, the search's tokens", "KL, articles, held out", "KL, other.txt"]
-    assert axis.get_ylim()[1] > 3.5
+    uniform = {"articles, held out": 2.5, "texts/other.txt": 3.25}
+    figure = search_figure(with_starts(history, 1.5), "KL", curves, uniform)
+    (axis,) = figure.axes
+    drawn = {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in axis.lines}
+    assert drawn["KL, the search's tokens"] == [[0, 1.5], [1, 1.5], [2, 0.75]]
+    assert drawn["KL, articles, held out"] == [[0, 2], [2, 1.25]]
+    assert drawn["KL, other.txt"] == [[0, 3], [2, 3.5]]
+    assert heights(axis) == {
+        "uniform: KL, the search's tokens": 1.5,
+        "uniform: KL, articles, held out": 2.5,
+        "uniform: KL, other.txt": 3.25,
+    }
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == set(drawn)
+    low, high = axis.get_ylim()
+    assert (3.5 - 0.75) / (high - low) > 0.75, "the curves fill the axis"
+
+
+def test_search_picture_keeps_its_axis_where_the_uniform_genome_is_far_above(history: list[Generation]):
+    upper, lower = search_figure(with_starts(history, 30.0), "KL", {}, {}).axes
+    assert heights(lower) == {}
+    assert heights(upper) == {"uniform: KL, the search's tokens": 30.0}
+    low, high = lower.get_ylim()
+    assert low < 0.75 < 1.5 < high < 2
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_search_picture_tells_figures_of_any_size_apart(history: list[Generation], scale: float):
+    small = [replace(line, fitness=scale * line.fitness) for line in history]
+    figure = search_figure(with_starts(small, 1.6 * scale), "KL", {}, {})
+    figure.canvas.draw()
+    (axis,) = figure.axes
+    ticks = [label.get_text() for label in axis.get_yticklabels()]
+    assert len(set(ticks)) == len(ticks) > 2
+    assert [float(tick) for tick in ticks] == pytest.approx(list(axis.get_yticks()), rel=1e-3, abs=1e-9 * scale)
+    assert axis.yaxis.get_offset_text().get_text() == ""
+    assert {text.get_text() for text in axis.texts} == {f"{scale * 1.5:.3g}", f"{scale * 0.75:.3g}"}
 
 
 def test_search_picture_shows_the_parent_and_the_time(history: list[Generation]):
-    figure = search_figure(history, "log-perplexity", {})
+    figure = search_figure(history, "log-perplexity", {}, {})
     (axis,) = figure.axes
-    assert axis.get_ylabel() == "log-perplexity (nats a token)"
+    assert figure.get_supylabel() == "log-perplexity (nats a token)"
     (line,) = axis.lines
     assert np.array_equal(line.get_xydata(), [[0, 1.5], [1, 1.5], [2, 0.75]])
     (dots,) = axis.collections
@@ -162,6 +204,13 @@ def test_search_picture_shows_the_parent_and_the_time(history: list[Generation])
     (top,) = axis.child_axes
     assert top.get_xlabel() == "time searched (minutes)"
     assert [top.xaxis.get_major_formatter()(number, None) for number in (0, 1, 2, 3)] == ["0", "1", "2.5", ""]
+
+
+def test_levels_picture_says_why_uniform_is_not_level(grid: Grid, genomes: dict[str, Genome]):
+    """Only where it is not."""
+    assert "between two levels" not in levels_figure(grid, genomes).axes[-1].get_xlabel()
+    uneven = {"uniform": Genome((2, 2, 3, 2, 2, 2)), "searched": genomes["searched"]}
+    assert "between two levels" in levels_figure(grid, uneven).axes[-1].get_xlabel()
 
 
 def test_printed_table_fits_and_keeps_its_texts(capsys: pytest.CaptureFixture[str]):
@@ -178,3 +227,14 @@ def test_printed_table_fits_and_keeps_its_texts(capsys: pytest.CaptureFixture[st
     assert "? other work kept this machine busy while speeds were measured: report.md has their range" in lines
     assert "SmolLM2 uniform   Rome was ```[b]was" in lines
     assert "SmolLM2 dense     Rome was big" in lines
+
+
+def test_the_report_has_time_and_memory_of_every_stage(
+    tmp_path: Path, grid: Grid, genomes: dict[str, Genome], history: list[Generation]
+):
+    write(tmp_path, grid, genomes, history)
+    text = (tmp_path / "report.md").read_text()
+    assert "| database | 120.2 | 3.00 GB | 0.0 MB |" in text
+    assert "| search | 1,800.0 | 2.00 GB | 5.00 GB |" in text
+    assert "| all | 1,920.2 | 3.00 GB | 5.00 GB |" in text
+    assert json.loads((tmp_path / "table.json").read_text())["stages"]["search"]["device"] == 5 * 10**9

@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     Cohere2Config,
     FalconConfig,
     FalconH1Config,
@@ -27,6 +28,7 @@ from transformers import (
     Lfm2Config,
     LlamaConfig,
     MistralConfig,
+    MptConfig,
     Olmo2Config,
     OPTConfig,
     Phi3Config,
@@ -56,6 +58,8 @@ COMMON = {
 }
 MIXED: dict[str, Any] = COMMON | {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
 STATES: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+ALL: dict[str, Any] = {**COMMON}
+FOUR_TIMES: dict[str, Any] = COMMON | {"intermediate_size": 128}  # as wide as these have their MLPs
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama-mha": LlamaConfig(**COMMON, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=False),
     "llama-gqa": LlamaConfig(
@@ -93,6 +97,16 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gpt2-mha": GPT2Config(**COMMON, num_attention_heads=4, n_inner=64),  # pyright: ignore[reportCallIssue]
     # One KV head for all; rows of query, key and value follow one another; blocks return more than hidden states.
     "falcon-mqa": FalconConfig(**COMMON, num_attention_heads=4, ffn_hidden_size=64),  # pyright: ignore[reportCallIssue]
+    # A KV head lies behind the query heads that read it, group after group.
+    "falcon-fused-gqa": FalconConfig(
+        **ALL, num_attention_heads=8, num_kv_heads=4, ffn_hidden_size=64, new_decoder_architecture=True
+    ),
+    # Biases of attention scores differ by head (ALiBi): [sequences * heads, ...], in the mask too, and for all texts.
+    "bloom-mha": BloomConfig(**FOUR_TIMES, n_head=4),
+    "falcon-alibi-mha": FalconConfig(
+        **ALL, num_attention_heads=4, ffn_hidden_size=64, multi_query=False, alibi=True, parallel_attn=False
+    ),
+    "mpt-mha": MptConfig(**FOUR_TIMES, n_heads=4, max_seq_len=256),
     # Query, key and value of a head lie side by side in one projection.
     "gpt_neox-mha": GPTNeoXConfig(**COMMON, num_attention_heads=4),
     # Positions are learned, and the linear modules of the MLP lie in the block itself.

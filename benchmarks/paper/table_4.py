@@ -19,6 +19,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from held_out import HeldOut
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -34,7 +35,6 @@ from darwinlm.config.run import DatabaseConfig, RefitConfig, RunConfig, SearchCo
 from darwinlm.config.training import DistillationConfig, StreamConfig, TrainConfig, TrainingConfig
 from darwinlm.report.comparison import COLOURS
 from darwinlm.report.figures import save_figure
-from darwinlm.search.held_out import HeldOut
 
 GENERATIONS, TOKENS = 8, 102_400
 SEARCHES = {

@@ -12,7 +12,7 @@ Nothing here needs torch, for which the command line does not wait. Dimensions, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal["attention", "mlp", "mixer"]
@@ -162,6 +162,7 @@ class Generation:
         stage_fitness: the best fitness after each stage of selection.
         fitness_tokens, training_tokens: the number of tokens on which candidates were scored and trained, summed over
             candidates.
+        starts: in generation 0, the fitness of every start genome by name, without those that diverged.
     """
 
     generation: int
@@ -173,6 +174,7 @@ class Generation:
     stage_fitness: tuple[float, ...] = ()
     fitness_tokens: int = 0
     training_tokens: int = 0
+    starts: dict[str, float] = field(default_factory=dict, hash=False)
 
 
 Curve = tuple[tuple[int, float], ...]

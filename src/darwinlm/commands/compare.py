@@ -11,6 +11,8 @@ from torch import Tensor
 
 from darwinlm.commands.compress import run as prune
 from darwinlm.commands.judging import Cells, Judge, find_requests, note_questions
+from darwinlm.commands.run_directory import Run, versions_text
+from darwinlm.commands.work import made_from
 from darwinlm.config.checks import expect
 from darwinlm.config.evaluation import CompareConfig
 from darwinlm.config.run import RefitConfig, RunConfig
@@ -24,6 +26,7 @@ from darwinlm.genome import Grid
 from darwinlm.model.checkpoint import find_checkpoint
 from darwinlm.model.families import find_grid
 from darwinlm.model.size import parameter_count
+from darwinlm.report.cells_page import CellsFacts, comparison_lead, comparison_sections
 from darwinlm.report.comparison import (
     DENSE,
     Cell,
@@ -31,12 +34,15 @@ from darwinlm.report.comparison import (
     print_table,
     save_picture,
 )
+from darwinlm.report.html import NAME, unless_it_fails, write_page
 from darwinlm.rivals.methods import DEFAULT_METHODS, METHODS, Method
 from darwinlm.rivals.problem import Problem, mask_tokens, scored_tokens
 from darwinlm.runtime.device import resolve_device, resolve_dtype
 from darwinlm.runtime.files import read_record, write_text
 from darwinlm.runtime.locking import locked_directory
+from darwinlm.runtime.names import short_name
 from darwinlm.runtime.progress import say
+from darwinlm.runtime.stages import Stages
 from darwinlm.runtime.stopwatch import Stopwatch
 from darwinlm.search.budget import Target
 from darwinlm.search.costs import Costs, parameter_costs
@@ -54,6 +60,7 @@ class _Bench:
     Attributes:
         searched: stitches models in the precision of the search and of the tasks.
         judged: stitches models in the checkpoint's precision, in which perplexity, KL and speed are measured.
+        made_from: the hashes of model and text, and the licence.
     """
 
     config: CompareConfig
@@ -64,10 +71,11 @@ class _Bench:
     judged: Stitcher
     judge: Judge
     tokens: dict[str, Int[Tensor, "sequences length"]]
+    made_from: dict[str, str]
 
 
 def compare(config: CompareConfig) -> list[Cell]:
-    """Measure every method at every size, print the table, and write `comparison.md` and `comparison.png`.
+    """Measure every method at every size, print the table, and write report and picture.
 
     A cell that is in `cells.jsonl` is not measured again, nor is a task repeated whose score it holds. A method that
     fails at a size does not stop the others; table and picture then lack its cell.
@@ -91,8 +99,10 @@ def compare(config: CompareConfig) -> list[Cell]:
         chosen, failures = _measure_all(bench, cells, [(m, share) for share in shares for m in methods], requests)
         write_text(out / TABLE, markdown(chosen, _protocol(bench), PICTURE))
         save_picture(out / PICTURE, chosen)
+        with unless_it_fails(out / NAME):
+            _write_page(out, bench, chosen)
     print_table(chosen)
-    print(out / TABLE, out / PICTURE, sep="\n")
+    print(out / TABLE, out / PICTURE, out / NAME, sep="\n")
     if failures:
         raise DarwinError("; ".join(failures))
     return chosen
@@ -207,6 +217,20 @@ def _choose(bench: _Bench, method: Method, kept: float) -> tuple[Genome, float]:
     return genome, stopwatch.seconds
 
 
+def _write_page(out: Path, bench: _Bench, cells: Sequence[Cell]) -> None:
+    config, run = bench.config, Run(bench.run.out)
+    facts = CellsFacts(
+        title=f"{short_name(config.model)} pruned by {len({cell.method for cell in cells[1:]})} methods",
+        cells=cells,
+        protocol=_protocol(bench),
+        settings={"Model": config.model, "Text": config.data, "Seed": str(config.seed), "Versions": versions_text()},
+        provenance=bench.made_from,
+        recipe=run.recipe,
+        stages=Stages(run.stages_path, resolve_device(config.device)).used,
+    )
+    write_page(out / NAME, facts.title, comparison_lead(cells), comparison_sections(facts))
+
+
 def _protocol(bench: _Bench) -> list[str]:
     """The notes below the table: on how much text genomes are chosen and judged."""
     config = bench.config
@@ -233,7 +257,8 @@ def _open(config: CompareConfig, run: RunConfig) -> _Bench:
     searched, judged = (Stitcher(models[dtype], checkpoint.family, database) for dtype in precisions)
     costs = parameter_costs(grid, parameter_count(searched.dense))
     judge = Judge(judged.dense, tokens["evaluation"], texts, checkpoint.tokenizer, config.evaluation, config)
-    return _Bench(config, run, grid, costs, searched, judged, judge, tokens)
+    made = made_from(checkpoint, manifest["provenance"])
+    return _Bench(config, run, grid, costs, searched, judged, judge, tokens, made)
 
 
 def _measure(bench: _Bench, method: str, kept: float, genome: Genome, seconds: float) -> Cell:

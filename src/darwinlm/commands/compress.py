@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from math import inf
 from pathlib import Path
@@ -10,15 +11,16 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.commands.in_memory import Given, read_arguments
+from darwinlm.commands.reporting import card_of, report
 from darwinlm.commands.run_directory import (
     SETTINGS,
     Run,
     claim,
     explain_failures,
-    versions_text,
 )
 from darwinlm.commands.work import Work, open_work
 from darwinlm.config.run import RunConfig, Stage
@@ -26,32 +28,27 @@ from darwinlm.data.packing import bos_of
 from darwinlm.database.calibrate import calibrate
 from darwinlm.database.stitch import Stitcher, repeat_shared
 from darwinlm.database.store import Database, add_unit, reused_database
+from darwinlm.evaluation.quality import ByBlock
 from darwinlm.evaluation.rows import Row, evaluate
-from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected, verify_export
 from darwinlm.export.vllm import check_vllm
-from darwinlm.losses.metrics import label
-from darwinlm.model.blocks import InHostMemory
+from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import block_sizes
-from darwinlm.model.licence import licence_of
 from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_bytes, parameter_count
 from darwinlm.model.wrapper_code import foreign_code
-from darwinlm.report import run_report
 from darwinlm.runtime import parallel
 from darwinlm.runtime.device import DTYPES
-from darwinlm.runtime.files import write_text
-from darwinlm.runtime.names import short_name
 from darwinlm.runtime.progress import say, track
+from darwinlm.runtime.stages import Stages
 from darwinlm.runtime.trackers import check_trackers, tracking
-from darwinlm.search.costs import parameter_costs, shared_parameter_costs
 from darwinlm.search.evolution import evolve
 from darwinlm.search.fitness import Fitness
 from darwinlm.search.held_out import curves
 from darwinlm.search.sensitivity import find_starts
 from darwinlm.search.uniform import later_start
-from darwinlm.training.refit import refit, set_consumers
+from darwinlm.training.refit import refit, refitted, set_consumers
 from darwinlm.types import Curve, DarwinError, Genome, SearchResult
 
 
@@ -112,21 +109,35 @@ def run(config: RunConfig, until: Stage = "report", given: Given | None = None) 
         if this.finished:
             say(f"{this.path} is finished: {this.report_path} has its figures")
             return this
+        began = time.monotonic()
         work = open_work(this, config, until)
-        database = build_database(work)
+        stages = Stages(this.stages_path, work.device)
+        stages.add("preparation", time.monotonic() - began)
+        with stages.measured("database"):
+            database = build_database(work)
         if until == "database":
             return this
-        with work.within_memory():
+        with stages.measured("search"), work.within_memory():
             result = allocate(work, make_fitness(work, database))
-        if until == "search" or not parallel.first():
+        if until == "search":
             return this
-        _export(work, result, finish(work, database, "searched", result.best))
+        with stages.measured("refit"):
+            consumers = refit_consumers(work, database, "searched", result.best)
+        if parallel.first():
+            with stages.measured("export"):
+                _export(work, result, finish(work, database, result.best, consumers))
         if until == "export":
             return this
-        uniform_model = finish(work, database, "uniform", work.uniform)
-        work.keep_only(work.checkpoint.dtype)
-        rows = _evaluate(work, uniform_model)
-        _report(work, result, rows, _curves(work, database, result))
+        with stages.measured("refit"):
+            consumers = refit_consumers(work, database, "uniform", work.uniform)
+        if not parallel.first():
+            return this
+        with stages.measured("evaluation"):
+            uniform_model = finish(work, database, work.uniform, consumers)
+            work.keep_only(work.checkpoint.dtype)
+            rows = _evaluate(work, uniform_model)
+            curves, uniform = _curves(work, database, result)
+        report(work, database, result, rows, curves, uniform, stages.used)
     return this
 
 
@@ -209,7 +220,7 @@ def make_fitness(work: Work, database: Database) -> Fitness:
         work.tokens["training"],
         work.config.search,
         bos_of(work.checkpoint.tokenizer),
-        blocks=None if allowed.resident else InHostMemory.of(dense, family, work.device),
+        blocks=work.blocks_of(dense, family),
         keeps_states=allowed.states,
         kept_bytes=allowed.survivors,
         wave_bytes=allowed.wave,
@@ -220,17 +231,28 @@ def _stitcher(work: Work, database: Database, dtype: torch.dtype) -> Stitcher:
     return Stitcher(work.dense(dtype), work.checkpoint.family, database, work.allowance.narrow)
 
 
-def finish(work: Work, database: Database, name: str, genome: Genome) -> PreTrainedModel:
-    """The pruned model of a genome, its consumers solved again against the dense distribution by the refit.
+def refit_consumers(work: Work, database: Database, name: str, genome: Genome) -> dict[str, Tensor]:
+    """The consumers of a genome's model, solved again against the dense distribution in the search's precision.
 
-    The refit computes in the search's precision, the model has the checkpoint's.
+    All processes take part, unless it has been done before. Without a refit, there are none.
     """
-    model, config = _stitcher(work, database, work.checkpoint.dtype).stitch(genome), work.config.refit
-    if config.tokens:
-        learner = _stitcher(work, database, work.dtype)
-        file = work.run.refit / f"{name}.safetensors"
-        with work.within_memory():
-            set_consumers(model, refit(learner, genome, work.tokens["refit"], config, file, work.database_provenance))
+    config = work.config.refit
+    if not config.tokens:
+        return {}
+    file, provenance = work.run.refit / f"{name}.safetensors", work.database_provenance
+    done = refitted(genome, config, file, provenance)
+    if done is not None:
+        return done
+    with work.within_memory():
+        dense, blocks = work.dense_by_block()
+        learner = Stitcher(dense, work.checkpoint.family, database, kept_bytes=0)
+        return refit(learner, genome, work.tokens["refit"], config, file, provenance, blocks)
+
+
+def finish(work: Work, database: Database, genome: Genome, consumers: dict[str, Tensor]) -> PreTrainedModel:
+    """The pruned model of a genome with its refitted consumers, in the checkpoint's precision."""
+    model = _stitcher(work, database, work.checkpoint.dtype).stitch(genome)
+    set_consumers(model, consumers)
     repeat_shared(model)
     return model
 
@@ -250,7 +272,7 @@ def _export(work: Work, result: SearchResult, model: PreTrainedModel) -> None:
             )
         sizes = block_sizes(work.grid, result.best, work.checkpoint.config)
         counts = work.dense_parameters, parameter_count(model)
-        card = _card(work, result, counts)
+        card = card_of(work, result, counts)
         export_hf(model, sizes, work.checkpoint.tokenizer, exported, card, expected, work.checkpoint.path)
         work.run.seal_export()
         for refusal in check_vllm(exported):
@@ -271,74 +293,22 @@ def _evaluate(work: Work, uniform_model: PreTrainedModel) -> list[Row]:
     """Dense, uniform and searched on held-out documents; the searched one as it was reloaded from its export."""
     reloaded: Any = load(work.run.exported)
     dense = work.dense(work.checkpoint.dtype)
-    models = {"dense": dense, "uniform": uniform_model, "searched": reloaded.to(work.device).eval()}
+    models = {"dense": dense, "uniform": uniform_model, "searched": reloaded.to(dense.device).eval()}
     sizes = {name: parameter_bytes(model) for name, model in models.items()}
     held_out, tokenizer = work.tokens["evaluation"], work.checkpoint.tokenizer
-    return evaluate(models, held_out, tokenizer, work.config.evaluation, sizes, work.texts)
+
+    def by_block(name: str) -> ByBlock:
+        family = Checkpoint(work.run.exported).family if name == "searched" else work.checkpoint.family
+        return ByBlock(family, work.blocks_of(models[name], family))
+
+    return evaluate(models, held_out, tokenizer, work.config.evaluation, sizes, work.texts, by_block)
 
 
-def _curves(work: Work, database: Database, result: SearchResult) -> dict[str, Curve]:
-    """How the search did on text that it never saw."""
+def _curves(work: Work, database: Database, result: SearchResult) -> tuple[dict[str, Curve], dict[str, float]]:
+    """How the search did on text that it never saw, and the KL divergence of the uniform genome there."""
+    if not result.history:
+        return {}, {}
     stitcher = _stitcher(work, database, work.checkpoint.dtype)
     texts = {f"{work.config.data}, held out": work.tokens["evaluation"]} | work.texts
-    return curves(stitcher, result.history, texts, work.run.search / "curves.json") if result.history else {}
-
-
-def _report(work: Work, result: SearchResult, rows: list[Row], elsewhere: dict[str, Curve]) -> None:
-    """Tables and pictures, in the run directory and on the screen."""
-    genomes = {"uniform": work.uniform, "searched": result.best}
-    title = f"{short_name(work.config.model)} at {_target(work.config)}"
-    settings = _settings(work, result)
-    card = _card(work, result, (rows[0].parameters, rows[-1].parameters), run_report.models_table(rows))
-    write_text(work.run.exported / "README.md", card)
-    metric = label(work.config.search.metric)
-    history = result.history
-    paths = run_report.write_report(
-        work.run.path, title, rows, work.grid, genomes, history, settings, metric, elsewhere
-    )
-    run_report.print_table(rows)
-    for path in [work.run.exported, *paths]:
-        print(path)
-
-
-def _card(work: Work, result: SearchResult, parameters: tuple[int, int], table: str = "") -> str:
-    """The export's model card, with the parameters of the dense and of the pruned model, and what was measured."""
-    return model_card(work.config.model, licence_of(work.checkpoint.path), _settings(work, result), *parameters, table)
-
-
-def _settings(work: Work, result: SearchResult) -> dict[str, str]:
-    """What made the result, for people."""
-    config = work.config
-    search = {"Genome": f"{config.genome}, without a budget", "Compared with": f"uniform at {_target(config)}"}
-    if result.history:
-        search = {
-            "Target": f"at most {work.budget.text}: {_target(config)}",
-            "Search": f"{len(result.history) - 1} generations of {config.search.offspring} offspring",
-            f"Search {label(config.search.metric)}": (
-                f"{result.history[0].fitness:.4f} (start) to {result.fitness:.4f} nats a token"
-            ),
-        }
-    return {
-        "Model": config.model,
-        "Text": config.data,
-        "Calibration": f"{config.calibration.tokens:,} tokens",
-        **search,
-        **_sizes(work, result.best),
-        "Refit": f"{config.refit.tokens:,} tokens" if config.refit.tokens else "none",
-        "Seed": str(config.seed),
-        "Versions": versions_text(),
-    }
-
-
-def _sizes(work: Work, genome: Genome) -> dict[str, str]:
-    """The size of the export beside the paper's count, where the two may differ."""
-    if not any(unit.uneven for unit in work.grid.units):
-        return {}
-    both = (parameter_costs, shared_parameter_costs)
-    exported, counted = (costs(work.grid, work.dense_parameters).of(genome) for costs in both)
-    return {"Size": f"{exported:,} parameters; {counted:,} as the paper counts, with K and V shared by what is left"}
-
-
-def _target(config: RunConfig) -> str:
-    """What the user asked for."""
-    return config.target or f"level {config.level:g} of {config.database.levels}"
+    blocks = work.blocks_of(stitcher.dense, stitcher.family)
+    return curves(stitcher, blocks, result.history, work.uniform, texts, work.run.search / "curves.json")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,7 +21,7 @@ from darwinlm.config.evaluation import EvaluateConfig, SpeedConfig
 from darwinlm.data.corpus import TESTS, is_held_out, parts_of, token_stream
 from darwinlm.data.packing import bos_of, check_ids
 from darwinlm.evaluation.generation import Writing, write
-from darwinlm.evaluation.quality import Quality, quality_over, windows_over
+from darwinlm.evaluation.quality import Window, quality_over, windows_over
 from darwinlm.evaluation.speed import count, measure
 from darwinlm.evaluation.tasks import SUITE, Request, Score, find_tasks, requested, run_tasks
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
@@ -34,13 +37,24 @@ from darwinlm.types import DarwinError, UsageError
 DENSE = "dense"
 
 
-@dataclass(frozen=True)
 class Subject:
-    """A model that is evaluated, and its name in the table."""
+    """A model that is evaluated, and its name in the table; its weights are read when they are asked for."""
 
-    name: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    def __init__(self, name: str, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device):
+        self.name = name
+        self.checkpoint = checkpoint
+        self.tokenizer = checkpoint.tokenizer
+        self.vocabulary = checkpoint.config.vocab_size
+        self._place = dtype, device
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model, on its device."""
+        return self.checkpoint.load(*self._place)
+
+    def forget(self) -> None:
+        """Free the model."""
+        self.__dict__.pop("model", None)
 
 
 @dataclass(frozen=True)
@@ -92,20 +106,58 @@ def evaluate_models(config: EvaluateConfig) -> list[Card]:
     with scratch_directory("evaluate") as workspace:
         subjects = _subjects(config, workspace)
         dense = None if config.against is None else subjects[0]
-        texts = [] if config.data is None else parts_of(config.data)
-        qualities = {text: _qualities(text, subjects, dense, config) for text in texts}
+        windows = _Windows(config)
         cards = []
         for subject in subjects:
             reference = dense if dense is not None and _same_vocabulary(subject, dense) else None
-            writing = _write(subject, reference, config) if config.generation else None
-            scores = [score for request in requests for score in _ask(subject, request, config)]
-            quality = {text: qualities[text][subject.name] for text in texts}
-            cards.append(Card(subject.name, parameter_count(subject.model), quality, writing, scores))
+            cards.append(_measure(subject, reference, windows, requests, config))
+            if subject is not dense:  # so that no more than two models are on the device
+                subject.forget()
     print(table(cards, config))
     save(cards, config)
     for score in (score for card in cards for score in card.scores if score.value is None):
         raise DarwinError(score.source)
     return cards
+
+
+class _Windows:
+    """The windows of each text in a tokenizer's tokens, and the dense model's last hidden states on them."""
+
+    def __init__(self, config: EvaluateConfig):
+        self.config = config
+        self.texts = [] if config.data is None else parts_of(config.data)
+        self.of_dense: dict[str, list[Tensor]] = defaultdict(list)
+        self._cut: dict[tuple[str, int], list[Window]] = {}
+
+    def of(self, text: str, subject: Subject) -> list[Window]:
+        """The windows of a text. Raises as `read_text` and `check_ids`."""
+        key = text, id(subject)
+        if key not in self._cut:
+            stream = read_text(text, subject.tokenizer, self.config)
+            check_ids(stream, subject.vocabulary)
+            stride = self.config.stride or self.config.window
+            self._cut[key] = windows_over(stream, self.config.window, stride, bos_of(subject.tokenizer))
+        return self._cut[key]
+
+
+def _measure(
+    subject: Subject, reference: Subject | None, windows: _Windows, requests: Sequence[Request], config: EvaluateConfig
+) -> Card:
+    """The card of a model; without a reference, the dense model of the same vocabulary, it has no KL."""
+    qualities = {text: _quality(text, subject, reference, windows) for text in windows.texts}
+    writing = _write(subject, reference, config) if config.generation else None
+    scores = [score for request in requests for score in _ask(subject, request, config)]
+    return Card(subject.name, parameter_count(subject.model), qualities, writing, scores)
+
+
+def _quality(text: str, subject: Subject, reference: Subject | None, windows: _Windows) -> tuple[float, float | None]:
+    """Perplexity and, beside a reference, KL on one text."""
+    if reference is None:
+        own = quality_over({subject.name: subject.model}, windows.of(text, subject))[subject.name]
+        return own.perplexity, None
+    models = {reference.name: reference.model, subject.name: subject.model}
+    found = quality_over(models, windows.of(text, reference), windows.of_dense[text])[subject.name]
+    return found.perplexity, found.kl
 
 
 def _check_file(config: EvaluateConfig) -> None:
@@ -128,7 +180,7 @@ def _ask(subject: Subject, request: Request, config: EvaluateConfig) -> list[Sco
 
 
 def _subjects(config: EvaluateConfig, workspace: Path) -> list[Subject]:
-    """Load the dense model, then the model, then those of `--beside`."""
+    """Find the dense model, then the model, then those of `--beside`."""
     beside = [] if config.beside is None else [name.strip() for name in config.beside.split(",")]
     models = {} if config.against is None else {DENSE: config.against}
     for name in [config.model, *beside]:
@@ -143,26 +195,9 @@ def _subjects(config: EvaluateConfig, workspace: Path) -> list[Subject]:
         if config.generation:
             checkpoint.check_length(config.continuation_tokens, "continuation-tokens")
         dtype = DTYPES.get(config.dtype, checkpoint.dtype)
-        subjects.append(Subject(label, checkpoint.load(dtype, device), checkpoint.tokenizer))
+        assert checkpoint.headers  # that its files can be read, before others are measured
+        subjects.append(Subject(label, checkpoint, dtype, device))
     return subjects
-
-
-def _qualities(
-    text: str, subjects: Sequence[Subject], dense: Subject | None, config: EvaluateConfig
-) -> dict[str, tuple[float, float | None]]:
-    """Perplexity and KL on one text; models whose vocabulary is not the dense model's have no KL."""
-    comparable = [] if dense is None else [subject for subject in subjects if _same_vocabulary(subject, dense)]
-    groups = [comparable, *([subject] for subject in subjects if subject not in comparable)]
-    measured: dict[str, tuple[float, float | None]] = {}
-    for group in filter(None, groups):
-        stream = read_text(text, group[0].tokenizer, config)
-        check_ids(stream, group[0].model.config.vocab_size)
-        windows = windows_over(stream, config.window, config.stride or config.window, bos_of(group[0].tokenizer))
-        models = {subject.name: subject.model for subject in group}
-        qualities: Mapping[str, Quality] = quality_over(models, windows)
-        for name, quality in qualities.items():
-            measured[name] = quality.perplexity, quality.kl if group is comparable else None
-    return measured
 
 
 def read_text(text: str, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig) -> Int[Tensor, " tokens"]:
@@ -184,8 +219,7 @@ def _same_vocabulary(one: Subject, other: Subject) -> bool:
     """Whether two models have the same tokens, and as many logits, which may be more than there are tokens."""
     if one is other:
         return True
-    sizes = one.model.config.vocab_size, other.model.config.vocab_size
-    return sizes[0] == sizes[1] and one.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+    return one.vocabulary == other.vocabulary and one.tokenizer.get_vocab() == other.tokenizer.get_vocab()
 
 
 def _write(subject: Subject, reference: Subject | None, config: EvaluateConfig) -> Writing:

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from darwinlm.commands.compress import run
 from darwinlm.commands.frontier import find_size
-from darwinlm.commands.run_directory import FRONTIER_SETTINGS, Run, explain_failures, find_export
-from darwinlm.config.run import ExportConfig
+from darwinlm.commands.run_directory import FRONTIER_SETTINGS, SETTINGS, Run, explain_failures, find_export
+from darwinlm.config.files import read_settings
+from darwinlm.config.frontier import FrontierConfig
+from darwinlm.config.run import ExportConfig, RunConfig
+from darwinlm.data.corpus import read_corpus
+from darwinlm.data.packing import check_ids
 from darwinlm.export.card import stubbed_card
-from darwinlm.export.gguf import export_gguf
+from darwinlm.export.gguf import export_gguf, libgguf
+from darwinlm.export.gguf_precision import QUANTISED
 from darwinlm.export.hf import export_hf
+from darwinlm.export.importance import mean_squares
+from darwinlm.export.ollama import write_modelfile
 from darwinlm.export.verify import Expected
 from darwinlm.export.vllm import check_vllm, tensor_parallel_sizes, zero_stubs
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import block_sizes_of
 from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_count
+from darwinlm.runtime.device import resolve_device
 from darwinlm.runtime.files import check_new
 from darwinlm.runtime.progress import say
 from darwinlm.types import UsageError
+
+LENGTH = 512  # tokens in a sequence on which importance is measured
 
 
 def export(path: Path, verify: bool = True, target: str | None = None) -> Path:
@@ -67,7 +81,35 @@ def export_model(source: str | Path, out: str | Path, config: ExportConfig | Non
     """
     config = ExportConfig() if config is None else config
     check_new(Path(out), directory=config.format == "hf")  # before a model is stitched
-    return convert(export(Path(source), config.verify, config.target), Path(out), config)
+    directory = export(Path(source), config.verify, config.target)
+    return convert(directory, Path(out), _with_text(config, Path(source)))
+
+
+def _with_text(config: ExportConfig, source: Path) -> ExportConfig:
+    """The form, with a run's own text where none is given."""
+    settings = next((file for file in (SETTINGS, FRONTIER_SETTINGS) if (source / file).is_file()), None)
+    if config.data is not None or settings is None:
+        return config
+    kind = RunConfig if settings == SETTINGS else FrontierConfig
+    return replace(config, data=read_settings(source / settings, kind).data)
+
+
+def _importance(directory: Path, config: ExportConfig) -> Mapping[str, Tensor] | None:
+    """The importance of the weights of a file of few bits, on the first tokens of a text, if there is one."""
+    if config.type not in QUANTISED:
+        return None
+    libgguf()
+    if config.data is None:
+        say(f"{config.type}: no text is given, so all weights count the same; --data measures their importance")
+        return None
+    checkpoint = Checkpoint(directory)
+    positions = getattr(checkpoint.config, "max_position_embeddings", None) or LENGTH
+    corpus = read_corpus(config.data, checkpoint.tokenizer, min(LENGTH, positions), 0)
+    (token_ids,) = corpus.draw(importance=config.tokens).values()
+    check_ids(token_ids, checkpoint.config.vocab_size)
+    device = resolve_device("auto")
+    model: Any = load(directory)
+    return mean_squares(model.to(device), token_ids)
 
 
 def convert(directory: Path, out: Path, config: ExportConfig) -> Path:
@@ -81,7 +123,10 @@ def convert(directory: Path, out: Path, config: ExportConfig) -> Path:
         DarwinError: if weights are missing or damaged, or the export does not give the same logits in a fresh process.
     """
     if config.format == "gguf":
-        return export_gguf(directory, out, "f16" if config.type == "auto" else config.type, config.verify)
+        kind = "f16" if config.type == "auto" else config.type
+        file = export_gguf(directory, out, kind, config.verify, _importance(directory, config))
+        write_modelfile(file, Checkpoint(directory))
+        return file
     check_new(out)  # before the model is read
     tokenizer = Checkpoint(directory).tokenizer
     model = load(directory)

@@ -13,27 +13,41 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from darwinlm.commands.compress import allocate, build_database, finish, make_fitness
+from transformers import PreTrainedModel
+
+from darwinlm.commands.compress import allocate, build_database, finish, make_fitness, refit_consumers
 from darwinlm.commands.judging import Cells, Judge, find_requests, note_questions
-from darwinlm.commands.run_directory import FRONTIER_SETTINGS, SETTINGS, Run, claim, explain_failures
-from darwinlm.commands.work import Work, open_work
+from darwinlm.commands.run_directory import (
+    FRONTIER_SETTINGS,
+    SETTINGS,
+    Run,
+    claim,
+    explain_failures,
+    versions_text,
+)
+from darwinlm.commands.work import Work, made_from, open_work
 from darwinlm.config.evaluation import TasksConfig
 from darwinlm.config.files import read_settings
 from darwinlm.config.frontier import FrontierConfig
 from darwinlm.config.run import RunConfig
 from darwinlm.database.store import Database
 from darwinlm.evaluation.tasks import Request
+from darwinlm.losses.metrics import label
+from darwinlm.report.cells_page import CellsFacts, frontier_lead, frontier_sections
 from darwinlm.report.comparison import DENSE, Cell
 from darwinlm.report.figures import save_figure
 from darwinlm.report.frontier import figure, markdown, print_table
+from darwinlm.report.html import NAME, unless_it_fails, write_page
 from darwinlm.runtime import parallel
 from darwinlm.runtime.files import write_text
+from darwinlm.runtime.names import short_name
 from darwinlm.runtime.progress import say
+from darwinlm.runtime.stages import Stages
 from darwinlm.search.budget import Target
 from darwinlm.search.costs import parameter_costs
 from darwinlm.search.fitness import Fitness
 from darwinlm.search.mutation import adapt, spread
-from darwinlm.search.sensitivity import find_starts, sensitivities
+from darwinlm.search.sensitivity import SENSITIVITIES, find_starts, sensitivities
 from darwinlm.types import DarwinError, Genome, SearchResult, SelectionStage, UsageError
 
 TABLE, PICTURE = "frontier.md", "frontier.png"
@@ -44,7 +58,7 @@ OPEN = ("targets", "sizes", "largest", "smallest", *(each.name for each in field
 
 
 def frontier(config: FrontierConfig) -> list[Cell]:
-    """Search, refit and measure a model at every size, print the table, and write `frontier.md` and `frontier.png`.
+    """Search, refit and measure a model at every size, print the table, and write report and picture.
 
     What is finished is not done again, so that sizes and tasks can be added.
 
@@ -62,14 +76,18 @@ def frontier(config: FrontierConfig) -> list[Cell]:
         work, sizes = _open(config, out)
         database = build_database(work)
         results = _search(work, sizes, database)
+        for target, at in sizes.items():
+            refit_consumers(at, database, "searched", results[target].best)
         if not parallel.first():
             return []
         note_questions(asked, out)
         cells = _measure(work, sizes, results, database, config, requests)
         write_text(out / TABLE, markdown(cells, _protocol(config), PICTURE))
         save_figure(out / PICTURE, figure(cells))
+        with unless_it_fails(out / NAME):
+            _write_page(out, config, work, results, cells)
     print_table(cells)
-    print(out / TABLE, out / PICTURE, sep="\n")
+    print(out / TABLE, out / PICTURE, out / NAME, sep="\n")
     return cells
 
 
@@ -107,7 +125,8 @@ def _base(config: FrontierConfig) -> RunConfig:
     """The run whose database and sensitivities all sizes share."""
     shared = {each.name for each in fields(RunConfig)} & {each.name for each in fields(FrontierConfig)}
     settings: dict[str, Any] = {name: getattr(config, name) for name in shared}
-    return RunConfig(**settings | {"out": str(Path(config.out) / "base")})
+    settings["out"] = str(Path(config.out) / "base")
+    return RunConfig(**settings)
 
 
 def _open(config: FrontierConfig, out: Path) -> tuple[Work, dict[str, Work]]:
@@ -164,7 +183,7 @@ def _starts(work: Work, at: Work, fitness: Fitness, known: Mapping[str, Genome])
     stage = SelectionStage(1, config.stages[0].fitness_tokens)
     for name, genome in _neighbours(known, at).items():
         if config.start == "sensitivity":
-            table = sensitivities(at.grid, fitness, stage, directory / "sensitivities.json")
+            table = sensitivities(at.grid, fitness, stage, directory / SENSITIVITIES)
             starts[name] = adapt(genome, at.budget, table)
         else:
             starts[name] = spread(genome, at.budget, Random(seed))
@@ -198,8 +217,8 @@ def _measure(
     for number, target in enumerate((DENSE, *sizes)):
         place = f"frontier: {number}/{len(sizes)}, {target}"
         wanted = _cell(work, target, results.get(target))
-        # Stitched and refitted when it is first asked for.
-        make = partial(finish, sizes[target], database, "searched", results[target].best) if number else lambda: dense
+        # Stitched when it is first asked for.
+        make = partial(_model, sizes[target], database, results[target].best) if number else lambda: dense
         model = cache(make)
         cell = cells.of.get((wanted.method, wanted.kept))
         if cell is None or cell.levels != wanted.levels:
@@ -209,6 +228,11 @@ def _measure(
     return chosen
 
 
+def _model(work: Work, database: Database, genome: Genome) -> PreTrainedModel:
+    """A size's refitted model."""
+    return finish(work, database, genome, refit_consumers(work, database, "searched", genome))
+
+
 def _cell(work: Work, target: str, result: SearchResult | None) -> Cell:
     """The cell of a search's result, or of the dense model, before anything is measured."""
     genome = work.grid.dense() if result is None else result.best
@@ -216,6 +240,23 @@ def _cell(work: Work, target: str, result: SearchResult | None) -> Cell:
     kept = round(parameters / work.dense_parameters, 6)
     seconds = sum(line.seconds for line in result.history) if result else 0.0
     return Cell(target, kept, levels=genome.levels, parameters=parameters, seconds=seconds)
+
+
+def _write_page(
+    out: Path, config: FrontierConfig, work: Work, results: Mapping[str, SearchResult], cells: list[Cell]
+) -> None:
+    facts = CellsFacts(
+        title=f"{short_name(config.model)} at {len(results)} sizes",
+        cells=cells,
+        protocol=[note.replace("`", "") for note in _protocol(config)],
+        settings={"Model": config.model, "Text": config.data, "Seed": str(config.seed), "Versions": versions_text()},
+        provenance=made_from(work.checkpoint, work.provenance),
+        recipe=(out / FRONTIER_SETTINGS).read_text(encoding="utf-8"),
+        stages=Stages(work.run.stages_path, work.device).used,
+    )
+    histories = {target: result.history for target, result in results.items()}
+    sections = frontier_sections(facts, work.grid, histories, label(config.search.metric))
+    write_page(out / NAME, facts.title, frontier_lead(cells), sections)
 
 
 def _protocol(config: FrontierConfig) -> list[str]:

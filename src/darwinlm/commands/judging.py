@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.config.evaluation import TasksConfig
 from darwinlm.config.run import EvaluationConfig
+from darwinlm.evaluation.generation import continuations
 from darwinlm.evaluation.quality import perplexity_and_kl
 from darwinlm.evaluation.speed import speed
 from darwinlm.evaluation.tasks import SUITE, Request, questions, requested, run_tasks
@@ -63,11 +64,12 @@ class Judge:
     of_dense: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
     def measure(self, cell: Cell, model: PreTrainedModel) -> Cell:
-        """Return the cell of a model with its size in bytes, and with perplexity, KL and speed beside the dense one."""
+        """Return a model's cell with its size, perplexity, KL, speed beside the dense one, and what it writes."""
         models = {DENSE: self.dense, cell.method: model}
         quality = perplexity_and_kl(models, self.held_out, self.of_dense[HELD_OUT])[cell.method]
         speeds = speed(models, self.held_out, self.evaluation)
         own = speeds[cell.method]
+        prompts, length = self.evaluation.prompts, self.evaluation.continuation_tokens
         texts = {
             text: perplexity_and_kl(models, ids, self.of_dense[text])[cell.method] for text, ids in self.texts.items()
         }
@@ -81,6 +83,7 @@ class Judge:
             speedup=(own.prefill_ratio.median, own.decode_ratio.median),
             uncertain_speed=own.prefill_ratio.wide or own.decode_ratio.wide,
             texts=texts,
+            continuations=continuations(model, self.tokenizer, prompts, length),
         )
 
     def with_scores(

@@ -64,7 +64,8 @@ class Run:
         search, refit, exported: where its stages keep their artifacts.
         history_path: the search's, a line of JSON for each generation.
         seal_path: the digests of the export's files.
-        table_path, report_path: what it ends with.
+        stages_path: the time and memory that its stages took.
+        table_path, report_path, page_path: what it ends with; the last one is the report as HTML.
     """
 
     def __init__(self, path: Path | str):
@@ -75,8 +76,10 @@ class Run:
         self.refit = self.path / "refit"
         self.exported = self.path / "model"
         self.seal_path = self.path / "model.json"
+        self.stages_path = self.path / "stages.json"
         self.table_path = self.path / "table.json"
         self.report_path = self.path / "report.md"
+        self.page_path = self.path / "report.html"
 
     @classmethod
     def open(cls, path: Path | str) -> Run:
@@ -142,6 +145,16 @@ class Run:
             DarwinError: if the run has not been evaluated yet, or the file is damaged.
         """
         return read_record(self.table_path, "rows")["rows"]
+
+    @property
+    def recipe(self) -> str:
+        """All settings, as YAML."""
+        return (self.path / SETTINGS).read_text(encoding="utf-8")
+
+    @property
+    def sealed(self) -> dict[str, str]:
+        """The SHA-256 of every file of the export. Raises `DarwinError` if that record is missing or damaged."""
+        return read_record(self.seal_path, "files")["files"]
 
     def save_search(self, result: SearchResult, grid: Grid, provenance: dict[str, Any]) -> None:
         """Write the genome that the search found, with the names of its units and what it was made from."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +35,8 @@ from darwinlm.runtime.trackers import check_trackers
 from darwinlm.training.adapters import add_adapters, merge_adapters
 from darwinlm.training.arguments import accumulation, is_sharded, training_arguments
 from darwinlm.training.directory import FINISHED, Training
+from darwinlm.training.judge import judging
+from darwinlm.training.sharding import load_sharded
 from darwinlm.training.teacher_logits import CachedTeacher, TaughtSequences, TeacherLogits
 from darwinlm.training.trainer import Batch, DivergedError, RecoveryTrainer, Teacher
 from darwinlm.types import DarwinError, UsageError
@@ -143,8 +146,8 @@ def _open(training: Training, config: TrainConfig) -> _Work:
         for drawn in (sequences, held_out):
             drawn.check_ids(checkpoint.config.vocab_size)
         provenance = {
-            "model": checkpoint.fingerprint,
-            "teacher": None if teacher is None else teacher.fingerprint,
+            "model": checkpoint.agree_on_fingerprint(),
+            "teacher": None if teacher is None else teacher.agree_on_fingerprint(),
             "text": sequences.fingerprint,
             "settings": _determining(config),
         }
@@ -214,6 +217,10 @@ def _teacher(work: _Work) -> tuple[Teacher | None, Dataset, Dataset]:
     def load() -> PreTrainedModel:
         return checkpoint.load(work.dtype, work.device).requires_grad_(False)
 
+    if not config.top_k and not config.weight:
+        with suppress(UsageError):  # a teacher that cannot be run by block stays beside the model
+            judge, judged = judging(checkpoint, work.held_out, work.dtype, work.device, vocabulary)
+            return judge, work.sequences, judged
     if not config.top_k:
         return _OnlineTeacher(load(), vocabulary), work.sequences, work.held_out
 
@@ -238,11 +245,9 @@ def _train(work: _Work) -> Path:
             training.check_checkpoint(last)
         if finished:
             return last
-    set_seed(config.seed)
-    model: Any = work.checkpoint.load(torch.float32, work.device).requires_grad_(True).train()
-    if config.training.lora_rank:
-        model = add_adapters(model, config.training)
     teacher, sequences, held_out = _teacher(work)
+    set_seed(config.seed)
+    model = _student(work)
     with quiet_transformers():
         trainer = RecoveryTrainer(
             model,
@@ -270,6 +275,16 @@ def _train(work: _Work) -> Path:
     return last
 
 
+def _student(work: _Work) -> Any:
+    """The model to train: in float32 what trains, in the precision of the products what only adapters train for."""
+    training = work.config.training
+    if is_sharded(work.config):
+        return load_sharded(work.checkpoint, work.device, work.dtype)
+    precision = work.dtype if training.lora_rank else torch.float32
+    model = work.checkpoint.load(precision, work.device).requires_grad_(True).train()
+    return add_adapters(model, training) if training.lora_rank else model
+
+
 def _check_resumable(last: Path, work: _Work) -> None:
     """Raise `DarwinError` if a training cannot go on from a checkpoint exactly."""
     if is_sharded(work.config) and not (last / SHARDS).is_dir():
@@ -289,7 +304,7 @@ def _trained(work: _Work, last: Path) -> PreTrainedModel:
     if work.config.training.lora_rank:
         model: Any = merge_adapters(work.checkpoint.load(torch.float32, work.device), last)
     else:
-        model = Checkpoint(last).load(torch.float32, work.device)
+        model = Checkpoint(last).load(work.checkpoint.dtype, work.device)
         model.config = work.checkpoint.skeleton().config  # the Trainer has changed the model's own
     for parameter in model.parameters():  # buffers stay float32, as rotary frequencies are when a model is loaded
         parameter.data = parameter.data.to(work.checkpoint.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,8 +21,10 @@ from darwinlm.data.draw import draw_texts, draw_tokens, fit_to_text
 from darwinlm.data.packing import check_ids
 from darwinlm.database.store import reused_database
 from darwinlm.genome import Grid
+from darwinlm.model.blocks import Blocks, InHostMemory, InShards, Resident
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.families import block_sizes, find_grid
+from darwinlm.model.licence import licence_of
 from darwinlm.model.pruned import pruned_config
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime import parallel
@@ -74,10 +77,10 @@ class Work:
         return self.provenance | database_settings(self.config)
 
     def dense(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The dense model in a precision: in the host's memory where the device has no room for it, nor any use."""
+        """The dense model in a precision: in the host's memory where the device has no room for it."""
         if dtype not in self.models:
-            fits = self.allowance.resident or self.config.refit.tokens
-            self.models[dtype] = self.checkpoint.load(dtype, self.device if fits else torch.device("cpu"))
+            there = self.device if self.allowance.resident else torch.device("cpu")
+            self.models[dtype] = self.checkpoint.load(dtype, there)
         return self.models[dtype]
 
     def at(self, this: Run, config: RunConfig, until: Stage) -> Work:
@@ -89,6 +92,27 @@ class Work:
         )
         return replace(self, run=this, config=config, uniform=genome, budget=budget, allowance=allowed)
 
+    def dense_by_block(self) -> tuple[PreTrainedModel, Blocks]:
+        """The dense model in the search's precision, and its blocks, of which an accelerator has one at a time.
+
+        No dense model stays on the accelerator.
+        """
+        if self.device.type == "cpu":
+            dense = self.dense(self.dtype)
+            return dense, Resident(dense, self.checkpoint.family)
+        self.models.clear()
+        blocks = InShards.of(self.checkpoint, self.dtype, self.device)
+        return blocks.skeleton, blocks
+
+    def blocks_of(self, model: PreTrainedModel, family: Family) -> Blocks:
+        """A model's blocks: on the device where there is room for the model, else in the host's memory.
+
+        What the model has beside its blocks is on the device from then on.
+        """
+        if self.allowance.resident:
+            return Resident(model, family)
+        return InHostMemory.of(model, family, self.device)
+
     def within_memory(self) -> AbstractContextManager[None]:
         """Let torch hold no more of the device than the search and the refit may use."""
         return memory_held_to(_limit(self.config, self.device), self.device)
@@ -97,6 +121,20 @@ class Work:
         """Free the dense model in every other precision."""
         for other in self.models.keys() - {dtype}:
             del self.models[other]
+
+
+def made_from(checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> dict[str, str]:
+    """The hashes of the dense model and of the text, and the model's licence, for people.
+
+    Args:
+        provenance: as `Work.provenance`.
+    """
+    licence = licence_of(checkpoint.path)
+    return {
+        "SHA-256 of the dense model": provenance["model"],
+        "SHA-256 of the text": provenance["text"],
+        "Licence of the dense model": ", ".join(licence.values()) or "its card names none",
+    }
 
 
 def database_settings(config: RunConfig) -> dict[str, Any]:
@@ -126,7 +164,7 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
         for ids in (*tokens.values(), *texts.values()):
             check_ids(ids, checkpoint.config.vocab_size)
         provenance = {
-            "model": checkpoint.fingerprint,
+            "model": checkpoint.agree_on_fingerprint(),
             "text": corpus.fingerprint,
             "grid": {
                 "levels": config.database.levels,

@@ -216,8 +216,13 @@ class ExportConfig:
 
     format: Literal["hf", "gguf"] = "hf"
     """A directory for transformers and vLLM, or a file for llama.cpp, Ollama and LM Studio."""
-    type: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto"
+    type: Literal["auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"] = "auto"
     """Precision of a GGUF file; auto is f16. A directory keeps that of the model."""
+    data: str | None = None
+    """Text, as for darwinlm compress, on which the importance of the weights of a GGUF file of six bits or less is
+    measured; a run's own text if none is given."""
+    tokens: int = 16_384
+    """Tokens of that text."""
     target: str | None = None
     """Of a frontier: the size, as for darwinlm compress; one that it lacks is searched first, from its neighbours."""
     compat: Literal["none", "vllm"] = "none"
@@ -228,6 +233,7 @@ class ExportConfig:
     def __post_init__(self) -> None:
         fits = self.compat == "none" or self.format == "hf"
         expect(fits, "compat", "none for a GGUF file", self.compat)
+        expect_counts(self, "", tokens=1)
         fits = self.type == "auto" or self.format == "gguf"
         expect(fits, "type", "none for a directory, which keeps the model's precision", self.type)
 

@@ -6,14 +6,12 @@ are kept in a file. Several processes share the tokens, and each gets the statis
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,15 +19,12 @@ from darwinlm.database.levels import UnitStatistics
 from darwinlm.model.blocks import InShards, enter, run_block
 from darwinlm.model.checkpoint import Checkpoint, is_finite
 from darwinlm.model.families import linear_at, modules_around
+from darwinlm.model.states import SPILL_BYTES, States
 from darwinlm.runtime import parallel
 from darwinlm.runtime.device import exact_products
-from darwinlm.runtime.scratch import scratch_writing
 from darwinlm.types import DarwinError, Unit
 
 PANEL = 512  # rows of a Hessian that are summed in one matrix product
-
-
-SPILL_BYTES = 4 << 30  # activations that take more bytes are kept in a file
 
 
 @torch.no_grad()
@@ -137,45 +132,6 @@ class _Gram:
         return UnitStatistics(self.unit, self.consumer.weight.detach(), hessian, self.tokens, first)
 
 
-class _Stream:
-    """The residual stream of every batch, between two blocks: in memory, or in a temporary file if it is too large."""
-
-    def __init__(self, batches: Sequence[Tensor], width: int, dtype: torch.dtype, device: torch.device, limit: int):
-        self.shapes = [(*batch.shape, width) for batch in batches]
-        self.dtype, self.device = dtype, device
-        sizes = [batch.numel() * width * dtype.itemsize for batch in batches]
-        self.offsets = [sum(sizes[:index]) for index in range(len(sizes))]
-        self.file = tempfile.TemporaryFile() if sum(sizes) > limit else None  # noqa: SIM115, lives as long as this
-        self.held: dict[int, Tensor] = {}
-
-    def read(self, index: int) -> Float[Tensor, "sequences length hidden"]:
-        if self.file is None:
-            return self.held[index]
-        states = torch.empty(self.shapes[index], dtype=self.dtype)
-        count = os.preadv(self.file.fileno(), [_bytes(states)], self.offsets[index])
-        assert count == states.nbytes
-        return states.to(self.device)
-
-    def close(self) -> None:
-        """Close the temporary file, if there is one."""
-        if self.file is not None:
-            self.file.close()
-
-    def write(self, index: int, states: Float[Tensor, "sequences length hidden"]) -> None:
-        if self.file is None:
-            self.held[index] = states
-            return
-        view, offset = _bytes(states.cpu().contiguous()), self.offsets[index]
-        with scratch_writing():
-            while view:  # a disk that is nearly full takes a part, and then nothing
-                written = os.pwritev(self.file.fileno(), [view], offset)
-                view, offset = view[written:], offset + written
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.view(-1).view(torch.uint8).numpy().data
-
-
 def _embed(
     checkpoint: Checkpoint,
     model: PreTrainedModel,
@@ -183,7 +139,7 @@ def _embed(
     dtype: torch.dtype,
     device: torch.device,
     spill_bytes: int,
-) -> tuple[_Stream, dict[int, list[dict[str, Any]]]]:
+) -> tuple[States, dict[int, list[dict[str, Any]]]]:
     """The stream into block 0 for every batch, and by batch size, on which masks may depend, the blocks' arguments."""
     family = checkpoint.family
     # Only the rows that are looked up are loaded: a whole embedding can be larger than a block.
@@ -195,7 +151,7 @@ def _embed(
     around = modules_around(model, family)
     for path in around:
         checkpoint.fill(model, path, dtype, device)
-    stream = _Stream(batches, checkpoint.config.hidden_size, dtype, device, spill_bytes)
+    stream = States(batches, checkpoint.config.hidden_size, dtype, device, device, spill_bytes)
     arguments: dict[int, list[dict[str, Any]]] = {}
     try:
         for index, batch in enumerate(ids.split([len(batch) for batch in batches])):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,8 @@ from transformers import PreTrainedModel
 
 from darwinlm.database.levels import Level
 from darwinlm.database.store import Database
-from darwinlm.model.families import head_dim, key_value_heads, linear_at
+from darwinlm.model.blocks import Blocks, Resident
+from darwinlm.model.families import HEADS, head_counts, head_dim, key_value_heads, linear_at
 from darwinlm.model.flow import is_selection
 from darwinlm.model.roles import Family
 from darwinlm.types import Genome, Producer, Unit
@@ -25,17 +27,25 @@ LEVELS_KEPT = 2  # of each unit, on average: the parent's, and those in which mu
 
 
 class NoAttn(nn.Module):
-    """Takes the place of an attention that was removed: its output, which the block adds to the stream, is zero."""
+    """Takes the place of an attention that was removed: its output, which the block adds to the stream, is zero.
 
-    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
-        return torch.zeros_like(hidden_states), None
+    Args:
+        adds: whether the attention itself adds the stream, its second argument; then that is the output.
+    """
+
+    def __init__(self, adds: bool = False):
+        super().__init__()
+        self.adds = adds
+
+    def forward(self, hidden_states: Tensor, *others: Any, **_: object) -> tuple[Tensor, None]:
+        return others[0] if self.adds else torch.zeros_like(hidden_states), None
 
 
 class NoMLP(nn.Module):
-    """Takes the place of an MLP or a mixer that was removed: its output is zero."""
+    """Takes the place of an MLP or a mixer that was removed: its output is zero, or the stream if it adds that."""
 
-    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
-        return torch.zeros_like(hidden_states)
+    def forward(self, hidden_states: Tensor, *stream: Tensor, **__: object) -> Tensor:
+        return stream[0] if stream else torch.zeros_like(hidden_states)
 
 
 class Selected(nn.Module):
@@ -56,6 +66,19 @@ class Selected(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.module(inputs).index_select(-1, self.index)
+
+
+def select_heads(name: str, count: int, attention: Any, others: Any, arguments: Any) -> Any:
+    """A hook: of what an attention is given for each of `count` heads, keep what is for those that it has.
+
+    Args:
+        name: of an argument, `[sequences * heads, 1, length]`, or `[sequences, heads, length, length]`.
+    """
+    given = arguments[name]
+    if given is not None and given.shape[-3] % count == 0:
+        chosen = given.reshape(-1, count, *given.shape[-2:])[:, getattr(attention, HEADS).index]
+        arguments[name] = chosen.reshape(*given.shape[:-3], -1, *given.shape[-2:])
+    return others, arguments
 
 
 class Stitcher:
@@ -81,15 +104,24 @@ class Stitcher:
         for index, unit in enumerate(self.grid.units):
             self._units[unit.block].append((index, unit))
 
-    def stitch(self, genome: Genome) -> PreTrainedModel:
-        """The model that `genome` describes. Raises `UsageError` if the genome is for another model."""
+    def stitch(self, genome: Genome, blocks: Blocks | None = None) -> PreTrainedModel:
+        """The model that `genome` describes.
+
+        Args:
+            blocks: the dense model's blocks, if they are elsewhere; each is needed only while its narrow one is made.
+
+        Raises:
+            UsageError: if the genome is for another model.
+        """
         self.grid.check(genome)
         model = _shallow(self.dense)
         for path in sorted(_above(self.family.blocks) | {self.family.blocks}, key=len):
             model.set_submodule(path, _shallow(model.get_submodule(path)))
-        for number in range(self.dense.config.num_hidden_layers):
-            path = self.family.block(number)
-            model.set_submodule(path, self.block(number, genome, self.dense.get_submodule(path)))
+        source = blocks or Resident(self.dense, self.family)
+        for number, dense in source.walk(0, self.dense.config.num_hidden_layers):
+            block = self.block(number, genome, dense)
+            # Modules that a narrow block shares with a visiting one lose their weights when that one leaves.
+            model.set_submodule(self.family.block(number), block if blocks is None else _separate(block))
         return model
 
     def block(self, number: int, genome: Genome, dense: nn.Module) -> nn.Module:
@@ -108,6 +140,7 @@ class Stitcher:
                     block.set_submodule(path, module)
                 if unit.kind == "attention":
                     self._count_heads(block, unit, unit.structures - self.grid.removed[index][level])
+                    self._select_heads(block, dense)
         return block
 
     def levels_of(self, number: int, genome: Genome) -> tuple[int, ...]:
@@ -118,7 +151,8 @@ class Stitcher:
         family = self.family
         stubs: dict[str, nn.Module] = {}
         if unit.kind == "attention":
-            stubs |= dict.fromkeys(family.attention_norms, nn.Identity()) | {family.attention: NoAttn()}
+            stubs |= dict.fromkeys(family.attention_norms, nn.Identity())
+            stubs[family.attention] = NoAttn(family.attention_adds)
         elif unit.kind == "mixer":
             stubs |= dict.fromkeys(family.mixer_norms, nn.Identity()) | {family.mixer: NoMLP()}
         elif family.mlp:
@@ -145,6 +179,14 @@ class Stitcher:
                 else:
                     setattr(attention, name, count)
 
+    def _select_heads(self, block: nn.Module, dense: nn.Module) -> None:
+        """Let a narrow attention pick what the model gives to each head before pruning."""
+        if hasattr(dense.get_submodule(self.family.attention), HEADS):  # it does already
+            return
+        for name in self.family.biases:
+            hook = partial(select_heads, name, head_counts(self.dense.config)[0])
+            block.get_submodule(self.family.attention).register_forward_pre_hook(hook, with_kwargs=True)
+
     def _narrow_modules(self, index: int, level: int, dense: nn.Module) -> dict[str, nn.Module]:
         """The modules of a unit at a level, by path, made once while they stay among the latest used."""
         key = index, level
@@ -152,11 +194,22 @@ class Stitcher:
             self._narrow.move_to_end(key)
         else:
             inside = f"{self.family.block(self.grid.units[index].block)}."
-            self._narrow[key] = _narrow_modules(dense, inside, self.database.level(index, level))
+            found = self.database.level(index, level)
+            self._narrow[key] = _narrow_modules(dense, inside, found)
+            if self.family.biases and found.unit.kind == "attention":
+                self._narrow[key][f"{self.family.attention}.{HEADS}"] = self._heads(found, dense)
             self._bytes += _bytes(self._narrow[key])
             while self._too_many():
                 self._bytes -= _bytes(self._narrow.popitem(last=False)[1])
         return self._narrow[key]
+
+    def _heads(self, level: Level, dense: nn.Module) -> Selected:
+        """Which heads before pruning an attention at a level has."""
+        before = getattr(dense.get_submodule(self.family.attention), HEADS, None)
+        count = level.unit.structure_width // head_dim(self.dense.config)
+        heads = (level.kept[:, None] * count + torch.arange(count)).flatten()
+        device = next(dense.parameters()).device
+        return Selected(nn.Identity(), heads.to(device) if before is None else before.index[heads.to(device)])
 
     def _too_many(self) -> bool:
         """Whether fewer narrow modules must be kept; those just made are."""
@@ -252,6 +305,12 @@ def _shallow(module: Module) -> Module:
     own = {name: value for name, value in vars(module).items() if name not in ("forward", "_old_forward", "_hf_hook")}
     clone.__dict__ = {name: copy.copy(value) if isinstance(value, dict) else value for name, value in own.items()}
     return clone
+
+
+def _separate(block: nn.Module) -> nn.Module:
+    """A copy of a block that shares its weights and no module."""
+    tensors = (*block.parameters(), *block.buffers())
+    return copy.deepcopy(block, {id(tensor): tensor for tensor in tensors})
 
 
 def _above(path: str) -> set[str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from darwinlm.losses.logits import Logits, hidden_states
+from darwinlm.model.blocks import Blocks
+from darwinlm.model.roles import Family
+from darwinlm.model.states import last_states
 from darwinlm.runtime.progress import track
 from darwinlm.types import UsageError
 
@@ -26,6 +31,13 @@ class Quality:
 
     perplexity: float
     kl: float
+
+
+class ByBlock(NamedTuple):
+    """A model's family and its blocks, with which the block runner takes the place of its own forward pass."""
+
+    family: Family
+    blocks: Blocks
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,7 @@ def perplexity_and_kl(
     models: Mapping[str, PreTrainedModel],
     token_ids: Int[Tensor, "sequences length"],
     kept: list[Tensor] | None = None,
+    blocks: Mapping[str, ByBlock] | None = None,
 ) -> dict[str, Quality]:
     """Return every model's perplexity and KL divergence from the first model, over the same tokens in one pass.
 
@@ -70,6 +83,7 @@ def perplexity_and_kl(
     Args:
         kept: saves time in repeated calls with the same first model and tokens: the first call appends that model's
             last hidden states to it, and later calls read them.
+        blocks: of models that are to be run block by block, by name.
 
     Raises:
         UsageError: if there are no sequences, or a sequence has fewer than two tokens.
@@ -80,31 +94,35 @@ def perplexity_and_kl(
             f"too little held-out text: expected a sequence of at least 2 tokens, found {sequences} sequences of "
             f"{length} tokens; raise evaluation.tokens or give more text"
         )
-    return quality_over(models, [Window(sequence) for sequence in token_ids], kept)
+    return quality_over(models, [Window(sequence) for sequence in token_ids], kept, blocks)
 
 
 @torch.inference_mode()
 def quality_over(
-    models: Mapping[str, PreTrainedModel], windows: Sequence[Window], kept: list[Tensor] | None = None
+    models: Mapping[str, PreTrainedModel],
+    windows: Sequence[Window],
+    kept: list[Tensor] | None = None,
+    blocks: Mapping[str, ByBlock] | None = None,
 ) -> dict[str, Quality]:
     """Return every model's perplexity and KL divergence from the first model, over the tokens that count.
 
     Logits exist for `CHUNK` tokens of two models at a time. Probabilities are float32 and sums are float64, whatever
-    the models' precision. `kept` is as for `perplexity_and_kl`.
+    the models' precision. `kept` and `blocks` are as for `perplexity_and_kl`.
     """
     first, *others = models
     logits = {name: Logits.of(model) for name, model in models.items()}
     loss, divergence = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0.0)
     with evaluation_mode(models.values()):
+        states = {name: _states(name, model, windows, (blocks or {}).get(name)) for name, model in models.items()}
         for number, window in enumerate(track(windows, "perplexity and KL", len(windows))):
             inputs, targets = window.token_ids[:-1], window.token_ids[1:, None]
-            hidden = {name: hidden_states(models[name], inputs[None])[0] for name in others}
+            hidden = {name: states[name](number) for name in others}
             if kept is None:
-                hidden[first] = hidden_states(models[first], inputs[None])[0]
+                hidden[first] = states[first](number)
             else:
                 if number == len(kept):
-                    kept.append(hidden_states(models[first], inputs[None])[0])
-                hidden[first] = kept[number]
+                    kept.append(states[first](number).cpu())  # all of them are too many for a GPU
+                hidden[first] = kept[number].to(models[first].device)
             for start in range(window.first - 1, len(inputs), CHUNK):
                 chunk = slice(start, start + CHUNK)
                 dense = None
@@ -117,6 +135,24 @@ def quality_over(
                         divergence[name] += _kl(dense.to(log_probs.device), log_probs)
     predicted = sum(len(window.token_ids) - window.first for window in windows)
     return {name: Quality(perplexity_of(loss[name] / predicted), divergence[name] / predicted) for name in models}
+
+
+def _states(
+    name: str, model: PreTrainedModel, windows: Sequence[Window], by_block: ByBlock | None
+) -> Callable[[int], Float[Tensor, "length d_out"]]:
+    """What gives a model's last hidden states on a window, by its number: its own forward pass, or the block runner."""
+    inputs = [window.token_ids[:-1] for window in windows]
+    if by_block is None:
+        return lambda number: hidden_states(model, inputs[number][None])[0]
+    of_length: dict[int, list[int]] = defaultdict(list)
+    for number, ids in enumerate(inputs):
+        of_length[len(ids)].append(number)
+    states = {
+        length: last_states(model, *by_block, torch.stack([inputs[number] for number in numbers]), f"{name}, by block")
+        for length, numbers in of_length.items()
+    }
+    places = {number: place for numbers in of_length.values() for place, number in enumerate(numbers)}
+    return lambda number: states[len(inputs[number])].read(places[number])[0]
 
 
 def _kl(dense: Float[Tensor, "tokens vocab"], other: Float[Tensor, "tokens vocab"]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from jaxtyping import Int
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.config.run import EvaluationConfig
 from darwinlm.evaluation.generation import continuations
-from darwinlm.evaluation.quality import Quality, perplexity_and_kl
+from darwinlm.evaluation.quality import ByBlock, Quality, perplexity_and_kl
 from darwinlm.evaluation.speed import speed
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime.progress import track
@@ -51,21 +51,27 @@ def evaluate(
     config: EvaluationConfig,
     sizes_in_bytes: Mapping[str, int],
     texts: Mapping[str, Int[Tensor, "_ length"]] | None = None,
+    by_block: Callable[[str], ByBlock] | None = None,
 ) -> list[Row]:
     """Return a row for each model, in the order given; the first model is the dense one.
 
     No stage may have seen `token_ids`. All of them are used, and so are all of the further `texts`.
 
+    Args:
+        by_block: gives the blocks of a model by its name, with which perplexity and KL are then measured. It is called
+            after everything else, for it may move what a model has beside its blocks to another device.
+
     Raises:
         UsageError: if the sequences have fewer than two tokens, or a prompt is empty.
     """
-    qualities = perplexity_and_kl(models, token_ids)
-    further = {text: perplexity_and_kl(models, ids) for text, ids in (texts or {}).items()}
     speeds = speed(models, token_ids, config)
     written = {
         name: continuations(model, tokenizer, config.prompts, config.continuation_tokens)
         for name, model in track(models.items(), "continuations", len(models))
     }
+    blocks = {name: by_block(name) for name in models} if by_block is not None else {}
+    qualities = perplexity_and_kl(models, token_ids, blocks=blocks)
+    further = {text: perplexity_and_kl(models, ids, blocks=blocks) for text, ids in (texts or {}).items()}
     return [
         Row(
             model=name,

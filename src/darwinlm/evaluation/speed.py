@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -22,12 +21,8 @@ from darwinlm.evaluation.quality import evaluation_mode
 from darwinlm.model.families import block_sizes_of, head_dim
 from darwinlm.model.size import parameter_bytes
 from darwinlm.runtime import timing
+from darwinlm.runtime.peaks import Peaks, held
 from darwinlm.runtime.timing import Ratio
-
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-RESET_PEAK = "5"  # written to CLEAR, it makes Linux forget the highest memory so far
 
 
 @dataclass(frozen=True)
@@ -92,9 +87,12 @@ class _Turn:
 
 
 def _turn(model: PreTrainedModel, prompts: Int[Tensor, "batch length"], new_tokens: int) -> _Turn:
-    added = _added_memory(model.device)
-    seconds, cache = _generate(model, prompts, new_tokens)
-    return _Turn(seconds, added(), _cache_bytes(cache))
+    on_gpu = model.device.type == "cuda"
+    before = torch.cuda.memory_allocated(model.device) if on_gpu else held()
+    with Peaks(model.device) as peaks:
+        seconds, cache = _generate(model, prompts, new_tokens)
+    extra = peaks.device - before if on_gpu else peaks.host - before if peaks.exact else None
+    return _Turn(seconds, extra, _cache_bytes(cache))
 
 
 def _generate(model: PreTrainedModel, prompts: Int[Tensor, "batch length"], new_tokens: int) -> tuple[_Seconds, Cache]:
@@ -126,26 +124,6 @@ def _cache_bytes(cache: Cache) -> int:
     """Return the bytes of the keys and values of all layers that have any."""
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _added_memory(device: torch.device) -> Callable[[], int | None]:
-    """Start to watch memory; the returned function gives the most bytes that were added until its call, or None."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        return lambda: torch.cuda.max_memory_allocated(device) - before
-    try:
-        CLEAR.write_text(RESET_PEAK)
-        before = _status("VmRSS")
-    except OSError:
-        return lambda: None
-    return lambda: _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    """Return the value of a line of this process's status, in bytes."""
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
 
 
 def count(model: PreTrainedModel, config: SpeedConfig) -> Counted:

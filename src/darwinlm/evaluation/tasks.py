@@ -75,11 +75,16 @@ class Score:
         if self.value is None:
             return "-"
         figure, error = self.value, self.stderr
-        share = self.metric.startswith("acc") or self.metric in SHARES
+        share = is_share(self.metric)
         shown = f"{100 * figure:.1f}" if share else f"{figure:.3f}"
         if error is None:
             return shown
         return f"{shown} ± {100 * error:.1f}" if share else f"{shown} ± {error:.3f}"
+
+
+def is_share(metric: str) -> bool:
+    """Return whether a metric is a share of questions, from 0 to 1."""
+    return metric.startswith("acc") or metric in SHARES
 
 
 def requested(config: TasksConfig) -> list[Request]:

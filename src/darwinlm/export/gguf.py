@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Precision
+from jaxtyping import Float
+from torch import Tensor
 
 from darwinlm.export.gguf_graphs import Description
+from darwinlm.export.gguf_precision import MIXES, OUTPUT, QUANTISED, fitting
 from darwinlm.export.gguf_tensors import Weights, Written, tensors
 from darwinlm.export.gguf_vocabulary import add_vocabulary
 from darwinlm.export.verify import verify_gguf
@@ -21,23 +25,30 @@ from darwinlm.runtime.files import new_file
 from darwinlm.runtime.progress import say
 from darwinlm.types import DarwinError, UsageError
 
-FileType = Literal["f32", "f16", "bf16", "q8_0"]
-PRECISIONS = {"f32": Precision.F32, "f16": Precision.F16, "bf16": Precision.BF16, "q8_0": Precision.Q8_0}
+FileType = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"]
 QUANTISED_ROWS = 4096  # that are quantised at a time, to bound memory
 
 
-def export_gguf(directory: Path, out: Path, file_type: FileType = "f16", verify: bool = True) -> Path:
+def export_gguf(
+    directory: Path,
+    out: Path,
+    file_type: FileType = "f16",
+    verify: bool = True,
+    importance: Mapping[str, Float[Tensor, " d_in"]] | None = None,
+) -> Path:
     """Write a model directory, pruned or dense, as a GGUF file with its tokenizer and chat template.
 
     A model whose blocks all have the same sizes gets its native architecture. Others get one that has sizes for each
     block, or, where none computes them (`GRAPHS`), the native one with zeros for what a block lacks. Vectors stay
-    float32. Matrices that Q8_0 cannot hold, because the length of their rows is not a multiple of 32, become float16.
+    float32. Types of few bits are llama.cpp's mixes (`MIXES`); where the rows of a matrix are no multiple of 256, which
+    K-quants want, or of 32, which all want, it takes more bits, and the export says of how many weights that is true.
     Tensors are read and written one by one.
 
     Args:
         directory: an export that `export_hf` wrote, or a dense checkpoint.
         out: the file, named `*.gguf`; or a directory, in which it is named after that directory and `file_type`.
         verify: whether a fresh process reads the file and compares its tensors before it gets its name.
+        importance: of every input channel of linear modules, by path: what weighs the errors of few bits.
 
     Returns:
         The path of the file, which appears whole or not at all.
@@ -49,6 +60,8 @@ def export_gguf(directory: Path, out: Path, file_type: FileType = "f16", verify:
     """
     if file_type not in get_args(FileType):
         raise UsageError(f"expected one of {', '.join(get_args(FileType))}, found {file_type!r}; choose one of them")
+    if file_type in QUANTISED:
+        libgguf()
     name = out.stem if out.suffix == ".gguf" else out.absolute().name
     file = out if out.suffix == ".gguf" else out / f"{name}-{file_type.upper()}.gguf"
     if not (directory / "config.json").is_file():
@@ -68,7 +81,8 @@ def export_gguf(directory: Path, out: Path, file_type: FileType = "f16", verify:
             _add_settings(writer, model, name, file_type)
             add_vocabulary(writer, tokenizer, config.vocab_size)
             written = list(tensors(model, Weights(checkpoint)))
-            digests = _write(writer, written, PRECISIONS[file_type])
+            chosen = _precisions(written, file_type, len(model.room))
+            digests = _write(writer, written, chosen, importance or {})
         finally:
             writer.close()
         if verify:
@@ -85,7 +99,7 @@ def _add_settings(writer: gguf.GGUFWriter, model: Description, name: str, file_t
     writer.add_file_type(gguf.LlamaFileType[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(model.positions)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(len(model.room))
     sizes = zip(*((room.query_heads, room.key_value_heads, room.intermediate) for room in model.room), strict=True)
@@ -94,31 +108,54 @@ def _add_settings(writer: gguf.GGUFWriter, model: Description, name: str, file_t
         add(counts if graph.per_block else counts[0])
     writer.add_key_length(model.head_dim)
     writer.add_value_length(model.head_dim)
-    if graph.layer_norms:
-        writer.add_layer_norm_eps(config.norm_epsilon)
-    else:
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    (writer.add_layer_norm_eps if graph.layer_norms else writer.add_layer_norm_rms_eps)(model.epsilon)
     for method, field in graph.fields:
         getattr(writer, method)(getattr(config, field))
-    _add_positions(writer, model)
+    if graph.slopes:
+        writer.add_max_alibi_bias(8.0)  # the exponent of the steepest slope, in transformers always
+    if model.clip:
+        writer.add_clamp_kqv(model.clip)
+    if graph.rotated:
+        _add_positions(writer, model)
 
 
 def _add_positions(writer: gguf.GGUFWriter, model: Description) -> None:
     rope = model.rope()
-    writer.add_rope_dimension_count(model.head_dim)
+    writer.add_rope_dimension_count(int(model.head_dim * rope.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     if model.graph.windows:
-        writer.add_sliding_window(min(model.config.sliding_window, model.config.max_position_embeddings))
+        writer.add_sliding_window(min(model.config.sliding_window, model.positions))
         writer.add_sliding_window_pattern(model.period(model.graph))
         writer.add_rope_freq_base_swa(model.rope("sliding_attention")["rope_theta"])
 
 
-def _write(writer: gguf.GGUFWriter, tensors: Sequence[Written], precision: Precision) -> dict[str, str]:
+def _precisions(tensors: Sequence[Written], file_type: str, blocks: int) -> list[Precision]:
+    """The precision of every tensor; the user is told of those whose rows do not fit the type that was asked for."""
+    mix, tied = MIXES[file_type], not any(tensor.name == OUTPUT for tensor in tensors)
+    wanted = [Precision.F32 if len(tensor.shape) == 1 else mix.of(tensor.name, blocks, tied) for tensor in tensors]
+    chosen = [
+        precision if len(tensor.shape) == 1 else fitting(precision, tensor.shape[-1])
+        for tensor, precision in zip(tensors, wanted, strict=True)
+    ]
+    wider = [tensor for tensor, *both in zip(tensors, wanted, chosen, strict=True) if both[0] != both[1]]
+    if wider:
+        share = sum(int(np.prod(tensor.shape)) for tensor in wider) / sum(int(np.prod(t.shape)) for t in tensors)
+        pruned = any("ffn_down" in tensor.name for tensor in wider)
+        cure = "; --database.granularity 256 makes MLPs that fit" if pruned else ""
+        say(f"{file_type}: {share:.0%} of the weights are in rows whose width it cannot hold, and take more bits{cure}")
+    return chosen
+
+
+def _write(
+    writer: gguf.GGUFWriter,
+    tensors: Sequence[Written],
+    chosen: Sequence[Precision],
+    importance: Mapping[str, Tensor],
+) -> dict[str, str]:
     """Write all of the file, and return the SHA-256 of every tensor's bytes by its name."""
-    chosen = [_precision_of(tensor, precision) for tensor in tensors]
     for tensor, stored in zip(tensors, chosen, strict=True):
         block, size = gguf.GGML_QUANT_SIZES[stored]
         elements = int(np.prod(tensor.shape))
@@ -128,7 +165,7 @@ def _write(writer: gguf.GGUFWriter, tensors: Sequence[Written], precision: Preci
     writer.write_ti_data_to_file()
     digests = {}
     for tensor, stored in zip(tensors, chosen, strict=True):
-        values = _encoded(tensor, stored)
+        values = _encoded(tensor, stored, importance.get(tensor.source))
         digests[tensor.name] = hashlib.sha256(values.data).hexdigest()
         try:
             writer.write_tensor_data(values)
@@ -140,14 +177,7 @@ def _write(writer: gguf.GGUFWriter, tensors: Sequence[Written], precision: Preci
     return digests
 
 
-def _precision_of(tensor: Written, precision: Precision) -> Precision:
-    if len(tensor.shape) == 1:
-        return Precision.F32
-    fits = tensor.shape[-1] % gguf.GGML_QUANT_SIZES[precision][0] == 0
-    return precision if fits else Precision.F16
-
-
-def _encoded(tensor: Written, precision: Precision) -> np.ndarray:
+def _encoded(tensor: Written, precision: Precision, importance: Tensor | None) -> np.ndarray:
     values = tensor.make()
     if precision is Precision.BF16:
         return values.to(torch.bfloat16).contiguous().view(torch.int16).numpy()
@@ -161,5 +191,23 @@ def _encoded(tensor: Written, precision: Precision) -> np.ndarray:
         return half.contiguous().numpy()
     if precision is Precision.F32:
         return values.float().contiguous().numpy()
-    parts = values.split(QUANTISED_ROWS)
-    return np.concatenate([gguf.quants.quantize(part.float().numpy(), precision) for part in parts])
+    parts = [part.float().contiguous().numpy() for part in values.split(QUANTISED_ROWS)]
+    if precision is Precision.Q8_0:  # which is rounding alone
+        return np.concatenate([gguf.quants.quantize(part, precision) for part in parts])
+    weights = None if importance is None else _of_columns(tensor, importance)
+    return np.concatenate([libgguf().quantize_rows(part, int(precision), weights) for part in parts])
+
+
+def _of_columns(tensor: Written, importance: Tensor) -> np.ndarray:
+    """The importance of a tensor's columns, of which none is without any: a block of zeros could not be scaled."""
+    spread = importance[None] if tensor.columns is None else tensor.columns(importance[None])
+    row = spread[0].float()
+    return row.clamp(min=max(1e-4 * float(row.mean()), 1e-30)).contiguous().numpy()
+
+
+def libgguf() -> Any:
+    """The package that makes few bits of weights. Raises `UsageError` if it is not installed."""
+    try:
+        return import_module("libgguf")
+    except ImportError:
+        raise UsageError("GGUF files of few bits want the package libgguf: pip install darwinlm[quant]") from None

@@ -6,7 +6,7 @@ Everything that goes through a model without training it runs so. A family's own
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from darwinlm.model.checkpoint import Checkpoint
-from darwinlm.model.flow import by_name
+from darwinlm.model.flow import Recorder
 from darwinlm.model.roles import Family
 
 
@@ -43,7 +43,7 @@ def enter(model: PreTrainedModel, family: Family, token_ids: Int[Tensor, "sequen
     name = family.blocks.rpartition(".")[2]
     blocks: Any = getattr(parent, name)
     norm = model.get_submodule(family.final_norm)
-    recorders = [_Recorder(block, family.returns_more) for block in blocks]
+    recorders = [Recorder(family.block(index), block, family.returns_more) for index, block in enumerate(blocks)]
     setattr(parent, name, nn.ModuleList(recorders))
     model.set_submodule(family.final_norm, nn.Identity())
     try:
@@ -52,28 +52,7 @@ def enter(model: PreTrainedModel, family: Family, token_ids: Int[Tensor, "sequen
         setattr(parent, name, blocks)
         model.set_submodule(family.final_norm, norm)
     assert recorders[0].states is not None
-    return Entry(recorders[0].states, [recorder.arguments for recorder in recorders])
-
-
-class _Recorder(nn.Module):
-    """Takes the place of a block: records its input and arguments, and returns the input unchanged."""
-
-    def __init__(self, block: nn.Module, returns_more: bool):
-        super().__init__()
-        self.block = [block]  # in a list, so that it is no submodule
-        self.returns_more = returns_more
-        self.states: Tensor | None = None
-        self.arguments: dict[str, Any] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["block"][0], name)
-
-    def forward(self, states: Tensor, *unnamed: Any, **arguments: Any) -> Any:
-        self.states, self.arguments = states, by_name(self.block[0], unnamed, arguments)
-        return (states, None) if self.returns_more else states
+    return Entry(recorders[0].states, [recorder.calls[0] for recorder in recorders])
 
 
 def run_block(
@@ -206,9 +185,42 @@ class InShards:
     dtype: torch.dtype
     device: torch.device
 
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> InShards:
+        """The blocks of a checkpoint, with a skeleton that has on the device all that is not in them.
+
+        Raises:
+            DarwinError: as `Checkpoint.fill`.
+        """
+        model = checkpoint.skeleton()
+        fill_ends(checkpoint, model, [checkpoint.family.blocks], dtype, device)
+        return cls(checkpoint, model, dtype, device)
+
     def walk(self, first: int, end: int) -> Iterator[tuple[int, nn.Module]]:
         """As `Blocks.walk`. Raises as `Checkpoint.fill`."""
         for index in range(first, end):
             block = self.checkpoint.fill(self.skeleton, self.checkpoint.family.block(index), self.dtype, self.device)
             yield index, block
             block.to("meta")
+
+
+def fill_ends(
+    checkpoint: Checkpoint, model: PreTrainedModel, blocks: Sequence[str], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Give a skeleton the weights that are not in its blocks, on a device. Raises as `Checkpoint.fill`.
+
+    Args:
+        blocks: the paths of the blocks, or of what holds them.
+    """
+    inside = {module for path in blocks for module in model.get_submodule(path).modules()}
+    seen: set[nn.Parameter] = set()  # a tied weight is stored once
+    for path, module in list(model.named_modules()):
+        own = set(module.parameters(recurse=False))
+        if module in inside:
+            continue
+        if own - seen:
+            seen |= own
+            checkpoint.fill(model, path, dtype, device)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+    model.tie_weights()

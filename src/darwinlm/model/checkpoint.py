@@ -26,6 +26,7 @@ from darwinlm.model.reading import load, name_headers, read_parameter, read_toke
 from darwinlm.model.roles import Family
 from darwinlm.model.shards import FLOATS, INDEX, WEIGHTS, Header
 from darwinlm.model.wrapped import text_config
+from darwinlm.runtime import parallel
 from darwinlm.runtime.names import hub_model
 from darwinlm.types import DarwinError, Unit, UsageError
 
@@ -113,6 +114,11 @@ class Checkpoint:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    def agree_on_fingerprint(self) -> str:
+        """As `fingerprint`, for which the first process alone reads all weights; every process must call this."""
+        self.__dict__["fingerprint"] = parallel.from_first(lambda: self.fingerprint)
+        return self.fingerprint
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -15,13 +15,14 @@ from darwinlm.config.run import DatabaseConfig
 from darwinlm.genome import Grid, level_grid
 from darwinlm.model.flow import is_selection
 from darwinlm.model.roles import Family, Fused, find_roles
-from darwinlm.types import BlockSizes, DarwinError, Genome, Kind, Producer, Structure, Unit
+from darwinlm.types import BlockSizes, DarwinError, Genome, Kind, Producer, Structure, Unit, UsageError
 
 PRUNED = "pruned_"  # prefix of the model type of an export
 
 
 # How the rows of fused projections lie, which cannot be derived.
 ROWS: dict[str, Fused] = {
+    "bloom": "by head",
     "falcon": "by head",
     "glm": "in order",
     "glm4": "in order",
@@ -30,10 +31,33 @@ ROWS: dict[str, Fused] = {
     "gpt_neox": "by head",
     "granitemoehybrid": "in order",
     "moshi": "in order",
+    "mpt": "in order",
     "persimmon": "by head",
     "phi3": "in order",
     "qwen3_5_text": "gated by head",
     "qwen3_next": "gated by head",
+}
+
+# Families whose attentions are given something for each head, such as slopes by position (ALiBi), for which the code of
+# their exports has lines more.
+GIVEN_BY_HEAD = ("bloom", "falcon", "mpt")
+HEADS = "bias_heads"  # the module of such an attention that holds which of the heads before pruning it has
+
+_LATENT = "model.layers.0.self_attn.kv_b_proj: expected rows for each KV head, found those of a latent vector"
+# Why families are refused that the flow of one block would not tell: the module, what was expected, what was found.
+REFUSED = {
+    "bitnet": "model.layers.0.self_attn.attn_sub_norm: expected an output projection of heads, found a norm before it",
+    "codegen": "transformer.h.0.attn.qkv_proj: expected rows of query, key and value, found four parts of each",
+    "cpmant": "cpmant.encoder: expected a state for each token, found some of a prompt before them",
+    "deepseek_v3": _LATENT,
+    "gemma3n_text": "model.layers.0.altup: expected one stream of hidden states, found several that each block mixes",
+    "gpt_neox_japanese": "gpt_neox_japanese.layers.0.attention: expected states and weights, found a bias beside them",
+    "hrm_text": "model.L_module: expected one list of blocks, found two that call each other",
+    "minicpm3": _LATENT,
+    "modernbert-decoder": "lm_head: expected an output embedding that reads the final norm, found a layer between them",
+    "openai-gpt": "transformer.h.0.ln_1: expected norms before the units, found the stream itself normed after each",
+    "xlm": "transformer.layer_norm1.0: expected norms before the units, found the stream itself normed after each",
+    "youtu": _LATENT,
 }
 
 
@@ -45,7 +69,16 @@ def find_family(model: PreTrainedModel) -> Family:
     Raises:
         UsageError: if a module fits no role; it names the module.
     """
-    return find_roles(model, ROWS.get(model.config.model_type.removeprefix(PRUNED)))
+    name = model.config.model_type.removeprefix(PRUNED)
+    if name in REFUSED:
+        raise UsageError(f"cannot prune {REFUSED[name]}; convert the model to another family")
+    family = find_roles(model, ROWS.get(name))
+    if family.biases and name not in GIVEN_BY_HEAD:
+        raise UsageError(
+            f"cannot prune {family.block(0)}.{family.attention}: expected heads that differ in their weights alone, "
+            f"found {family.biases[0]}, which biases each; convert the model to another family"
+        )
+    return family
 
 
 def modules_around(model: nn.Module, family: Family) -> list[str]:
@@ -66,9 +99,10 @@ def head_dim(config: PretrainedConfig) -> int:
 def head_counts(config: PretrainedConfig) -> tuple[int, int]:
     """The numbers of query heads and of KV heads; without grouped queries a config may name only one."""
     queries = config.num_attention_heads
-    if getattr(config, "multi_query", False):
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         return queries, 1
-    return queries, getattr(config, "num_key_value_heads", None) or queries
+    names = ("num_key_value_heads", "num_kv_heads")
+    return queries, next((count for name in names if (count := getattr(config, name, None))), queries)
 
 
 def mlp_width(model: nn.Module, family: Family, block: int) -> int:
@@ -129,9 +163,16 @@ def _attention(block: _Block, layer: PretrainedConfig, dense: PretrainedConfig, 
         _Input(family.key, width, sharers),
         _Input(family.value, width, sharers),
     ]
+    if family.by_head:
+        if sharers > 1:
+            raise UsageError(
+                f"cannot prune {family.block(block.index)}.{family.query}: expected KV groups to leave whole, "
+                f"for their rows lie together, found the structure {structure}; use --database.structure kv_group"
+            )
+        inputs = [_Input(family.query, (heads + 2) * width)]
     return block.unit(
         "attention",
-        inputs=[_Input(family.query, 3 * width)] if family.by_head else inputs,
+        inputs=inputs,
         output=family.attention_output,
         members=(family.attention, *family.attention_norms),
         width=heads * width,

@@ -62,6 +62,9 @@ class Flow:
         heads: the numbers of query heads and KV heads.
         head_widths: the widths of a head of query, key and value.
         biases: the arguments of the block that hold something for each head.
+        named: the names of the arguments with which a module is called.
+        seconds: what reaches the second argument of a module, where that has no name and the shape of the first.
+        sums: what reaches the states that a module has returned.
         values: what every module has returned, the block under the empty path.
     """
 
@@ -73,6 +76,9 @@ class Flow:
     heads: tuple[int, int] = (0, 0)
     head_widths: tuple[int, ...] = ()
     biases: tuple[str, ...] = ()
+    named: dict[str, frozenset[str]] = field(default_factory=dict)
+    seconds: dict[str, Marks] = field(default_factory=dict)
+    sums: dict[str, Marks] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
 
     def readers(self, path: str) -> set[str]:
@@ -99,7 +105,7 @@ def find_frame(model: PreTrainedModel) -> Frame:
     inner, blocks = lists[0]
     root = paths[decoder]
     recorders, after, reason = _run(decoder, f"{root}.{inner}", blocks, returns_more=False)
-    returns_more = any(recorder.wrong for recorder in recorders)
+    returns_more = bool(reason) or any(recorder.wrong for recorder in recorders)
     if returns_more:
         recorders, after, reason = _run(decoder, f"{root}.{inner}", blocks, returns_more)
     if reason:
@@ -128,9 +134,9 @@ def find_frame(model: PreTrainedModel) -> Frame:
 
 def _run(
     decoder: nn.Module, path: str, blocks: nn.ModuleList, returns_more: bool
-) -> tuple[list[_Recorder], list[str], str]:
+) -> tuple[list[Recorder], list[str], str]:
     """Run a decoder on zeros with recorders, and return them, the modules that ran after them, and why it failed."""
-    recorders = [_Recorder(f"{path}.{index}", block, returns_more) for index, block in enumerate(blocks)]
+    recorders = [Recorder(f"{path}.{index}", block, returns_more) for index, block in enumerate(blocks)]
     memo: dict[int, Any] = {id(blocks): nn.ModuleList(recorders)}
     for parameter in set(decoder.parameters()) - set(blocks.parameters()):
         memo[id(parameter)] = nn.Parameter(_zeros(parameter), requires_grad=False)
@@ -179,9 +185,8 @@ def trace(block: nn.Module, width: int, call: Mapping[str, Any]) -> Flow:
         tracer.mark(states, frozenset([STREAM]))
         output = block(states, **arguments)
     tracer.flow.output = tracer.marks(output)
-    heads = tracer.flow.heads[0]
-    three = {name: value for name, value in arguments.items() if isinstance(value, Tensor) and value.dim() == 3}
-    tracer.flow.biases = tuple(name for name, value in three.items() if len(value) == heads > 1)
+    floats = {name: each for name, each in arguments.items() if isinstance(each, Tensor) and each.is_floating_point()}
+    tracer.flow.biases = tuple(name for name, each in floats.items() if each.dim() in (3, 4) and each.shape[-3] > 1)
     return tracer.flow
 
 
@@ -190,8 +195,8 @@ def _zeros(like: Tensor) -> Tensor:
     return torch.zeros((), dtype=like.dtype, device="cpu").expand(like.shape)
 
 
-class _Recorder(nn.Module):
-    """Takes the place of a block, and records how it is called."""
+class Recorder(nn.Module):
+    """Takes the place of a block: records how it is called, and returns the hidden states unchanged."""
 
     def __init__(self, path: str, block: nn.Module, returns_more: bool):
         super().__init__()
@@ -200,6 +205,7 @@ class _Recorder(nn.Module):
         self.wrong = False  # whether it was given what is no hidden states, but one sequence of them
         self.block = [block]  # in a list, so that it is no submodule
         self.calls: list[dict[str, Any]] = []
+        self.states: Tensor | None = None  # of the last call
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -207,7 +213,7 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["block"][0], name)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Recorder:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
         return self
 
     def forward(self, *unnamed: Any, **arguments: Any) -> Any:
@@ -217,12 +223,12 @@ class _Recorder(nn.Module):
                 f"{type(unnamed[0]).__name__ if unnamed else 'none'}; convert the model to another family"
             )
         states, *others = unnamed
-        self.wrong = states.dim() != 3
+        self.states, self.wrong = states, states.dim() != 3
         self.calls.append(by_name(self.block[0], others, arguments))
         return (states, None) if self.returns_more else states
 
 
-def _note_after(path: str, recorders: list[_Recorder], after: list[str], *_: Any) -> None:
+def _note_after(path: str, recorders: list[Recorder], after: list[str], *_: Any) -> None:
     if recorders[-1].calls:
         after.append(path)
 
@@ -241,7 +247,7 @@ class _Tracer(TorchDispatchMode):
         self.normalised = False  # whether the last product has gone through a softmax
         self.marked: dict[int, tuple[Tensor, Marks]] = {}  # with the tensor, whose id lives no longer than it does
         for path, module in block.named_modules():
-            module.register_forward_pre_hook(partial(self._begin, path))
+            module.register_forward_pre_hook(partial(self._begin, path), with_kwargs=True)
             module.register_forward_hook(partial(self._keep, path))
             within = block.get_submodule(path.rpartition(".")[0])
             if is_selection(module) or (_owns_weights(module) and not is_selection(within)):
@@ -298,12 +304,16 @@ class _Tracer(TorchDispatchMode):
         self.flow.reads[path] = self.flow.reads.get(path, frozenset()) | self.marks(tensors)
         self.flow.widths[path] = tensors[0].shape[-1]
 
-    def _begin(self, path: str, *_: Any) -> None:
+    def _begin(self, path: str, _: nn.Module, args: Any, named: Any) -> None:
         self.running.append(path)
+        self.flow.named[path] = frozenset(named)
+        if len(args) > 1 and isinstance(args[1], Tensor) and args[1].shape == args[0].shape:
+            self.flow.seconds[path] = self.marks(args[1])
 
     def _keep(self, path: str, _: nn.Module, __: Any, output: Any) -> None:
         self.running.pop()
         self.flow.values[path] = output
+        self.flow.sums[path] = self.marks(output[0] if isinstance(output, tuple) else output)
 
     def _leave(self, path: str, _: nn.Module, __: Any, output: Any) -> None:
         self.mark(output, frozenset([path]))

@@ -6,13 +6,13 @@ to what `config.per_layer_config[i]` says: `num_attention_heads`, `num_key_value
 """
 
 import copy
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
-from transformers.cache_utils import StaticLayer
 
 if int(transformers.__version__.split(".")[0]) < 5:  # it would ignore `rope_parameters` and compute wrong logits
     raise ImportError(f"expected transformers 5.0 or newer, found {transformers.__version__}; install a newer one")
@@ -51,23 +51,23 @@ class PrunedLlamaConfig(LlamaConfig):
 class NoAttn(getattr(recorded, "target_class", recorded)):  # whose weights, here of no heads, are recorded
     """Takes the place of an attention that a layer lacks: its output, which the layer adds to the stream, is zero."""
 
-    def __init__(self, layer_idx: int):
+    def __init__(self, layer_idx: int, adds: bool):
         nn.Module.__init__(self)
-        self.layer_idx = layer_idx
+        self.layer_idx, self.adds = layer_idx, adds  # whether an attention adds the stream itself
 
-    def forward(self, hidden_states: Tensor, *_: Any, **arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden_states: Tensor, *others: Any, **arguments: Any) -> tuple[Tensor, Tensor]:
         for cache in arguments.values():
             for layer in getattr(cache, "layers", [])[self.layer_idx : self.layer_idx + 1]:
-                if isinstance(layer, StaticLayer) and not layer.is_initialized:
-                    layer.max_batch_size = hidden_states.shape[0]  # which older transformers read in a second use
-        return torch.zeros_like(hidden_states), hidden_states.new_zeros(len(hidden_states), 0, 1, 1)
+                layer.max_batch_size = len(hidden_states)  # which older transformers read in a second use
+        states = others[0] if self.adds else torch.zeros_like(hidden_states)
+        return states, hidden_states.new_zeros(len(hidden_states), 0, 1, 1)
 
 
 class NoMLP(nn.Identity):
     """Takes the place of an MLP that a layer lacks, or of what mixes tokens without attention."""
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return torch.zeros_like(hidden_states)
+    def forward(self, hidden_states: Tensor, *stream: Any, **__: Any) -> Tensor:
+        return stream[0] if stream else torch.zeros_like(hidden_states)
 
 
 class Selected(nn.Module):
@@ -80,6 +80,15 @@ class Selected(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.module(inputs).index_select(-1, self.index)
+
+
+def select_heads(name: str, count: int, attention: Any, others: Any, arguments: Any) -> Any:
+    """Of what an attention is given for each of `count` heads before pruning, keep what is for those that are left."""
+    given = arguments[name]  # [sequences * heads, 1, length], or [sequences, heads, length, length]
+    if given is not None and given.shape[-3] % count == 0:
+        chosen = given.reshape(-1, count, *given.shape[-2:])[:, attention.bias_heads.index]
+        arguments[name] = chosen.reshape(*given.shape[:-3], -1, *given.shape[-2:])
+    return others, arguments
 
 
 def resized(module: Any, rows: Any, columns: Any) -> nn.Module:
@@ -99,13 +108,20 @@ def narrow(layer: nn.Module, config: Any, index: int) -> None:
     present = {path for path, _ in layer.named_modules()}  # not every layer has every part
     for path in present & (parts["rows"].keys() | parts["columns"].keys()):
         rows, columns = sum(numbers[name] for name in parts["rows"].get(path, [])), parts["columns"].get(path)
-        layer.set_submodule(path, resized(layer.get_submodule(path), rows or None, numbers.get(columns)))
+        module: Any = layer.get_submodule(path)
+        if module.weight.dim() > 1 or queries != config.num_attention_heads:  # a norm over all heads that are left
+            layer.set_submodule(path, resized(module, rows or None, numbers.get(columns)))
     for attribute, name in parts["attributes"].items() if parts["attention"] in present else ():
         setattr(layer.get_submodule(parts["attention"]), attribute, numbers[name])
-    stubs: Any = {"NoAttn": NoAttn, "NoMLP": NoMLP, "Identity": nn.Identity}
+    for name in parts["biases"] if queries != config.num_attention_heads else ():
+        attention: Any = layer.get_submodule(parts["attention"])
+        attention.bias_heads = Selected(nn.Identity(), queries)
+        hook = partial(select_heads, name, config.num_attention_heads)
+        attention.register_forward_pre_hook(hook, with_kwargs=True)
     for part in getattr(size, "skip", ()):
         for path, stub in parts["stubs"][part].items() if present >= parts["stubs"][part].keys() else ():
-            old, new = layer.get_submodule(path), stubs[stub](index)  # whose buffers some models fill in every layer
+            made = {"NoAttn": NoAttn(index, parts["attention adds"]), "NoMLP": NoMLP(), "Identity": nn.Identity()}
+            old, new = layer.get_submodule(path), made[stub]  # whose buffers some models fill in every layer
             vars(new).update(_buffers=old._buffers, _non_persistent_buffers_set=old._non_persistent_buffers_set)
             layer.set_submodule(path, new)
 
@@ -119,9 +135,6 @@ class PrunedLlamaModel(LlamaModel):  # without the output embedding
             narrow(layer, config, index)
         self.register_buffer("unfilled", torch.zeros(0), persistent=False)  # else `_init_weights` would skip this
         self.post_init()
-
-
-AutoModel.register(PrunedLlamaConfig, PrunedLlamaModel, exist_ok=True)  # stock classifiers ask for their decoder there
 
 
 class WithPrunedModel(PreTrainedModel):
@@ -141,6 +154,7 @@ class PrunedLlamaForCausalLM(WithPrunedModel, LlamaForCausalLM):
         raise NotImplementedError("continuous batching has a cache of one size for all layers: use generate instead")
 
 
+AutoModel.register(PrunedLlamaConfig, PrunedLlamaModel, exist_ok=True)  # stock classifiers ask for their decoder there
 Generic: Any = (transformers.modeling_layers.GenericForSequenceClassification, LlamaModel.__base__)
 LlamaClassifier: Any = getattr(transformers, "LlamaForSequenceClassification", None) or type("Generic", Generic, {})
 

@@ -25,6 +25,8 @@ def layer_parts(family: Family, base: str) -> dict[str, Any]:
         "rows": _rows(family),
         "columns": {family.attention_output: "query width", family.mlp_output: "channels"},
         "attributes": _attributes(family),
+        "biases": family.biases,
+        "attention adds": family.attention_adds,
         "stubs": _all_stubs(family),
     }
 

@@ -42,8 +42,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from darwinlm.model.families import PRUNED, find_family, head_counts, head_dim, mlp_width
-from darwinlm.model.flow import find_frame, is_selection
+from darwinlm.model.families import GIVEN_BY_HEAD, PRUNED, find_family, head_counts, head_dim, mlp_width
+from darwinlm.model.flow import find_frame
 from darwinlm.model.naming import plain_linears
 from darwinlm.model.parts import layer_parts
 from darwinlm.runtime.scratch import scratch_directory
@@ -51,6 +51,9 @@ from darwinlm.types import BlockSizes, DarwinError, UsageError
 
 TEMPLATE = Path(__file__).with_name("modeling_pruned_llama.py")
 CAUSAL = Path(__file__).with_name("modeling_causal_llama.py")  # for decoders without a causal language model
+LINES_BY_HEAD = (  # of the template, from and to
+    ("from functools", "from typing"), ("def select_heads", "def resized"), ("    for name in parts", "    for part in")
+)  # fmt: skip
 CLASSIFIER = "AutoModelForSequenceClassification"
 FIRST_KEPT = "first_kept"  # the field that says how many blocks stay whatever is left of them
 INDICES = ("mlp_only_layers", "full_attn_idxs")  # fields that list blocks, rather than something of each
@@ -116,7 +119,10 @@ def render(family: str) -> str:
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         text = _with_causal_class(text)
     if CLASSIFIER not in stock:
-        text = text[: text.index("\n\nGeneric: Any")]
+        text = text[: text.index("\n\nAutoModel.register")]
+    if family not in GIVEN_BY_HEAD:
+        for start, end in LINES_BY_HEAD:
+            text = text[: text.index(start)] + text[text.index(end) :]
     for auto, name in stock_names("llama").items():
         text = re.sub(rf"{name}\b", f"<{stock.get(auto)}>", text)
     prefix = re.sub(r"(ForCausalLM|LMHeadModel)$", "", stock["AutoModelForCausalLM"])
@@ -374,10 +380,6 @@ def pruned_model(
         result = _model_class(config)(config)
     given = model.state_dict() if weights is None else weights
     state = renumber_blocks(given, remaining_blocks(sizes, model.config), find_frame(model).blocks)
-    for path, module in result.named_modules():
-        if is_selection(module) and f"{path}.weight" in state:  # of a norm from which nothing has gone
-            state[f"{path}.module.weight"] = state.pop(f"{path}.weight")
-            state[f"{path}.index"] = torch.arange(len(state[f"{path}.module.weight"]))
     try:
         result.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:

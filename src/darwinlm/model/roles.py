@@ -29,12 +29,17 @@ class Family:
 
     Attributes:
         returns_more: whether blocks return a tuple, of which the hidden states are the first.
-        by_head: whether the fused projection of query, key and value holds the rows of one head after those of another.
+        by_head: whether the fused projection of query, key and value holds the rows of one KV group after another.
         attention_norms, mlp_norms: the norms before and after the unit, which are removed together with it.
+        projections: of query, key and value, which differ from `query` and `key` where those are norms.
+        head_norms: the norms of query and key, empty if there are none.
+        shared_norms: the norms before the attention that the MLP reads too.
         query_counts, key_value_counts: where the attention's methods read its numbers of heads from attributes, these:
             of the module, or of its config (`config.NAME`).
         query_widths: and these, where they read the width of all query heads.
         gate: the projection of the gates of what heads attend to, empty if there is none. It can be that of the query.
+        biases: the arguments of the attention that hold something for each query head, such as slopes by position.
+        attention_adds, mlp_adds: whether the unit adds its second argument, the stream, to what it gives.
         mlp: the module of the MLP, empty if its linear modules lie in the block itself.
         mixer: what mixes tokens in the blocks without attention, or beside it: linear attention, a short convolution or
             a state-space layer. It is empty if the family has none.
@@ -55,13 +60,19 @@ class Family:
     by_head: bool
     attention_output: str
     attention_norms: tuple[str, ...]
+    projections: tuple[str, ...]
+    head_norms: tuple[str, ...]
+    shared_norms: tuple[str, ...]
     query_counts: tuple[str, ...]
     key_value_counts: tuple[str, ...]
     query_widths: tuple[str, ...]
+    biases: tuple[str, ...]
+    attention_adds: bool
     mlp: str
     mlp_inputs: tuple[str, ...]
     mlp_output: str
     mlp_norms: tuple[str, ...]
+    mlp_adds: bool
     mixer: str = ""
     mixer_output: str = ""
     mixer_norms: tuple[str, ...] = ()
@@ -182,8 +193,6 @@ class _Roles:
         flow, within = self.flow, self.flow.attention
         if within is None:
             return {}
-        if flow.biases:
-            self._refuse(within, "heads that differ in their weights alone", f"{flow.biases[0]}, which biases each")
         readers = sorted(flow.readers(ATTENDED))
         if not readers:
             self._refuse(within, "a projection that reads what attention gives", "none")
@@ -199,28 +208,34 @@ class _Roles:
         counts = flow.heads[0], flow.heads[1], flow.heads[1]
         names = ("query", "key", "value")
         producers = [self._producer(*each) for each in zip(names, flow.inputs, counts, flow.head_widths, strict=True)]
-        projections = [projection for projection, _ in producers]
+        projections = [projection for projection, _, _ in producers]
         if len(set(projections)) < len(projections) and (len(set(projections)) > 1 or self.fused is None):
             self._refuse(projections[0], "a projection of its own for query, key and value", "a fused one")
         if gate and gate != projections[0]:
             self._refuse(gate, "gates in the projection of the query", "another module")
         keys = self._key_value_heads(projections)
-        if self.fused == "by head" and keys not in (1, flow.heads[0]):
-            self._refuse(projections[0], "as many KV heads as query heads in it, or one", f"{keys}")
+        foreign = sorted({*flow.biases} - flow.named[within])
+        if foreign:
+            self._refuse(within, f"what each head is given to be named, {foreign[0]}", "no such argument")
         self.claimed |= {output}
         self.units.add(within)
         module = self.block.get_submodule(within)
         query_counts, key_value_counts, query_widths = _numbers(module, flow.heads[0] * flow.head_widths[0])
         return {
             "attention": within,
-            **dict(zip(names, (producer for _, producer in producers), strict=True)),
+            **dict(zip(names, (producer for _, producer, _ in producers), strict=True)),
             "gate": gate,
             "by_head": self.fused == "by head" and keys > 1,  # one KV head lies behind all query heads
             "attention_output": output,
-            "attention_norms": self._norms(projections, output),
+            "attention_norms": (norms := self._norms(projections, output)),
+            "projections": tuple(projections),
+            "head_norms": tuple(norm for _, _, norm in producers[:2] if norm),
+            "shared_norms": self._shared(projections, norms),
             "query_counts": query_counts,
             "key_value_counts": key_value_counts,
             "query_widths": query_widths,
+            "biases": flow.biases,
+            "attention_adds": self._adds(within, output),
         }
 
     def _gate(self, output: str) -> str:
@@ -235,8 +250,8 @@ class _Roles:
             return keys
         return (self._linear(projections[0]).out_features // self.flow.head_widths[0] - queries) // 2
 
-    def _producer(self, role: str, marks: Marks, heads: int, width: int) -> tuple[str, str]:
-        """The projection that a role's heads come from, and the module whose rows are selected with the heads."""
+    def _producer(self, role: str, marks: Marks, heads: int, width: int) -> tuple[str, str, str]:
+        """The projection that a role's heads come from, the module whose rows are selected with them, and the norm."""
         assert self.flow.attention is not None
         if len(marks) != 1 or not marks <= self.flow.reads.keys():
             self._refuse(self.flow.attention, f"a {role} from one projection", f"{sorted(marks) or 'none'}")
@@ -246,7 +261,7 @@ class _Roles:
             if module.out_features != heads * width and self.fused is None:
                 self._refuse(last, f"{heads} heads of width {width}", f"a width of {module.out_features}")
             self.claimed.add(last)
-            return last, last
+            return last, last, ""
         before = self.flow.reads[last]
         projection = next(iter(before))
         if len(before) != 1 or not before <= self.flow.reads.keys():
@@ -257,7 +272,7 @@ class _Roles:
         if own != {seen} or not (over_all or seen == width):
             self._refuse(last, f"a norm over a head or over all {heads}", f"{type(module).__name__} over {seen}")
         self.claimed |= {last, projection}
-        return projection, last if over_all else projection
+        return projection, last if over_all else projection, last
 
     def mlp(self) -> dict[str, Any]:
         """The fields of the MLP, none if the block has none."""
@@ -281,7 +296,18 @@ class _Roles:
             fields = inputs * 2
         else:
             fields = inputs
-        return {"mlp": within, "mlp_inputs": fields, "mlp_output": output, "mlp_norms": self._norms(inputs, output)}
+        adds = bool(within) and self._adds(within, output)
+        if not adds and within in flow.seconds:
+            self._refuse(within, "an MLP that adds its second argument", "one that uses it otherwise")
+        norms = self._norms(inputs, output)
+        return {"mlp": within, "mlp_inputs": fields, "mlp_output": output, "mlp_norms": norms, "mlp_adds": adds}
+
+    def _adds(self, unit: str, output: str) -> bool:
+        """Whether a unit adds its second argument, the stream, to its output."""
+        rest, second = self.flow.sums[unit] - {output}, self.flow.seconds.get(unit)
+        if STREAM in rest and rest != second:
+            self._refuse(unit, "a unit that adds no stream but its second argument", "another sum")
+        return bool(rest) and rest == second
 
     def _linears(self) -> list[str]:
         """The linear modules whose roles are not known yet, in the order of calls."""
@@ -332,6 +358,11 @@ class _Roles:
         self.claimed |= set(norms)
         return tuple(norms)
 
+    def _shared(self, inputs: Sequence[str], own: Sequence[str]) -> tuple[str, ...]:
+        """The norms that a unit reads and others too."""
+        before = frozenset().union(*(self.flow.reads[path] for path in inputs)) - {STREAM, *own}
+        return tuple(sorted(path for path in before if self._is_norm(path)))
+
     def _is_norm(self, path: str) -> bool:
         module = self.block.get_submodule(path)
         return not isinstance(module, nn.Linear) and all(parameter.dim() == 1 for parameter in module.parameters())
@@ -355,7 +386,7 @@ def _weights(block: nn.Module) -> Iterable[tuple[str, list[nn.Parameter]]]:
     for path, module in block.named_modules():
         if is_selection(block.get_submodule(path.rpartition(".")[0])):
             continue
-        if is_selection(module):
+        if is_selection(module) and any(True for _ in module.parameters()):
             yield path, list(module.parameters())
         own = [(name, parameter) for name, parameter in module.named_parameters(recurse=False) if parameter.numel() > 1]
         if any(True for child in module.children() for _ in child.parameters()):

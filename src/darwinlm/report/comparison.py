@@ -51,6 +51,7 @@ class Cell:
         seconds: the time that the method took to find the genome, without that for the database.
         texts: perplexity and KL on further texts, by name.
         scores: the scores in tasks.
+        continuations: each prompt, followed by what the model writes.
     """
 
     method: str
@@ -68,6 +69,7 @@ class Cell:
     seconds: float = 0.0
     texts: dict[str, Quality] = field(default_factory=dict)
     scores: tuple[Score, ...] = ()
+    continuations: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, line: Mapping[str, Any]) -> Cell:
@@ -114,13 +116,19 @@ def write_cells(directory: Path, cells: Iterable[Cell]) -> None:
     write_lines(directory / CELLS, [cell.line for cell in cells], {})
 
 
+def cells_of(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
+    """Return the titles and the cells of the table; the first model is the dense one."""
+    titles = _titles(cells[0])
+    return titles, [_columns(cell, titles) for cell in cells]
+
+
 def print_table(cells: Sequence[Cell]) -> None:
     """Print the table, with the dense model first, and below it what methods refused."""
     titles = _titles(cells[0])
     tables.show(
         titles, [[_columns(cell, titles) for cell in group] for _, group in groupby(cells, lambda cell: cell.kept)]
     )
-    for refusal in _refusals(cells):
+    for refusal in refusals(cells):
         print(refusal)
 
 
@@ -133,7 +141,7 @@ def markdown(cells: Sequence[Cell], protocol: Sequence[str], picture: str) -> st
     """
     titles = _titles(cells[0])
     table = tables.markdown(titles, [_columns(cell, titles) for cell in cells])
-    notes = [f"- {note}" for note in [*protocol, *task_notes(cells[0]), *_refusals(cells)]]
+    notes = [f"- {note}" for note in [*protocol, *task_notes(cells[0]), *refusals(cells)]]
     return "\n".join([table, "", *notes, "", f"![Perplexity at every size]({picture})"]) + "\n"
 
 
@@ -142,7 +150,7 @@ def task_notes(cell: Cell) -> list[str]:
     return [f"{s.task}: {s.questions:,} questions from {s.source}, {s.shots}-shot; per cent" for s in cell.scores]
 
 
-def _refusals(cells: Sequence[Cell]) -> list[str]:
+def refusals(cells: Sequence[Cell]) -> list[str]:
     return [f"{cell.method} at {cell.size}: {cell.refused}" for cell in cells if cell.refused is not None]
 
 

@@ -29,7 +29,7 @@ of the smallest model: below it, each parameter that leaves costs more than the 
 
 
 @dataclass(frozen=True)
-class _Axis:
+class Axis:
     """What a picture shows along one of its axes."""
 
     label: str
@@ -37,10 +37,10 @@ class _Axis:
 
 
 SIZES = (
-    _Axis("parameters (millions)", lambda cell: cell.parameters / 1e6),
-    _Axis("weights (MB)", lambda cell: cell.bytes / 1e6),
-    _Axis("prefill (tokens/s)", lambda cell: cell.prefill_tokens_per_s),
-    _Axis("decoding (tokens/s)", lambda cell: cell.decode_tokens_per_s),
+    Axis("parameters (millions)", lambda cell: cell.parameters / 1e6),
+    Axis("weights (MB)", lambda cell: cell.bytes / 1e6),
+    Axis("prefill (tokens/s)", lambda cell: cell.prefill_tokens_per_s),
+    Axis("decoding (tokens/s)", lambda cell: cell.decode_tokens_per_s),
 )
 
 
@@ -63,6 +63,11 @@ def find_knee(cells: Sequence[Cell]) -> Cell | None:
 
     knee = max(ordered[1:-1], key=below)
     return knee if below(knee) > 0 else None
+
+
+def cells_of(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
+    """Return the titles and the cells of the table; the first model is the dense one."""
+    return _titles(cells[0]), [_columns(cell, cells) for cell in cells]
 
 
 def print_table(cells: Sequence[Cell]) -> None:
@@ -147,7 +152,7 @@ def _measures(dense: Cell) -> dict[str, dict[str, Callable[[Cell], float]]]:
 
 
 def _draw(
-    axis: Axes, size: _Axis, lines: dict[str, Callable[[Cell], float]], cells: Sequence[Cell], knee: Cell | None
+    axis: Axes, size: Axis, lines: dict[str, Callable[[Cell], float]], cells: Sequence[Cell], knee: Cell | None
 ) -> None:
     dense, *pruned = cells
     for number, (name, of) in enumerate(lines.items()):

@@ -15,6 +15,7 @@ from darwinlm.genome import Grid
 from darwinlm.report import tables
 from darwinlm.report.figures import levels_figure, save_figure, search_figure
 from darwinlm.runtime.files import write_record, write_text
+from darwinlm.runtime.stages import StageUse
 from darwinlm.runtime.timing import Ratio
 from darwinlm.types import Curve, Generation, Genome
 
@@ -137,6 +138,8 @@ def write_report(
     settings: Mapping[str, str],
     metric: str,
     curves: Mapping[str, Curve],
+    uniform: Mapping[str, float],
+    stages: Mapping[str, StageUse],
 ) -> list[Path]:
     """Write a run's report to the directory `out`, and return its files: `report.md`, `table.json` and the pictures.
 
@@ -149,6 +152,8 @@ def write_report(
         settings: the settings of the run, as the report shows them.
         metric: the name of what the search minimised.
         curves: the KL divergence of the search's parents on other texts, by text.
+        uniform: the KL divergence of the uniform genome on these texts.
+        stages: what each stage took, by name.
     """
     out.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, str] = {}
@@ -156,10 +161,11 @@ def write_report(
         save_figure(out / "levels.png", levels_figure(grid, genomes))
         pictures["levels.png"] = "Share of each attention and each MLP that is left, block by block"
     if history:
-        save_figure(out / "search.png", search_figure(history, metric, curves))
+        save_figure(out / "search.png", search_figure(history, metric, curves, uniform))
         pictures["search.png"] = f"{metric} of the best genome, generation by generation, and KL on text it never saw"
-    write_record(out / "table.json", {"rows": [_record(row) for row in rows]}, settings)
-    write_text(out / "report.md", _markdown(title, rows, settings, pictures))
+    used = {name: asdict(use) for name, use in stages.items()}
+    write_record(out / "table.json", {"rows": [_record(row) for row in rows], "stages": used}, settings)
+    write_text(out / "report.md", _markdown(title, rows, settings, pictures, stages))
     return [out / name for name in ("report.md", "table.json", *pictures)]
 
 
@@ -204,13 +210,21 @@ sizes. It needs torch and transformers, but not `darwinlm`. If all blocks have t
 """
 
 
-def _markdown(title: str, rows: Sequence[Row], settings: Mapping[str, str], pictures: Mapping[str, str]) -> str:
+def _markdown(
+    title: str,
+    rows: Sequence[Row],
+    settings: Mapping[str, str],
+    pictures: Mapping[str, str],
+    stages: Mapping[str, StageUse],
+) -> str:
     lines = [f"# {title}", ""]
     if settings:
         lines += [tables.markdown(["setting", "value"], list(settings.items())), ""]
     lines += ["## Models", "", models_table(rows), ""]
     for name, caption in pictures.items():
         lines += [f"![{caption}]({name})", ""]
+    if stages:
+        lines += ["## Time and memory", "", stages_table(stages), ""]
     continuations = _by_prompt(rows)
     if continuations:
         lines += ["## Continuations", "", "Greedy, each from the same prompt.", ""]
@@ -226,9 +240,49 @@ def _markdown(title: str, rows: Sequence[Row], settings: Mapping[str, str], pict
     return "\n".join(lines) + "\n" + LOADING
 
 
+NOTE_ON_STAGES = """\
+Seconds are summed over all processes that went on with a stage after an interruption. Memory is the most that the first
+process held while the stage ran, with the interpreter and its libraries{device}."""
+
+
+def stages_table(stages: Mapping[str, StageUse]) -> str:
+    """Return what each stage took as a Markdown table, and all of them together, followed by a note."""
+    return "\n".join([tables.markdown(*stages_cells(stages)), "", note_on_stages(stages)])
+
+
+def stages_cells(stages: Mapping[str, StageUse]) -> tuple[list[str], list[list[str]]]:
+    """Return the titles and the cells of the stages' table; all of them together come last."""
+    on_gpu = any(use.device for use in stages.values())
+    titles = ["stage", "seconds", "memory", *(["memory of the GPU"] if on_gpu else [])]
+    together = StageUse(
+        sum(use.seconds for use in stages.values()),
+        max(use.host for use in stages.values()),
+        max(use.device for use in stages.values()),
+    )
+    rows = [
+        [name, f"{use.seconds:,.1f}", tables.size(use.host), *([tables.size(use.device)] if on_gpu else [])]
+        for name, use in (*stages.items(), ("all", together))
+    ]
+    return titles, rows
+
+
+def note_on_stages(stages: Mapping[str, StageUse]) -> str:
+    """Return the note that explains the stages' table."""
+    on_gpu = any(use.device for use in stages.values())
+    return NOTE_ON_STAGES.format(device=", and on the GPU of tensors" if on_gpu else "")
+
+
 def models_table(rows: Sequence[Row]) -> str:
     """Return the models' figures as a Markdown table, followed by a note that explains them."""
+    return "\n".join([tables.markdown(*models_cells(rows)), "", note_on_models(rows)])
+
+
+def models_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return the titles and the cells of the models' table."""
     columns = _columns(rows)
-    table = tables.markdown(_titles(columns), _cells(rows, columns))
-    note = NOTE.format(dense=rows[0].model, texts=NOTE_ON_TEXTS if rows[0].texts else "")
-    return "\n".join([table, "", note])
+    return _titles(columns), _cells(rows, columns)
+
+
+def note_on_models(rows: Sequence[Row]) -> str:
+    """Return the note that explains the models' table."""
+    return NOTE.format(dense=rows[0].model, texts=NOTE_ON_TEXTS if rows[0].texts else "")

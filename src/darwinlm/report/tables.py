@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 WORDS = frozenset(
-    {"model", "method", "setting", "value", "stage"}
+    {"model", "method", "setting", "value", "stage", "unit", "origin", "task"}
 )  # titles of the columns that hold words, not figures
 
 

@@ -141,6 +141,17 @@ def sum_at(tensor: Tensor, owner: int) -> None:
             dist.reduce(tensor, owner)
 
 
+def sum_everywhere(tensor: Tensor) -> None:
+    """Replace `tensor` by its sum over all processes, the same to the last bit on all.
+
+    Raises:
+        PeerLostError: if another process has ended.
+    """
+    if processes() > 1:
+        with _peers():
+            dist.all_reduce(tensor)
+
+
 def sums_everywhere(values: Sequence[float]) -> list[float]:
     """The sums of each value over all processes, the same on all. Raises `PeerLostError` if a process has ended."""
     if processes() == 1:
@@ -149,6 +160,16 @@ def sums_everywhere(values: Sequence[float]) -> list[float]:
     with _peers():
         dist.all_reduce(sums)
     return sums.tolist()
+
+
+def from_first(find: Callable[[], str]) -> str:
+    """What the first process finds, on all; the others do not look. Raises `PeerLostError` if a process has ended."""
+    if processes() == 1:
+        return find()
+    found = [find() if first() else None]
+    with _peers():
+        dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
+    return str(found[0])
 
 
 def wait_for_all() -> None:

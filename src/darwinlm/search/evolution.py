@@ -104,7 +104,8 @@ def _begin(starts: Mapping[str, Genome], fitness: Scorer, config: SearchConfig) 
         )
     tokens = (len(scores) * last.fitness_tokens, len(scores) * last.training_tokens)
     seconds = time.monotonic() - began
-    return Generation(0, scores[best], best, len(scores), seconds, names[best], (scores[best],), *tokens)
+    finite = {name: scores[genome] for name, genome in starts.items() if isfinite(scores[genome])}
+    return Generation(0, scores[best], best, len(scores), seconds, names[best], (scores[best],), *tokens, finite)
 
 
 def _offspring(parent: Genome, budget: Budget, config: SearchConfig, rng: Random) -> list[Genome]:
@@ -165,7 +166,8 @@ def _line(generation: Generation) -> dict[str, Any]:
 def _read(path: Path, provenance: Mapping[str, Any]) -> list[Generation]:
     """Return the generations of an interrupted search. Raise `DarwinError` if the file holds another search."""
     if path.exists():
-        recorded, lines = read_lines(path, *(field.name for field in fields(Generation)))
+        needed = (field.name for field in fields(Generation) if field.name != "starts")  # 0.2.0 wrote none
+        recorded, lines = read_lines(path, *needed)
         if recorded != as_json(provenance):
             raise DarwinError(f"{path} holds another search, with other settings or another seed; delete it or move it")
     else:

@@ -8,60 +8,35 @@ from pathlib import Path
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from darwinlm.data.corpus import fingerprint
 from darwinlm.database.stitch import Stitcher
-from darwinlm.losses.logits import Logits, hidden_states
+from darwinlm.losses.logits import Logits
 from darwinlm.losses.metrics import Divergence
+from darwinlm.model.blocks import Blocks
 from darwinlm.runtime.files import as_json, read_record, write_record
 from darwinlm.runtime.progress import track
 from darwinlm.search.fitness import BATCH_TOKENS
-from darwinlm.types import Curve, DarwinError, Generation
+from darwinlm.search.lockstep import Lockstep
+from darwinlm.types import Curve, DarwinError, Generation, Genome
 
 POINTS = 8  # the most that a curve has
 TOKENS = 4096  # that are taken of each text
 
 
-class HeldOut:
-    """Measures the mean KL divergence of models from the dense model on several texts, in nats a token.
-
-    Hidden states are computed in the models' own precision. Each text is a tensor of token ids, `[sequences, length]`.
-    """
-
-    @torch.no_grad()
-    def __init__(self, dense: PreTrainedModel, texts: Mapping[str, Int[Tensor, "_ length"]]):
-        self._logits = Logits.of(dense)
-        self._batches = {
-            name: [
-                (ids, Divergence(hidden_states(dense, ids).flatten(0, 1)))
-                for ids in text.split(max(1, BATCH_TOKENS // text.shape[1]))
-            ]
-            for name, text in texts.items()
-        }
-
-    @torch.no_grad()
-    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
-        """Return the divergence on each text. The model shares the dense one's output embedding, as all stitched do."""
-        return {
-            name: sum(
-                dense.totals([hidden_states(model, ids).flatten(0, 1)], self._logits)[0] for ids, dense in batches
-            )
-            / sum(ids.numel() for ids, _ in batches)
-            for name, batches in self._batches.items()
-        }
-
-
 def curves(
     stitcher: Stitcher,
+    blocks: Blocks,
     history: Sequence[Generation],
+    uniform: Genome,
     texts: Mapping[str, Int[Tensor, "_ length"]],
     file: Path,
-) -> dict[str, Curve]:
-    """Return a curve for each text: the KL divergence of the parents of some generations, stitched and untrained.
+) -> tuple[dict[str, Curve], dict[str, float]]:
+    """Return, by text, the KL divergence of the parents of some generations as a curve, and that of `uniform`.
 
-    Only generations that improved on the parent are considered; at most `POINTS` of them are measured, among them the
-    first and the last. The curves are kept in `file`, which a later call only reads.
+    All are untrained, and run through the dense model's `blocks` in lockstep. Only generations that improved on the
+    parent are considered; at most `POINTS` of them are measured, among them the first and the last. The results are
+    kept in `file`, which a later call only reads.
     """
     better = [line for i, line in enumerate(history) if i == 0 or line.genome != history[i - 1].genome]
     count = min(POINTS, len(better))
@@ -73,10 +48,40 @@ def curves(
         record = read_record(file, "curves")
         if record["provenance"] != as_json(provenance):
             raise DarwinError(f"{file} is of another search: delete it, and the same command measures the curves again")
-        return {name: tuple(map(tuple, curve)) for name, curve in zip(texts, record["curves"], strict=True)}
-    held_out = HeldOut(stitcher.dense, {name: text[: -(-TOKENS // text.shape[1])] for name, text in texts.items()})
-    divergences = [held_out(stitcher.stitch(line.genome)) for line in track(points, "curves", count)]
-    measured = list(zip(points, divergences, strict=True))
-    result = {name: tuple((line.generation, by_text[name]) for line, by_text in measured) for name in texts}
-    write_record(file, {"curves": list(result.values())}, provenance)
-    return result
+        if "uniform" in record:  # 0.2.0 did not measure it
+            result = {name: tuple(map(tuple, curve)) for name, curve in zip(texts, record["curves"], strict=True)}
+            return result, dict(zip(texts, record["uniform"], strict=True))
+    short = [text[: -(-TOKENS // text.shape[1])] for text in texts.values()]
+    by_text = dict(
+        zip(texts, divergences(stitcher, blocks, [uniform, *(line.genome for line in points)], short), strict=True)
+    )
+    result = {
+        name: tuple((line.generation, of_genome[line.genome]) for line in points) for name, of_genome in by_text.items()
+    }
+    beside = {name: of_genome[uniform] for name, of_genome in by_text.items()}
+    write_record(file, {"curves": list(result.values()), "uniform": list(beside.values())}, provenance)
+    return result, beside
+
+
+@torch.no_grad()
+def divergences(
+    stitcher: Stitcher, blocks: Blocks, genomes: Sequence[Genome], texts: Sequence[Int[Tensor, "_ length"]]
+) -> list[dict[Genome, float]]:
+    """Return, for each text, the mean KL divergence of each genome's model from the dense one, in nats a token."""
+    cut = [text.split(max(1, BATCH_TOKENS // text.shape[1])) for text in texts]
+    batches = [batch.to(stitcher.dense.device) for of_text in cut for batch in of_text]
+    lockstep = Lockstep(stitcher, blocks, batches, kept_on=torch.device("cpu"))
+    logits, dense = Logits.of(stitcher.dense), stitcher.grid.dense()
+    sums: list[dict[Genome, float]] = [{} for _ in batches]
+    for index in track(range(len(batches)), "curves", len(batches)):
+        last: dict[Genome, Tensor] = {}
+        for wave in lockstep.hidden([(genome, index) for genome in {dense: 0, **dict.fromkeys(genomes)}]):
+            last |= {genome: states.flatten(0, 1) for (genome, _), states in wave.items()}
+        divergence = Divergence(last.pop(dense))
+        sums[index] = dict(zip(last, divergence.totals(list(last.values()), logits), strict=True))
+    means, first = [], 0
+    for of_text in cut:
+        parts, first = sums[first : first + len(of_text)], first + len(of_text)
+        tokens = sum(batch.numel() for batch in of_text)
+        means.append({genome: sum(part[genome] for part in parts) / tokens for genome in parts[0]})
+    return means

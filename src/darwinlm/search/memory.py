@@ -39,7 +39,7 @@ class SearchMemory:
         stream: the hidden states of a candidate on a batch.
         scoring: what a block's forward pass or the logits of a few tokens take.
         training: what training a candidate takes before selection, its activations included; 0 without training.
-        refit: the same for the refit, whose dense model waits in the host's memory; 0 without one.
+        refit: what the refit takes beside the pruned model; 0 without one.
         states: the parent's states in front of every block, where candidates are scored untrained.
         survivors: the states of survivors that will be trained further, which may wait in temporary files.
     """
@@ -77,8 +77,8 @@ class SearchMemory:
 
     @property
     def refitting(self) -> int:
-        """What the refit cannot do without: the dense model for its targets, and then what trains."""
-        return max(self.dense + self.scoring, self.ends + self.narrow + self.refit) if self.refit else 0
+        """What the refit cannot do without: a block at a time of the dense model for its targets, then what trains."""
+        return self.ends + max(self.block + self.scoring, self.narrow + self.refit) if self.refit else 0
 
     @property
     def least(self) -> int:
@@ -158,7 +158,8 @@ def count_memory(
         stream=each * batch * hidden,
         scoring=scoring,
         training=_training(trained, each, max(once, scoring)) if any(steps) else 0,
-        refit=_training(consumers, each, twice) if refit.tokens else 0,
+        # Gradients have their place throughout, and the stitched model's own consumers are replaced.
+        refit=(4 * FLOAT - each) * consumers + twice if refit.tokens else 0,
         states=0 if all(steps) else blocks * tokens * hidden * each,
         survivors=3 * FLOAT * trained * survivors,
     )

@@ -23,6 +23,9 @@ from darwinlm.search.fitness import Scorer
 from darwinlm.search.mutation import restore
 from darwinlm.types import Genome, SelectionStage
 
+SENSITIVITIES = "sensitivities.json"
+
+
 MEASURED = 3  # levels of a unit that are measured besides level 1; those between are interpolated
 
 
@@ -50,7 +53,7 @@ def find_starts(
     starts = {"uniform": uniform}
     if config.start == "sensitivity":
         stage = SelectionStage(1, config.stages[0].fitness_tokens)
-        table = sensitivities(budget.grid, scorer, stage, directory / "sensitivities.json")
+        table = sensitivities(budget.grid, scorer, stage, directory / SENSITIVITIES)
         starts["sensitivity"] = restore(least_sensitive(budget, table), budget, Random(seed))
     exact = {name: genome for name, genome in starts.items() if budget.admits(genome)}
     return exact or {name: genome for name, genome in starts.items() if budget.fits(genome)}
@@ -85,6 +88,15 @@ def sensitivities(grid: Grid, scorer: Scorer, stage: SelectionStage, state: Path
         if parallel.first():
             write_record(state, {"rises": table}, _measured_on(grid))
     return table
+
+
+def measured_sensitivities(state: Path) -> list[list[float]]:
+    """Return what an earlier `sensitivities` has kept in a file, or nothing where there is none.
+
+    Raises:
+        DarwinError: if the file is damaged.
+    """
+    return read_record(state, "rises")["rises"] if state.exists() else []
 
 
 def _interpolated(highest: int, index: int, rises: Mapping[tuple[int, int], float]) -> list[float]:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -28,7 +28,10 @@ from darwinlm.config.run import RefitConfig
 from darwinlm.database.stitch import Stitcher
 from darwinlm.losses.gradients import KLGradient
 from darwinlm.losses.logits import Logits
+from darwinlm.model.blocks import Blocks, Resident
 from darwinlm.model.families import linear_at
+from darwinlm.model.states import last_states
+from darwinlm.runtime import parallel
 from darwinlm.runtime.files import as_json, read_tensors, write_tensors
 from darwinlm.runtime.progress import say, track
 from darwinlm.training.optimizer_state import set_state, state_of
@@ -48,55 +51,143 @@ def refit(
     config: RefitConfig,
     file: Path,
     provenance: dict[str, Any],
+    blocks: Blocks | None = None,
 ) -> dict[str, Float[Tensor, "d_out kept"]]:
     """Return the float32 weights of the stitched model's consumers, by path, after one pass over `token_ids`.
 
     The pass minimises KL(dense || stitched), the mean over tokens, by AdamW without weight decay. The learning rate
     rises over the first tenth of the steps and falls to zero as a cosine. `file` keeps the result, and before that the
-    state of the pass: a later call continues from it and ends with the same weights.
+    state of the pass: a later call continues from it and ends with the same weights. Processes share the sequences of
+    every step, and all return the same weights.
+
+    Args:
+        blocks: the dense model's blocks, if they are not on the device with what else it has.
 
     Raises:
-        DarwinError: if `file` is of another refit, or the refit diverges.
+        DarwinError: on all processes, if `file` is of another refit, or the refit diverges.
+        PeerLostError: if another process has ended.
     """
-    identity = as_json(provenance | {"genome": genome.levels, "refit": asdict(config)})
+    earlier = refitted(genome, config, file, provenance)
+    if earlier is not None:
+        return earlier
+    identity = _identity(genome, config, provenance)
     done, tensors = _read(file, identity)
+    parallel.wait_for_all()  # every process has read the file before the first one writes it
     steps = -(-len(token_ids) // config.batch_size)
-    if done == steps:
-        return {name.removeprefix("weight."): tensor for name, tensor in tensors.items()}
-    dense, model = stitcher.dense, stitcher.stitch(genome)
-    alive = [index for index, level in enumerate(genome.levels) if level < stitcher.grid.highest(index)]
-    weights = _own_weights(model, [stitcher.grid.units[index].consumer for index in alive])
-    # Fused: the default on a GPU takes as much memory again as the weights.
-    optimizer = torch.optim.AdamW(list(weights.values()), weight_decay=0.0, fused=True)
-    if tensors:
-        set_state(weights, optimizer, tensors)
-    logits, device = (Logits.of(dense), Logits.of(model)), dense.device
-    low = dense.dtype == torch.bfloat16
-    saved, divergences = time.monotonic(), []
-    targets = _last_states(dense, token_ids[done * config.batch_size :])
-    with _set_aside(dense, model):
-        for step in track(range(done, steps), "refit", steps, done):
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * _schedule(step, steps)
-            batch, total = token_ids[step * config.batch_size :][: config.batch_size], 0.0
-            for ids in batch.split(1):
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
-                    total += _accumulate(model, logits, ids.to(device), next(targets), batch.numel())
-            if not math.isfinite(total):
+    batches = [_Batch.of(batch) for batch in token_ids.split(config.batch_size)[done:]]
+    mine = torch.cat([token_ids[:0], *(batch.mine for batch in batches)])
+    dense, source = stitcher.dense, blocks or Resident(stitcher.dense, stitcher.family)
+    saved, divergences = time.monotonic(), list[float]()
+    with closing(last_states(dense, stitcher.family, source, mine)) as targets:
+        learner = _Learner.of(stitcher, genome, blocks, tensors)
+        states = (targets.read(index).flatten(0, 1) for index in range(len(mine)))
+        for step, batch in zip(track(range(done, steps), "refit", steps, done), batches, strict=True):
+            divergences.append(learner.step(batch, states, config.learning_rate * _schedule(step, steps)))
+            if not math.isfinite(divergences[-1]):
                 raise DarwinError(
                     f"the refit diverged at step {step + 1}: lower --refit.learning-rate, or --refit.tokens 0 leaves "
                     "it out"
                 )
-            divergences.append(total)
-            nn.utils.clip_grad_norm_(weights.values(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             if time.monotonic() - saved > SAVE_SECONDS:
-                _write(file, weights, optimizer, step + 1, identity)
+                _write(file, learner.weights, learner.optimizer, step + 1, identity)
                 saved = time.monotonic()
     say(f"refit: KL {_mean(divergences[:8]):.4f} in the first steps, {_mean(divergences[-8:]):.4f} in the last")
-    _write(file, weights, None, steps, identity)
-    return {path: weight.detach() for path, weight in weights.items()}
+    _write(file, learner.weights, None, steps, identity)
+    return {path: weight.detach().cpu() for path, weight in learner.weights.items()}
+
+
+def refitted(
+    genome: Genome, config: RefitConfig, file: Path, provenance: dict[str, Any]
+) -> dict[str, Float[Tensor, "d_out kept"]] | None:
+    """Return what `refit` has returned, or None if it has not ended. Raises `DarwinError` if it is another refit's."""
+    _, tensors = _read(file, _identity(genome, config, provenance))
+    if not tensors or any(name.startswith("exp_avg.") for name in tensors):
+        return None
+    return {name.removeprefix("weight."): tensor for name, tensor in tensors.items()}
+
+
+def _identity(genome: Genome, config: RefitConfig, provenance: dict[str, Any]) -> dict[str, Any]:
+    return as_json(provenance | {"genome": genome.levels, "refit": asdict(config)})
+
+
+class _Batch(NamedTuple):
+    """The sequences of a step that this process runs, and the tokens that all processes run."""
+
+    mine: Int[Tensor, "mine length"]
+    tokens: int
+
+    @classmethod
+    def of(cls, token_ids: Int[Tensor, "sequences length"]) -> _Batch:
+        return cls(token_ids[parallel.rank() :: parallel.processes()], token_ids.numel())
+
+
+@dataclass
+class _Learner:
+    """The stitched model, its consumers that train, and their optimizer.
+
+    Attributes:
+        logits: of the dense model and of the stitched one.
+    """
+
+    model: PreTrainedModel
+    logits: tuple[Logits, Logits]
+    weights: dict[str, nn.Parameter]
+    optimizer: torch.optim.AdamW
+    gradients: _Gradients
+
+    @classmethod
+    def of(cls, stitcher: Stitcher, genome: Genome, blocks: Blocks | None, state: dict[str, Tensor]) -> _Learner:
+        """A learner in the state that was saved, or at its beginning if none was."""
+        model, levels = stitcher.stitch(genome, blocks), enumerate(genome.levels)
+        alive = [index for index, level in levels if level < stitcher.grid.highest(index)]
+        weights = _own_weights(model, [stitcher.grid.units[index].consumer for index in alive])
+        if stitcher.dense.device.type != "cpu":
+            recompute(model)
+        # Fused: the default on a GPU takes as much memory again as the weights.
+        optimizer = torch.optim.AdamW(list(weights.values()), weight_decay=0.0, fused=True)
+        if state:
+            set_state(weights, optimizer, state)
+        logits = Logits.of(stitcher.dense), Logits.of(model)
+        return cls(model, logits, weights, optimizer, _Gradients(list(weights.values())))
+
+    def step(self, batch: _Batch, targets: Iterator[Tensor], learning_rate: float) -> float:
+        """Take a step, all processes together, and return the divergence before it; none if that is not finite.
+
+        Args:
+            targets: the dense model's last hidden states on this process's sequences, in order.
+        """
+        total, device = 0.0, self.model.device
+        low = self.model.dtype == torch.bfloat16
+        for ids in batch.mine.split(1) if len(batch.mine) else ():
+            # Without a cache of them, the weights in low precision are there for a block at a time.
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low, cache_enabled=False):
+                total += _accumulate(self.model, self.logits, ids.to(device), next(targets), batch.tokens)
+        total = self.gradients.sum_with(total)
+        if math.isfinite(total):
+            nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
+            self.optimizer.param_groups[0]["lr"] = learning_rate
+            self.optimizer.step()
+            self.gradients.clear()
+        return total
+
+
+class _Gradients:
+    """The gradients of all weights in one buffer, which processes add up in one exchange a step."""
+
+    def __init__(self, weights: Sequence[nn.Parameter]):
+        sizes = [weight.numel() for weight in weights]
+        self.buffer = torch.zeros(sum(sizes) + 1, device=weights[0].device if weights else None)
+        for weight, part in zip(weights, self.buffer[:-1].split(sizes), strict=True):
+            weight.grad = part.view_as(weight)
+
+    def sum_with(self, divergence: float) -> float:
+        """Add up the gradients of all processes and their divergences, and return the sum of the latter."""
+        self.buffer[-1] = divergence
+        parallel.sum_everywhere(self.buffer)
+        return self.buffer[-1].item()
+
+    def clear(self) -> None:
+        self.buffer.zero_()
 
 
 def set_consumers(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
@@ -124,45 +215,6 @@ def _replace(model: PreTrainedModel, path: str, weight: Tensor) -> nn.Linear:
     new.bias = old.bias
     model.set_submodule(path, new)
     return new
-
-
-def _last_states(
-    dense: PreTrainedModel, token_ids: Int[Tensor, "sequences length"]
-) -> Iterator[Float[Tensor, "length d_out"]]:
-    """Yield the dense model's last hidden states on each sequence; on a GPU they are computed first and wait outside.
-
-    They are thousands of times smaller than the logits, and the dense model need not be there any more.
-    """
-
-    def states() -> Iterator[Tensor]:
-        for ids in token_ids.split(1):
-            with torch.no_grad():
-                hidden = dense.get_decoder()(ids.to(dense.device), use_cache=False).last_hidden_state
-            yield hidden.flatten(0, 1)
-
-    return states() if dense.device.type == "cpu" else iter([hidden.cpu() for hidden in states()])
-
-
-@contextmanager
-def _set_aside(dense: PreTrainedModel, model: PreTrainedModel) -> Iterator[None]:
-    """Keep what the dense model alone holds in the host's memory, and compute activations twice, on a GPU.
-
-    The weights, gradients and moments that train take most of it. Its output embedding is shared with the model.
-    """
-    device = dense.device
-    if device.type == "cpu":
-        yield
-        return
-    recompute(model)
-    shared = {id(weight) for weight in model.parameters()}
-    aside = [(weight, weight.data.cpu()) for weight in dense.parameters() if id(weight) not in shared]
-    for weight, _ in aside:
-        weight.data = weight.data.new_empty(0)
-    try:
-        yield
-    finally:
-        for weight, data in aside:
-            weight.data = data.to(device)
 
 
 def recompute(model: PreTrainedModel) -> None:
@@ -213,4 +265,5 @@ def _write(
     steps: int,
     identity: dict[str, Any],
 ) -> None:
-    write_tensors(file, state_of(weights, optimizer), identity, steps=steps)
+    if parallel.first():
+        write_tensors(file, state_of(weights, optimizer), identity, steps=steps)

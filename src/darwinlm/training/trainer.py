@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate import AutocastKwargs, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -73,6 +73,9 @@ class RecoveryTrainer(Trainer):
         log: Path,
     ):
         super().__init__(model, args, train_dataset=train, eval_dataset=held_out)
+        if any(isinstance(module, FSDPModule) for module in model.modules()):  # whose blocks are sharded already
+            plugin: Any = self.accelerator.state.fsdp_plugin
+            plugin.auto_wrap_policy = None
         self.remove_callback(PrinterCallback)
         self.add_callback(_Log(log))
         self.teacher = teacher
@@ -94,6 +97,8 @@ class RecoveryTrainer(Trainer):
         Gradients of shards are summed in float32; accelerate would sum them in the precision of the products.
         """
         super().create_accelerator_and_postprocess()
+        # Without a cache of them, copies of weights in low precision are there no longer than they are used.
+        self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         state: Any = self.accelerator.state
         settings: Any = self.args.fsdp_plugin_args
         if settings and state.distributed_type == DistributedType.MULTI_CPU:
