@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from darwinlm.types import Genome, Unit, UsageError
+from darwinlm.types import KINDS, Genome, Kind, Unit, UsageError
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,13 @@ class Grid:
             f"{kind} units have {count} levels instead of {levels}: they have {unit.structures} structures to lose"
             + (f", {unit.groups} at a time" if unit.in_turns else "")
             for (kind, count), unit in counts.items()
-            if count < levels
+            if count < levels and unit.kind != "mixer"  # which leave as a whole
         )
+
+    def kinds(self) -> dict[Kind, list[int]]:
+        """The indices of the units of each kind that there is."""
+        found = {unit.kind for unit in self.units}
+        return {kind: [i for i, unit in enumerate(self.units) if unit.kind == kind] for kind in KINDS if kind in found}
 
     def dense(self) -> Genome:
         """The genome of the dense model."""

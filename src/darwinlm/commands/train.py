@@ -25,7 +25,7 @@ from darwinlm.export.hf import export_hf
 from darwinlm.export.verify import Expected
 from darwinlm.losses.distillation import Target, teacher_target
 from darwinlm.model.checkpoint import Checkpoint
-from darwinlm.model.pruned import block_sizes_of
+from darwinlm.model.families import block_sizes_of
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime import parallel
 from darwinlm.runtime.device import resolve_device, resolve_dtype
@@ -322,7 +322,7 @@ def _export(work: _Work, last: Path) -> None:
     source = work.checkpoint.path / "README.md"
     before = source.read_text(encoding="utf-8") if source.exists() else ""
     card = trained_card(before, work.config.model, _settings(work), parameter_count(model))
-    sizes, tokenizer = block_sizes_of(model.config), work.checkpoint.tokenizer
+    sizes, tokenizer = block_sizes_of(model), work.checkpoint.tokenizer
     export_hf(model, sizes, tokenizer, training.exported, card, expected, work.checkpoint.path)
     training.seal_export(work.provenance)
 

@@ -61,7 +61,8 @@ def level_costs(grid: Grid, kind: Kind) -> Costs:
         tuple(grid.highest(i) - level if unit.kind == kind else 0 for level in range(grid.highest(i) + 1))
         for i, unit in enumerate(grid.units)
     )
-    return Costs(f"levels of {'MLPs' if kind == 'mlp' else 'attentions'}", units, 0)
+    names: dict[Kind, str] = {"attention": "attentions", "mlp": "MLPs", "mixer": "mixers"}
+    return Costs(f"levels of {names[kind]}", units, 0)
 
 
 def flop_costs(grid: Grid, config: PretrainedConfig, context: int) -> Costs:

@@ -12,7 +12,7 @@ from darwinlm.runtime.progress import say
 from darwinlm.search.budget import BELOW, Bound, Budget, Target, amount_of, limit_of
 from darwinlm.search.costs import Costs, level_costs, parameter_costs
 from darwinlm.search.mutation import restore, spread, spread_within_kinds
-from darwinlm.types import KINDS, Genome, MovesName, UsageError
+from darwinlm.types import Genome, MovesName, UsageError
 
 FILLINGS = 32  # random ways to give back single levels, of which the one that uses most of the budget is taken
 
@@ -49,7 +49,7 @@ def uniform(grid: Grid, costs: Costs, config: RunConfig, dense_parameters: int) 
 
 def _levels_left(grid: Grid, genome: Genome) -> tuple[Bound, ...]:
     """Return a bound for each kind that holds it to the sum of levels that the genome has (section 3.5)."""
-    by_kind = (level_costs(grid, kind) for kind in KINDS if any(unit.kind == kind for unit in grid.units))
+    by_kind = (level_costs(grid, kind) for kind in grid.kinds())
     return tuple(Bound(costs, float(costs.of(genome)), float(costs.of(genome))) for costs in by_kind)
 
 
@@ -140,7 +140,7 @@ def uniform_genome(grid: Grid, target_level: float, levels: int, rng: Random, ke
 
     The fraction is `target_level / levels`; a unit with fewer levels takes the same fraction of its own. Where that is
     between two levels, random units of the kind get the higher one. Their number is fixed, so the sum of levels does
-    not depend on the seed.
+    not depend on the seed. Mixers, of which no fraction can go, lose nothing.
 
     Raises:
         UsageError: if `target_level` is not strictly between 0 and `levels`.
@@ -151,9 +151,9 @@ def uniform_genome(grid: Grid, target_level: float, levels: int, rng: Random, ke
         )
     result: dict[int, int] = {}
     top = ceilings(grid, keep_attention)
-    for kind in KINDS:
-        members = [i for i, unit in enumerate(grid.units) if unit.kind == kind]
-        if not members:
+    for kind, members in grid.kinds().items():
+        if kind == "mixer":
+            result.update(dict.fromkeys(members, 0))
             continue
         total = sum(target_level / levels * grid.highest(i) for i in members)
         floors = {i: int(target_level / levels * grid.highest(i)) for i in members}
