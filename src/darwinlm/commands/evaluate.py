@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from darwinlm.commands.run_directory import open_model, versions
 from darwinlm.config.evaluation import EvaluateConfig, SpeedConfig
 from darwinlm.data.corpus import TESTS, is_held_out, parts_of, token_stream
 from darwinlm.data.packing import bos_of, check_ids
-from darwinlm.evaluation.drafting import Drafting, drafting
+from darwinlm.evaluation.drafting import Drafting, drafting, rows_of
 from darwinlm.evaluation.generation import Writing, write
 from darwinlm.evaluation.quality import Window, quality_over, windows_over
 from darwinlm.evaluation.speed import count, measure
@@ -268,7 +268,7 @@ def table(cards: Sequence[Card], config: EvaluateConfig) -> str:
         if any(writing.agreement is not None for writing in written):
             agreed = ("" if w.agreement is None else f"{100 * w.agreement:.1f}" for w in written)
             rows.append(["agreement with dense, %", *agreed])
-    rows += _of_drafts(cards)
+    rows += rows_of([card.drafting for card in cards])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         f"{row[0]:{widths[0]}}" + "".join(f"  {c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))
@@ -279,21 +279,6 @@ def table(cards: Sequence[Card], config: EvaluateConfig) -> str:
         lines += ["", f"> {prompt}"]
         lines += [f"{card.name}: {card.writing.continuations[number]}" for card in cards if card.writing is not None]
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _of_drafts(cards: Sequence[Card]) -> list[list[str]]:
-    """The rows of drafts, if there are any."""
-    if not any(card.drafting for card in cards):
-        return []
-    measures: dict[str, Callable[[Drafting], str]] = {
-        "accepted of what it drafts, %": lambda draft: f"{100 * draft.acceptance:.1f}",
-        "tokens a pass of the dense model": lambda draft: f"{draft.tokens_a_pass:.2f}",
-        "speed of the dense model with it": lambda draft: draft.speedup.brief,
-    }
-    return [
-        [name, *("" if card.drafting is None else text(card.drafting) for card in cards)]
-        for name, text in measures.items()
-    ]
 
 
 def _average(card: Card) -> str:

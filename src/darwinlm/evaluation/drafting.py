@@ -6,7 +6,7 @@ dense model accepts those that it would have chosen itself. What is written is w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -115,3 +115,15 @@ def _counted(model: nn.Module) -> Iterator[list[int]]:
         yield count
     finally:
         hook.remove()
+
+
+def rows_of(drafts: Sequence[Drafting | None]) -> list[list[str]]:
+    """Return rows of a table with a column for each model, after their titles; none if no model was a draft."""
+    measures: dict[str, Callable[[Drafting], str]] = {
+        "accepted of what it drafts, %": lambda draft: f"{100 * draft.acceptance:.1f}",
+        "tokens a pass of the dense model": lambda draft: f"{draft.tokens_a_pass:.2f}",
+        "speed of the dense model with it": lambda draft: draft.speedup.brief,
+    }
+    if not any(drafts):
+        return []
+    return [[name, *("" if draft is None else text(draft) for draft in drafts)] for name, text in measures.items()]
