@@ -138,8 +138,9 @@ def made_from(checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> dict[str
 
 
 def database_settings(config: RunConfig) -> dict[str, Any]:
-    """Settings that determine the database's content."""
-    return {"calibration": asdict(config.calibration), "database": asdict(config.database), "seed": config.seed}
+    """Settings that determine the database's content. One without `divisible_by` is that of before there was such."""
+    database = {name: value for name, value in asdict(config.database).items() if (name, value) != ("divisible_by", 1)}
+    return {"calibration": asdict(config.calibration), "database": database, "seed": config.seed}
 
 
 def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
@@ -170,7 +171,8 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
                 "levels": config.database.levels,
                 "granularity": config.database.granularity,
                 "structure": config.database.structure,
-            },
+            }
+            | ({"divisible_by": config.database.divisible_by} if config.database.divisible_by > 1 else {}),
             "versions": versions(),
         } | ({"evaluation text": {text: fingerprint(ids) for text, ids in texts.items()}} if texts else {})
         if config.reuse is not None:
