@@ -71,6 +71,11 @@ SIZES = {
     "initializer_range": 0.3,  # so that attention and logits are far from uniform
 }
 WINDOW = 8  # tokens, where the family has a window
+TURNS = {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2}
+DELTA = TURNS | {
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
+}  # fmt: skip
+MAMBA = {"mamba_n_heads": 16, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 # Fields without which a small model of the type cannot be built.
 NEEDED: dict[str, dict[str, Any]] = {
@@ -89,10 +94,18 @@ NEEDED: dict[str, dict[str, Any]] = {
     "helium": {"head_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
     "opt": {"word_embed_proj_dim": 64},
+    "qwen3_5_text": DELTA,
+    "qwen3_next": DELTA | {"mlp_only_layers": [0, 1, 2, 3]},
+    "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2, "block_multiple_of": 16},
+    "falcon_h1": MAMBA | {"mamba_d_ssm": 128},
+    "granitemoehybrid": MAMBA | TURNS | {"num_local_experts": 0, "shared_intermediate_size": 96},
+    "olmo_hybrid": DELTA,
 }
+DENSE, HYBRID, STATES = "dense decoder", "hybrid", "state space or linear attention"
+ATTENTIONS = ("self_attn", "attn", "attention")
 KINDS = {  # by a part of a module's path
     "mixture of experts": ("experts", "router", "block_sparse_moe"),
-    "state space or linear attention": ("mamba", "conv", "conv1d", "linear_attn", "mixer", "rg_lru", "time_shift"),
+    STATES: ("mamba", "conv", "conv1d", "linear_attn", "mixer", "rg_lru", "time_shift"),
     "encoder with a causal mask": ("encoder.layer",),
     "attention to another model": ("encoder_attn", "crossattention", "cross_attn"),
 }
@@ -142,8 +155,9 @@ def kind_of(model: PreTrainedModel) -> str:
     paths = [f".{name}." for name, _ in model.named_modules()]
     for kind, parts in KINDS.items():
         if any(f".{part}." in path for part in parts for path in paths):
-            return kind
-    return "dense decoder"
+            attention = any(f".{part}." in path for part in ATTENTIONS for path in paths)
+            return HYBRID if kind == STATES and attention else kind
+    return DENSE
 
 
 def kind_of_config(config: PreTrainedConfig) -> str:
@@ -217,7 +231,7 @@ def examine(model_type: str, out: Path) -> int:
     found: dict[str, Any] = {"kind": kind_of_config(CONFIG_MAPPING[model_type]()), "passed": []}
     try:
         kind = kind_of(meta_model(model_type))
-        model = tiny_model(model_type) if kind == "dense decoder" else None
+        model = tiny_model(model_type) if kind in (DENSE, HYBRID) else None
         found["kind"] = kind
         if model is not None:
             with tempfile.TemporaryDirectory() as directory:
@@ -256,13 +270,17 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    """The table of dense decoders, and lists of all others."""
-    dense = [found for found in rows if found["kind"] == "dense decoder"]
-    counts = Counter(step for found in dense for step in found["passed"])
+    """The tables of dense decoders and hybrids, and lists of all others."""
     text = f"# Families\n\ntransformers {transformers.__version__}, torch {torch.__version__}.\n\n"
-    text += f"{len(dense)} dense decoders; " + ", ".join(f"{step} {counts[step]}" for step in STEPS) + ".\n\n"
-    text += table(dense)
-    for kind in sorted({found["kind"] for found in rows} - {"dense decoder"}):
+    for kind, title in (
+        (DENSE, ""),
+        (HYBRID, "## Hybrid\n\nBlocks with attention beside or among others with linear "),
+    ):
+        found = [each for each in rows if each["kind"] == kind]
+        counts = Counter(step for each in found for step in each["passed"])
+        text += f"{title}{len(found)} {kind}s; " + ", ".join(f"{step} {counts[step]}" for step in STEPS) + ".\n\n"
+        text += table(found) + ("\n" if kind == DENSE else "")
+    for kind in sorted({found["kind"] for found in rows} - {DENSE, HYBRID}):
         text += f"\n## {kind.capitalize()}\n\n"
         for found in rows:
             if found["kind"] == kind:
@@ -276,7 +294,7 @@ def report(rows: list[dict[str, Any]]) -> str:
 def read_report(text: str) -> dict[str, dict[str, Any]]:
     """The rows that a report was written from, by model type."""
     rows: dict[str, dict[str, Any]] = {}
-    kind = "dense decoder"
+    kind = DENSE
     for line in text.splitlines():
         if line.startswith("## "):
             kind = line.removeprefix("## ").lower()

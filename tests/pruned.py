@@ -49,9 +49,10 @@ class Pruned:
     def genomes(self) -> list[Genome]:
         """Random genomes, the dense one, one in which units vanish, and one in which all units nearly do."""
         rng, grid = Random(0), self.database.grid
-        indices = range(len(grid.units))
+        indices, kinds = range(len(grid.units)), grid.kinds()
+        gone = (kinds["mixer"][0], kinds["attention"][-1], kinds["mlp"][-2]) if "mixer" in kinds else (2, 5)
         random = [Genome(tuple(rng.randint(0, grid.highest(i)) for i in indices)) for _ in range(6)]
-        vanishing = Genome(tuple(grid.highest(i) if i in (2, 5) else 1 for i in indices))
+        vanishing = Genome(tuple(grid.highest(i) if i in gone else min(1, grid.highest(i) - 1) for i in indices))
         return [*random, grid.dense(), vanishing, Genome(tuple(grid.highest(i) - 1 for i in indices))]
 
 

@@ -306,7 +306,7 @@ def test_nothing_is_left_of_a_failed_export(outcome: Outcome, tmp_path: Path) ->
 
 def test_blocks_are_renumbered_and_other_names_kept() -> None:
     sizes = [BlockSizes(1, 1, 1), BlockSizes(0, 0, 0), BlockSizes(0, 0, 1)]
-    assert remaining_blocks(sizes) == (0, 2)
+    assert remaining_blocks(sizes, native_config("llama")) == (0, 2)
     names = ("model.embed_tokens.weight", "model.layers.0.a", "model.layers.1.a", "model.layers.2.a", "lm_head.weight")
     state = {name: torch.tensor(i) for i, name in enumerate(names)}
     assert {name: int(value) for name, value in renumber_blocks(state, (0, 2), "model.layers").items()} == {

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 import pruned
 import tiny
 from darwinlm.database.stitch import repeat_shared
 from darwinlm.export.hf import export_hf
-from darwinlm.model.families import block_sizes, find_family
-from darwinlm.model.pruned import block_sizes_of
+from darwinlm.model.families import block_sizes, block_sizes_of, find_family
 from darwinlm.model.reading import load
 from darwinlm.types import Genome, Structure
 
@@ -37,7 +37,7 @@ def test_export_of_every_structure(
         expected = pruned.zero_masked(case.dense, case.database, genome)(ids).logits
         torch.testing.assert_close(exported(ids).logits, expected, rtol=1e-4, atol=2e-4)
         left = [block for block in sizes if block.query_heads or block.intermediate]
-        assert list(block_sizes_of(exported.config)) == left
+        assert list(block_sizes_of(exported)) == left
         different += len(set(left)) > 1
         repeated += any(block.key_value_heads > config.num_key_value_heads for block in left)
     assert different > 1
@@ -47,13 +47,19 @@ def test_export_of_every_structure(
 FAMILIES = list(tiny.CONFIGS)
 
 
+def has(layer: nn.Module, path: str) -> bool:
+    return path in dict(layer.named_modules())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_export_of_every_family(family: str, checkpoints: dict[str, Path], tmp_path: Path):
-    """In the first genome an attention and an MLP are missing; in the second, block 1, so that others move up."""
+    """In the first genome a unit of every kind is missing; in the second, a whole block, so that others move up."""
     case = pruned.prune(checkpoints[family], tmp_path / "database", "head" if "mqa" in family else "kv_group")
     grid, ids = case.database.grid, pruned.token_ids(1)
-    gone = tuple(grid.highest(index) if index in (2, 3) else 1 for index in range(6))
-    for number, genome in enumerate((case.genomes()[-2], Genome(gone))):
+    block = 2 if "mixer" in grid.kinds() else 1
+    tops = [grid.highest(index) for index in range(len(grid.units))]
+    gone = [top if unit.block == block else min(1, top - 1) for unit, top in zip(grid.units, tops, strict=True)]
+    for number, genome in enumerate((case.genomes()[-2], Genome(tuple(gone)))):
         exported: Any = load(pruned.write_export(case, genome, tmp_path / str(number)))
         expected = pruned.zero_masked(case.dense, case.database, genome)(ids).logits
         torch.testing.assert_close(exported(ids).logits, expected, rtol=1e-4, atol=2e-4)
@@ -66,10 +72,13 @@ def test_export_of_every_family(family: str, checkpoints: dict[str, Path], tmp_p
         if "alibi" not in family:  # where Falcon's written-out attention adds the slopes twice, of dense models too
             torch.testing.assert_close(exported(ids).logits, expected, rtol=1e-4, atol=2e-4)
         attentions = exported(ids[:1], output_attentions=True).attentions
-        heads = [block.query_heads for block in block_sizes_of(exported.config)]
+        layers: Any = exported.get_submodule(case.checkpoint.family.blocks)
+        mixed = dict(zip(layers, block_sizes_of(exported), strict=True))  # of which some never had an attention
+        heads = [size.query_heads for layer, size in mixed.items() if has(layer, case.checkpoint.family.attention)]
         assert [weights.shape[1] for weights in attentions] == heads, "every layer has an entry"
-        # What FSDP wraps, and device_map does not split, is there.
-        assert set(exported._no_split_modules) <= {type(module).__name__ for module in exported.modules()}
+        # What FSDP wraps, and device_map does not split, is there as in the dense model.
+        whole, left = ({type(module).__name__ for module in each.modules()} for each in (case.dense, exported))
+        assert set(exported._no_split_modules) & whole <= left
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "olmo2", "gpt2-mha"])

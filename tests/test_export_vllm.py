@@ -15,7 +15,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from darwinlm.export.hf import export_hf
 from darwinlm.export.vllm import _interface_calls, check_vllm, tensor_parallel_sizes, zero_stubs
-from darwinlm.model.pruned import block_sizes_of, pruned_model
+from darwinlm.model.families import block_sizes_of
+from darwinlm.model.pruned import pruned_model
 from darwinlm.model.reading import load
 from darwinlm.types import BlockSizes, UsageError
 from exports import CARD, CASES, VOCAB, dense_model, make_tokenizer, stitched_model
@@ -29,7 +30,7 @@ def pruned(name: str) -> Any:
 
 
 def exported(model: PreTrainedModel, out: Path) -> Path:
-    return export_hf(model, block_sizes_of(model.config), make_tokenizer(), out, CARD)
+    return export_hf(model, block_sizes_of(model), make_tokenizer(), out, CARD)
 
 
 @pytest.mark.parametrize("name", UNEVEN)
@@ -37,8 +38,8 @@ def test_zero_stubs_change_nothing_and_fill_every_block(name: str) -> None:
     model = pruned(name)
     stubbed: Any = zero_stubs(model)
     torch.testing.assert_close(stubbed(TOKEN_IDS).logits, model(TOKEN_IDS).logits, atol=1e-5, rtol=0)
-    assert any(not block.query_heads for block in block_sizes_of(model.config))
-    filled = zip(block_sizes_of(model.config), block_sizes_of(stubbed.config), strict=True)
+    assert any(not block.query_heads for block in block_sizes_of(model))
+    filled = zip(block_sizes_of(model), block_sizes_of(stubbed), strict=True)
     for before, after in filled:
         assert after.query_heads == (before.query_heads or 1)
         assert after.key_value_heads == (before.key_value_heads or 1)
@@ -115,7 +116,7 @@ def test_backend_like_vllms_sees_every_layer_once(name: str, tmp_path: Path, mon
     expected = model(short).logits
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "vllm_like", attention)
     model.config._attn_implementation = "vllm_like"
-    sizes = block_sizes_of(model.config)
+    sizes = block_sizes_of(model)
     instances = {index: f"instance {index}" for index in range(len(sizes))}
     logits = model(short, use_cache=False, attention_instances=instances).logits
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)

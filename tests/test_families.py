@@ -30,7 +30,8 @@ CASES = [
     (model, structure)
     for model in tiny.CONFIGS
     for structure in STRUCTURES
-    if structure == ("head" if "mqa" in model else "kv_group") or not model.endswith(("mha", "mqa", "fused-gqa"))
+    if structure == ("head" if "mqa" in model else "kv_group")
+    or not model.endswith(("mha", "mqa", "fused-gqa", "hybrid"))
 ]
 
 
@@ -159,9 +160,10 @@ def test_written_out_attentions_have_the_sizes_that_an_export_says(case: Pruned)
         logits = model(ids).logits
         repeat_shared(model)
         torch.testing.assert_close(model(ids).logits, logits, rtol=1e-5, atol=1e-5)
-        for unit, sizes in zip(
-            case.database.grid.units[::2], block_sizes(case.database.grid, genome, config), strict=True
-        ):
+        sizes_of = block_sizes(case.database.grid, genome, config)
+        for index in case.database.grid.kinds()["attention"]:
+            unit = case.database.grid.units[index]
+            sizes = sizes_of[unit.block]
             family = case.checkpoint.family
             attention = model.get_submodule(f"{family.block(unit.block)}.{family.attention}")
             if isinstance(attention, NoAttn):
@@ -243,7 +245,11 @@ def add_sinks(model: PreTrainedModel) -> None:
         ),
         (
             replace_module("model.layers.2.mlp.act_fn", lambda _: nn.LayerNorm(64)),
-            r"model\.layers\.2\.mlp\.act_fn: expected a module that the blocks before it have",
+            r"model\.layers\.2\.mlp\.act_fn: expected an MLP whose inputs meet in mlp\.down_proj",
+        ),
+        (
+            replace_module("model.layers.2.mlp.up_proj", nn.Sequential),
+            r"model\.layers\.2: expected as mlp_inputs .*, as in other blocks, found .*up_proj\.0",
         ),
         (lambda model: model.model.layers.__setitem__(2, model.model.layers[0]), r"model\.layers\.2: .* its own"),
         (lambda model: setattr(model.model, "layers", model.model.layers[:2]), "a list of 3 blocks, found none"),
@@ -259,7 +265,8 @@ def test_a_module_without_a_role_is_named(change: Callable[[PreTrainedModel], No
 @pytest.mark.slow
 @pytest.mark.parametrize("name", families.REFUSED)
 def test_a_family_that_is_refused_has_the_module_that_is_named(name: str) -> None:
-    config: Any = CONFIG_MAPPING[name](num_hidden_layers=2)
+    config_class: Any = CONFIG_MAPPING[name]
+    config = config_class(num_hidden_layers=2)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     path = families.REFUSED[name].partition(":")[0]
@@ -297,6 +304,6 @@ def test_roles_do_not_depend_on_names() -> None:
 def test_a_config_of_other_sizes_than_the_model_is_refused() -> None:
     model = AutoModelForCausalLM.from_config(tiny.CONFIGS["qwen2"])
     other = copy.copy(tiny.CONFIGS["qwen2"])
-    other.intermediate_size = 96
-    with pytest.raises(DarwinError, match=r"gate_proj: expected a width of 96 from the config, found 64"):
+    other.num_key_value_heads = 2
+    with pytest.raises(DarwinError, match=r"k_proj: expected a width of 8 from the config, found 16"):
         find_units(model, other)

@@ -20,7 +20,7 @@ from darwinlm.config.files import read_settings
 from darwinlm.config.run import DatabaseConfig, RunConfig
 from darwinlm.config.training import GradualConfig, GradualStage, TrainConfig, steps_of
 from darwinlm.model.checkpoint import Checkpoint
-from darwinlm.model.pruned import block_sizes_of
+from darwinlm.model.families import block_sizes_of
 from darwinlm.model.reading import load
 from darwinlm.runtime.files import read_json
 from darwinlm.types import UsageError
@@ -72,7 +72,7 @@ def test_every_stage_is_smaller_and_no_unit_grows_again(finished: GradualConfig)
         size = sum(parameter.numel() for parameter in model.parameters())
         assert size == row["parameters"] <= _size_at(dense, stage.target_level, finished)
         assert row["after"]["perplexity"] < row["before"]["perplexity"]
-    first, second = (block_sizes_of(model.config) for model in models)
+    first, second = (block_sizes_of(model) for model in models)
     if len(first) == len(second):
         for before, after in zip(first, second, strict=True):
             assert all(b >= a for b, a in zip(asdict(before).values(), asdict(after).values(), strict=True))

@@ -15,13 +15,17 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    Cohere2Config,
     FalconConfig,
+    FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
+    GraniteMoeHybridConfig,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
     MptConfig,
@@ -33,6 +37,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     SmolLM3Config,
     Starcoder2Config,
@@ -51,6 +56,8 @@ COMMON = {
     "eos_token_id": 2,
     "pad_token_id": 3,
 }
+MIXED: dict[str, Any] = COMMON | {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
+STATES: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
 ALL: dict[str, Any] = {**COMMON}
 FOUR_TIMES: dict[str, Any] = COMMON | {"intermediate_size": 128}  # as wide as these have their MLPs
 CONFIGS: dict[str, PreTrainedConfig] = {
@@ -80,6 +87,10 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "phi3": Phi3Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False),
     "olmo2": Olmo2Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, attention_bias=True),
     "glm4": Glm4Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, head_dim=8, attention_bias=True),
+    "cohere2": Cohere2Config(
+        **COMMON, num_attention_heads=8, num_key_value_heads=4, sliding_window=8, logit_scale=0.5,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
     # Attention and MLP read one norm, and both are added to the stream at once.
     "phi": PhiConfig(**COMMON, num_attention_heads=4, num_key_value_heads=2, partial_rotary_factor=0.5),  # pyright: ignore[reportCallIssue]
     # Linear modules are stored transposed, and blocks take arguments without names.
@@ -101,6 +112,23 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     # Positions are learned, and the linear modules of the MLP lie in the block itself.
     "opt-mha": OPTConfig(**COMMON, ffn_dim=64, num_attention_heads=4, word_embed_proj_dim=32),
     "starcoder2": Starcoder2Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, use_bias=True),
+    # Linear attention in turns with attention, whose heads' gates lie beside their queries.
+    "qwen3_5-hybrid": Qwen3_5TextConfig(
+        **MIXED, head_dim=8, linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
+        linear_num_value_heads=4, layer_types=["linear_attention", "full_attention"] * 2,
+    ),
+    # Short convolutions in turns with attention, and an MLP whose width is not that in the config.
+    "lfm2-hybrid": Lfm2Config(**MIXED, layer_types=["conv", "full_attention"] * 2, block_multiple_of=16),
+    # A state-space layer beside each attention, which reads the same norm.
+    "falcon_h1-hybrid": FalconH1Config(
+        **MIXED, **STATES, mamba_d_ssm=64, ssm_multipliers=[0.5, 1.5, 0.7, 1.3, 0.9], lm_head_multiplier=0.5,
+        attention_out_multiplier=0.8, ssm_out_multiplier=1.2,
+    ),
+    # State-space layers in turns with attention, and gate and input of the MLP in one projection.
+    "granite-hybrid": GraniteMoeHybridConfig(
+        **MIXED, **STATES, shared_intermediate_size=64, num_local_experts=0, residual_multiplier=0.5,
+        logits_scaling=3.0, attention_multiplier=0.4, layer_types=["linear_attention", "full_attention"] * 2,
+    ),
 }  # fmt: skip
 
 FAMILIES = ["llama-mha", "llama-gqa", "qwen2", "mistral", "qwen3"]  # whose pruned form can be exported

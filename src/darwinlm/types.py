@@ -15,8 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["attention", "mlp"]
-KINDS: tuple[Kind, ...] = ("attention", "mlp")
+Kind = Literal["attention", "mlp", "mixer"]
+KINDS: tuple[Kind, ...] = ("attention", "mlp", "mixer")
 Structure = Literal["kv_group", "balanced", "head"]
 MetricName = Literal["kl", "top-k-kl", "perplexity"]
 MovesName = Literal["priced", "within_kinds"]
@@ -48,11 +48,14 @@ class Producer:
 
 @dataclass(frozen=True)
 class Unit:
-    """The attention or the MLP of one decoder block, which a genome gives one level.
+    """The attention, the MLP or the mixer of one decoder block, which a genome gives one level.
+
+    A mixer (linear attention, a short convolution, a state-space layer) is a single structure and leaves as a whole.
 
     Attributes:
         name: unique, and usable as a file name, for example `block-03-attention`.
-        consumer: the linear module that reads the structures (`o_proj`, `down_proj`), by its path in the model.
+        consumer: the linear module that reads the structures (`o_proj`, `down_proj`, the output projection of a mixer),
+            by its path in the model.
         producers: the rows of modules that write the structures.
         structure_width: columns of the consumer that belong to one structure.
         structures: the number of structures.
@@ -114,11 +117,21 @@ class Genome:
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """The sizes of one decoder block. 0 query heads mean no attention; 0 intermediate channels mean no MLP."""
+    """The sizes of one decoder block. 0 query heads mean no attention; 0 intermediate channels mean no MLP.
+
+    Attributes:
+        mixer: whether it has a mixer, such as linear attention, in place of attention or beside it.
+    """
 
     query_heads: int
     key_value_heads: int
     intermediate: int
+    mixer: bool = False
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is left of the block, which then computes nothing."""
+        return not (self.query_heads or self.intermediate or self.mixer)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from darwinlm.export.ollama import write_modelfile
 from darwinlm.export.verify import Expected
 from darwinlm.export.vllm import check_vllm, tensor_parallel_sizes, zero_stubs
 from darwinlm.model.checkpoint import Checkpoint
-from darwinlm.model.pruned import block_sizes_of
+from darwinlm.model.families import block_sizes_of
 from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime.device import resolve_device
@@ -133,9 +133,9 @@ def convert(directory: Path, out: Path, config: ExportConfig) -> Path:
     expected = Expected.of(model) if config.verify else None
     card = directory / "README.md"
     written = zero_stubs(model) if config.compat == "vllm" else model
-    sizes = block_sizes_of(written.config)
+    sizes = block_sizes_of(written)
     text = card.read_text(encoding="utf-8") if card.exists() else f"# {directory.absolute().name}\n"
-    if sizes != block_sizes_of(model.config):
+    if sizes != block_sizes_of(model):
         text = stubbed_card(text, parameter_count(written))
     export_hf(written, sizes, tokenizer, out, text, expected, directory)
     for refusal in check_vllm(out):

@@ -19,6 +19,7 @@ from darwinlm.data.documents import text_of
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import find_family
 from darwinlm.model.reading import skeleton
+from darwinlm.model.wrapped import text_config
 from darwinlm.runtime.files import write_text
 from darwinlm.runtime.progress import quiet_transformers
 from darwinlm.types import UsageError
@@ -96,7 +97,7 @@ def _expect_model(model: Any, tokenizer: Any) -> None:
         raise UsageError(f"model: expected a name, a path or a PreTrainedModel, found {found}; give one of these")
     if tokenizer is None:
         raise UsageError("a model in memory needs its tokenizer: expected tokenizer=..., found none; pass it too")
-    find_family(skeleton(model.config))  # as it is read again
+    find_family(skeleton(text_config(model.config)))  # as it is read again
 
 
 def _lines(documents: Any) -> str:

@@ -42,9 +42,9 @@ class NoAttn(nn.Module):
 
 
 class NoMLP(nn.Module):
-    """Takes the place of an MLP that was removed: its output is zero, or the stream if the MLP adds that itself."""
+    """Takes the place of an MLP or a mixer that was removed: its output is zero, or the stream if it adds that."""
 
-    def forward(self, hidden_states: Tensor, *stream: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, *stream: Tensor, **__: object) -> Tensor:
         return stream[0] if stream else torch.zeros_like(hidden_states)
 
 
@@ -153,6 +153,8 @@ class Stitcher:
         if unit.kind == "attention":
             stubs |= dict.fromkeys(family.attention_norms, nn.Identity())
             stubs[family.attention] = NoAttn(family.attention_adds)
+        elif unit.kind == "mixer":
+            stubs |= dict.fromkeys(family.mixer_norms, nn.Identity()) | {family.mixer: NoMLP()}
         elif family.mlp:
             stubs |= dict.fromkeys(family.mlp_norms, nn.Identity()) | {family.mlp: NoMLP()}
         else:  # its modules lie in the block itself
@@ -285,7 +287,7 @@ def _open_up(dense: nn.Module, family: Family) -> nn.Module:
     block = _shallow(dense)
     inside = (
         family.attention, family.attention_output, family.query, family.key, family.value, *family.attention_norms,
-        family.mlp, family.mlp_output, *family.mlp_inputs, *family.mlp_norms,
+        family.mlp, family.mlp_output, *family.mlp_inputs, *family.mlp_norms, family.mixer, *family.mixer_norms,
     )  # fmt: skip
     present = {path for path, _ in dense.named_modules()}  # an earlier pruning removes some
     above = {outer for path in present.intersection(inside) for outer in _above(path)}

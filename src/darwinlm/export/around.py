@@ -17,7 +17,7 @@ from darwinlm.model.hub import PROCESSORS
 from darwinlm.model.pruned import family_of, module_name
 from darwinlm.model.reading import read_parameter
 from darwinlm.model.rewriting import write_model
-from darwinlm.model.wrapped import WRAPPED, empty_wrapper, text_paths
+from darwinlm.model.wrapped import LOGITS, WRAPPED, empty_wrapper, text_paths
 from darwinlm.model.wrapper_code import WHOLE, render_wrapper, wrapper_auto_map
 from darwinlm.runtime.progress import say
 
@@ -57,13 +57,13 @@ def _config(text: PreTrainedModel, dense: Checkpoint) -> dict[str, Any]:
     fields = json.loads(dense.whole.to_json_string())
     inner = json.loads(text.config.to_json_string())
     own_code = text.config.model_type != family_of(text.config)
-    names = wrapper_auto_map(family)
-    stock = names[WHOLE].rpartition(".Pruned")[2]
+    stock = wrapper_auto_map(family)[WHOLE].rpartition(".Pruned")[2]
     for name in ("auto_map", "_name_or_path"):
         fields.pop(name, None)
         inner.pop(name, None)
+    inner |= {name: getattr(getattr(dense.whole, WRAPPED), name) for name in LOGITS if name in inner}
     fields |= {WRAPPED: inner, "tie_word_embeddings": bool(text.config.tie_word_embeddings)}
     fields |= {"model_type": f"{PRUNED}{family}" if own_code else family}
     fields |= {"architectures": [f"Pruned{stock}" if own_code else stock]}
     fields |= {"dtype": str(text.dtype).removeprefix("torch.")}
-    return fields | ({"auto_map": names} if own_code else {})
+    return fields

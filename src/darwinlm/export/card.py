@@ -42,6 +42,13 @@ MEASURED = """
 {table}
 """
 
+AROUND = """
+## What is around it
+
+It is the language model of a model of several parts, of which only the language model was pruned; all the rest is that
+of the original, and no number here counts it. Parameters and figures are those of the language model alone.
+"""
+
 UNTRAINED = "It was not trained\nafter pruning."
 TRAINED = "It was trained\nafter pruning."
 TRAINING = """
@@ -70,6 +77,13 @@ def trained_card(card: str, model: str, settings: Mapping[str, str], parameters:
         card = f"# {short_name(model)}, trained\n\n{parameters:,} parameters, trained by darwinlm.\n"
     listed = "\n".join(f"- {name}: {value}" for name, value in settings.items())
     return card.replace(UNTRAINED, TRAINED) + TRAINING.format(settings=listed)
+
+
+def wrapper_card(card: str) -> str:
+    """Return a card that says how to load the whole model around a pruned language model."""
+    whole = card.replace("AutoModelForCausalLM", "AutoModelForImageTextToText")
+    whole = whole.replace("pipeline_tag: text-generation", "pipeline_tag: image-text-to-text")
+    return whole if AROUND in whole else whole + AROUND
 
 
 def stubbed_card(card: str, parameters: int) -> str:

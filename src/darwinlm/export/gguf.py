@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -103,7 +102,7 @@ def _add_settings(writer: gguf.GGUFWriter, model: Description, name: str, file_t
     writer.add_context_length(model.positions)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(len(model.room))
-    sizes = zip(*map(astuple, model.room), strict=True)
+    sizes = zip(*((room.query_heads, room.key_value_heads, room.intermediate) for room in model.room), strict=True)
     methods = (writer.add_head_count, writer.add_head_count_kv, writer.add_feed_forward_length)
     for add, counts in zip(methods, map(list, sizes), strict=True):
         add(counts if graph.per_block else counts[0])

@@ -8,8 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from darwinlm.model.families import PRUNED, find_family, head_dim, modules_around
-from darwinlm.model.pruned import block_sizes_of
+from darwinlm.model.families import PRUNED, block_sizes_of, find_family, head_dim, modules_around
 from darwinlm.model.reading import skeleton
 from darwinlm.types import BlockSizes, UsageError
 
@@ -205,7 +204,7 @@ class Description:
         model = skeleton(config)
         self.family = find_family(model)
         self.around = modules_around(model, self.family)
-        self.sizes: Sequence[BlockSizes] = block_sizes_of(config)
+        self.sizes: Sequence[BlockSizes] = block_sizes_of(model)
         self.head_dim = head_dim(config)
         self.graph, self.room = self._choose()
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.export.around import save_wrapper
+from darwinlm.export.card import wrapper_card
 from darwinlm.export.verify import Expected, verify_export
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.flow import find_frame
@@ -24,7 +25,8 @@ from darwinlm.model.pruned import (
     render,
     renumber_blocks,
 )
-from darwinlm.model.wrapped import is_wrapper
+from darwinlm.model.wrapped import WRAPPED, is_wrapper
+from darwinlm.model.wrapper_code import wrapper_auto_map
 from darwinlm.runtime.files import new_directory
 from darwinlm.runtime.progress import quiet_transformers, say
 from darwinlm.types import BlockSizes
@@ -54,25 +56,26 @@ def export_hf(
     """
     exported = pruned_model(model, sizes)
     dense = None if origin is None else Checkpoint(origin)
+    wrapper = dense if dense is not None and is_wrapper(dense.whole) else None
+    weights = exported.state_dict() if dense is None else _precise_weights(model, exported, sizes, dense)
     with new_directory(out) as directory:
-        weights = None if dense is None else _precise_weights(model, exported, sizes, dense)
         with quiet_transformers():
-            if dense is not None and weights is not None and is_wrapper(dense.whole):
-                save_wrapper(directory, exported, weights, dense)
+            if wrapper is not None:
+                save_wrapper(directory, exported, weights, wrapper)
             else:
-                exported.save_pretrained(directory, state_dict=weights)
+                exported.save_pretrained(directory, state_dict=None if dense is None else weights)
         for weights in directory.glob("*.safetensors"):  # safetensors 0.8 lets only their owner read them
             shutil.copymode(directory / "config.json", weights)
         tokenizer.save_pretrained(directory)
-        (directory / "README.md").write_text(card, encoding="utf-8")
+        (directory / "README.md").write_text(wrapper_card(card) if wrapper else card, encoding="utf-8")
         for file in [] if origin is None else licence_files(origin):
             shutil.copyfile(file, directory / file.name)
         family = family_of(exported.config)
         own_code = exported.config.model_type != family
         if own_code:
             (directory / f"{module_name(family)}.py").write_text(render(family), encoding="utf-8")
-        if dense is None or not is_wrapper(dense.whole):
-            _complete_config(directory / "config.json", auto_map(family) if own_code else {})
+        found_by = wrapper_auto_map(family_of(wrapper.whole)) if wrapper else auto_map(family)
+        _complete_config(directory / "config.json", found_by if own_code else {})
         if expected is not None:
             difference = verify_export(directory, expected)
             say(f"export: loads without darwinlm, largest difference of a logit {difference:.1e}")
@@ -87,7 +90,7 @@ def _precise_weights(
     tied = {name for name, _ in exported.named_parameters(remove_duplicate=False)}
     once = dict(exported.named_parameters())
     state: dict[str, Tensor] = exported.state_dict()
-    renumbered = renumber_blocks(precise, remaining_blocks(sizes), find_frame(model).blocks)
+    renumbered = renumber_blocks(precise, remaining_blocks(sizes, model.config), find_frame(model).blocks)
     return {name: renumbered.get(name, tensor) for name, tensor in state.items() if name in once or name not in tied}
 
 
@@ -97,12 +100,13 @@ def _complete_config(path: Path, full_auto_map: dict[str, str]) -> None:
     Without these, transformers 4 and programs built on it load a stock model, which computes wrong logits.
     """
     config = json.loads(path.read_text())
-    rope = dict(config.get("rope_parameters") or {})
+    text = config.get(WRAPPED, config)
+    rope = dict(text.get("rope_parameters") or {})
     if "rope_theta" in rope:  # where every layer has the same
-        config["rope_theta"] = rope.pop("rope_theta")
+        text["rope_theta"] = rope.pop("rope_theta")
     if full_auto_map:
         config["auto_map"] = full_auto_map
     elif rope.get("rope_type", "default") != "default":
         # With an unknown model type, it makes AutoTokenizer of transformers 5.23 fail where no code is trusted.
-        config["rope_scaling"] = rope
+        text["rope_scaling"] = rope
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

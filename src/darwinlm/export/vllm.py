@@ -13,25 +13,31 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from darwinlm.model.families import block_sizes_of, head_counts, layer_config
 from darwinlm.model.pruned import (
     PRUNED,
     auto_map,
-    block_sizes_of,
     family_of,
     module_name,
     pruned_config,
     pruned_model,
     render,
 )
-from darwinlm.model.reading import read_config, skeleton
+from darwinlm.model.reading import read_config, read_whole, skeleton
+from darwinlm.model.wrapped import is_wrapper
+from darwinlm.model.wrapper_code import wrapper_auto_map
 from darwinlm.runtime.files import read_json
 from darwinlm.types import BlockSizes, UsageError
 
 STUB = BlockSizes(query_heads=1, key_value_heads=1, intermediate=32)  # sizes of the modules of zeros
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # the table of attention functions in transformers
 LARGEST_PARALLEL = 8  # devices
+MIXERS = (
+    "expected blocks that mix tokens by attention alone, found linear attention, convolutions or state spaces, which "
+    "vLLM's Transformers backend does not run"
+)
 
 
 def zero_stubs(model: PreTrainedModel) -> PreTrainedModel:
@@ -40,8 +46,13 @@ def zero_stubs(model: PreTrainedModel) -> PreTrainedModel:
     Where `model` lacks one of them, the result has a small one of zeros: an attention with one query head and one KV
     head, or an MLP with 32 channels. It shares all other weights with `model`, which must be of the class that an
     export loads into.
+
+    Raises:
+        UsageError: if blocks mix tokens otherwise than by attention.
     """
-    sizes = block_sizes_of(model.config)
+    sizes = block_sizes_of(model)
+    if _has_mixers(model):
+        raise UsageError(f"--compat vllm: {MIXERS}; leave it out")
     full = tuple(
         BlockSizes(
             block.query_heads or STUB.query_heads,
@@ -68,28 +79,39 @@ def check_vllm(directory: Path) -> list[str]:
     """
     if not (directory / "config.json").is_file():
         raise UsageError(f"no model in {directory}: expected config.json in it; name an export")
-    config = read_config(directory)
-    family = family_of(config)
-    sizes = block_sizes_of(config)
-    refusals: list[str] = []
-    bare = [str(index) for index, block in enumerate(sizes) if not block.query_heads]
-    if bare:
+    whole, config = read_whole(directory), read_config(directory)
+    around, family = is_wrapper(whole), family_of(config)
+    model, heads = skeleton(config), _heads(config)
+    mixers = _has_mixers(model)
+    refusals = [f"{MIXERS}: serve it with transformers"] if mixers else []
+    bare = [str(index) for index, counts in enumerate(heads) if counts is None]
+    if bare and not mixers:
         refusals.append(f"no attention in block {', '.join(bare)}: export with --compat vllm, which writes zeros there")
-    uneven = [
-        str(i) for i, block in enumerate(sizes) if block.query_heads and block.query_heads % block.key_value_heads
-    ]
+    uneven = [str(index) for index, counts in enumerate(heads) if counts is not None and counts[0] % counts[1]]
     if uneven:
         refusals.append(
             f"query heads are not the same number for every KV head in block {', '.join(uneven)}: prune with "
             "--database.structure kv_group or balanced"
         )
     if config.model_type.startswith(PRUNED):
-        if read_json(directory / "config.json").get("auto_map") != auto_map(family):
+        if read_json(directory / "config.json").get("auto_map") != (
+            wrapper_auto_map(family_of(whole)) if around else auto_map(family)
+        ):
             refusals.append("config.json has no complete auto_map, AutoModel above all: export the model again")
         code = directory / f"{module_name(family)}.py"
         if not code.exists() or code.read_text(encoding="utf-8") != render(family):
             refusals.append(f"{code.name} is missing or not that of this darwinlm: export the model again")
-    return refusals + _check_classes(skeleton(config))
+    return refusals + _check_classes(model)
+
+
+def _heads(config: PreTrainedConfig) -> list[tuple[int, int] | None]:
+    """How many query heads and KV heads the config says that each block has, None where it has no attention."""
+    layers = [layer_config(config, index) for index in range(config.num_hidden_layers)]
+    return [None if "attention" in getattr(layer, "skip", ()) else head_counts(layer) for layer in layers]
+
+
+def _has_mixers(model: PreTrainedModel) -> bool:
+    return any(isinstance(module, nn.Conv1d) for module in model.get_decoder().modules())
 
 
 def tensor_parallel_sizes(sizes: Sequence[BlockSizes]) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +21,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from darwinlm.types import UsageError
 
 ROWS, CACHED_ROWS = 256, 16  # tokens in one product with the output embedding, and in one float32 tensor of logits
+
+
+_VALUES = torch.linspace(-100, 100, 64)[None]
 
 
 TILE = 512, 4096  # tokens and vocabulary on a CPU: their logits stay in cache, and few passes read the embedding
@@ -34,7 +38,7 @@ class Logits:
     Attributes:
         project: the output embedding, an `nn.Linear`. For a family whose forward pass does anything else than the
             formula above, that forward pass itself, with `scaling` 1 and no `cap`.
-        scaling: the divisor of Granite.
+        scaling: the divisor of Granite, or the inverse of what other families multiply by.
         cap: the soft cap of Gemma.
     """
 
@@ -45,13 +49,14 @@ class Logits:
     @classmethod
     def of(cls, model: PreTrainedModel) -> Logits:
         """Return the map of a causal language model of any family."""
-        config, linear = model.config, model.get_output_embeddings()
-        logits = cls(
-            linear if isinstance(linear, nn.Linear) else _around(model),
-            getattr(config, "logits_scaling", None) or 1.0,
-            getattr(config, "final_logit_softcapping", None),
-        )
-        return logits if _is_exact(logits, model) else cls(_around(model))
+        finished, cap = _finished(model), getattr(model.config, "final_logit_softcapping", None)
+        linear: Any = model.get_output_embeddings()
+        if finished is not None:
+            named = cls(linear, getattr(model.config, "logits_scaling", None) or 1.0, cap)
+            for logits in (named, cls(linear, float(_VALUES[0, 0] / finished[0, 0]))):
+                if torch.allclose(finished, logits.finish(_VALUES), rtol=1e-5):
+                    return logits
+        return cls(_around(model))
 
     @property
     def linear(self) -> nn.Linear:
@@ -158,7 +163,7 @@ def _around(model: PreTrainedModel, *replaced: nn.Module) -> Callable[[Tensor], 
     around._modules = {
         name: nn.Identity() if any(module is other for other in replaced) else module
         for name, module in model._modules.items()
-    } | {model.base_model_prefix: _PassThrough()}
+    } | {model.base_model_prefix: _PassThrough(model.base_model)}
 
     def forward(hidden: Tensor) -> Tensor:
         return type(model).forward(around, inputs_embeds=hidden[None], use_cache=False).logits[0]
@@ -166,8 +171,26 @@ def _around(model: PreTrainedModel, *replaced: nn.Module) -> Callable[[Tensor], 
     return forward
 
 
+@dataclass
+class _Output(BaseModelOutputWithPastAndCrossAttentions):
+    router_logits: tuple[Tensor, ...] | None = None  # which models with experts have, or could have
+
+
 class _PassThrough(nn.Module):
-    """Stands for a backbone: its input embeddings are its last hidden states."""
+    """Stands for a backbone: its input embeddings are its last hidden states, its numbers are those of the backbone."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = [backbone]  # in a list, so that it is no submodule
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            value = getattr(self.__dict__["backbone"][0], name)
+            if isinstance(value, int | float):
+                return value
+            raise
 
     @property
     def decoder(self) -> _PassThrough:
@@ -175,21 +198,20 @@ class _PassThrough(nn.Module):
         return self
 
     def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
+        return _Output(last_hidden_state=inputs_embeds)
 
 
 @torch.no_grad()
-def _is_exact(logits: Logits, model: PreTrainedModel) -> bool:
-    """Whether the family does to the projections what `finish` does, by its own forward pass on a few numbers.
+def _finished(model: PreTrainedModel) -> Tensor | None:
+    """What a family's own forward pass makes of a few projections; None if it has no linear output embedding to leave.
 
     Names of settings do not tell: `logits_scaling` divides in Granite and multiplies in HyperCLOVA X.
     """
     linear = model.get_output_embeddings()
     if not isinstance(linear, nn.Linear):
-        return False
-    values = torch.linspace(-100, 100, 64)[None]
+        return None
     try:
-        finished = _around(model, linear)(values)
+        finished = _around(model, linear)(_VALUES).float()
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # it needs more than an identity has
-        return False
-    return finished.shape == values.shape and torch.allclose(finished.float(), logits.finish(values), rtol=1e-5)
+        return None
+    return finished if finished.shape == _VALUES.shape else None

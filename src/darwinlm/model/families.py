@@ -29,10 +29,13 @@ ROWS: dict[str, Fused] = {
     "gpt2": "in order",
     "gpt_bigcode": "by head",
     "gpt_neox": "by head",
+    "granitemoehybrid": "in order",
     "moshi": "in order",
     "mpt": "in order",
     "persimmon": "by head",
     "phi3": "in order",
+    "qwen3_5_text": "gated by head",
+    "qwen3_next": "gated by head",
 }
 
 # Families whose attentions are given something for each head, such as slopes by position (ALiBi), for which the code of
@@ -108,7 +111,7 @@ def mlp_width(model: nn.Module, family: Family, block: int) -> int:
 
 
 def find_units(model: PreTrainedModel, config: PretrainedConfig, structure: Structure = "kv_group") -> tuple[Unit, ...]:
-    """Return every attention and MLP of the model, block by block. The model may be on the meta device.
+    """Return every attention, MLP and mixer of the model, block by block. The model may be on the meta device.
 
     A unit of a pruned model has the structures that are left in it, and its field `lost` counts those already removed.
 
@@ -125,9 +128,12 @@ def find_units(model: PreTrainedModel, config: PretrainedConfig, structure: Stru
     units: list[Unit] = []
     for block in range(config.num_hidden_layers):
         modules, layer = _Block(model, family, block), layer_config(config, block)
-        absent = getattr(layer, "skip", ())
-        units += [_attention(modules, layer, config, structure)] if "attention" not in absent else []
-        units += [_mlp(modules, layer, config)] if "mlp" not in absent else []
+        if modules.has(family.attention_output):
+            units.append(_attention(modules, layer, config, structure))
+        if modules.has(family.mixer_output):
+            units.append(_mixer(modules))
+        if modules.has(family.mlp_output):
+            units.append(_mlp(modules, config))
     return tuple(units)
 
 
@@ -142,7 +148,7 @@ def layer_config(config: PretrainedConfig, block: int) -> PretrainedConfig:
 def find_grid(model: PreTrainedModel, config: PretrainedConfig, settings: DatabaseConfig) -> Grid:
     """Return the levels of every unit of the model. Raises what `find_units` and `level_grid` raise."""
     units = find_units(model, config, settings.structure)
-    return level_grid(units, settings.levels, settings.granularity)
+    return level_grid(units, settings.levels, settings.granularity, settings.divisible_by)
 
 
 def _attention(block: _Block, layer: PretrainedConfig, dense: PretrainedConfig, structure: Structure) -> Unit:
@@ -153,7 +159,7 @@ def _attention(block: _Block, layer: PretrainedConfig, dense: PretrainedConfig, 
     sharers = readers // heads  # structures that share a KV head
     structures = queries // heads
     inputs = [
-        _Input(family.query, heads * width),
+        _Input(family.query, heads * width * (2 if family.gate == family.query else 1)),
         _Input(family.key, width, sharers),
         _Input(family.value, width, sharers),
     ]
@@ -177,10 +183,19 @@ def _attention(block: _Block, layer: PretrainedConfig, dense: PretrainedConfig, 
     )
 
 
-def _mlp(block: _Block, layer: PretrainedConfig, dense: PretrainedConfig) -> Unit:
+def _mixer(block: _Block) -> Unit:
     family = block.family
-    output = linear_at(block.model, f"{family.block(block.index)}.{family.mlp_output}")
-    structures = getattr(layer, "intermediate_size", None) or output.in_features
+    output = linear_at(block.model, f"{family.block(block.index)}.{family.mixer_output}")
+    members = (family.mixer, *family.mixer_norms)
+    return block.unit(
+        "mixer", inputs=[], output=family.mixer_output, members=members, width=output.in_features, structures=1, lost=0
+    )
+
+
+def _mlp(block: _Block, dense: PretrainedConfig) -> Unit:
+    family = block.family
+    structures = linear_at(block.model, f"{family.block(block.index)}.{family.mlp_output}").in_features
+    pruned = dense.model_type.startswith(PRUNED)  # and so names the width before pruning
     return block.unit(
         "mlp",
         inputs=[_Input(name, 1) for name in family.mlp_inputs],
@@ -188,7 +203,7 @@ def _mlp(block: _Block, layer: PretrainedConfig, dense: PretrainedConfig) -> Uni
         members=(*([family.mlp] if family.mlp else {*family.mlp_inputs, family.mlp_output}), *family.mlp_norms),
         width=1,
         structures=structures,
-        lost=(getattr(dense, "intermediate_size", None) or structures) - structures,
+        lost=dense.intermediate_size - structures if pruned else 0,
     )
 
 
@@ -214,6 +229,11 @@ class _Block:
     model: nn.Module
     family: Family
     index: int
+
+    def has(self, path: str) -> bool:
+        """Whether the block has a linear module at a path that is not empty; pruning may have removed it."""
+        modules = dict(self.model.get_submodule(self.family.block(self.index)).named_modules())
+        return isinstance(modules.get(path), nn.Linear)
 
     def unit(
         self,
@@ -284,15 +304,24 @@ def block_sizes(grid: Grid, genome: Genome, config: PretrainedConfig) -> tuple[B
     }
     sizes = []
     for block in range(config.num_hidden_layers):
-        heads, intermediate = (0, 0), 0
+        heads, intermediate, mixer = (0, 0), 0, False
         if (block, "attention") in remainders:  # an earlier pruning may have removed it
             unit, remaining = remainders[block, "attention"]
             queries = remaining * unit.structure_width // head_dim(config)
             heads = queries, key_value_heads(unit, remaining, queries)
         if (block, "mlp") in remainders:
             intermediate = remainders[block, "mlp"][1]
-        sizes.append(BlockSizes(*heads, intermediate))
+        if (block, "mixer") in remainders:
+            mixer = bool(remainders[block, "mixer"][1])
+        sizes.append(BlockSizes(*heads, intermediate, mixer))
     return tuple(sizes)
+
+
+def block_sizes_of(model: PreTrainedModel) -> tuple[BlockSizes, ...]:
+    """Return the sizes of each block of a model, pruned or dense, which may be on the meta device."""
+    units = find_units(model, model.config)
+    grid = Grid(units, ((0,),) * len(units))
+    return block_sizes(grid, grid.dense(), model.config)
 
 
 def key_value_heads(unit: Unit, remaining: int, queries: int) -> int:

@@ -2,7 +2,7 @@
 
 darwinlm wrote this; it needs torch >= 2.5 and transformers >= 5.0 alone. Every layer is a stock layer that is narrowed
 to what `config.per_layer_config[i]` says: `num_attention_heads`, `num_key_value_heads`, `intermediate_size`, and under
-`skip` the parts that it lacks, "attention" or "mlp". `config.layer_parts` says what each module of a layer is for.
+`skip` what it lacks, "attention", "mlp" or "mixer". `config.layer_parts` says what each module of a layer is for.
 """
 
 import copy
@@ -63,10 +63,10 @@ class NoAttn(getattr(recorded, "target_class", recorded)):  # whose weights, her
         return states, hidden_states.new_zeros(len(hidden_states), 0, 1, 1)
 
 
-class NoMLP(nn.Module):
-    """Takes the place of an MLP that a layer lacks."""
+class NoMLP(nn.Identity):
+    """Takes the place of an MLP that a layer lacks, or of what mixes tokens without attention."""
 
-    def forward(self, hidden_states: Tensor, *stream: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *stream: Any, **__: Any) -> Tensor:
         return stream[0] if stream else torch.zeros_like(hidden_states)
 
 
@@ -105,13 +105,13 @@ def narrow(layer: nn.Module, config: Any, index: int) -> None:
     queries, keys, width = size.num_attention_heads, size.num_key_value_heads, config.head_dim
     numbers = {"config": size, "queries": queries, "keys": keys, "readers": queries // keys}
     numbers |= {"query width": queries * width, "key width": keys * width, "channels": size.intermediate_size}
-    for path, names in parts["rows"].items():
+    present = {path for path, _ in layer.named_modules()}  # not every layer has every part
+    for path in present & (parts["rows"].keys() | parts["columns"].keys()):
+        rows, columns = sum(numbers[name] for name in parts["rows"].get(path, [])), parts["columns"].get(path)
         module: Any = layer.get_submodule(path)
         if module.weight.dim() > 1 or queries != config.num_attention_heads:  # a norm over all heads that are left
-            layer.set_submodule(path, resized(module, sum(numbers[name] for name in names), None))
-    for path, name in parts["columns"].items():
-        layer.set_submodule(path, resized(layer.get_submodule(path), None, numbers[name]))
-    for attribute, name in parts["attributes"].items():
+            layer.set_submodule(path, resized(module, rows or None, numbers.get(columns)))
+    for attribute, name in parts["attributes"].items() if parts["attention"] in present else ():
         setattr(layer.get_submodule(parts["attention"]), attribute, numbers[name])
     for name in parts["biases"] if queries != config.num_attention_heads else ():
         attention: Any = layer.get_submodule(parts["attention"])
@@ -119,20 +119,21 @@ def narrow(layer: nn.Module, config: Any, index: int) -> None:
         hook = partial(select_heads, name, config.num_attention_heads)
         attention.register_forward_pre_hook(hook, with_kwargs=True)
     for part in getattr(size, "skip", ()):
-        for path, stub in parts["stubs"][part].items():
+        for path, stub in parts["stubs"][part].items() if present >= parts["stubs"][part].keys() else ():
             made = {"NoAttn": NoAttn(index, parts["attention adds"]), "NoMLP": NoMLP(), "Identity": nn.Identity()}
-            layer.set_submodule(path, made[stub])
+            old, new = layer.get_submodule(path), made[stub]  # whose buffers some models fill in every layer
+            vars(new).update(_buffers=old._buffers, _non_persistent_buffers_set=old._non_persistent_buffers_set)
+            layer.set_submodule(path, new)
 
 
-class PrunedLlamaModel(LlamaModel):
-    """The decoder without the output embedding."""
-
+class PrunedLlamaModel(LlamaModel):  # without the output embedding
     config_class = PrunedLlamaConfig
 
     def __init__(self, config: PrunedLlamaConfig):
         super().__init__(config)
         for index, layer in enumerate(self.get_submodule(config.layer_parts["layers"]).children()):
             narrow(layer, config, index)
+        self.register_buffer("unfilled", torch.zeros(0), persistent=False)  # else `_init_weights` would skip this
         self.post_init()
 
 
@@ -149,8 +150,6 @@ class WithPrunedModel(PreTrainedModel):
 
 
 class PrunedLlamaForCausalLM(WithPrunedModel, LlamaForCausalLM):
-    """The causal language model."""
-
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError("continuous batching has a cache of one size for all layers: use generate instead")
 

@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, LlavaModel
+from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, LlavaModel, PreTrainedModel
 
 from .modeling_pruned_llama import PrunedLlamaConfig, PrunedLlamaModel
 
@@ -20,13 +20,22 @@ class PrunedLlavaConfig(LlavaConfig):
         super().__init__(text_config=text, **others)
 
 
-class PrunedLlavaModel(LlavaModel):
+class WithPrunedText(PreTrainedModel):
+    """A stock model whose language model is replaced before weights are loaded, unless its config led to it."""
+
+    config_class = PrunedLlavaConfig
+
+    def __init__(self, config: PrunedLlavaConfig):
+        super().__init__(config)
+        for path, module in list(self.named_modules()):
+            if type(module) is PrunedLlamaModel.__base__:
+                self.set_submodule(path, PrunedLlamaModel(config.text_config))
+        self.post_init()
+
+
+class PrunedLlavaModel(WithPrunedText, LlavaModel):
     """Language model and towers without the output embedding."""
 
-    config_class = PrunedLlavaConfig
 
-
-class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+class PrunedLlavaForConditionalGeneration(WithPrunedText, LlavaForConditionalGeneration):
     """The whole."""
-
-    config_class = PrunedLlavaConfig

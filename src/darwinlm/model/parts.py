@@ -9,6 +9,8 @@ from typing import Any
 
 from darwinlm.model.roles import Family
 
+_NORMS = ("attention_norms", "mlp_norms", "mixer_norms")
+
 
 def layer_parts(family: Family, base: str) -> dict[str, Any]:
     """Return the field `layer_parts` of an export's config, by whose names `modeling_pruned_llama.narrow` goes.
@@ -25,13 +27,14 @@ def layer_parts(family: Family, base: str) -> dict[str, Any]:
         "attributes": _attributes(family),
         "biases": family.biases,
         "attention adds": family.attention_adds,
-        "stubs": {"attention": _stubs(family, family.attention_norms, family.attention), "mlp": _mlp_stubs(family)},
+        "stubs": _all_stubs(family),
     }
 
 
 def _rows(family: Family) -> dict[str, list[str]]:
     """What the output rows of each module add up to; a fused projection has those of several roles."""
-    roles = [(family.query, "query width"), (family.key, "key width"), (family.value, "key width")]
+    query = [(family.query, "query width")] * (2 if family.gate == family.query else 1)
+    roles = [*query, (family.key, "key width"), (family.value, "key width")]
     rows: dict[str, list[str]] = {}
     for path, name in [*roles, *((path, "channels") for path in family.mlp_inputs)]:
         rows.setdefault(path, []).append(name)
@@ -54,11 +57,15 @@ def _attributes(family: Family) -> dict[str, str]:
     return attributes
 
 
-def _mlp_stubs(family: Family) -> dict[str, str]:
+def _all_stubs(family: Family) -> dict[str, dict[str, str]]:
+    """By the name of a unit, what takes the place of its modules where a layer lacks it."""
+    identities = {norms: dict.fromkeys(getattr(family, norms), "Identity") for norms in _NORMS}
+    stubs = {"attention": identities["attention_norms"] | {family.attention: "NoAttn"}}
     if family.mlp:
-        return _stubs(family, family.mlp_norms, family.mlp)
-    return dict.fromkeys((*family.mlp_norms, *family.mlp_inputs), "Identity") | {family.mlp_output: "NoMLP"}
-
-
-def _stubs(family: Family, norms: tuple[str, ...], unit: str) -> dict[str, str]:
-    return dict.fromkeys(norms, "Identity") | {unit: "NoAttn" if unit == family.attention else "NoMLP"}
+        stubs["mlp"] = identities["mlp_norms"] | {family.mlp: "NoMLP"}
+    else:
+        inputs = dict.fromkeys(family.mlp_inputs, "Identity")
+        stubs["mlp"] = identities["mlp_norms"] | inputs | {family.mlp_output: "NoMLP"}
+    if family.mixer:
+        stubs["mixer"] = identities["mixer_norms"] | {family.mixer: "NoMLP"}
+    return stubs

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -49,10 +50,13 @@ from darwinlm.runtime.scratch import scratch_directory
 from darwinlm.types import BlockSizes, DarwinError, UsageError
 
 TEMPLATE = Path(__file__).with_name("modeling_pruned_llama.py")
+CAUSAL = Path(__file__).with_name("modeling_causal_llama.py")  # for decoders without a causal language model
 LINES_BY_HEAD = (  # of the template, from and to
     ("from functools", "from typing"), ("def select_heads", "def resized"), ("    for name in parts", "    for part in")
 )  # fmt: skip
 CLASSIFIER = "AutoModelForSequenceClassification"
+FIRST_KEPT = "first_kept"  # the field that says how many blocks stay whatever is left of them
+INDICES = ("mlp_only_layers", "full_attn_idxs")  # fields that list blocks, rather than something of each
 
 
 def family_of(config: PreTrainedConfig) -> str:
@@ -76,14 +80,44 @@ def stock_names(family: str) -> dict[str, str]:
     names = {
         "AutoConfig": CONFIG_MAPPING_NAMES[family],
         "AutoModel": MODEL_MAPPING_NAMES[family],
-        "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family],
+        "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family) or _causal_name(family),
     }
     return names | ({CLASSIFIER: classifiers[family]} if family in classifiers else {})
+
+
+def is_text_family(family: str) -> bool:
+    """Whether transformers has a causal language model of a family, or the decoder of one inside another model."""
+    inner = family.endswith("_text") and family in MODEL_MAPPING_NAMES
+    return inner or family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _causal_name(family: str) -> str:
+    return f"{MODEL_MAPPING_NAMES[family].removesuffix('Model')}ForCausalLM"
+
+
+@cache
+def complete_family(family: str) -> None:
+    """Register a causal language model of a family of which transformers has the decoder alone."""
+    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        module = sys.modules[pruned_classes(family)["AutoModelForCausalLM"].__module__]
+        AutoModelForCausalLM.register(CONFIG_MAPPING[family], getattr(module, _causal_name(family)), exist_ok=True)
+
+
+def _with_causal_class(text: str) -> str:
+    """The source of the classes of pruned models, with a causal language model that transformers does not have."""
+    source = CAUSAL.read_text()
+    text = text.replace(" LlamaForCausalLM,", " GenerationMixin,", 1)
+    imported = "from transformers.modeling_outputs import CausalLMOutputWithPast\n"
+    before, rest = text.split("\n\nclass PrunedLlamaConfig", 1)
+    before = before.replace("StaticLayer\n", f"StaticLayer\n{imported}", 1)
+    return f"{before}\n\n{source[source.index('class Llama') :]}\n\nclass PrunedLlamaConfig{rest}"
 
 
 def render(family: str) -> str:
     """Return the source of the Python module that an export of a family contains."""
     text, stock = TEMPLATE.read_text(), stock_names(family)
+    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        text = _with_causal_class(text)
     if CLASSIFIER not in stock:
         text = text[: text.index("\n\nAutoModel.register")]
     if family not in GIVEN_BY_HEAD:
@@ -143,9 +177,16 @@ def register_classes(classes: Mapping[str, Any]) -> None:
             auto.register(config, classes[auto.__name__], exist_ok=True)
 
 
-def remaining_blocks(sizes: Sequence[BlockSizes]) -> tuple[int, ...]:
-    """Return the blocks of which anything remains. The others compute nothing and are left out of a checkpoint."""
-    return tuple(i for i, block in enumerate(sizes) if block.query_heads or block.intermediate)
+def remaining_blocks(sizes: Sequence[BlockSizes], config: PreTrainedConfig) -> tuple[int, ...]:
+    """Return the blocks of which anything remains. The others compute nothing and are left out of a checkpoint.
+
+    The first blocks stay whatever is left of them if another model adds something of its own behind each.
+
+    Args:
+        config: of the model, before or after pruning.
+    """
+    kept = getattr(config, FIRST_KEPT, 0)
+    return tuple(i for i, block in enumerate(sizes) if not block.empty or i < kept)
 
 
 def renumber_blocks(state: Mapping[str, Tensor], remaining: Sequence[int], blocks: str) -> dict[str, Tensor]:
@@ -176,41 +217,54 @@ def pruned_config(config: PreTrainedConfig, sizes: Sequence[BlockSizes]) -> PreT
         sizes: what pruning has left of each block of that model.
 
     Raises:
-        UsageError: if the family cannot be exported, or if the first remaining block has no attention, from which
-            caches take their length.
+        UsageError: if the family cannot be exported, or if the first attention is removed, from which caches take their
+            length.
     """
     family = family_of(config)
     if len(sizes) != config.num_hidden_layers:
         raise UsageError(
             f"expected sizes for {config.num_hidden_layers} blocks, found {len(sizes)}; use the sizes of this model"
         )
-    remaining = remaining_blocks(sizes)
+    remaining = remaining_blocks(sizes, config)
     blocks = [sizes[i] for i in remaining]
-    if not blocks or not blocks[0].query_heads:
+    fields, described = _shared_fields(config), describe_layers(config)
+    mixers = "mixer" in described["layer_parts"]["stubs"]
+    if not blocks or not (blocks[0].query_heads or (mixers and any(block.query_heads for block in blocks))):
         raise UsageError(
             "expected attention in the first block that remains, on which every cache relies, found none; "
             "choose a model that keeps it"
         )
-    fields = _shared_fields(config)
     fields[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(blocks)
     for name, value in fields.items():
-        if "layer" in name and isinstance(value, list) and len(value) == len(sizes):
+        if name in INDICES and value:
+            fields[name] = [new for new, old in enumerate(remaining) if old in value]
+        elif "layer" in name and isinstance(value, list) and len(value) == len(sizes):
             fields[name] = [value[i] for i in remaining]
     if fields.get("layer_types"):
         fields["layer_types"] = _layer_types(fields["layer_types"], blocks)
     classes = pruned_classes(family)
     pruned = classes["AutoConfig"](
-        **fields | describe_layers(config),
+        **fields | described,
         architectures=[classes["AutoModelForCausalLM"].__name__],
         auto_map=auto_map(family),
         allow_global_per_layer_attribute_access=True,
-        per_layer_config={str(i): _layer_fields(block) for i, block in enumerate(blocks)},
+        per_layer_config={str(i): _layer_fields(block, mixers) for i, block in enumerate(blocks)},
     )
-    if len(set(blocks)) == 1 and blocks[0].intermediate:
-        native = _native_config(family, fields | _layer_fields(blocks[0]))
+    alike = _alike(blocks)
+    if alike is not None:
+        native = _native_config(family, fields | alike)
         if native is not None and _same_tensors(native, pruned):
             return native
     return pruned
+
+
+def _alike(blocks: Sequence[BlockSizes]) -> dict[str, Any] | None:
+    """The fields of a config by which all blocks have their sizes, None if they have different ones."""
+    attentions = [BlockSizes(*sizes, 0) for sizes in {(b.query_heads, b.key_value_heads) for b in blocks} - {(0, 0)}]
+    widths = {block.intermediate for block in blocks}
+    if len(attentions) != 1 or len(widths) != 1 or not min(widths):
+        return None
+    return _layer_fields(replace(attentions[0], intermediate=widths.pop()), mixers=False)
 
 
 def describe_layers(config: PreTrainedConfig) -> dict[str, Any]:
@@ -253,18 +307,6 @@ def _same_tensors(native: PreTrainedConfig, pruned: PreTrainedConfig) -> bool:
     }
 
 
-def block_sizes_of(config: PreTrainedConfig) -> tuple[BlockSizes, ...]:
-    """Return the sizes of each block of a model, pruned or dense, from its config."""
-    layer_of = getattr(config, "layer", lambda _: config)
-    return tuple(_block_sizes(layer_of(index)) for index in range(config.num_hidden_layers))
-
-
-def _block_sizes(layer: PreTrainedConfig) -> BlockSizes:
-    skipped = getattr(layer, "skip", ())
-    heads = (0, 0) if "attention" in skipped else head_counts(layer)
-    return BlockSizes(*heads, 0 if "mlp" in skipped else layer.intermediate_size)
-
-
 def _shared_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the fields that a pruned model's config takes over from the config of the model before pruning."""
     replaced = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
@@ -274,25 +316,32 @@ def _shared_fields(config: PreTrainedConfig) -> dict[str, Any]:
     return fields if computed else fields | {"head_dim": head_dim(config)}
 
 
-def _layer_fields(block: BlockSizes) -> dict[str, Any]:
+def _layer_fields(block: BlockSizes, mixers: bool) -> dict[str, Any]:
+    """What the config of a layer says.
+
+    Args:
+        mixers: whether the family has any.
+    """
     fields: dict[str, Any] = {}
     if block.query_heads:
         fields |= {"num_attention_heads": block.query_heads, "num_key_value_heads": block.key_value_heads}
     if block.intermediate:
         fields |= {"intermediate_size": block.intermediate}
-    missing = {"attention": block.query_heads, "mlp": block.intermediate}
+    missing = {"attention": block.query_heads, "mlp": block.intermediate} | ({"mixer": block.mixer} if mixers else {})
     skip = [part for part, size in missing.items() if not size]
     return fields | ({"skip": skip} if skip else {})
 
 
 def _layer_types(types: list[str], blocks: Sequence[BlockSizes]) -> list[str]:
-    """Return the layer type of each block; a block without attention takes that of the block before it.
+    """Return the layer type of each block; one without attention or mixer takes that of the attention before it.
 
     The masks of a type take their length from the first cache layer of that type, which must therefore be in use.
     """
     result: list[str] = []
+    attention = None
     for kind, block in zip(types, blocks, strict=True):
-        result.append(kind if block.query_heads else result[-1])
+        attention = kind if block.query_heads else attention
+        result.append(kind if block.query_heads or block.mixer or attention is None else attention)
     return result
 
 
@@ -330,7 +379,7 @@ def pruned_model(
     with init_empty_weights():
         result = _model_class(config)(config)
     given = model.state_dict() if weights is None else weights
-    state = renumber_blocks(given, remaining_blocks(sizes), find_frame(model).blocks)
+    state = renumber_blocks(given, remaining_blocks(sizes, model.config), find_frame(model).blocks)
     try:
         result.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:

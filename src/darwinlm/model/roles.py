@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from darwinlm.model.flow import ATTENDED, STREAM, Flow, Marks, find_frame, is_selection, trace
 from darwinlm.types import UsageError
 
-Fused = Literal["in order", "by head"]
-"""Rows of query, key and value, or of gate and input, one after another; or query, key and value of head after head."""
+Fused = Literal["in order", "by head", "gated by head"]
+"""Rows of query, key and value, or of gate and input, one after another; or query, key and value of head after head; or
+in the projection of the query, a head's query and the gate of what it attends to, of head after head."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,13 @@ class Family:
         query_counts, key_value_counts: where the attention's methods read its numbers of heads from attributes, these:
             of the module, or of its config (`config.NAME`).
         query_widths: and these, where they read the width of all query heads.
+        gate: the projection of the gates of what heads attend to, empty if there is none. It can be that of the query.
         biases: the arguments of the attention that hold something for each query head, such as slopes by position.
         attention_adds, mlp_adds: whether the unit adds its second argument, the stream, to what it gives.
         mlp: the module of the MLP, empty if its linear modules lie in the block itself.
+        mixer: what mixes tokens in the blocks without attention, or beside it: linear attention, a short convolution or
+            a state-space layer. It is empty if the family has none.
+        mixer_output: the linear module that gives its output.
     """
 
     backbone: str
@@ -51,6 +56,7 @@ class Family:
     query: str
     key: str
     value: str
+    gate: str
     by_head: bool
     attention_output: str
     attention_norms: tuple[str, ...]
@@ -67,6 +73,9 @@ class Family:
     mlp_output: str
     mlp_norms: tuple[str, ...]
     mlp_adds: bool
+    mixer: str = ""
+    mixer_output: str = ""
+    mixer_norms: tuple[str, ...] = ()
 
     def block(self, index: int) -> str:
         """The path of the decoder block with this index."""
@@ -84,28 +93,65 @@ def find_roles(model: PreTrainedModel, fused: Fused | None) -> Family:
     """
     frame = find_frame(model)
     blocks: Any = model.get_submodule(frame.blocks)
-    attention: dict[str, Any] = {}
-    mlp: dict[str, Any] = {}
-    known: set[str] = set()  # the modules with weights of the blocks whose roles were found
+    found: list[_Found] = []
     seen: set[nn.Parameter] = set()
     for index, (block, call) in enumerate(zip(blocks, frame.calls, strict=True)):
         path = f"{frame.blocks}.{index}"
         if not seen.isdisjoint(block.parameters()):
             _refuse(path, "weights of its own", "those of a block before it")
         seen |= set(block.parameters())
-        if attention and mlp:
-            strange = [name for name, _ in _weights(block) if name not in known]
-            if strange:
-                _refuse(f"{path}.{strange[0]}", "a module that the blocks before it have", "one that only some have")
+        names = {name for name, _ in _weights(block)}
+        if any(names <= other.names for other in found):
             continue
         roles = _Roles(path, block, _trace(path, block, model, call), fused)
-        attention, mlp = attention or roles.attention(), mlp or roles.mlp()
+        found.append(_Found(path, names, **roles.parts()))
         roles.check_rest()
-        known |= {name for name, _ in _weights(block)}
-    if not attention or not mlp:
-        _refuse(frame.blocks, "an attention and an MLP in its blocks", "none")
     named = {name: path for name, path in vars(frame).items() if name != "calls"}
-    return Family(**named, **attention, **mlp)
+    return Family(**named, **_merge(frame.blocks, found))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The roles of one block's modules.
+
+    Attributes:
+        names: the modules with weights that it has.
+    """
+
+    path: str
+    names: set[str]
+    attention: dict[str, Any]
+    mlp: dict[str, Any]
+    mixer: dict[str, Any]
+
+    def parts(self) -> list[dict[str, Any]]:
+        """The fields of the units that the block has."""
+        return [part for part in (self.attention, self.mlp, self.mixer) if part]
+
+
+def _merge(blocks: str, found: Sequence[_Found]) -> dict[str, Any]:
+    """The fields of a family, from blocks of which some lack a unit."""
+    fields: dict[str, Any] = {}
+    most: dict[str, int] = {}  # how many units the blocks have from which norms are
+    owners: dict[str, str] = {}  # the role of each unit's module
+    for each in sorted(found, key=lambda other: -len(other.parts())):  # a norm of two units shows where both are
+        for part in each.parts():
+            for name, value in part.items():
+                richer = name.endswith("norms") and len(each.parts()) < most.setdefault(name, len(each.parts()))
+                if fields.setdefault(name, value) != value and not richer:
+                    _refuse(each.path, f"as {name} {_named(fields[name])}, as in other blocks", _named(value))
+        for name in ("attention", "mlp", "mixer"):
+            path = getattr(each, name).get(name)
+            if path and owners.setdefault(path, name) != name:
+                _refuse(f"{each.path}.{path}", f"the {owners[path]}, as in another block", f"the {name}")
+    if "attention" not in fields or "mlp" not in fields:
+        _refuse(blocks, "an attention and an MLP in its blocks", "none")
+    return fields
+
+
+def _named(value: Any) -> str:
+    """A field of a family for a message."""
+    return (", ".join(value) if isinstance(value, tuple) else str(value)) or "none"
 
 
 def _trace(path: str, block: nn.Module, model: PreTrainedModel, call: dict[str, Any]) -> Flow:
@@ -137,6 +183,11 @@ class _Roles:
         self.claimed: set[str] = set()
         self.units: set[str] = set()  # the modules of units
 
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """The fields of each unit of the block."""
+        attention, mixer = self.attention(), self.mixer()
+        return {"attention": attention, "mixer": mixer, "mlp": self.mlp()}
+
     def attention(self) -> dict[str, Any]:
         """The fields of the attention, none if the block has none."""
         flow, within = self.flow, self.flow.attention
@@ -146,7 +197,8 @@ class _Roles:
         if not readers:
             self._refuse(within, "a projection that reads what attention gives", "none")
         output = readers[0]
-        others = sorted({*readers[1:], *(flow.reads[output] - {ATTENDED})})
+        gate = self._gate(output)
+        others = sorted({*readers[1:], *(flow.reads[output] - {ATTENDED, gate})})
         if others or not output.startswith(f"{within}."):
             self._refuse(output, f"one projection in {within} that reads attention alone", f"{[*others, output]}")
         self._linear(output)
@@ -159,6 +211,8 @@ class _Roles:
         projections = [projection for projection, _, _ in producers]
         if len(set(projections)) < len(projections) and (len(set(projections)) > 1 or self.fused is None):
             self._refuse(projections[0], "a projection of its own for query, key and value", "a fused one")
+        if gate and gate != projections[0]:
+            self._refuse(gate, "gates in the projection of the query", "another module")
         keys = self._key_value_heads(projections)
         foreign = sorted({*flow.biases} - flow.named[within])
         if foreign:
@@ -170,6 +224,7 @@ class _Roles:
         return {
             "attention": within,
             **dict(zip(names, (producer for _, producer, _ in producers), strict=True)),
+            "gate": gate,
             "by_head": self.fused == "by head" and keys > 1,  # one KV head lies behind all query heads
             "attention_output": output,
             "attention_norms": (norms := self._norms(projections, output)),
@@ -182,6 +237,11 @@ class _Roles:
             "biases": flow.biases,
             "attention_adds": self._adds(within, output),
         }
+
+    def _gate(self, output: str) -> str:
+        """The projection that gates what the output reads, empty if none does."""
+        others = self.flow.reads[output] - {ATTENDED}
+        return next(iter(others)) if self.fused == "gated by head" and len(others) == 1 else ""
 
     def _key_value_heads(self, projections: Sequence[str]) -> int:
         """How many KV heads there are, which an attention that is written out repeats before they are seen."""
@@ -216,17 +276,12 @@ class _Roles:
 
     def mlp(self) -> dict[str, Any]:
         """The fields of the MLP, none if the block has none."""
-        flow = self.flow
-        linear = [
-            path for path in flow.reads
-            if path not in self.claimed and isinstance(self.block.get_submodule(path), nn.Linear)
-        ]  # fmt: skip
+        linear = self._linears()
         if not linear:
             return {}
-        ends = [path for path in linear if not flow.readers(path) & set(linear)]
-        output = ends[-1] if ends else linear[-1]
+        flow, output = self.flow, self._mlp_output(linear)
         inputs = tuple(path for path in linear if path in flow.reads[output])
-        others = sorted(flow.reads[output] - {*inputs}) + [path for path in linear if path not in (*inputs, output)]
+        others = sorted(flow.reads[output] - {*inputs})
         if others or not inputs:
             self._refuse(others[0] if others else output, f"an MLP whose inputs meet in {output}", "another module")
         self.claimed |= {*inputs, output}
@@ -253,6 +308,34 @@ class _Roles:
         if STREAM in rest and rest != second:
             self._refuse(unit, "a unit that adds no stream but its second argument", "another sum")
         return bool(rest) and rest == second
+
+    def _linears(self) -> list[str]:
+        """The linear modules whose roles are not known yet, in the order of calls."""
+        return [
+            path for path in self.flow.reads
+            if path not in self.claimed and isinstance(self.block.get_submodule(path), nn.Linear)
+        ]  # fmt: skip
+
+    def _mlp_output(self, linear: Sequence[str]) -> str:
+        """The output of the MLP, which reads linear modules alone."""
+        ends = [path for path in linear if not self.flow.readers(path) & {*linear}]
+        outputs = [path for path in ends if self.flow.reads[path] and self.flow.reads[path] <= {*linear}]
+        return (outputs or ends or [*linear])[-1]
+
+    def mixer(self) -> dict[str, Any]:
+        """The fields of what mixes tokens without attention, by a convolution at least; none if the block has none."""
+        flow = self.flow
+        convolutions = [path for path, module in self.block.named_modules() if isinstance(module, nn.Conv1d)]
+        within = convolutions[0].partition(".")[0] if convolutions else ""
+        inside = [path for path in flow.reads if path.startswith(f"{within}.")]
+        linear = [path for path in self._linears() if path in inside]
+        if not linear or self.claimed & {*inside} or not isinstance(flow.values[within], Tensor):
+            return {}
+        if any(flow.readers(path) - {*inside} for path in inside if path != linear[-1]):
+            self._refuse(within, f"{linear[-1]} as the only output", "several")
+        norms = self._norms([path for path in inside if flow.reads[path] - {*inside}], linear[-1])
+        self.claimed |= {name for name, _ in _weights(self.block) if name.startswith(f"{within}.")}
+        return {"mixer": within, "mixer_output": linear[-1], "mixer_norms": norms}
 
     def check_rest(self) -> None:
         """Refuse weights that no role explains: any within a unit, and matrices elsewhere in the block."""

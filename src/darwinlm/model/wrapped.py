@@ -6,21 +6,22 @@ Everything but the export sees the language model alone, as a causal model of it
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 
 from accelerate import init_empty_weights
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from darwinlm.model.naming import own_names
-from darwinlm.model.pruned import family_of
+from darwinlm.model.pruned import FIRST_KEPT, complete_family, family_of, is_text_family
 from darwinlm.model.shards import Header
 from darwinlm.model.wrapper_code import wrapper_class
 from darwinlm.runtime.understood import understood
 from darwinlm.types import UsageError
 
 WRAPPED = "text_config"  # the field of a wrapper's config that describes the language model in it
+LOGITS = {"logit_scale": 1.0, "logits_scaling": 1.0, "final_logit_softcapping": None}  # fields, and that change nothing
 
 
 def is_wrapper(config: PretrainedConfig) -> bool:
@@ -37,13 +38,20 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
     if not is_wrapper(config):
         return config
     text = copy.deepcopy(getattr(config, WRAPPED))
-    if family_of(text) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not is_text_family(family_of(text)):
         raise UsageError(
-            f"unsupported model family {family_of(config)!r}: expected a causal language model of transformers in it, "
+            f"unsupported model family {family_of(config)!r}: expected a language model of transformers in it, "
             f"found {family_of(text)!r}; convert the model to another family"
         )
+    complete_family(family_of(text))
+    layers = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None)
+    if layers:  # what these layers of a vision tower see is added behind the first blocks
+        setattr(text, FIRST_KEPT, len(layers))
     text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", False))
     text.dtype = text.dtype or config.dtype
+    for name in LOGITS.keys() & vars(text).keys():
+        if name not in inspect.getsource(inspect.unwrap(wrapper_class(config).forward)):  # the whole does not heed it
+            setattr(text, name, LOGITS[name])
     if getattr(config, "quantization_config", None):
         text.quantization_config = config.quantization_config
     return text

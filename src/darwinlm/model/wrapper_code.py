@@ -14,7 +14,6 @@ from typing import Any
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
@@ -24,6 +23,7 @@ from darwinlm.model.pruned import (
     auto_map,
     family_of,
     import_module,
+    is_text_family,
     module_name,
     pruned_classes,
     register,
@@ -94,7 +94,7 @@ def foreign_code(directory: Path) -> str | None:
 
     Whoever trusts the code of the export runs only what was compared here.
     """
-    causal = MODEL_MAPPING_NAMES.keys() & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+    causal = {family for family in MODEL_MAPPING_NAMES if is_text_family(family)}
     wrappers = MODEL_MAPPING_NAMES.keys() & MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys()
     code = [(file.stem.removeprefix(module_name("")), file) for file in sorted(directory.rglob("*.py"))]
     inner = [family for family, _ in code if family in causal]

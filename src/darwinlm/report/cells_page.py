@@ -16,7 +16,7 @@ from darwinlm.report.html import Block, Chart, Note, Section, Table, safe
 from darwinlm.report.html import Grid as ChartGrid
 from darwinlm.report.run_page import provenance_blocks, stages_blocks, writings
 from darwinlm.runtime.stages import StageUse
-from darwinlm.types import KINDS, Generation, Kind
+from darwinlm.types import Generation, Kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ def frontier_sections(
     return [
         Section("Sizes", [table, *map(Note, [*notes, *facts.protocol, *task_notes(cells[0])])]),
         Section("Quality over size", [*curves, *_task_note(cells[0])]),
-        Section("Sizes of units", [*(_units_chart(grid, kind, cells[1:]) for kind in KINDS), Note(ON_UNITS)]),
+        Section("Sizes of units", [*(_units_chart(grid, kind, cells[1:]) for kind in grid.kinds()), Note(ON_UNITS)]),
         Section("Searches", [_histories_chart(histories, metric)] if any(histories.values()) else []),
         *_endings(facts),
     ]
@@ -222,7 +222,7 @@ def _units_chart(grid: Grid, kind: Kind, cells: Sequence[Cell]) -> Chart:
     shares = [[round(100 * n / of, 1) for n, of in zip(row, most, strict=True)] for row in left]
     rows = [[str(block), str(of), *map(str, row)] for block, of, *row in zip(blocks, most, *left, strict=True)]
     table = Table(["block", DENSE, *names], rows, "The figures of every unit", folded=True)
-    what = "attention heads" if kind == "attention" else "MLP channels"
+    what = {"attention": "attention heads", "mlp": "MLP channels", "mixer": "mixers"}[kind]
     hover = [
         [f"{safe(name)}, block {block}: {n:,} of {of:,}" for block, n, of in zip(blocks, row, most, strict=True)]
         for name, row in zip(names, left, strict=True)

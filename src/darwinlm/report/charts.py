@@ -16,7 +16,7 @@ from typing import Any
 from darwinlm.genome import Grid
 from darwinlm.report.html import Chart, Table, safe
 from darwinlm.report.scales import elapsed, short, spans
-from darwinlm.types import KINDS, Curve, Generation, Genome, Kind
+from darwinlm.types import Curve, Generation, Genome, Kind
 
 COLOURS = (
     "#1c7ec0", "#d55e00", "#009e73", "#c0629a", "#a97f00", "#6f6fd0", "#7a7a7a", "#b04a4a", "#3f8fa8", "#5b8c3a",
@@ -27,7 +27,12 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 PATTERNS = ("", "/", "x", ".", "+", "-")
 
 
-STRUCTURES: dict[Kind, str] = {"attention": "heads", "mlp": "channels"}
+STRUCTURES: dict[Kind, str] = {"attention": "heads", "mlp": "channels", "mixer": "mixers"}
+LEFT: dict[Kind, str] = {
+    "attention": "attention heads left (%)",
+    "mlp": "MLP channels left (%)",
+    "mixer": "mixers left (%)",
+}
 
 
 SEARCHED = "the search's tokens"
@@ -40,12 +45,12 @@ Trace = dict[str, Any]
 class Point:
     """A measured figure, and the interval around it; both ends are the figure itself where there is none."""
 
-    value: float
-    low: float
-    high: float
+    value: float | int
+    low: float | int
+    high: float | int
 
     @classmethod
-    def exact(cls, value: float) -> Point:
+    def exact(cls, value: float | int) -> Point:
         """A figure without an interval."""
         return cls(value, value, value)
 
@@ -81,7 +86,7 @@ def levels_chart(
     sensitivities: Sequence[Sequence[float]],
     errors: Sequence[Sequence[float]],
 ) -> Chart:
-    """Return a chart of how much is left of each unit, with attention above MLP.
+    """Return a chart of how much is left of each unit, with attention above MLP, and mixers below where there are any.
 
     Args:
         genomes: by name; the last one is drawn as bars, the others as lines.
@@ -91,11 +96,11 @@ def levels_chart(
     data: list[Trace] = []
     rows: list[list[str]] = []
     *others, result = genomes
-    for panel, kind in enumerate(KINDS):
-        members = [i for i, unit in enumerate(grid.units) if unit.kind == kind]
+    kinds = grid.kinds()
+    for panel, (kind, members) in enumerate(kinds.items()):
         facts = [_unit_facts(grid, i, genomes, sensitivities, errors) for i in members]
         rows += [list(fact.values()) for fact in facts]
-        place = {"xaxis": "x", "yaxis": f"y{2 - panel}"}
+        place = {"xaxis": "x", "yaxis": f"y{len(kinds) - panel}"}
         blocks = [grid.units[i].block for i in members]
         bars = [_percent_left(grid, i, genomes[result]) for i in members]
         hover = ["<br>".join(f"{safe(what)}: {safe(value)}" for what, value in fact.items()) for fact in facts]
@@ -114,11 +119,10 @@ def levels_chart(
             shares = [_percent_left(grid, i, genomes[name]) for i in members]
             data.append({"type": "scatter", "mode": "lines", "x": blocks, "y": shares, "line": line, **named, **place})
     shared = {"range": [0, 105], "tickvals": [0, 25, 50, 75, 100]}
-    axes = {
-        "xaxis": axis("decoder block", anchor="y", nticks=12),
-        "yaxis": axis("MLP channels left (%)", domain=[0, 0.46], **shared),
-        "yaxis2": axis("attention heads left (%)", domain=[0.54, 1], **shared),
-    }
+    axes = {"xaxis": axis("decoder block", anchor="y", nticks=12)}
+    for place, kind in enumerate(reversed(kinds), start=1):  # from below
+        domain = [round((place - 1) * 1.08 / len(kinds), 2), round(place * 1.08 / len(kinds) - 0.08, 2)]
+        axes[f"yaxis{place}" if place > 1 else "yaxis"] = axis(LEFT[kind], domain=domain, **shared)
     titles = list(_unit_facts(grid, 0, genomes, sensitivities, errors))
     table = Table(titles, rows, "The figures of every unit", folded=True)
     return Chart("levels", f"What is left of each unit: {result}", data, layout(480, bargap=0.2, **axes), table)
@@ -287,7 +291,7 @@ def _with_interval(point: Point) -> str:
 class Line:
     """A line of a chart: places along the horizontal axis, the figures there, and what is said of each."""
 
-    places: Sequence[float]
+    places: Sequence[float | int]
     points: Sequence[Point]
     said: Sequence[str]
 
@@ -298,7 +302,7 @@ def lines_chart(
     axes: tuple[Mapping[str, Any], Mapping[str, Any]],
     lines: Mapping[str, Line],
     level: tuple[str, float] | None = None,
-    marked: Mapping[str, tuple[float, float]] | None = None,
+    marked: Mapping[str, tuple[float | int, float | int]] | None = None,
     table: Table | None = None,
     height: int = 340,
 ) -> Chart:

@@ -18,16 +18,20 @@ from matplotlib.ticker import MaxNLocator
 from darwinlm.genome import Grid, prunable_parameters
 from darwinlm.report.scales import elapsed, short, spans
 from darwinlm.runtime.files import replaced
-from darwinlm.types import KINDS, Curve, Generation, Genome, Kind
+from darwinlm.types import Curve, Generation, Genome, Kind
 
 DOTS_PER_INCH = 200
 
 
 # Colours that can be told apart in print and by the colour-blind (Okabe and Ito).
-KIND_COLOURS: dict[Kind, str] = {"attention": "#56b4e9", "mlp": "#e69f00"}
+KIND_COLOURS: dict[Kind, str] = {"attention": "#56b4e9", "mlp": "#e69f00", "mixer": "#009e73"}
 
 
-UNIT_LABELS: dict[Kind, str] = {"attention": "attention heads left (%)", "mlp": "MLP channels left (%)"}
+UNIT_LABELS: dict[Kind, str] = {
+    "attention": "attention heads left (%)",
+    "mlp": "MLP channels left (%)",
+    "mixer": "mixers left (%)",
+}
 
 
 SEARCHED = ""  # stands for the search's own tokens among texts
@@ -46,19 +50,19 @@ INK = "#333333"
 
 
 def levels_figure(grid: Grid, genomes: Mapping[str, Genome]) -> Figure:
-    """Return a figure of how much is left of each unit, with attention above MLP.
+    """Return a figure of how much is left of each unit, with attention above MLP, and mixers below where there are any.
 
     Args:
         genomes: by name; the last one is drawn as bars, the others as lines.
     """
     figure = _figure(4.6)
-    axes: list[Axes] = list(figure.subplots(2, 1, sharex=True))
+    kinds = grid.kinds()
+    axes: list[Axes] = list(figure.subplots(len(kinds), 1, sharex=True, squeeze=False).flat)
     *others, result = genomes
     bars: list[BarContainer] = []
     lines: dict[str, Artist] = {}
     crosses: dict[str, Artist] = {}
-    for axis, kind in zip(axes, KINDS, strict=True):
-        members = [i for i, unit in enumerate(grid.units) if unit.kind == kind]
+    for axis, (kind, members) in zip(axes, kinds.items(), strict=True):
         blocks = [grid.units[i].block for i in members]
         shares = {name: _percent_left(grid, genome, members) for name, genome in genomes.items()}
         bars.append(axis.bar(blocks, shares[result], width=0.8, color=KIND_COLOURS[kind], zorder=2))
@@ -68,10 +72,12 @@ def levels_figure(grid: Grid, genomes: Mapping[str, Genome]) -> Figure:
                 removed, [4] * len(removed), marker="x", s=20, linewidths=1.3, color=INK, zorder=4
             )
         for number, name in enumerate(others):
-            # The line is flat over each block.
-            edges = [block - 0.5 for block in blocks] + [block + 0.5 for block in blocks[-1:]]
+            # The line is flat over each block, and has a gap where a block has no unit of the kind.
+            edges = [block - 0.5 for block in range(blocks[-1] + 2)]
+            left = dict(zip(blocks, shares[name], strict=True))
+            values = [left.get(block, float("nan")) for block in range(blocks[-1] + 1)]
             colour = LINE_COLOURS[number % len(LINE_COLOURS)]
-            lines[name] = axis.stairs(shares[name], edges, baseline=None, color=colour, linewidth=1.5, zorder=3)
+            lines[name] = axis.stairs(values, edges, baseline=None, color=colour, linewidth=1.5, zorder=3)
         axis.set_ylabel(UNIT_LABELS[kind], fontsize=9)
         axis.set_ylim(0, 104)
         axis.set_yticks([0, 25, 50, 75, 100])
@@ -99,8 +105,7 @@ def levels_figure(grid: Grid, genomes: Mapping[str, Genome]) -> Figure:
 
 def note_on_uniform(grid: Grid, uniform: Genome) -> str:
     """Return why the uniform genome does not leave the same of all units of a kind; empty where it does."""
-    by_kind = [[i for i, unit in enumerate(grid.units) if unit.kind == kind] for kind in KINDS]
-    if all(len(set(_percent_left(grid, uniform, members))) < 2 for members in by_kind):
+    if all(len(set(_percent_left(grid, uniform, members))) < 2 for members in grid.kinds().values()):
         return ""
     return "uniform lies between two levels: some units, drawn at random, keep one step more, until its size is used up"
 

@@ -13,7 +13,7 @@ from darwinlm.search.budget import Budget
 from darwinlm.search.evolution import evolve
 from darwinlm.search.fitness import Scorer
 from darwinlm.search.mutation import restore
-from darwinlm.types import KINDS, Genome, SelectionStage
+from darwinlm.types import Genome, SelectionStage
 
 
 def evopress(problem: Problem) -> Genome:
@@ -66,8 +66,8 @@ class _OfModules:
 
 
 def _random(budget: Budget, rng: Random) -> Genome:
-    """Return a genome from which random modules are removed, of both kinds in turn, and as few as the budget allows."""
-    members = [[i for i, u in enumerate(budget.grid.units) if u.kind == kind and budget.ceilings[i]] for kind in KINDS]
+    """Return a genome from which random modules are removed, of all kinds in turn, and as few as the budget allows."""
+    members = [[i for i in indices if budget.ceilings[i]] for indices in budget.grid.kinds().values()]
     orders = [rng.sample(indices, len(indices)) for indices in members]
     genome = budget.grid.dense()
     for turn in range(max(map(len, orders))):

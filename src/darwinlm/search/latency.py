@@ -37,13 +37,15 @@ def latency_costs(checkpoint: Checkpoint, grid: Grid, config: LatencyConfig, dev
     """Return nanoseconds of one forward pass as costs, from the given table (`config.table`) or the run's own.
 
     Args:
-        path: the run's own table, which is measured and written if it is needed and does not exist.
+        path: the run's own table, which is measured and written if it is needed and does not exist. The given one may
+            be a directory, which has one of this name.
 
     Raises:
         UsageError: if a table is of another model, other levels, another device or another pass.
     """
     made_for = _made_for(checkpoint, grid, config, device)
     table = path if config.table is None else Path(config.table)
+    table = table / path.name if table.is_dir() else table
     if config.table is not None and not table.is_file():
         raise UsageError(f"--latency.table: expected a file that an earlier run wrote, found none at {table}; check it")
     if not table.exists():
@@ -186,10 +188,18 @@ def _one_block(stitcher: Stitcher, genome: Genome, block: int) -> PreTrainedMode
     """Return a stitched model of which only one block is left, in the form in which it would be exported."""
     model = repeat_shared(stitcher.stitch(genome))
     family = stitcher.family
-    module: Any = model.get_submodule(family.block(block))
-    attention = getattr(module, family.attention)
-    attention.layer_idx = 0  # of the cache
+    module = copy.deepcopy(model.get_submodule(family.block(block)), {id(each): each for each in model.parameters()})
+    for part in module.modules():
+        if isinstance(getattr(part, "layer_idx", None), int):
+            vars(part)["layer_idx"] = 0  # of the cache
     model.set_submodule(family.blocks, nn.ModuleList([module]))
+    types = getattr(model.config, "layer_types", None) or []
+    if len(set(types)) > 1:
+        first = stitcher.grid.units[next(iter(stitcher.grid.kinds()["attention"]))].block
+        config = copy.deepcopy(model.config)
+        config.layer_types = [types[block], types[first]]  # caches take their length from a layer with attention
+        for part in (model, model.get_submodule(family.backbone)):
+            vars(part)["config"] = config
     return model
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 
 from darwinlm.search.budget import Budget
-from darwinlm.types import KINDS, Genome
+from darwinlm.types import Genome
 
 TRIES = 1000
 
@@ -116,8 +116,7 @@ def spread_within_kinds(genome: Genome, sums: Genome, budget: Budget, rng: Rando
         sums: a genome of the smaller model's size, whose sums of levels of each kind the result has.
     """
     levels = list(_capped(genome, budget).levels)
-    for kind in KINDS:
-        members = [i for i, unit in enumerate(budget.grid.units) if unit.kind == kind]
+    for members in budget.grid.kinds().values():
         residual = sum(sums.levels[i] - levels[i] for i in members)
         step = 1 if residual > 0 else -1
         for _ in range(abs(residual)):
@@ -149,8 +148,7 @@ def _count(rng: Random, most: int) -> int:
 
 def _switch(genome: Genome, budget: Budget, rng: Random) -> Genome:
     """Move one random unit a level up and another of its kind a level down, where the grid allows it."""
-    kind = rng.choice(KINDS)
-    members = [i for i, unit in enumerate(budget.grid.units) if unit.kind == kind]
+    members = rng.choice([*budget.grid.kinds().values()])
     lowerable = [i for i in members if genome.levels[i] > 0]
     if not lowerable:
         return genome

@@ -9,15 +9,17 @@ from random import Random
 from darwinlm.config.run import RunConfig
 from darwinlm.genome import Grid
 from darwinlm.runtime.progress import say
-from darwinlm.search.budget import BELOW, Bound, Budget, Target, amount_of, limit_of
-from darwinlm.search.costs import Costs, level_costs, parameter_costs
+from darwinlm.search.budget import BELOW, Bound, Budget, Target, limit_of
+from darwinlm.search.costs import Costs, amount_of, level_costs, parameter_costs
 from darwinlm.search.mutation import restore, spread, spread_within_kinds
-from darwinlm.types import KINDS, Genome, MovesName, UsageError
+from darwinlm.types import Genome, MovesName, UsageError
 
 FILLINGS = 32  # random ways to give back single levels, of which the one that uses most of the budget is taken
 
 
-def uniform(grid: Grid, costs: Costs, config: RunConfig, dense_parameters: int) -> tuple[Genome, Budget]:
+def uniform(
+    grid: Grid, costs: Costs, config: RunConfig, dense_parameters: int, further: Sequence[Costs] = ()
+) -> tuple[Genome, Budget]:
     """Return the uniform genome at a run's target, and the budget within which a search looks for others.
 
     For a target level, what the genome of that level costs is the limit: with moves within kinds, the levels that each
@@ -28,14 +30,15 @@ def uniform(grid: Grid, costs: Costs, config: RunConfig, dense_parameters: int) 
     Args:
         costs: what levels cost in the measure of `config.target`, in parameters where there is none.
         dense_parameters: parameters of the whole dense model.
+        further: what they cost in the measures of further targets.
 
     Raises:
         UsageError: if the target cannot be reached, or is no smaller than the dense model.
     """
     tops, exported = ceilings(grid, config.keep_attention), parameter_costs(grid, dense_parameters)
     if config.target is not None:
-        budget = limit_of(Target.parse(config.target), costs, grid, tops)
-        genome, budget = _largest(_smaller_than_dense(budget, exported), config)
+        budget = limit_of(Target.parse_all(config.target), (costs, *further), grid, tops)
+        genome, budget = _largest(_smaller_than_dense(_tightest_first(budget, config), exported), config)
         check_export(exported.of(genome), dense_parameters, config)
         return genome, budget
     genome = uniform_genome(grid, config.level, config.database.levels, Random(config.seed))
@@ -49,7 +52,7 @@ def uniform(grid: Grid, costs: Costs, config: RunConfig, dense_parameters: int) 
 
 def _levels_left(grid: Grid, genome: Genome) -> tuple[Bound, ...]:
     """Return a bound for each kind that holds it to the sum of levels that the genome has (section 3.5)."""
-    by_kind = (level_costs(grid, kind) for kind in KINDS if any(unit.kind == kind for unit in grid.units))
+    by_kind = (level_costs(grid, kind) for kind in grid.kinds())
     return tuple(Bound(costs, float(costs.of(genome)), float(costs.of(genome))) for costs in by_kind)
 
 
@@ -70,14 +73,28 @@ def check_export(parameters: int, dense_parameters: int, config: RunConfig) -> N
         )
 
 
+def _tightest_first(budget: Budget, config: RunConfig) -> Budget:
+    """Return the budget with the bound first that the largest uniform genome within all of them uses most of.
+
+    By it genomes are compared in size, and a start is made that the other bounds then make smaller.
+    """
+    genome = _first_within(budget, config)
+    return replace(budget, bounds=tuple(sorted(budget.bounds, key=lambda each: -each.costs.of(genome) / each.limit)))
+
+
 def _largest(budget: Budget, config: RunConfig) -> tuple[Genome, Budget]:
+    start = _first_within(budget, config)
+    return fullest(lambda rng: restore(start, budget, rng), budget, config.seed)
+
+
+def _first_within(budget: Budget, config: RunConfig) -> Genome:
+    """Return the largest uniform genome within a budget."""
     grid, levels = budget.grid, config.database.levels
     count = len(grid.units)
     # From the dense model towards smaller ones, by one unit's level at a time.
     targets = (step / count for step in range(1, levels * count))
     genomes = (uniform_genome(grid, target, levels, Random(config.seed), config.keep_attention) for target in targets)
-    start = next((genome for genome in map(budget.worth, genomes) if budget.fits(genome)), budget.least)
-    return fullest(lambda rng: restore(start, budget, rng), budget, config.seed)
+    return next((genome for genome in map(budget.worth, genomes) if budget.fits(genome)), budget.least)
 
 
 def fullest(draw: Callable[[Random], Genome], budget: Budget, seed: int) -> tuple[Genome, Budget]:
@@ -140,7 +157,7 @@ def uniform_genome(grid: Grid, target_level: float, levels: int, rng: Random, ke
 
     The fraction is `target_level / levels`; a unit with fewer levels takes the same fraction of its own. Where that is
     between two levels, random units of the kind get the higher one. Their number is fixed, so the sum of levels does
-    not depend on the seed.
+    not depend on the seed. Mixers, of which no fraction can go, lose nothing.
 
     Raises:
         UsageError: if `target_level` is not strictly between 0 and `levels`.
@@ -151,9 +168,9 @@ def uniform_genome(grid: Grid, target_level: float, levels: int, rng: Random, ke
         )
     result: dict[int, int] = {}
     top = ceilings(grid, keep_attention)
-    for kind in KINDS:
-        members = [i for i, unit in enumerate(grid.units) if unit.kind == kind]
-        if not members:
+    for kind, members in grid.kinds().items():
+        if kind == "mixer":
+            result.update(dict.fromkeys(members, 0))
             continue
         total = sum(target_level / levels * grid.highest(i) for i in members)
         floors = {i: int(target_level / levels * grid.highest(i)) for i in members}
