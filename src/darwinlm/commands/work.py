@@ -23,6 +23,7 @@ from darwinlm.database.store import reused_database
 from darwinlm.genome import Grid
 from darwinlm.model.blocks import Blocks, InHostMemory, InShards, Resident
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
+from darwinlm.model.families import block_sizes, find_grid
 from darwinlm.model.licence import licence_of
 from darwinlm.model.pruned import pruned_config
 from darwinlm.model.roles import Family
