@@ -198,8 +198,6 @@ def allocate(work: Work, fitness: Fitness, find: Callable[[], Mapping[str, Genom
         if start_genome is not None:
             start, budget = later_start(start_genome, work.uniform, budget, config.moves, seed)
             starts = {"earlier": start}
-        elif work.run.history_path.exists():
-            starts = {}
         elif find is not None:
             starts = find()
         else:
