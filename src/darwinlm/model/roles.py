@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from darwinlm.model.flow import ATTENDED, STREAM, Flow, Marks, find_frame, is_selection, trace
+from darwinlm.model.flow import ATTENDED, STREAM, Flow, Marks, find_frame, head_numbers, is_selection, trace
 from darwinlm.types import UsageError
 
 Fused = Literal["in order", "by head", "gated by head"]
@@ -220,7 +219,7 @@ class _Roles:
         self.claimed |= {output}
         self.units.add(within)
         module = self.block.get_submodule(within)
-        query_counts, key_value_counts, query_widths = _numbers(module, flow.heads[0] * flow.head_widths[0])
+        query_counts, key_value_counts, query_widths = head_numbers(module, flow.heads[0] * flow.head_widths[0])
         return {
             "attention": within,
             **dict(zip(names, (producer for _, producer, _ in producers), strict=True)),
@@ -402,23 +401,3 @@ def _common(paths: Sequence[str]) -> str:
     while all(len(part) > shared and part[shared] == parts[0][shared] for part in parts):
         shared += 1
     return ".".join(parts[0][:shared])
-
-
-def _numbers(attention: nn.Module, width: int) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """The attributes from which an attention's methods read its numbers of heads, and the width of all query heads."""
-    read: set[str] = set()
-    for cls in type(attention).__mro__:
-        if issubclass(cls, nn.Module) and cls is not nn.Module:
-            methods = inspect.getmembers(cls, inspect.isfunction)
-            read |= {name for key, method in methods if key != "__init__" for name in method.__code__.co_names}
-    queries: list[str] = []
-    keys: list[str] = []
-    for owner, prefix in ((attention, ""), (getattr(attention, "config", None), "config.")):
-        if prefix and "config" not in read:
-            continue
-        for name in sorted(read):
-            if name.endswith(("heads", "n_head")) and isinstance(getattr(owner, name, None), int):
-                (keys if "key_value" in name or "kv" in name else queries).append(f"{prefix}{name}")
-    numbers = {name: value for name, value in vars(attention).items() if name in read and isinstance(value, int)}
-    widths = [name for name, value in numbers.items() if value == width and name not in (*queries, *keys, "head_dim")]
-    return tuple(queries), tuple(keys), tuple(sorted(widths))
