@@ -284,8 +284,14 @@ def report(rows: list[dict[str, Any]]) -> str:
     for kind, title in TABLES.items():
         found = [each for each in rows if each["kind"] == kind]
         counts = Counter(step for each in found for step in each["passed"])
+        if not found:
+            continue
         text += f"## {kind.capitalize()}\n\n{title} " if title else ""
-        text += f"{len(found)} {kind}s; " + ", ".join(f"{step} {counts[step]}" for step in STEPS) + ".\n\n"
+        text += (
+            f"{len(found)} {'dense decoders' if kind == DENSE else 'models'}; "
+            + ", ".join(f"{step} {counts[step]}" for step in STEPS)
+            + ".\n\n"
+        )
         text += table(found) + "\n"
     text = text.removesuffix("\n")
     for kind in sorted({found["kind"] for found in rows} - TABLES.keys()):

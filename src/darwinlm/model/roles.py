@@ -14,8 +14,8 @@ from darwinlm.model.flow import ATTENDED, STREAM, Flow, Marks, find_frame, head_
 from darwinlm.types import UsageError
 
 Fused = Literal["in order", "by head", "gated by head"]
-"""Rows of query, key and value, or of gate and input, one after another; or query, key and value of head after head; or
-in the projection of the query, a head's query and the gate of what it attends to, of head after head."""
+"""Rows of query, key and value, or of gate and input, one after another; or of head after head; or, of head after head,
+a query and the gate of what is attended to."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,6 @@ def _merge(blocks: str, found: Sequence[_Found]) -> dict[str, Any]:
 
 
 def _named(value: Any) -> str:
-    """A field of a family for a message."""
     return (", ".join(value) if isinstance(value, tuple) else str(value)) or "none"
 
 
@@ -238,7 +237,6 @@ class _Roles:
         }
 
     def _gate(self, output: str) -> str:
-        """The projection that gates what the output reads, empty if none does."""
         others = self.flow.reads[output] - {ATTENDED}
         return next(iter(others)) if self.fused == "gated by head" and len(others) == 1 else ""
 
@@ -275,8 +273,7 @@ class _Roles:
 
     def mlp(self) -> dict[str, Any]:
         """The fields of the MLP, none if the block has none."""
-        linear = self._linears()
-        if not linear:
+        if not (linear := self._linears()):
             return {}
         flow, output = self.flow, self._mlp_output(linear)
         inputs = tuple(path for path in linear if path in flow.reads[output])
