@@ -186,6 +186,7 @@ COMMANDS = (
         flags=(
             Flag("--speed", {"action": "store_true", "help": "time prefill and decoding; needs --against"}),
             Flag("--generation", {"action": "store_true", "help": "what greedy continuations repeat, and get right"}),
+            Flag("--draft", {"action": "store_true", "help": "what the model is worth as the draft of the dense one"}),
         ),
     ),
     Command(

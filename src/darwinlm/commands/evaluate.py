@@ -20,6 +20,7 @@ from darwinlm.commands.run_directory import open_model, versions
 from darwinlm.config.evaluation import EvaluateConfig, SpeedConfig
 from darwinlm.data.corpus import TESTS, is_held_out, parts_of, token_stream
 from darwinlm.data.packing import bos_of, check_ids
+from darwinlm.evaluation.drafting import Drafting, drafting, rows_of
 from darwinlm.evaluation.generation import Writing, write
 from darwinlm.evaluation.quality import Window, quality_over, windows_over
 from darwinlm.evaluation.speed import count, measure
@@ -64,6 +65,7 @@ class Card:
     Attributes:
         qualities: perplexity and KL by text; KL is None without a dense model of the same vocabulary.
         writing: its greedy continuations, if they were asked for.
+        drafting: what it is worth as the dense model's draft, if that was asked for and both have the same tokens.
         scores: its scores in tasks.
     """
 
@@ -72,6 +74,7 @@ class Card:
     qualities: dict[str, tuple[float, float | None]]
     writing: Writing | None
     scores: list[Score]
+    drafting: Drafting | None = None
 
 
 def evaluate(config: EvaluateConfig, timing: SpeedConfig, speed: bool = False) -> None:
@@ -98,7 +101,9 @@ def evaluate_models(config: EvaluateConfig) -> list[Card]:
         DarwinError: if a task cannot be run, after all else has been measured, printed and written.
     """
     if not config.asks_for_something:
-        raise UsageError("nothing to measure: expected --data, --tasks, --suite, --generation or --speed; give one")
+        raise UsageError(
+            "nothing to measure: expected --data, --tasks, --suite, --generation, --draft or --speed; give one"
+        )
     requests = [*(SUITE if config.suite else ()), *requested(config)]
     if requests:
         find_tasks(requests, config)
@@ -147,7 +152,8 @@ def _measure(
     qualities = {text: _quality(text, subject, reference, windows) for text in windows.texts}
     writing = _write(subject, reference, config) if config.generation else None
     scores = [score for request in requests for score in _ask(subject, request, config)]
-    return Card(subject.name, parameter_count(subject.model), qualities, writing, scores)
+    drafted = _draft(subject, reference, config) if config.draft else None
+    return Card(subject.name, parameter_count(subject.model), qualities, writing, scores, drafted)
 
 
 def _quality(text: str, subject: Subject, reference: Subject | None, windows: _Windows) -> tuple[float, float | None]:
@@ -192,7 +198,7 @@ def _subjects(config: EvaluateConfig, workspace: Path) -> list[Subject]:
         checkpoint = open_model(name, workspace / str(number))
         if config.data is not None:
             checkpoint.check_length(config.window, "window")
-        if config.generation:
+        if config.generation or config.draft:
             checkpoint.check_length(config.continuation_tokens, "continuation-tokens")
         dtype = DTYPES.get(config.dtype, checkpoint.dtype)
         assert checkpoint.headers  # that its files can be read, before others are measured
@@ -227,6 +233,20 @@ def _write(subject: Subject, reference: Subject | None, config: EvaluateConfig) 
     return write(subject.model, subject.tokenizer, config.prompts, config.continuation_tokens, model)
 
 
+def _draft(subject: Subject, reference: Subject | None, config: EvaluateConfig) -> Drafting | None:
+    """What a model is worth as the dense model's draft; nothing for the dense model, or one of other tokens."""
+    if reference is None or reference is subject:
+        return None
+    return drafting(
+        reference.model,
+        subject.model,
+        subject.tokenizer,
+        config.prompts,
+        config.continuation_tokens,
+        config.draft_tokens,
+    )
+
+
 def table(cards: Sequence[Card], config: EvaluateConfig) -> str:
     """A table with a column for each model and a row for each measure; below it the protocol and the continuations."""
     rows = [["", *(card.name for card in cards)], ["parameters", *(f"{card.parameters:,}" for card in cards)]]
@@ -248,6 +268,7 @@ def table(cards: Sequence[Card], config: EvaluateConfig) -> str:
         if any(writing.agreement is not None for writing in written):
             agreed = ("" if w.agreement is None else f"{100 * w.agreement:.1f}" for w in written)
             rows.append(["agreement with dense, %", *agreed])
+    rows += rows_of([card.drafting for card in cards])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         f"{row[0]:{widths[0]}}" + "".join(f"  {c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))
@@ -285,6 +306,8 @@ def protocol(cards: Sequence[Card], config: EvaluateConfig) -> dict[str, str]:
         how["repetition"] = "share of 4-grams of tokens that the continuation had before"
         if config.against is not None:
             how["agreement"] = "share of the dense model's greedy tokens that the model would have chosen there"
+    if any(card.drafting for card in cards):
+        how["draft"] = f"{config.draft_tokens} tokens at a time, greedy, {config.continuation_tokens} after each prompt"
     if cards[0].scores:
         sources = dict.fromkeys(
             f"{score.task} from {score.source}, {score.questions:,} questions"
@@ -306,6 +329,7 @@ def save(cards: Sequence[Card], config: EvaluateConfig, speed: Mapping[str, Any]
             "texts": {text: {"perplexity": p, "kl": kl} for text, (p, kl) in card.qualities.items()},
             "tasks": [asdict(score) for score in card.scores],
             "generation": None if card.writing is None else asdict(card.writing),
+            "draft": None if card.drafting is None else asdict(card.drafting),
         }
         for card in cards
     ]

@@ -48,6 +48,10 @@ class EvaluateConfig(TasksConfig):
     """The paper's protocol: nine tasks with its shots and its choice of acc or acc_norm."""
     generation: bool = False
     """Write greedy continuations, and measure how much they repeat and how often the dense model agrees."""
+    draft: bool = False
+    """Let the dense model write with the model as its draft: the tokens that it accepts, and its speed."""
+    draft_tokens: int = 5
+    """Tokens that a draft writes at a time."""
     out: str | None = None
     """File for the results as JSON."""
     documents: Literal["held-out", "all"] = "held-out"
@@ -80,7 +84,9 @@ class EvaluateConfig(TasksConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         expect_named(self, "model")
-        expect_counts(self, "", tokens=2, window=2, stride=1, continuation_tokens=1)
+        expect_counts(self, "", tokens=2, window=2, stride=1, continuation_tokens=1, draft_tokens=1)
+        if self.draft and self.against is None:
+            raise UsageError("--draft is for the dense model: expected --against, found none; name it")
         if self.stride is not None and self.stride > self.window:
             raise UsageError(
                 f"--stride: expected at most the --window of {self.window}, found {self.stride}; a longer one would "
@@ -92,7 +98,7 @@ class EvaluateConfig(TasksConfig):
     @property
     def asks_for_something(self) -> bool:
         """Whether there is anything to measure."""
-        return bool(self.data or self.tasks or self.suite or self.generation)
+        return bool(self.data or self.tasks or self.suite or self.generation or self.draft)
 
 
 @dataclass(frozen=True)
