@@ -7,7 +7,10 @@ from transformers import GenerationMixin, LlamaConfig, LlamaModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
-class LlamaForCausalLM(LlamaModel.__base__, GenerationMixin):
+Base: Any = LlamaModel.__base__
+
+
+class LlamaForCausalLM(Base, GenerationMixin):
     """A decoder and its output embedding, which transformers has inside other models alone."""
 
     config_class = LlamaConfig

@@ -110,7 +110,7 @@ def _with_causal_class(text: str) -> str:
     imported = "from transformers.modeling_outputs import CausalLMOutputWithPast\n"
     before, rest = text.split("\n\nclass PrunedLlamaConfig", 1)
     before = before.replace("StaticLayer\n", f"StaticLayer\n{imported}", 1)
-    return f"{before}\n\n{source[source.index('class Llama') :]}\n\nclass PrunedLlamaConfig{rest}"
+    return f"{before}\n\n{source[source.index('Base: Any') :]}\n\nclass PrunedLlamaConfig{rest}"
 
 
 def render(family: str) -> str:
