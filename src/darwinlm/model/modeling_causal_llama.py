@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, LlamaConfig, LlamaModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-
 Base: Any = LlamaModel.__base__
 
 
