@@ -13,13 +13,11 @@ from darwinlm.config.run import CalibrationConfig, DatabaseConfig, RefitConfig, 
 from darwinlm.config.training import GradualConfig, steps_of
 from darwinlm.database.calibrate import PANEL, SPILL_BYTES
 from darwinlm.genome import Grid, prunable_parameters
-from darwinlm.losses.logits import ROWS
 from darwinlm.model.families import find_grid, head_dim
 from darwinlm.model.reading import skeleton
 from darwinlm.runtime.device import DTYPES
 from darwinlm.search.costs import parameter_costs
 from darwinlm.search.fitness import BATCH_TOKENS
-from darwinlm.search.memory import LOGITS
 from darwinlm.search.sensitivity import measured_levels
 from darwinlm.search.uniform import uniform_genome
 from darwinlm.training.teacher_logits import LOGIT_BYTES
@@ -63,6 +61,7 @@ def plan_search(
     refit: RefitConfig,
     length: int,
     processes: int = 1,
+    kept: bool = True,
 ) -> SearchPlan:
     """Count the work of a search and of its refits, of the process that has most of it.
 
@@ -73,7 +72,8 @@ def plan_search(
         parameters: parameters of the dense model, embeddings included.
         uniform: a genome of the size that is searched for.
         length: tokens in a sequence.
-        processes: share batches and candidates where none is trained, candidates where they are, and no refit.
+        processes: share batches and candidates where none is trained, candidates where they are, and the refit.
+        kept: whether survivors' training states are, else each stage trains them from the beginning.
     """
     blocks, pruned = (prunable_parameters(grid, genome) for genome in (grid.dense(), uniform))
     head = config.vocab_size * config.hidden_size
@@ -96,7 +96,7 @@ def plan_search(
         scores += own * 2.0 * small * read
         if search.metric == "kl":  # the dense model's logits, for each candidate in training or once for all
             scores += (own if again else min(1.0, own)) * 2.0 * head * read
-        steps += own * (4.0 * small + 2.0 * trained) * (stage.training_tokens - before)
+        steps += own * (4.0 * small + 2.0 * trained) * (stage.training_tokens - (before if kept else 0))
         candidates, before = stage.survivors, stage.training_tokens
     return SearchPlan(
         start=Work(_start(grid, dense, blocks, small, search) / processes + 2.0 * teacher * before),
@@ -285,9 +285,6 @@ class TrainingPlan:
 
     Attributes:
         work: the student's training, and the teacher's forward passes.
-        memory_bytes: the size of float32 weights, gradients and both moments of AdamW, over all processes; activations
-            are not counted.
-        teacher_bytes: the size of the dense model in each process; 0 where its logits are read from the disk.
         disk_bytes: the size of the tokens, of the teacher's top-k logits, and of the two checkpoints that are kept.
         communication_bytes: what each process receives for every micro-batch where weights are sharded: all weights in
             bfloat16, forwards and backwards, and gradients in float32. 0 where they are not.
@@ -295,8 +292,6 @@ class TrainingPlan:
 
     steps: int
     work: Work
-    memory_bytes: int
-    teacher_bytes: int
     disk_bytes: int
     communication_bytes: int
 
@@ -314,27 +309,6 @@ def plan_training(parameters: int, teacher_parameters: int, tokens: int, config:
     return TrainingPlan(
         steps=steps_of(tokens, config.training, config.stream),
         work=Work(2.0 * teacher_parameters * tokens if taught else 0.0, float(tokens) * student),
-        memory_bytes=4 * FLOAT * parameters,
-        teacher_bytes=0 if distillation.top_k else DTYPES["bfloat16"].itemsize * teacher_parameters,
         disk_bytes=FLOAT * tokens + logits + 2 * 3 * FLOAT * parameters,
         communication_bytes=(2 * DTYPES["bfloat16"].itemsize + FLOAT) * parameters if config.training.fsdp else 0,
     )
-
-
-def activation_bytes(config: PretrainedConfig, at: Plan, tokens: int, checkpointing: bool) -> int:
-    """Return the bytes that a training step keeps of its forward pass, and of the logits of a few tokens.
-
-    Of a block they are, for each token: the stream in float32 around each of two norms and what the norms give, and
-    five tensors as wide as what each consumer reads. Where activations are computed again they are one block's, and the
-    stream in front of every block.
-
-    Args:
-        tokens: of a micro-batch.
-    """
-    each, blocks = DTYPES["bfloat16"].itemsize, blocks_of(at.grid)
-    left = zip(at.grid.units, at.grid.removed, at.uniform.levels, strict=True)
-    inputs = sum((unit.structures - removed[level]) * unit.structure_width for unit, removed, level in left)
-    kept = tokens * (2 * (FLOAT + each) * config.hidden_size * blocks + 5 * each * inputs)
-    if checkpointing:
-        kept = kept // blocks + tokens * config.hidden_size * each * blocks
-    return kept + LOGITS * FLOAT * min(ROWS, tokens) * config.vocab_size
