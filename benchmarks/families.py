@@ -32,6 +32,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))  # whose oracle this i
 from forked import attempt
 
 import pruned
+import wrappers
 from darwinlm.config.run import DatabaseConfig, RefitConfig, RunConfig, SearchConfig
 from darwinlm.database.stitch import repeat_shared
 from darwinlm.export.verify import Expected
@@ -102,6 +103,12 @@ NEEDED: dict[str, dict[str, Any]] = {
     "olmo_hybrid": DELTA,
 }
 DENSE, HYBRID, STATES = "dense decoder", "hybrid", "state space or linear attention"
+AROUND = "language model in another model"
+TABLES = {
+    DENSE: "",
+    HYBRID: "Attention beside, or in turns with, linear attention, convolutions or state spaces.",
+    AROUND: "Pruned in place; the export is the whole, and `tests/test_wrapped.py` compares its logits of images.",
+}
 ATTENTIONS = ("self_attn", "attn", "attention")
 KINDS = {  # by a part of a module's path
     "mixture of experts": ("experts", "router", "block_sparse_moe"),
@@ -179,9 +186,10 @@ def steps(model: PreTrainedModel, directory: Path) -> Iterator[str]:
     checkpoint_path = directory / "dense"
     model.save_pretrained(checkpoint_path)
     pruned.tiny.tokenizer().save_pretrained(checkpoint_path)
-    find_units(pruned.Checkpoint(checkpoint_path).skeleton(), model.config)
+    checkpoint = pruned.Checkpoint(checkpoint_path)
+    find_units(checkpoint.skeleton(), checkpoint.config)
     yield "units"
-    alone = head_counts(model.config)[1] == 1  # a KV head, so that its group is the whole attention
+    alone = head_counts(checkpoint.config)[1] == 1  # a KV head, so that its group is the whole attention
     case = pruned.prune(checkpoint_path, directory / "database", "head" if alone else "kv_group")
     assert case.checkpoint.fingerprint
     yield "database"
@@ -230,8 +238,9 @@ def examine(model_type: str, out: Path) -> int:
     """Write to `out` the kind of a model type, the steps that it passes, and why it passes no more."""
     found: dict[str, Any] = {"kind": kind_of_config(CONFIG_MAPPING[model_type]()), "passed": []}
     try:
-        kind = kind_of(meta_model(model_type))
-        model = tiny_model(model_type) if kind in (DENSE, HYBRID) else None
+        around = model_type in wrappers.CONFIGS
+        kind = AROUND if around else kind_of(meta_model(model_type))
+        model = wrappers.build(model_type) if around else tiny_model(model_type) if kind in TABLES else None
         found["kind"] = kind
         if model is not None:
             with tempfile.TemporaryDirectory() as directory:
@@ -255,7 +264,7 @@ def row(model_type: str, examine_it: Callable[[str, Path], int] = examine) -> di
         found = json.loads(out.read_text()) if out.exists() else {"kind": UNMADE, "passed": []}
         if ended == "killed":
             found.setdefault("failed", f"not done after {SECONDS} seconds")
-    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    names = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES | MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return {"type": model_type, "class": names.get(model_type, "")} | found
 
 
@@ -270,25 +279,31 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    """The tables of dense decoders and hybrids, and lists of all others."""
+    """The tables of models that are pruned, and lists of all others."""
     text = f"# Families\n\ntransformers {transformers.__version__}, torch {torch.__version__}.\n\n"
-    for kind, title in (
-        (DENSE, ""),
-        (HYBRID, "## Hybrid\n\nBlocks with attention beside or among others with linear "),
-    ):
+    for kind, title in TABLES.items():
         found = [each for each in rows if each["kind"] == kind]
         counts = Counter(step for each in found for step in each["passed"])
-        text += f"{title}{len(found)} {kind}s; " + ", ".join(f"{step} {counts[step]}" for step in STEPS) + ".\n\n"
-        text += table(found) + ("\n" if kind == DENSE else "")
-    for kind in sorted({found["kind"] for found in rows} - {DENSE, HYBRID}):
+        if not found:
+            continue
+        text += f"## {kind.capitalize()}\n\n{title} " if title else ""
+        text += (
+            f"{len(found)} {'dense decoders' if kind == DENSE else 'models'}; "
+            + ", ".join(f"{step} {counts[step]}" for step in STEPS)
+            + ".\n\n"
+        )
+        text += table(found) + "\n"
+    text = text.removesuffix("\n")
+    for kind in sorted({found["kind"] for found in rows} - TABLES.keys()):
         text += f"\n## {kind.capitalize()}\n\n"
         for found in rows:
             if found["kind"] == kind:
                 reason = f": {found['failed']}" if "failed" in found else ""
                 text += f"- `{found['type']}`{reason}\n"
-    wrappers = sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-    text += "\n## Image and text, outside the causal models\n\nRefused when the config is read: "
-    return text + ", ".join(f"`{name}`" for name in wrappers) + ".\n"
+    others = set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    others -= {found["type"] for found in rows}
+    text += "\n## Image and text, outside the causal models\n\nNot run: "
+    return text + ", ".join(f"`{name}`" for name in sorted(others)) + ".\n"
 
 
 def read_report(text: str) -> dict[str, dict[str, Any]]:
@@ -318,7 +333,7 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     rows = read_report(RESULTS.read_text()) if sys.argv[1:] else {}
-    for name in sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    for name in sys.argv[1:] or sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *wrappers.CONFIGS}):
         rows[name] = row(name)
         print(f"{name}: {json.dumps(rows[name])}", file=sys.stderr, flush=True)
     RESULTS.write_text(report([rows[name] for name in sorted(rows)]))

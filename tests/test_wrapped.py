@@ -142,7 +142,7 @@ def test_a_whole_model_in_memory_is_compressed(tmp_path: Path) -> None:
     for name in ("model", "data", "out"):
         del settings[name]
     texts = pruned.tiny.documents()
-    run = compress(model, texts, tmp_path / "run", tokenizer=pruned.tiny.tokenizer(), **settings)
+    run = compress(model, texts, out=tmp_path / "run", tokenizer=pruned.tiny.tokenizer(), **settings)
     assert run.exported is not None
     found: Any = AutoModelForImageTextToText.from_pretrained(run.exported, trust_remote_code=True)
     assert found(**wrappers.image_inputs("gemma3")).logits.isfinite().all()

@@ -342,3 +342,23 @@ def _owns_weights(module: nn.Module) -> bool:
     """Whether a module applies vectors or matrices of its own; single numbers leave channels independent."""
     own = any(parameter.numel() > 1 for parameter in module.parameters(recurse=False))
     return own and not any(True for child in module.children() for _ in child.parameters())
+
+
+def head_numbers(attention: nn.Module, width: int) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """The attributes from which an attention's methods read its numbers of heads, and the width of all query heads."""
+    read: set[str] = set()
+    for cls in type(attention).__mro__:
+        if issubclass(cls, nn.Module) and cls is not nn.Module:
+            methods = inspect.getmembers(cls, inspect.isfunction)
+            read |= {name for key, method in methods if key != "__init__" for name in method.__code__.co_names}
+    queries: list[str] = []
+    keys: list[str] = []
+    for owner, prefix in ((attention, ""), (getattr(attention, "config", None), "config.")):
+        if prefix and "config" not in read:
+            continue
+        for name in sorted(read):
+            if name.endswith(("heads", "n_head")) and isinstance(getattr(owner, name, None), int):
+                (keys if "key_value" in name or "kv" in name else queries).append(f"{prefix}{name}")
+    numbers = {name: value for name, value in vars(attention).items() if name in read and isinstance(value, int)}
+    widths = [name for name, value in numbers.items() if value == width and name not in (*queries, *keys, "head_dim")]
+    return tuple(queries), tuple(keys), tuple(sorted(widths))

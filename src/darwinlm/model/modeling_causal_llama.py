@@ -6,8 +6,10 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, LlamaConfig, LlamaModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+Base: Any = LlamaModel.__base__
 
-class LlamaForCausalLM(LlamaModel.__base__, GenerationMixin):
+
+class LlamaForCausalLM(Base, GenerationMixin):
     """A decoder and its output embedding, which transformers has inside other models alone."""
 
     config_class = LlamaConfig

@@ -27,9 +27,10 @@ class WithPrunedText(PreTrainedModel):
 
     def __init__(self, config: PrunedLlavaConfig):
         super().__init__(config)
+        text: Any = config.text_config
         for path, module in list(self.named_modules()):
             if type(module) is PrunedLlamaModel.__base__:
-                self.set_submodule(path, PrunedLlamaModel(config.text_config))
+                self.set_submodule(path, PrunedLlamaModel(text))
         self.post_init()
 
 

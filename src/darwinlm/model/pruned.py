@@ -109,8 +109,9 @@ def _with_causal_class(text: str) -> str:
     text = text.replace(" LlamaForCausalLM,", " GenerationMixin,", 1)
     imported = "from transformers.modeling_outputs import CausalLMOutputWithPast\n"
     before, rest = text.split("\n\nclass PrunedLlamaConfig", 1)
-    before = before.replace("StaticLayer\n", f"StaticLayer\n{imported}", 1)
-    return f"{before}\n\n{source[source.index('class Llama') :]}\n\nclass PrunedLlamaConfig{rest}"
+    head, rest_of_head = before.split("from transformers import", 1)  # raises if the template has changed
+    before = f"{head}{imported}from transformers import{rest_of_head}"
+    return f"{before}\n\n{source[source.index('Base: Any') :]}\n\nclass PrunedLlamaConfig{rest}"
 
 
 def render(family: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
@@ -11,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from darwinlm.model.flow import ATTENDED, STREAM, Flow, Marks, find_frame, is_selection, trace
+from darwinlm.model.flow import ATTENDED, STREAM, Flow, Marks, find_frame, head_numbers, is_selection, trace
 from darwinlm.types import UsageError
 
 Fused = Literal["in order", "by head", "gated by head"]
-"""Rows of query, key and value, or of gate and input, one after another; or query, key and value of head after head; or
-in the projection of the query, a head's query and the gate of what it attends to, of head after head."""
+"""Rows of query, key and value, or of gate and input, one after another; or of head after head; or, of head after head,
+a query and the gate of what is attended to."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,6 @@ def _merge(blocks: str, found: Sequence[_Found]) -> dict[str, Any]:
 
 
 def _named(value: Any) -> str:
-    """A field of a family for a message."""
     return (", ".join(value) if isinstance(value, tuple) else str(value)) or "none"
 
 
@@ -220,7 +218,7 @@ class _Roles:
         self.claimed |= {output}
         self.units.add(within)
         module = self.block.get_submodule(within)
-        query_counts, key_value_counts, query_widths = _numbers(module, flow.heads[0] * flow.head_widths[0])
+        query_counts, key_value_counts, query_widths = head_numbers(module, flow.heads[0] * flow.head_widths[0])
         return {
             "attention": within,
             **dict(zip(names, (producer for _, producer, _ in producers), strict=True)),
@@ -239,7 +237,6 @@ class _Roles:
         }
 
     def _gate(self, output: str) -> str:
-        """The projection that gates what the output reads, empty if none does."""
         others = self.flow.reads[output] - {ATTENDED}
         return next(iter(others)) if self.fused == "gated by head" and len(others) == 1 else ""
 
@@ -276,8 +273,7 @@ class _Roles:
 
     def mlp(self) -> dict[str, Any]:
         """The fields of the MLP, none if the block has none."""
-        linear = self._linears()
-        if not linear:
+        if not (linear := self._linears()):
             return {}
         flow, output = self.flow, self._mlp_output(linear)
         inputs = tuple(path for path in linear if path in flow.reads[output])
@@ -402,23 +398,3 @@ def _common(paths: Sequence[str]) -> str:
     while all(len(part) > shared and part[shared] == parts[0][shared] for part in parts):
         shared += 1
     return ".".join(parts[0][:shared])
-
-
-def _numbers(attention: nn.Module, width: int) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """The attributes from which an attention's methods read its numbers of heads, and the width of all query heads."""
-    read: set[str] = set()
-    for cls in type(attention).__mro__:
-        if issubclass(cls, nn.Module) and cls is not nn.Module:
-            methods = inspect.getmembers(cls, inspect.isfunction)
-            read |= {name for key, method in methods if key != "__init__" for name in method.__code__.co_names}
-    queries: list[str] = []
-    keys: list[str] = []
-    for owner, prefix in ((attention, ""), (getattr(attention, "config", None), "config.")):
-        if prefix and "config" not in read:
-            continue
-        for name in sorted(read):
-            if name.endswith(("heads", "n_head")) and isinstance(getattr(owner, name, None), int):
-                (keys if "key_value" in name or "kv" in name else queries).append(f"{prefix}{name}")
-    numbers = {name: value for name, value in vars(attention).items() if name in read and isinstance(value, int)}
-    widths = [name for name, value in numbers.items() if value == width and name not in (*queries, *keys, "head_dim")]
-    return tuple(queries), tuple(keys), tuple(sorted(widths))
