@@ -39,7 +39,7 @@ from darwinlm.report.figures import save_figure
 from darwinlm.report.frontier import figure, markdown, print_table
 from darwinlm.report.html import NAME, unless_it_fails, write_page
 from darwinlm.runtime import parallel
-from darwinlm.runtime.files import write_text
+from darwinlm.runtime.files import replaced, write_text
 from darwinlm.runtime.names import short_name
 from darwinlm.runtime.progress import say
 from darwinlm.runtime.stages import Stages
@@ -175,9 +175,20 @@ def _search(work: Work, sizes: Mapping[str, Work], database: Database) -> dict[s
                 at.run.path.mkdir(exist_ok=True)
                 claim(at.run.path, SETTINGS, at.config)
             known = {name: size.run.genome for name, size in sizes.items() if name != target and size.run.searched}
-            results[target] = allocate(at, fitness, partial(_starts, work, at, fitness, known))
+            begun = at.run.history_path.exists()  # then it needs no start
+            results[target] = allocate(at, fitness, dict if begun else partial(_starts, work, at, fitness, known))
+            if parallel.first():
+                _keep_sensitivities(work, at)
             parallel.wait_for_all()  # for what the first process writes in the end
     return results
+
+
+def _keep_sensitivities(work: Work, at: Work) -> None:
+    """Let the run of a size have the sensitivities that it started from, as any run has them."""
+    kept, own = work.run.search / SENSITIVITIES, at.run.search / SENSITIVITIES
+    if kept.exists() and not own.exists():
+        with replaced(own) as file:
+            shutil.copyfile(kept, file)
 
 
 def _starts(work: Work, at: Work, fitness: Fitness, known: Mapping[str, Genome]) -> dict[str, Genome]:
