@@ -282,16 +282,17 @@ FILLED = f"[...document.querySelectorAll('.chart')].filter(chart => chart.queryS
 
 
 @pytest.mark.slow
-def test_the_browser_notices_what_a_page_does(tab: Browser, tmp_path: Path) -> None:
-    """Or the next test would say nothing."""
+def test_the_browser_notices_what_a_page_does(tmp_path: Path) -> None:
+    """Or the next test would say nothing. In a browser of its own, for what it complains of may come late."""
     page = tmp_path / "page.html"
     loads = '<img src="http://example.com/a.png"><link rel=stylesheet href="https://example.com/a.css">'
     page.write_text(f"<!DOCTYPE html>{loads}<script>console.log('said'); fetch('//example.com/b'); missing()</script>")
-    tab.open(page)
-    asked = {address.rpartition("/")[2] for address in tab.requests}
-    assert {"a.png", "a.css"} <= asked
-    assert any("said" in said for said in tab.complaints)
-    assert any("missing is not defined" in said for said in tab.complaints)
+    with browser(tmp_path / "profile") as tab:
+        tab.open(page)
+        asked = {address.rpartition("/")[2] for address in tab.requests}
+        assert {"a.png", "a.css"} <= asked
+        assert any("said" in said for said in tab.complaints)
+        assert any("missing is not defined" in said for said in tab.complaints)
 
 
 @pytest.mark.slow
