@@ -27,8 +27,8 @@ from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime.progress import console
-from darwinlm.search.budget import Bound, Budget, Target, amount_of
-from darwinlm.search.costs import Costs, cache_costs, flop_costs, level_costs, parameter_costs
+from darwinlm.search.budget import Bound, Budget, Target
+from darwinlm.search.costs import Costs, amount_of, cache_costs, flop_costs, level_costs, parameter_costs
 from darwinlm.search.mutation import priced, restore, spread
 from darwinlm.search.uniform import ceilings, fullest, uniform, uniform_genome
 from darwinlm.types import Genome, Structure, Unit, UsageError

@@ -21,7 +21,7 @@ from darwinlm.config.evaluation import CompareConfig, EvaluateConfig, SpeedConfi
 from darwinlm.config.files import check_known, read_plain
 from darwinlm.config.frontier import FrontierConfig
 from darwinlm.config.run import DEMO, ExportConfig, RunConfig
-from darwinlm.config.training import GradualConfig, TrainConfig
+from darwinlm.config.training import GradualConfig, PlanConfig, TrainConfig
 from darwinlm.rivals.methods import DEFAULT_METHODS, METHODS
 from darwinlm.runtime.progress import reporting, say
 from darwinlm.types import DarwinError, UsageError
@@ -149,13 +149,13 @@ COMMANDS = (
     Command(
         "plan",
         "what a run on a model takes on a machine, from its config alone: parameters, time, memory and disk",
-        (GradualConfig,),
+        (GradualConfig, PlanConfig),
         "plan.show:plan_command",
         positional=("model", "a hub id, a directory or a file with a config, or smollm2-135m"),
         fixed={"verify": True},
         defaults={"data": "-", "out": "-"},  # which a plan does not read
         flags=(
-            Flag("--target", {"type": str | None, "help": "one pruning to this size, as for compress: params=0.6"}),
+            Flag("--target", {"type": str | None, "help": "one pruning to this size, as for compress: memory=3GB"}),
             Flag("--target-level", {"type": float | None, "help": "one pruning to this uniform level"}),
             Flag("--device", {"type": str, "default": "auto", "help": PLAN_DEVICE}),
         ),

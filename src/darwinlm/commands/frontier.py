@@ -43,7 +43,7 @@ from darwinlm.runtime.files import write_text
 from darwinlm.runtime.names import short_name
 from darwinlm.runtime.progress import say
 from darwinlm.runtime.stages import Stages
-from darwinlm.search.budget import Target
+from darwinlm.search.budget import TIMED, Target
 from darwinlm.search.costs import parameter_costs
 from darwinlm.search.fitness import Fitness
 from darwinlm.search.mutation import adapt, spread
@@ -99,19 +99,24 @@ def find_size(path: Path, target: str | None) -> Run:
         DarwinError: as `frontier`.
     """
     config = replace(read_settings(path / FRONTIER_SETTINGS, FrontierConfig), out=str(path))
-    found = [target for target in config.wanted if Run(path / target).searched]
+    found = [target for target in config.wanted if _run_of(path, target).searched]
     if target is None:
         raise UsageError(
             f"{path} has models of several sizes: expected --target, one of {', '.join(found) or 'none yet'} or a size "
             "between them; name one"
         )
-    this = Run(path / target)
+    this = _run_of(path, target)
     if not this.searched:
         told = explain_failures(f"the search in {this.path}", "give it less --memory")
         with told, parallel.shared_directory(path, lambda: None):
             work, sizes = _open(replace(config, targets=(*found, target)), path)
             _search(work, sizes, build_database(work))
     return this
+
+
+def _run_of(out: Path, target: str) -> Run:
+    """The run of a size, in a directory of its name; the slash of a rate is written out."""
+    return Run(out / target.replace("/", "-per-"))
 
 
 def _claim(out: Path, config: FrontierConfig) -> None:
@@ -150,12 +155,11 @@ def _at_all_sizes(work: Work, config: FrontierConfig) -> dict[str, Work]:
 
 
 def _at(work: Work, config: FrontierConfig, target: str) -> Work:
-    this = Run(Path(config.out) / target)
+    this = _run_of(Path(config.out), target)
     settings = replace(work.config, out=str(this.path), target=target, reuse=work.config.out)
-    if Target.parse(target).measure == "latency" and config.latency.table is None:
-        work.at(work.run, replace(work.config, target=target), "search")  # which measures the table
-        table = str(work.run.search / "latency.json")
-        settings = replace(settings, latency=replace(config.latency, table=table))
+    if config.latency.table is None and any(each.measure in TIMED for each in Target.parse_all(target)):
+        work.at(work.run, replace(work.config, target=target), "search")  # which measures the tables
+        settings = replace(settings, latency=replace(config.latency, table=str(work.run.search)))
     return work.at(this, settings, "export")
 
 

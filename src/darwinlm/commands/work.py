@@ -30,8 +30,8 @@ from darwinlm.model.size import parameter_count
 from darwinlm.runtime import parallel
 from darwinlm.runtime.device import memory_held_to, memory_limit, resolve_device, resolve_dtype
 from darwinlm.runtime.progress import say
-from darwinlm.search.budget import Budget, Target
-from darwinlm.search.costs import Costs, counted_costs, parameter_costs
+from darwinlm.search.budget import TIMED, Budget, Measure, Target
+from darwinlm.search.costs import Costs, a_token, counted_costs, parameter_costs
 from darwinlm.search.latency import latency_costs
 from darwinlm.search.memory import Allowance, allowance, count_memory
 from darwinlm.search.uniform import check_export, uniform
@@ -86,7 +86,7 @@ class Work:
     def at(self, this: Run, config: RunConfig, until: Stage) -> Work:
         """The work of another run on the same model, text and levels, at another size. Raises as `open_work`."""
         costs = _costs(this, config, self.checkpoint, self.grid, self.device, self.dense_parameters)
-        genome, budget = uniform(self.grid, costs, config, self.dense_parameters)
+        genome, budget = uniform(self.grid, costs[0], config, self.dense_parameters, costs[1:])
         allowed = _allowance(
             config, self.checkpoint, self.grid, self.dense_parameters, genome, self.device, self.dtype, until
         )
@@ -177,7 +177,7 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
             reused_database(this.database, grid, provenance | database_settings(config))
         dense_parameters = parameter_count(checkpoint.skeleton())
         costs = _costs(this, config, checkpoint, grid, device, dense_parameters)
-        uniform_genome, budget = uniform(grid, costs, config, dense_parameters)
+        uniform_genome, budget = uniform(grid, costs[0], config, dense_parameters, costs[1:])
         given_genome = start_genome = None
         if config.genome is not None:
             given_genome = read_genome(Path(config.genome), grid, provenance)
@@ -238,12 +238,39 @@ def _limit(config: RunConfig, device: torch.device) -> int | None:
 
 def _costs(
     this: Run, config: RunConfig, checkpoint: Checkpoint, grid: Grid, device: torch.device, dense_parameters: int
+) -> tuple[Costs, ...]:
+    """What every level of every unit costs, in the measure of each target."""
+    measures = ["params"] if config.target is None else [each.measure for each in Target.parse_all(config.target)]
+    return tuple(
+        _timed_costs(measure, this, config, checkpoint, grid, device)
+        if measure in TIMED
+        else counted_costs(
+            measure,
+            grid,
+            checkpoint.config,
+            dense_parameters,
+            config.calibration.sequence_length,
+            checkpoint.dtype.itemsize,
+            config.serving,
+        )
+        for measure in measures
+    )
+
+
+def _timed_costs(
+    measure: Measure, this: Run, config: RunConfig, checkpoint: Checkpoint, grid: Grid, device: torch.device
 ) -> Costs:
-    """What every level of every unit costs, in the measure of the target."""
-    measure = "params" if config.target is None else Target.parse(config.target).measure
+    """Seconds of the pass that a target limits, measured on the device, or the tokens a second that it makes."""
+    serving, passes = config.serving, config.latency
+    if measure != "latency":
+        new, before = (1, serving.context) if measure == "decode" else (serving.context, 0)
+        passes = replace(passes, batch=serving.batch, tokens=new, context=before)
+    checkpoint.check_length(
+        passes.context + passes.tokens, "latency.context" if measure == "latency" else "serving.context"
+    )
+    with parallel.first_before_others():
+        costs = latency_costs(checkpoint, grid, passes, device, this.search / f"{measure}.json")
     if measure == "latency":
-        checkpoint.check_length(config.latency.context + config.latency.tokens, "latency.context")
-        with parallel.first_before_others():
-            return latency_costs(checkpoint, grid, config.latency, device, this.search / "latency.json")
-    length = config.calibration.sequence_length
-    return counted_costs(measure, grid, checkpoint.config, dense_parameters, length, checkpoint.dtype.itemsize)
+        return costs
+    whose, tokens = ("decoding", 1) if measure == "decode" else ("prefill", passes.batch * passes.tokens)
+    return a_token(costs, whose, tokens)

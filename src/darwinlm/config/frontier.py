@@ -15,6 +15,7 @@ from darwinlm.config.run import (
     LatencyConfig,
     RefitConfig,
     SearchConfig,
+    ServingConfig,
 )
 
 
@@ -52,6 +53,7 @@ class FrontierConfig(TasksConfig):
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     search: SearchConfig = field(default_factory=lambda: SearchConfig(generations=10))
     latency: LatencyConfig = field(default_factory=LatencyConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
     refit: RefitConfig = field(default_factory=RefitConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 

@@ -157,10 +157,25 @@ class LatencyConfig:
     repeats: int = 9
     """Alternating timings of every unit at every level; the median counts."""
     table: str | None = None
-    """File of timings to use: search/latency.json of an earlier run on the same device."""
+    """File of timings to use, search/latency.json of an earlier run on the same device, or its directory."""
 
     def __post_init__(self) -> None:
         expect_counts(self, "latency", batch=1, tokens=1, context=0, repeats=1)
+
+
+@dataclass(frozen=True)
+class ServingConfig:
+    """Serving: how the model will be used, for --target memory=..., decode=... and prefill=...."""
+
+    format: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto"
+    """Form of the weights; auto is that of the checkpoint. memory counts in it."""
+    batch: int = 1
+    """Sequences at a time."""
+    context: int = 2048
+    """Tokens of each sequence: in the cache for memory and decode, read at once for prefill."""
+
+    def __post_init__(self) -> None:
+        expect_counts(self, "serving", batch=1, context=1)
 
 
 @dataclass(frozen=True)
@@ -261,9 +276,10 @@ class RunConfig:
     genome: str | None = None
     """Genome to use without search or budget: search/result.json of another run, or a JSON list of levels."""
     target: str | None = None
-    """The size of the result: params, flops (a token), kv-cache (bytes a token) or latency, as the share of the dense
-    model that is kept (params=0.6) or an amount (params=4.7B, latency=20ms). The result stays below it, by less than
-    1 %."""
+    """The size of the result: params, flops (a token), kv-cache (bytes a token), memory (weights and cache) or latency,
+    as the share of the dense model that is kept (params=0.6) or an amount (params=4.7B, memory=3GB, latency=20ms), or
+    the speed decode or prefill (decode=20tok/s, decode=1.5x). The result stays below it, by less than 1 %. Several have
+    commas between them, and all are kept: memory=3GB,decode=20tok/s."""
     keep_attention: bool = False
     """Let no block lose all of its attention, which vLLM wants."""
     fit_data: bool = False
@@ -280,6 +296,7 @@ class RunConfig:
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     latency: LatencyConfig = field(default_factory=LatencyConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
     refit: RefitConfig = field(default_factory=RefitConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 

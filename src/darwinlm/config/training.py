@@ -14,7 +14,14 @@ from darwinlm.config.checks import (
     expect_positive,
     expect_seed,
 )
-from darwinlm.config.run import CalibrationConfig, DatabaseConfig, EvaluationConfig, RefitConfig, SearchConfig
+from darwinlm.config.run import (
+    CalibrationConfig,
+    DatabaseConfig,
+    EvaluationConfig,
+    RefitConfig,
+    SearchConfig,
+    ServingConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -207,3 +214,10 @@ class GradualConfig:
         for stage in self.stages:
             if stage.tokens:
                 expect_more_than_warm_up(steps_of(stage.tokens, self.training, self.stream), self.training)
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What the target of a plan is for."""
+
+    serving: ServingConfig = field(default_factory=ServingConfig)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from darwinlm.model.roles import Family
-from darwinlm.search.budget import Budget, amount_of
+from darwinlm.search.budget import Budget
+from darwinlm.search.costs import amount_of
 from darwinlm.types import Genome, UsageError
 
 

@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, get_args
 
 from darwinlm.genome import Grid
-from darwinlm.search.costs import Costs
+from darwinlm.search.costs import PICO, Costs
 from darwinlm.types import Genome, UsageError
 
-Measure = Literal["params", "flops", "kv-cache", "latency"]
+Measure = Literal["params", "flops", "kv-cache", "latency", "memory", "decode", "prefill"]
+TIMED = ("latency", "decode", "prefill")  # what has to be measured on the device
 
 
 BELOW = 0.01  # how far below the limit a result may be, as a share of the limit
 
 
-_PREFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12, "us": 1e-6, "ms": 1e-3, "s": 1.0}
+_NUMBERS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 
 
-_TARGET = re.compile(r"(?P<measure>[a-z-]+)=(?P<number>[0-9]*\.?[0-9]+(?:e-?[0-9]+)?)(?P<prefix>[A-Za-z]*)")
+_BYTES: dict[str, float] = {
+    f"{prefix}{i}B": (1024 if i else 1000) ** power for power, prefix in enumerate("KMGT", 1) for i in ("", "i")
+}
+
+
+_RATES: dict[str, float] = {"": 1.0, "tok/s": 1.0, "t/s": 1.0}
+
+
+_UNITS: dict[str, dict[str, float]] = {
+    "params": _NUMBERS,
+    "flops": _NUMBERS,
+    "kv-cache": _NUMBERS,
+    "latency": {"": 1.0, "us": 1e-6, "ms": 1e-3, "s": 1.0},
+    "memory": {"": 1.0} | _BYTES,
+    "decode": _RATES,
+    "prefill": _RATES,
+}
+
+
+_TARGET = re.compile(r"(?P<measure>[a-z-]+)=(?P<number>[0-9]*\.?[0-9]+(?:e-?[0-9]+)?)(?P<unit>[A-Za-z/]*)")
 
 
 @dataclass(frozen=True)
@@ -37,21 +58,48 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """Read `params=0.6`, `params=4.7B`, `flops=0.6`, `kv-cache=12K` (bytes a token) or `latency=20ms`.
+        """Read `params=0.6`, `params=4.7B`, `kv-cache=12K` (bytes a token), `latency=20ms`, `memory=3GB`.
+
+        A rate is an amount (`decode=20tok/s`) or a multiple of the dense model's (`decode=1.5x`).
 
         Raises:
             UsageError: if the text is not of this form.
         """
         match = _TARGET.fullmatch(text.replace(" ", ""))
-        known = match is not None and match["measure"] in get_args(Measure) and match["prefix"] in _PREFIXES
-        amount = float(match["number"]) * _PREFIXES[match["prefix"]] if match and known else 0.0
-        if match is None or amount <= 0 or (match["prefix"].endswith("s") and match["measure"] != "latency"):
+        measure = match["measure"] if match else ""
+        number, unit = (float(match["number"]), match["unit"]) if match else (0.0, "")
+        times = unit == "x" and measure in ("decode", "prefill") and number > 1
+        if number <= 0 or not (times or unit in _UNITS.get(measure, {})):
             raise UsageError(
                 f"--target: expected {', '.join(get_args(Measure))}, an equals sign, and a share of the dense model "
-                f"below 1 or an amount (params=0.6, params=4.7B, latency=20ms), found {text!r}; give another value"
+                "below 1 or an amount (params=0.6, params=4.7B, memory=3GB, latency=20ms, decode=20tok/s, "
+                f"decode=1.5x), several with commas, found {text!r}; give another value"
             )
-        measure: Measure = match["measure"]  # pyright: ignore[reportAssignmentType]
-        return cls(measure, amount, share=not match["prefix"] and amount < 1)
+        if times:
+            return cls(measure, 1 / number, share=True)  # pyright: ignore[reportArgumentType]
+        amount = number * _UNITS[measure][unit]
+        share = not unit and amount < 1 and _UNITS[measure] is not _RATES
+        return cls(measure, amount, share)  # pyright: ignore[reportArgumentType]
+
+    @classmethod
+    def parse_all(cls, text: str) -> tuple[Target, ...]:
+        """Read several targets with commas between them.
+
+        Raises:
+            UsageError: if one is not of this form, or two are of one measure.
+        """
+        targets = tuple(map(cls.parse, text.split(",")))
+        if len({target.measure for target in targets}) < len(targets):
+            raise UsageError(f"--target: expected every measure once, found {text!r}; leave one out")
+        return targets
+
+    def limit(self, costs: Costs, grid: Grid) -> float:
+        """Return the most that a genome may cost."""
+        if self.share:
+            return self.amount * costs.of(grid.dense())
+        if costs.rate:
+            return PICO / self.amount
+        return self.amount * 1e9 if self.measure == "latency" else self.amount  # costs of latency are nanoseconds
 
 
 @dataclass(frozen=True)
@@ -69,7 +117,7 @@ class Bound:
     @property
     def text(self) -> str:
         """The limit and its measure, for messages."""
-        return f"{amount_of(self.limit)} {self.costs.measure}"
+        return f"{self.costs.shown(self.limit)} {self.costs.measure}"
 
 
 @dataclass(frozen=True)
@@ -112,20 +160,26 @@ class Budget:
         """Return whether the genome fits, and costs no less than the floors."""
         return self.fits(genome) and all(bound.costs.of(genome) >= bound.floor for bound in self.bounds)
 
-    def check(self, flag: str, value: str) -> None:
-        """Raise `UsageError` if no genome is within the main limit, or if the dense model already is within all.
+    def check(self, flag: str, value: str | None = None) -> None:
+        """Raise `UsageError` if no genome is within some limit, or if the dense model already is within all.
 
         Args:
-            flag: the flag that set the limit, for the message.
-            value: what the flag was given, for the message.
+            flag: the flag that set the limits, for the message.
+            value: what the flag was given, for the message; by default the limit that cannot be met.
         """
-        least, dense = self.cost(self.least), self.cost(self.grid.dense())
-        if least > self.main.limit or not self.exceeded(self.grid.dense()):
-            raise UsageError(
-                f"{flag}: expected {self.main.costs.measure} from {amount_of(least)} ({least / dense:.1%} of the dense "
-                f"model: all that can be pruned) to less than {amount_of(dense)} (dense), found {value}; give another "
-                "value, or another --database.structure"
-            )
+        unmet = next((bound for bound in self.bounds if bound.costs.of(self.least) > bound.limit), None)
+        if unmet is None and self.exceeded(self.grid.dense()):
+            return
+        costs = (unmet or self.main).costs
+        least, dense = costs.of(self.least), costs.of(self.grid.dense())
+        ends = "from {} ({:.1%} of the dense model: all that can be pruned) to less than {} (dense)"
+        if costs.rate:
+            ends = "up to {} ({:.1%} of the dense model's time: all that can be pruned) and more than {} (dense)"
+        raise UsageError(
+            f"{flag}: expected {costs.measure} {ends.format(costs.shown(least), least / dense, costs.shown(dense))}, "
+            f"found {value or costs.shown((unmet or self.main).limit)}; give another value, or another "
+            "--database.structure"
+        )
 
     def down_to(self, genome: Genome) -> Budget:
         """Return the same budget with floors that are at most the cost of the genome."""
@@ -166,22 +220,14 @@ class Budget:
         return next((step for step in reversed(self.steps[index]) if step < genome.levels[index]), None)
 
 
-def limit_of(target: Target, costs: Costs, grid: Grid, ceilings: tuple[int, ...]) -> Budget:
-    """Return the budget that a target sets.
+def limit_of(targets: Sequence[Target], costs: Sequence[Costs], grid: Grid, ceilings: tuple[int, ...]) -> Budget:
+    """Return the budget that targets set, each with the costs of its measure. One alone has to be used up.
 
     Raises:
         UsageError: if no genome is within it, or if the dense model already is.
     """
-    amount = target.amount * 1e9 if target.measure == "latency" else target.amount  # costs of latency are nanoseconds
-    limit = target.amount * costs.of(grid.dense()) if target.share else amount
-    budget = Budget(grid, (Bound(costs, limit, (1 - BELOW) * limit),), ceilings)
-    budget.check("--target", amount_of(limit))
+    limits = [(each, target.limit(each, grid)) for target, each in zip(targets, costs, strict=True)]
+    floor = 1 - BELOW if len(targets) == 1 else 0.0
+    budget = Budget(grid, tuple(Bound(each, limit, floor * limit) for each, limit in limits), ceilings)
+    budget.check("--target")
     return budget
-
-
-def amount_of(cost: float | int) -> str:
-    """Return an amount as `--target` reads it, for example 4.7B, without a unit."""
-    for prefix, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if cost >= scale:
-            return f"{cost / scale:.4g}{prefix}"
-    return f"{cost:.4g}"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from math import ceil
 
 from transformers import PretrainedConfig
 
+from darwinlm.config.run import ServingConfig
 from darwinlm.genome import Grid
 from darwinlm.model.families import head_dim, key_value_heads
 from darwinlm.types import Genome, Kind, Unit
@@ -23,15 +24,36 @@ class Costs:
         measure: name and unit of the measure, as messages show it.
         units: the cost of unit `u` at a level is `units[u][level]`.
         fixed: the cost of what no genome removes, such as embeddings and the final norm.
+        rate: whether costs are picoseconds a token, which messages show as tokens a second.
     """
 
     measure: str
     units: tuple[tuple[int, ...], ...]
     fixed: int
+    rate: bool = False
 
     def of(self, genome: Genome) -> int:
         """Return the cost of the whole model that a genome describes."""
         return self.fixed + sum(costs[level] for costs, level in zip(self.units, genome.levels, strict=True))
+
+    def shown(self, cost: float | int) -> str:
+        """A cost as messages show it, without the measure: 4.7B, or for a rate the tokens a second that it means."""
+        return f"{PICO / max(cost, 1):.4g}" if self.rate else amount_of(cost)
+
+
+PICO = 1e12
+
+
+# Bytes of a weight in the forms of an export. Norms, and matrices whose rows Q8_0 cannot hold, take a little more.
+WEIGHT_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}
+
+
+def amount_of(cost: float | int) -> str:
+    """Return an amount as `--target` reads it, for example 4.7B, without a unit."""
+    for prefix, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if cost >= scale:
+            return f"{cost / scale:.4g}{prefix}"
+    return f"{cost:.4g}"
 
 
 def parameter_costs(grid: Grid, dense_parameters: int) -> Costs:
@@ -96,6 +118,34 @@ def cache_costs(grid: Grid, config: PretrainedConfig, bytes_each: int) -> Costs:
     return Costs("bytes of cache a token", _tabulate(grid, cached), 0)
 
 
+def memory_costs(
+    grid: Grid, config: PretrainedConfig, dense_parameters: int, form: float, bytes_each: int, tokens: int
+) -> Costs:
+    """Return the costs in bytes of weights and of the keys and values of all sequences that are served together.
+
+    Args:
+        form: bytes of a weight in the form that is served.
+        bytes_each: bytes of one number in the cache.
+        tokens: in the caches of all sequences.
+    """
+    weights, cache = parameter_costs(grid, dense_parameters), cache_costs(grid, config, bytes_each)
+    units = tuple(
+        tuple(ceil(form * weight) + tokens * cached for weight, cached in zip(*unit, strict=True))
+        for unit in zip(weights.units, cache.units, strict=True)
+    )
+    return Costs("bytes of weights and cache", units, ceil(form * weights.fixed))
+
+
+def a_token(costs: Costs, what: str, tokens: int) -> Costs:
+    """Return nanoseconds of a pass over some tokens as picoseconds a token, of which a rate is made.
+
+    Args:
+        what: the pass is, for messages.
+    """
+    units = tuple(tuple(round(1000 * cost / tokens) for cost in levels) for levels in costs.units)
+    return Costs(f"tokens a second of {what}", units, round(1000 * costs.fixed / tokens), rate=True)
+
+
 def _tabulate(grid: Grid, cost: Callable[[Unit, int], int]) -> tuple[tuple[int, ...], ...]:
     rows = zip(grid.units, grid.removed, strict=True)
     return tuple(tuple(cost(unit, removed) for removed in levels) for unit, levels in rows)
@@ -109,22 +159,29 @@ def _exported_parameters(unit: Unit, removed: int) -> int:
 
 
 def counted_costs(
-    measure: Literal["params", "flops", "kv-cache"],
+    measure: str,
     grid: Grid,
     config: PretrainedConfig,
     dense_parameters: int,
     context: int,
     bytes_each: int,
+    serving: ServingConfig,
 ) -> Costs:
-    """Return the costs in a measure that can be counted.
+    """Return the costs in a measure that can be counted: params, flops, kv-cache or memory.
 
     Args:
         dense_parameters: parameters of the whole dense model.
         context: tokens of a sequence, of which causal attention sees half on average.
-        bytes_each: bytes of one number in the cache.
+        bytes_each: bytes of one number in the cache, and of a weight, in the checkpoint's precision.
+        serving: the form of the weights, and the sequences in the cache, of which memory is counted.
     """
     if measure == "flops":
         return flop_costs(grid, config, context)
     if measure == "kv-cache":
         return cache_costs(grid, config, bytes_each)
+    if measure == "memory":
+        form = WEIGHT_BYTES.get(serving.format, float(bytes_each))
+        cached = bytes_each if serving.format == "auto" else int(max(2, form))  # llama.cpp's cache is float16
+        return memory_costs(grid, config, dense_parameters, form, cached, serving.batch * serving.context)
+    assert measure == "params"
     return parameter_costs(grid, dense_parameters)

@@ -37,13 +37,15 @@ def latency_costs(checkpoint: Checkpoint, grid: Grid, config: LatencyConfig, dev
     """Return nanoseconds of one forward pass as costs, from the given table (`config.table`) or the run's own.
 
     Args:
-        path: the run's own table, which is measured and written if it is needed and does not exist.
+        path: the run's own table, which is measured and written if it is needed and does not exist. The given one may
+            be a directory, which has one of this name.
 
     Raises:
         UsageError: if a table is of another model, other levels, another device or another pass.
     """
     made_for = _made_for(checkpoint, grid, config, device)
     table = path if config.table is None else Path(config.table)
+    table = table / path.name if table.is_dir() else table
     if config.table is not None and not table.is_file():
         raise UsageError(f"--latency.table: expected a file that an earlier run wrote, found none at {table}; check it")
     if not table.exists():

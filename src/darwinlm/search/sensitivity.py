@@ -20,7 +20,7 @@ from darwinlm.runtime.files import read_record, write_record
 from darwinlm.runtime.progress import say, track
 from darwinlm.search.budget import Bound, Budget
 from darwinlm.search.fitness import Scorer
-from darwinlm.search.mutation import restore
+from darwinlm.search.mutation import adapt, restore
 from darwinlm.types import Genome, SelectionStage
 
 SENSITIVITIES = "sensitivities.json"
@@ -53,8 +53,15 @@ def find_starts(
     starts = {"uniform": uniform}
     if config.start == "sensitivity":
         stage = SelectionStage(1, config.stages[0].fitness_tokens)
+<<<<<<< HEAD
         table = sensitivities(budget.grid, scorer, stage, directory / SENSITIVITIES)
         starts["sensitivity"] = restore(least_sensitive(budget, table), budget, Random(seed))
+=======
+        table = sensitivities(budget.grid, scorer, stage, directory / "sensitivities.json")
+        genome = least_sensitive(budget, table)
+        fits = budget.fits(genome)  # where two bounds limit the same units, it may not
+        starts["sensitivity"] = restore(genome, budget, Random(seed)) if fits else adapt(genome, budget, table)
+>>>>>>> 30329b3 (Take targets in users' terms: memory, decode, prefill, and several at once)
     exact = {name: genome for name, genome in starts.items() if budget.admits(genome)}
     return exact or {name: genome for name, genome in starts.items() if budget.fits(genome)}
 

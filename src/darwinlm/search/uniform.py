@@ -9,15 +9,17 @@ from random import Random
 from darwinlm.config.run import RunConfig
 from darwinlm.genome import Grid
 from darwinlm.runtime.progress import say
-from darwinlm.search.budget import BELOW, Bound, Budget, Target, amount_of, limit_of
-from darwinlm.search.costs import Costs, level_costs, parameter_costs
+from darwinlm.search.budget import BELOW, Bound, Budget, Target, limit_of
+from darwinlm.search.costs import Costs, amount_of, level_costs, parameter_costs
 from darwinlm.search.mutation import restore, spread, spread_within_kinds
 from darwinlm.types import Genome, MovesName, UsageError
 
 FILLINGS = 32  # random ways to give back single levels, of which the one that uses most of the budget is taken
 
 
-def uniform(grid: Grid, costs: Costs, config: RunConfig, dense_parameters: int) -> tuple[Genome, Budget]:
+def uniform(
+    grid: Grid, costs: Costs, config: RunConfig, dense_parameters: int, further: Sequence[Costs] = ()
+) -> tuple[Genome, Budget]:
     """Return the uniform genome at a run's target, and the budget within which a search looks for others.
 
     For a target level, what the genome of that level costs is the limit: with moves within kinds, the levels that each
@@ -28,14 +30,15 @@ def uniform(grid: Grid, costs: Costs, config: RunConfig, dense_parameters: int) 
     Args:
         costs: what levels cost in the measure of `config.target`, in parameters where there is none.
         dense_parameters: parameters of the whole dense model.
+        further: what they cost in the measures of further targets.
 
     Raises:
         UsageError: if the target cannot be reached, or is no smaller than the dense model.
     """
     tops, exported = ceilings(grid, config.keep_attention), parameter_costs(grid, dense_parameters)
     if config.target is not None:
-        budget = limit_of(Target.parse(config.target), costs, grid, tops)
-        genome, budget = _largest(_smaller_than_dense(budget, exported), config)
+        budget = limit_of(Target.parse_all(config.target), (costs, *further), grid, tops)
+        genome, budget = _largest(_smaller_than_dense(_tightest_first(budget, config), exported), config)
         check_export(exported.of(genome), dense_parameters, config)
         return genome, budget
     genome = uniform_genome(grid, config.level, config.database.levels, Random(config.seed))
@@ -70,14 +73,28 @@ def check_export(parameters: int, dense_parameters: int, config: RunConfig) -> N
         )
 
 
+def _tightest_first(budget: Budget, config: RunConfig) -> Budget:
+    """Return the budget with the bound first that the largest uniform genome within all of them uses most of.
+
+    By it genomes are compared in size, and a start is made that the other bounds then make smaller.
+    """
+    genome = _first_within(budget, config)
+    return replace(budget, bounds=tuple(sorted(budget.bounds, key=lambda each: -each.costs.of(genome) / each.limit)))
+
+
 def _largest(budget: Budget, config: RunConfig) -> tuple[Genome, Budget]:
+    start = _first_within(budget, config)
+    return fullest(lambda rng: restore(start, budget, rng), budget, config.seed)
+
+
+def _first_within(budget: Budget, config: RunConfig) -> Genome:
+    """Return the largest uniform genome within a budget."""
     grid, levels = budget.grid, config.database.levels
     count = len(grid.units)
     # From the dense model towards smaller ones, by one unit's level at a time.
     targets = (step / count for step in range(1, levels * count))
     genomes = (uniform_genome(grid, target, levels, Random(config.seed), config.keep_attention) for target in targets)
-    start = next((genome for genome in map(budget.worth, genomes) if budget.fits(genome)), budget.least)
-    return fullest(lambda rng: restore(start, budget, rng), budget, config.seed)
+    return next((genome for genome in map(budget.worth, genomes) if budget.fits(genome)), budget.least)
 
 
 def fullest(draw: Callable[[Random], Genome], budget: Budget, seed: int) -> tuple[Genome, Budget]:

@@ -15,7 +15,8 @@ from darwinlm.commands.plan.fits import first_misfit, summary
 from darwinlm.commands.plan.shapes import shape_of
 from darwinlm.commands.plan.stages import Pruning, Stage, stages_of
 from darwinlm.config.checks import expect_level, expect_one_size
-from darwinlm.config.training import GradualConfig, GradualStage
+from darwinlm.config.run import ServingConfig
+from darwinlm.config.training import GradualConfig, GradualStage, PlanConfig
 from darwinlm.genome import Grid
 from darwinlm.model.adapter import base_of
 from darwinlm.model.checkpoint import PACKAGED, find_checkpoint
@@ -26,7 +27,7 @@ from darwinlm.model.size import parameter_count
 from darwinlm.report import tables
 from darwinlm.runtime.names import hub_name
 from darwinlm.runtime.scratch import scratch_directory
-from darwinlm.search.budget import Target, limit_of
+from darwinlm.search.budget import TIMED, Target, limit_of
 from darwinlm.search.costs import counted_costs, parameter_costs, shared_parameter_costs
 from darwinlm.search.uniform import ceilings, uniform_genome
 from darwinlm.types import UsageError
@@ -61,7 +62,9 @@ def find_config(model: str) -> PretrainedConfig:
     return read_config(Path(file))
 
 
-def plan_command(config: GradualConfig, target: str | None = None, target_level: float | None = None) -> None:
+def plan_command(
+    config: GradualConfig, served: PlanConfig, target: str | None = None, target_level: float | None = None
+) -> None:
     """Print what a recipe takes on a machine, or one pruning to a size, and what is left of the model at each level.
 
     Raises:
@@ -70,7 +73,7 @@ def plan_command(config: GradualConfig, target: str | None = None, target_level:
     expect_one_size(target, target_level)
     model = find_config(config.model)
     if target is not None:
-        target_level = _level_of(Target.parse(target), model, config)
+        target_level = _level_of(target, model, config, served.serving)
     if target_level is not None:
         expect_level(target_level, config.database.levels)
         config = replace(config, stages=(GradualStage(target_level, 0),))
@@ -154,23 +157,27 @@ def _size_rows(grid: Grid, parameters: int, model: PretrainedConfig, config: Gra
     return rows
 
 
-def _level_of(target: Target, model: PretrainedConfig, config: GradualConfig) -> float:
-    """Return the lowest uniform level, to a hundredth, at which a model costs no more than the target.
+def _level_of(text: str, model: PretrainedConfig, config: GradualConfig, serving: ServingConfig) -> float:
+    """Return the lowest uniform level, to a hundredth, at which a model costs no more than the targets.
 
     Raises:
-        UsageError: if the target has to be measured, or no level in the database is as small.
+        UsageError: if a target has to be measured, or no level in the database is as small.
     """
-    levels = config.database.levels
+    levels, targets = config.database.levels, Target.parse_all(text)
     whole = skeleton(model)
     grid = find_grid(whole, model, config.database)
-    if target.measure == "latency":
-        raise UsageError("--target: expected params, flops or kv-cache, which a plan can count, found latency")
-    context, bytes_each = config.calibration.sequence_length, (model.dtype or torch.float32).itemsize
-    costs = counted_costs(target.measure, grid, model, parameter_count(whole), context, bytes_each)
-    limit = limit_of(target, costs, grid, ceilings(grid)).main.limit
+    timed = [target.measure for target in targets if target.measure in TIMED]
+    if timed:
+        raise UsageError(
+            f"--target: expected params, flops, kv-cache or memory, which a plan can count, found {timed[0]}; "
+            "darwinlm compress measures it"
+        )
+    sizes = parameter_count(whole), config.calibration.sequence_length, (model.dtype or torch.float32).itemsize
+    costs = [counted_costs(target.measure, grid, model, *sizes, serving) for target in targets]
+    budget = limit_of(targets, costs, grid, ceilings(grid))
     for hundredths in range(1, 100 * levels):
         level = hundredths / 100
-        if costs.of(uniform_genome(grid, level, levels, Random(config.seed))) <= limit:
+        if not budget.exceeded(uniform_genome(grid, level, levels, Random(config.seed))):
             return level
     raise UsageError(
         f"--target: expected a size that a uniform model has below level {levels}, found less; give another value"
