@@ -47,6 +47,22 @@ def test_granularity_that_does_not_divide_the_channels_is_refused() -> None:
         level_grid(units(1, 4, 100), 10, 32)
 
 
+@given(shapes, st.sampled_from([2, 4, 8]), st.integers(1, 16))
+def test_every_level_is_divisible(shape: tuple[int, int, int], divisor: int, levels: int) -> None:
+    blocks, heads, channels = shape
+    grid = level_grid(units(blocks, divisor * heads, channels), levels, 16, divisor)
+    for u, removed in zip(grid.units, grid.removed, strict=True):
+        assert all((u.structures - count) % divisor == 0 for count in removed)
+        assert len(removed) >= 2
+        assert removed[-1] == u.structures
+
+
+def test_what_the_dense_model_is_not_divisible_by_is_refused() -> None:
+    told = r"--database.divisible-by: expected a divisor of the 9 KV heads of block-00-attention, found 8"
+    with pytest.raises(UsageError, match=told):
+        level_grid(units(1, 9, 1536), 10, 32, 8)
+
+
 @given(shapes, st.floats(0.05, 0.95), st.integers(0, 1000))
 def test_uniform_keeps_every_unit_next_to_the_target(shape: tuple[int, int, int], share: float, seed: int) -> None:
     grid = level_grid(units(*shape), 10, 32)

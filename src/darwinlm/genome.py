@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import lcm
 
 from darwinlm.types import KINDS, Genome, Kind, Unit, UsageError
 
@@ -55,7 +56,7 @@ class Grid:
                 )
 
 
-def level_grid(units: tuple[Unit, ...], levels: int, granularity: int) -> Grid:
+def level_grid(units: tuple[Unit, ...], levels: int, granularity: int, divisible_by: int = 1) -> Grid:
     """Spread `levels` equal steps over every unit's structures (section 3.1).
 
     A unit at level `i` of `N` has lost `Round(i * S / N)` of its `S` steps, where a step is one attention structure
@@ -63,19 +64,38 @@ def level_grid(units: tuple[Unit, ...], levels: int, granularity: int) -> Grid:
     levels has one level for each step. A unit that an earlier pruning has made smaller is at level 0 as it is; its
     further levels are those levels of the dense unit at which more structures are lost.
 
+    Args:
+        divisible_by: divides what every level has of query heads, KV heads and channels.
+
     Raises:
-        UsageError: if `levels` is not positive or the granularity does not divide the number of MLP channels.
+        UsageError: if `levels` is not positive, the granularity does not divide the number of MLP channels, or
+            `divisible_by` not what the units have.
     """
     if levels < 1:
         raise UsageError(f"database.levels must be at least 1, found {levels}")
-    return Grid(units, tuple(_removed(unit, levels, granularity) for unit in units))
+    for unit in units:
+        _check_divisible(unit, divisible_by)
+    return Grid(units, tuple(_removed(unit, levels, granularity, divisible_by) for unit in units))
 
 
-def _removed(unit: Unit, levels: int, granularity: int) -> tuple[int, ...]:
+def _check_divisible(unit: Unit, divisor: int) -> None:
+    counts = {"channels": unit.structures}
+    if unit.kind == "attention":
+        counts = {"KV heads": unit.groups, "query heads": unit.structures}
+    for what, count in counts.items():
+        if count % divisor:
+            raise UsageError(
+                f"--database.divisible-by: expected a divisor of the {count} {what} of {unit.name}, found {divisor}; "
+                "give another value"
+            )
+
+
+def _removed(unit: Unit, levels: int, granularity: int, divisible_by: int) -> tuple[int, ...]:
     step = granularity if unit.kind == "mlp" else unit.groups if unit.in_turns else 1
+    step = lcm(step, divisible_by)
     if step < 1 or unit.structures % step:
         raise UsageError(
-            f"database.granularity must divide the {unit.structures} channels of {unit.name}, found {granularity}"
+            f"database.granularity must divide the {unit.structures} channels of {unit.name}, found {step}"
         )
     steps = (unit.structures + unit.lost) // step
     count = min(levels, steps)

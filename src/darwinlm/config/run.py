@@ -56,11 +56,14 @@ class DatabaseConfig:
     group), head (the paper's: any query head; its export repeats K and V for every query head that is left)."""
     granularity: int = 32
     """MLP channels are removed in multiples of this many."""
+    divisible_by: int = 1
+    """What every level's query heads, KV heads and channels are divisible by: 8 allows tensor parallelism over 2, 4 and 8
+    devices. Units have fewer levels then; balanced keeps all KV heads and has the most."""
     damping: float = 0.01
     """Share of the mean of the Hessian's diagonal that is added to it."""
 
     def __post_init__(self) -> None:
-        expect_counts(self, "database", levels=1, granularity=1)
+        expect_counts(self, "database", levels=1, granularity=1, divisible_by=1)
         expect_positive(self, "database", "damping")
 
 

@@ -148,7 +148,7 @@ def layer_config(config: PretrainedConfig, block: int) -> PretrainedConfig:
 def find_grid(model: PreTrainedModel, config: PretrainedConfig, settings: DatabaseConfig) -> Grid:
     """Return the levels of every unit of the model. Raises what `find_units` and `level_grid` raise."""
     units = find_units(model, config, settings.structure)
-    return level_grid(units, settings.levels, settings.granularity)
+    return level_grid(units, settings.levels, settings.granularity, settings.divisible_by)
 
 
 def _attention(block: _Block, layer: PretrainedConfig, dense: PretrainedConfig, structure: Structure) -> Unit:

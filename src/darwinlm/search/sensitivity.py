@@ -53,15 +53,10 @@ def find_starts(
     starts = {"uniform": uniform}
     if config.start == "sensitivity":
         stage = SelectionStage(1, config.stages[0].fitness_tokens)
-<<<<<<< HEAD
         table = sensitivities(budget.grid, scorer, stage, directory / SENSITIVITIES)
-        starts["sensitivity"] = restore(least_sensitive(budget, table), budget, Random(seed))
-=======
-        table = sensitivities(budget.grid, scorer, stage, directory / "sensitivities.json")
         genome = least_sensitive(budget, table)
         fits = budget.fits(genome)  # where two bounds limit the same units, it may not
         starts["sensitivity"] = restore(genome, budget, Random(seed)) if fits else adapt(genome, budget, table)
->>>>>>> 30329b3 (Take targets in users' terms: memory, decode, prefill, and several at once)
     exact = {name: genome for name, genome in starts.items() if budget.admits(genome)}
     return exact or {name: genome for name, genome in starts.items() if budget.fits(genome)}
 
