@@ -57,7 +57,7 @@ class DatabaseConfig:
     granularity: int = 32
     """MLP channels are removed in multiples of this many."""
     divisible_by: int = 1
-    """What every level's query heads, KV heads and channels are divisible by: 8 allows tensor parallelism over 2, 4 and 8
+    """What every level's query heads, KV heads and channels are divisible by: 8 lets tensor parallelism use 2, 4 or 8
     devices. Units have fewer levels then; balanced keeps all KV heads and has the most."""
     damping: float = 0.01
     """Share of the mean of the Hessian's diagonal that is added to it."""
