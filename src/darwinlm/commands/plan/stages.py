@@ -14,7 +14,6 @@ from darwinlm.commands.plan.work import (
     Plan,
     SearchPlan,
     TrainingPlan,
-    activation_bytes,
     blocks_of,
     largest_level_bytes,
     plan,
@@ -28,6 +27,7 @@ from darwinlm.search.held_out import POINTS, TOKENS
 from darwinlm.search.lockstep import WAVE_BYTES
 from darwinlm.search.memory import HEADROOM, SearchMemory, count_memory
 from darwinlm.search.sensitivity import TOGETHER, measured_levels
+from darwinlm.training.memory import TrainedModel, count_training
 from darwinlm.types import SelectionStage
 
 START_SECONDS = 5e-4  # in which the host starts the kernels of a decoder block for one token. Assumed
@@ -96,6 +96,18 @@ class Pruning:
     def resident(self) -> bool:
         """Whether the search keeps the dense model's blocks on the device."""
         return self.trains_candidates or self.memory.resident <= self.machine.usable
+
+    @property
+    def judged(self) -> int:
+        """Bytes of the dense, the uniform and the searched model side by side, and of a pass of one of them."""
+        uniform = prunable_parameters(self.at.grid, self.at.uniform)  # which shares the dense model's embeddings
+        own = (self.at.parameters, uniform, self.at.target_parameters)
+        return evaluation_bytes(own, self.model, self.config.calibration.sequence_length, self.stored)
+
+    @property
+    def judged_there(self) -> bool:
+        """Whether models are exported and judged on the device, as `Work.after_search` decides."""
+        return self.resident and self.judged <= self.machine.usable
 
     @property
     def stored(self) -> int:
@@ -212,8 +224,8 @@ def _refit(this: Pruning) -> Stage:
     """The refit of the searched and of the uniform model."""
     consumers, states = _consumers(this), this.config.refit.tokens * this.model.hidden_size
     targets = states * this.machine.dtype.itemsize
-    host = this.memory.dense + targets
-    tensors = this.memory.refitting + (0 if this.machine.gpu else host)
+    tensors = this.memory.refitting + (0 if this.machine.gpu else this.memory.dense + targets)
+    host = this.memory.dense + targets  # the checkpoint's pages, read block by block
     seconds = this.work.refit.seconds(this.machine.blocks)
     # Of one model the weights with both moments, while it is trained; of the other its weights.
     disk = (3 + 1) * FLOAT * consumers
@@ -235,26 +247,26 @@ def _export(this: Pruning) -> Stage:
     again = written if this.config.verify else 0
     tensors = this.stored * this.at.parameters + written
     seconds = written / rates.disk + again / rates.loads
-    host = written + again + (0 if this.resident else this.stored * this.at.parameters)
-    return this.placed("export", "export", seconds, tensors if this.resident else 0, host, written)
+    host = written + again + (0 if this.judged_there else this.stored * this.at.parameters)
+    return this.placed("export", "export", seconds, tensors if this.judged_there else 0, host, written)
 
 
 def _evaluation(this: Pruning) -> Stage:
     """Quality, curves, speed and continuations of the dense, the uniform and the searched model."""
     models = (this.at.parameters, *2 * (this.at.target_parameters,))
-    own = models[0], prunable_parameters(this.at.grid, this.at.uniform), models[2]  # the uniform one shares embeddings
-    tensors = evaluation_bytes(own, this.model, this.config.calibration.sequence_length, this.stored)
-    machine, there = this.machine, tensors <= this.machine.usable
+    tensors, machine, there = this.judged, this.machine, this.judged_there
     blocks, bandwidth = (machine.blocks, machine.bandwidth) if there else (machine.aside, machine.aside_bandwidth)
     config, texts = this.config.evaluation, 1 + len(this.config.evaluation.texts)
     read = texts * (config.tokens * sum(models) + POINTS * TOKENS * models[-1])
-    read += (config.repeats + 1) * config.speed_tokens * sum(models)
+    timed = (config.repeats + 1) * config.speed_tokens * sum(models)
     written = (config.repeats + 1) * config.decode_tokens + len(config.prompts) * config.continuation_tokens
     started = START_SECONDS * blocks_of(this.at.grid) * len(models) if there and machine.gpu else 0.0
-    seconds = 2.0 * read / blocks.forward + written * max(started, this.stored * sum(models) / bandwidth)
+    seconds = 2.0 * read / machine.blocks.forward + 2.0 * timed / blocks.forward
+    seconds += written * max(started, this.stored * sum(models) / bandwidth)
     loading = this.stored * models[-1] / machine.rates.loads
-    if machine.gpu and not there:
-        return Stage("evaluation", "evaluation", loading + seconds, 0, tensors, 0, "on the host's processors")
+    if machine.gpu and not there:  # the block runner measures quality with blocks that come from the host
+        seen = int(this.memory.visiting / HEADROOM)
+        return Stage("evaluation", "evaluation", loading + seconds, seen, tensors, 0, "speeds on the host's processors")
     return this.placed("evaluation", "evaluation", loading + seconds, tensors, this.stored * models[-1], 0)
 
 
@@ -263,13 +275,15 @@ def _training(this: Pruning) -> Stage:
     counted, machine, config = this.training, this.machine, this.config.training
     sharded = config.fsdp and machine.count > 1
     tokens = config.micro_batch_size * this.config.stream.sequence_length
-    activations = activation_bytes(this.model, this.at, tokens, config.gradient_checkpointing)
-    tensors = counted.memory_bytes // (machine.count if sharded else 1) + counted.teacher_bytes + activations
-    if sharded:  # two blocks whole: weights that products take, and gradients
-        tensors += (2 * 2 + FLOAT) * this.at.target_parameters // blocks_of(this.at.grid)
+    model = TrainedModel.of(this.at.target_parameters, this.model, this.at.grid, this.at.uniform)
+    length, settings = this.config.stream.sequence_length, (config, this.config.distillation)
+    teacher = this.at.parameters
+    memory = count_training(model, *settings, length, machine.dtype, machine.count, teacher)
+    tensors = memory.most
     steps = this.stage.tokens // (tokens * machine.count)
     sent = steps * counted.communication_bytes / machine.peer_link if sharded else 0.0
     seconds = max(counted.work.seconds(machine.blocks) / machine.count, sent)
-    host = machine.count * (FLOAT * this.at.target_parameters + counted.teacher_bytes)
+    # Sharded weights come straight from the checkpoint.
+    host = memory.teacher * machine.count + FLOAT * this.at.target_parameters * (1 if sharded else machine.count)
     note = f"{this.stage.tokens:,} tokens, {counted.steps:,} steps"
     return this.placed("training", "training", seconds, tensors, host, counted.disk_bytes, note)

@@ -13,13 +13,11 @@ from darwinlm.config.run import CalibrationConfig, DatabaseConfig, RefitConfig, 
 from darwinlm.config.training import GradualConfig, steps_of
 from darwinlm.database.calibrate import PANEL, SPILL_BYTES
 from darwinlm.genome import Grid, prunable_parameters
-from darwinlm.losses.logits import ROWS
 from darwinlm.model.families import find_grid, head_dim
 from darwinlm.model.reading import skeleton
 from darwinlm.runtime.device import DTYPES
 from darwinlm.search.costs import parameter_costs
 from darwinlm.search.fitness import BATCH_TOKENS
-from darwinlm.search.memory import LOGITS
 from darwinlm.search.sensitivity import measured_levels
 from darwinlm.search.uniform import uniform_genome
 from darwinlm.training.teacher_logits import LOGIT_BYTES
@@ -73,7 +71,8 @@ def plan_search(
         parameters: parameters of the dense model, embeddings included.
         uniform: a genome of the size that is searched for.
         length: tokens in a sequence.
-        processes: share batches and candidates where none is trained, candidates where they are, and no refit.
+        processes: share batches and candidates where none is trained, candidates where they are, and the sequences of a
+            refit.
     """
     blocks, pruned = (prunable_parameters(grid, genome) for genome in (grid.dense(), uniform))
     head = config.vocab_size * config.hidden_size
@@ -101,7 +100,10 @@ def plan_search(
     return SearchPlan(
         start=Work(_start(grid, dense, blocks, small, search) / processes + 2.0 * teacher * before),
         generations=Work(search.generations * scores, search.generations * steps),
-        refit=Work(2 * refit.tokens * 2.0 * dense, 2 * refit.tokens * (4.0 * small + 2.0 * consumers)),
+        refit=Work(
+            2 * refit.tokens * 2.0 * dense / processes,
+            2 * refit.tokens * (4.0 * small + 2.0 * consumers) / processes,
+        ),
     )
 
 
@@ -319,22 +321,3 @@ def plan_training(parameters: int, teacher_parameters: int, tokens: int, config:
         disk_bytes=FLOAT * tokens + logits + 2 * 3 * FLOAT * parameters,
         communication_bytes=(2 * DTYPES["bfloat16"].itemsize + FLOAT) * parameters if config.training.fsdp else 0,
     )
-
-
-def activation_bytes(config: PretrainedConfig, at: Plan, tokens: int, checkpointing: bool) -> int:
-    """Return the bytes that a training step keeps of its forward pass, and of the logits of a few tokens.
-
-    Of a block they are, for each token: the stream in float32 around each of two norms and what the norms give, and
-    five tensors as wide as what each consumer reads. Where activations are computed again they are one block's, and the
-    stream in front of every block.
-
-    Args:
-        tokens: of a micro-batch.
-    """
-    each, blocks = DTYPES["bfloat16"].itemsize, blocks_of(at.grid)
-    left = zip(at.grid.units, at.grid.removed, at.uniform.levels, strict=True)
-    inputs = sum((unit.structures - removed[level]) * unit.structure_width for unit, removed, level in left)
-    kept = tokens * (2 * (FLOAT + each) * config.hidden_size * blocks + 5 * each * inputs)
-    if checkpointing:
-        kept = kept // blocks + tokens * config.hidden_size * each * blocks
-    return kept + LOGITS * FLOAT * min(ROWS, tokens) * config.vocab_size
