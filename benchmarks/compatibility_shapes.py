@@ -30,6 +30,8 @@ SHAPES = (
     "gpt_neox-mha", "falcon-mqa", "falcon-fused-gqa", "bloom-mha", "mpt-mha",
 )  # fmt: skip
 
+OWN = ("attention weights of every layer", "continuous batching")  # which ask what only an export has
+
 
 def prepare(root: Path) -> None:
     """Write a directory for each shape: `export`, `oracle`, and what is asked of both."""
@@ -69,7 +71,8 @@ def check(root: Path, out: Path) -> None:
         passed, failed, left_out = check_shape(root / shape)
         cells[shape] = f"{len(passed)} of {len(passed) + len(failed)}"
         reasons = {reason: [name for name in failed if failed[name] == reason] for reason in failed.values()}
-        cells[shape] += "".join(f"; **{', '.join(names)}**: {reason}" for reason, names in reasons.items())
+        for reason, names in reasons.items():
+            cells[shape] += f"; **{', '.join(names) if len(names) < 4 else 'the others'}**: {reason}"
         cells[shape] += f" ({', '.join(left_out)}: stock class neither)" if left_out else ""
         print(f"{shape}: {cells[shape]}", file=sys.stderr, flush=True)
     out.write_text(json.dumps(cells))
@@ -85,7 +88,7 @@ def check_shape(directory: Path) -> tuple[list[str], dict[str, str], list[str]]:
             passed.append(name)
         except Exception as error:
             reason = f"{type(error).__name__} {' '.join(str(error).split())[:120]}"
-            if fails(lambda run=run: run(directory / "oracle")):
+            if name not in OWN and fails(lambda run=run: run(directory / "oracle")):
                 left_out.append(name)
             else:
                 failed[name] = reason

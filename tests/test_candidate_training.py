@@ -32,7 +32,9 @@ def test_training_lowers_the_loss(stitcher: Stitcher) -> None:
     model: Any = stitcher.stitch(random_genomes(stitcher, 1)[0])
     ids = token_ids(2, 8)
     loss = model(input_ids=ids, labels=ids).loss
-    trained: Any = CandidateTrainer(ids.split(1), 3e-3, CPU).train(stitcher.grid.dense(), model, 8 * LENGTH).model
+    trained: Any = (
+        CandidateTrainer(ids.split(1), 3e-3, CPU).train(stitcher.grid.dense(), lambda: model, 8 * LENGTH).model
+    )
     assert trained(input_ids=ids, labels=ids).loss < loss
     assert model(input_ids=ids, labels=ids).loss == loss
 
@@ -58,7 +60,9 @@ def test_a_step_is_that_of_the_plain_loss(stitcher: Stitcher, loss: Any, all_tra
     ids = token_ids(2, 1)
     teacher = stitcher.dense if loss is plain_divergence else None
     trains = None if all_train else consumers_of(stitcher)
-    trained = CandidateTrainer(ids.split(1), 1e-3, CPU, teacher, trains).train(stitcher.grid.dense(), model, LENGTH)
+    trained = CandidateTrainer(ids.split(1), 1e-3, CPU, teacher, trains).train(
+        stitcher.grid.dense(), lambda: model, LENGTH
+    )
     plain: Any = copy.deepcopy(model)
     loss(plain.train().requires_grad_(True), stitcher.dense, ids).backward()
     names = list(_training(trained.model))
@@ -92,7 +96,7 @@ def test_a_search_can_train_consumers_alone(stitcher: Stitcher) -> None:
     candidate = stitcher.stitch(genome)
     before = {name: weight.clone() for name, weight in candidate.named_parameters()}
     trainer = CandidateTrainer(ids.split(1), 1e-3, CPU, trains=consumers_of(stitcher))
-    trained = trainer.train(genome, candidate, ids.numel())
+    trained = trainer.train(genome, lambda: candidate, ids.numel())
     training = dict(_training(trained.model))
     assert set(training) == {f"{path}.weight" for path in consumers_of(stitcher)} & set(before)
     with rounded(trained.model, candidate.dtype) as model:
@@ -116,7 +120,7 @@ def test_embeddings_and_head_are_shared_and_stay(stitcher: Stitcher) -> None:
     model = stitcher.stitch(stitcher.grid.dense())
     before = token_embeddings(stitcher.dense).clone()
     pieces = token_ids(2, 8).split(1)
-    trained = CandidateTrainer(pieces, 1e-2, CPU).train(stitcher.grid.dense(), model, 8 * LENGTH).model
+    trained = CandidateTrainer(pieces, 1e-2, CPU).train(stitcher.grid.dense(), lambda: model, 8 * LENGTH).model
     both: Any = (
         (stitcher.dense.get_input_embeddings(), trained.get_input_embeddings()),
         (stitcher.dense.get_output_embeddings(), trained.get_output_embeddings()),
@@ -135,7 +139,7 @@ def test_bfloat16_steps_of_a_small_learning_rate_are_not_lost() -> None:
     model: Any = tiny.build("llama-gqa")
     model.to(torch.bfloat16)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    trained = CandidateTrainer(token_ids(2, 8).split(1), 1e-4, CPU).train(Genome(()), model, 8 * LENGTH)
+    trained = CandidateTrainer(token_ids(2, 8).split(1), 1e-4, CPU).train(Genome(()), lambda: model, 8 * LENGTH)
     exact = {name: p.detach().clone() for name, p in _training(trained.model).items()}
     with rounded(trained.model, torch.bfloat16) as scored:
         after = {name: p.detach() for name, p in scored.named_parameters()}

@@ -29,6 +29,7 @@ from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_count
 from darwinlm.report.comparison import CELLS, DENSE, Cell, figure, read_cells, write_cells
+from darwinlm.report.html import NAME
 from darwinlm.rivals import methods as registry
 from darwinlm.rivals import shortgpt
 from darwinlm.rivals.problem import Problem, scored_tokens
@@ -120,6 +121,9 @@ def test_table_and_picture_show_all_cells(config: CompareConfig, cells: dict[Any
     assert f"- ours: 2 generations of 3 offspring, {scored:,} scored tokens" in table
     assert "masks learn on 256\n" in table
     assert (Path(config.out) / PICTURE).read_bytes().startswith(b"\x89PNG")
+    page = (Path(config.out) / NAME).read_text()
+    assert "shortgpt at params=0.48: whole blocks cannot make the model this small" in page
+    assert all(f"<td>{cell['kl']:.4f}</td>" in page for cell in cells.values() if cell.get("refused") is None)
     panels = figure([Cell.of(cell) for cell in cells.values()]).axes
     assert [panel.get_title() for panel in panels] == ["held-out documents", "code.txt"]
     (other,) = config.evaluation.texts

@@ -99,6 +99,11 @@ def test_table_and_picture_show_all_sizes(config: FrontierConfig, cells: list[Ce
         assert f"| {cell.method} | {cell.parameters / 1e6:.1f} M ({cell.kept:.0%})" in table
         assert f"| {cell.kl:.4f} |" in table
     assert (Path(config.out) / PICTURE).read_bytes().startswith(b"\x89PNG")
+    page = (Path(config.out) / NAME).read_text()
+    for cell in cells:
+        assert f'<td class="words">{cell.method}</td>' in page
+        assert f"<td>{cell.kl:.4f}</td>" in page
+    assert "Hello there" in page
     panels = figure(cells).axes
     drawn = [tuple(np.asarray(data).tolist() for data in panel.lines[0].get_data()) for panel in panels]
     assert drawn[0] == ([cell.parameters / 1e6 for cell in cells[1:]], [cell.kl for cell in cells[1:]])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -256,16 +256,14 @@ def test_sharded_training_is_priced_by_hand() -> None:
     sharded = GradualConfig("M", "D", "O", training=TrainingConfig(fsdp=True))
     found, alone = (plan_training(10**9, 10**9, 10**6, each) for each in (sharded, GradualConfig("M", "D", "O")))
     assert (found.communication_bytes, alone.communication_bytes) == (8 * 10**9, 0)
-    assert found.memory_bytes == alone.memory_bytes  # over all processes: gradients are sharded like weights
 
 
 def test_training_is_priced_by_hand() -> None:
     found = plan_training(10**9, 10**9, 10**6, GradualConfig("M", "D", "O"))
     assert found.work == Work(forward=2e15, training=6e15)  # all activations kept, and a teacher of the same size
-    assert (found.memory_bytes, found.teacher_bytes) == (16 * 10**9, 2 * 10**9)
     kept = plan_training(10**9, 10**9, 10**6, GradualConfig("M", "D", "O", distillation=DistillationConfig(top_k=64)))
     assert kept.work == found.work
-    assert (kept.teacher_bytes, kept.disk_bytes - found.disk_bytes) == (0, 10**6 * 64 * 6)
+    assert kept.disk_bytes - found.disk_bytes == 10**6 * 64 * 6
 
 
 def test_a_search_of_8b_is_counted_by_hand() -> None:
@@ -289,6 +287,34 @@ def test_a_search_of_8b_is_counted_by_hand() -> None:
     assert one.training > 14 * consumers
     assert one.survivors == 2 * 12 * consumers
     assert one.states == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "length", "trains", "fits"),
+    [
+        (llama_2_7b, 4096, "all", True),
+        (llama_3_1_8b, 8192, "all", True),
+        (qwen_2_5_14b, 8192, "all", False),  # 16 bytes for each of 7.0e9 weights
+        (qwen_2_5_14b, 8192, "consumers", True),
+    ],
+)
+def test_candidates_of_the_papers_recipes_are_trained_within_80_gb(
+    config: Callable[[], PreTrainedConfig], length: int, trains: Literal["all", "consumers"], fits: bool
+) -> None:
+    """At level 5 of 10; tests/test_memory.py holds the count against the bytes of a smaller model."""
+    model, tokens = config(), (10_000, 50_000, 100_000, 200_000)
+    stages = tuple(
+        replace(stage, training_tokens=each) for stage, each in zip(SearchConfig().stages, tokens, strict=True)
+    )
+    at, search = planned(model), SearchConfig(stages=stages, trains=trains)
+    counted = count_memory(
+        at.parameters, model, at.grid, at.uniform, search, RefitConfig(tokens=0), length, torch.bfloat16
+    )
+    if fits:
+        allowance(counted, 78 << 30)
+        return
+    with pytest.raises(UsageError, match=r"take --search\.trains consumers"):
+        allowance(counted, 78 << 30)
 
 
 def llama_3_1_70b() -> PreTrainedConfig:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,14 @@ import runs
 import tiny
 import trainings
 from darwinlm.commands.train import train
+from darwinlm.config.run import EvaluationConfig
 from darwinlm.config.training import DistillationConfig, TrainConfig
 from darwinlm.data.stream import draw_held_out, draw_sequences
+from darwinlm.evaluation.generation import continuations
 from darwinlm.evaluation.quality import perplexity_and_kl
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.reading import load
+from darwinlm.report.html import NAME
 from darwinlm.types import DarwinError, UsageError
 
 PATIENCE = 60.0  # seconds
@@ -91,6 +95,12 @@ def test_held_out_figures_are_those_of_evaluate(whole: TrainConfig, export: Path
         assert result[name]["perplexity"] == pytest.approx(figures[name].perplexity, rel=1e-4)
         assert result[name]["kl"] == pytest.approx(figures[name].kl, rel=1e-4)
     assert result["after"]["kl"] < result["before"]["kl"]
+    page = (Path(whole.out) / NAME).read_text()
+    for name in ("before", "after"):
+        told = "".join(f"<td>{figure:.4g}</td>" for figure in result[name].values())
+        assert f'<td class="words">{name}</td>{told}' in page
+        for text in continuations(models[name], tiny.tokenizer(), EvaluationConfig().prompts, 32):
+            assert escape(text) in page
 
 
 def test_what_is_exported_is_still_pruned_and_tied(whole: TrainConfig, export: Path):

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, set_seed
 
 from darwinlm.commands.run_directory import FREE, TRAIN_SETTINGS, claim, explain_failures, open_model, versions_text
+from darwinlm.commands.train_page import what_it_writes, write_training_page
 from darwinlm.config.checks import expect
 from darwinlm.config.training import TrainConfig
 from darwinlm.data.packing import tokenizer_fingerprint
@@ -27,6 +28,7 @@ from darwinlm.losses.distillation import Target, teacher_target
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import block_sizes_of
 from darwinlm.model.size import parameter_count
+from darwinlm.report.html import NAME, unless_it_fails
 from darwinlm.runtime import parallel
 from darwinlm.runtime.device import resolve_device, resolve_dtype
 from darwinlm.runtime.files import read_json, write_record
@@ -347,14 +349,21 @@ def _settings(work: _Work) -> dict[str, str]:
 
 
 def _conclude(work: _Work, last: Path) -> None:
-    """Record and print the held-out figures before and after the training."""
+    """Report, record and print the held-out figures before and after the training."""
     history = read_json(last / "trainer_state.json", "log_history")["log_history"]
     evaluations = [line for line in history if "eval_perplexity" in line]
     before, after = (_figures(evaluations[i]) for i in (0, -1))
+    page = work.training.path / NAME
+    with unless_it_fails(page):
+        # A sharded model may be too large to write on one device.
+        written = {} if is_sharded(work.config) else what_it_writes(work.training, work.checkpoint, work.device)
+        write_training_page(
+            page, work.config, work.checkpoint, _settings(work), work.provenance, history, (before, after), written
+        )
     write_record(work.training.result_path, {"before": before, "after": after}, work.provenance)
     for name, figures in (("before", before), ("after", after)):
         say(f"{name}: " + ", ".join(f"{what} {value:.4g}" for what, value in figures.items()))
-    print(work.training.exported)
+    print(work.training.exported, page, sep="\n")
 
 
 def _figures(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def _states(
     for number, ids in enumerate(inputs):
         of_length[len(ids)].append(number)
     states = {
-        length: last_states(model, *by_block, torch.stack([inputs[number] for number in numbers]), f"{name}, by block")
+        length: last_states(model, *by_block, [inputs[number][None] for number in numbers], f"{name}, by block")
         for length, numbers in of_length.items()
     }
     places = {number: place for numbers in of_length.values() for place, number in enumerate(numbers)}

@@ -82,31 +82,32 @@ def last_states(
     model: PreTrainedModel,
     family: Family,
     blocks: Blocks,
-    token_ids: Int[Tensor, "sequences length"],
+    batches: Sequence[Int[Tensor, "sequences length"]],
     description: str = "dense model",
 ) -> States:
-    """Return a model's last hidden states on each sequence, in the host's memory or in a file.
+    """Return a model's last hidden states on each batch, in the host's memory or in a file.
 
-    Each block is there once, for all sequences, and the device holds the states of one of them.
+    Each block is there once, for all batches, and the device holds the states of one of them.
 
     Args:
         model: what it has beside its blocks is on the device.
         blocks: its blocks, wherever they are.
         description: for the progress.
     """
-    batches, device = token_ids.split(1) if len(token_ids) else (), model.device
+    device = model.device
     states = States(batches, model.config.hidden_size, model.dtype, device, torch.device("cpu"))
     if not batches:
         return states
     try:
-        arguments: list[dict[str, Any]] = []
+        arguments: dict[torch.Size, list[dict[str, Any]]] = {}  # which depend on the shape of a batch alone
         for index, batch in enumerate(batches):
             entry = enter(model, family, batch.to(device))
             states.write(index, entry.states)
-            arguments = entry.arguments  # which depend on the shape of a batch alone
-        for number, block in track(blocks.walk(0, len(arguments)), description, len(arguments)):
-            for index in range(len(batches)):
-                states.write(index, run_block(block, states.read(index), arguments[number]))
+            arguments[batch.shape] = entry.arguments
+        count = model.config.num_hidden_layers
+        for number, block in track(blocks.walk(0, count), description, count):
+            for index, batch in enumerate(batches):
+                states.write(index, run_block(block, states.read(index), arguments[batch.shape][number]))
         norm = model.get_submodule(family.final_norm)
         for index in range(len(batches)):
             states.write(index, norm(states.read(index)))

@@ -45,12 +45,12 @@ Trace = dict[str, Any]
 class Point:
     """A measured figure, and the interval around it; both ends are the figure itself where there is none."""
 
-    value: float
-    low: float
-    high: float
+    value: float | int
+    low: float | int
+    high: float | int
 
     @classmethod
-    def exact(cls, value: float) -> Point:
+    def exact(cls, value: float | int) -> Point:
         """A figure without an interval."""
         return cls(value, value, value)
 
@@ -291,7 +291,7 @@ def _with_interval(point: Point) -> str:
 class Line:
     """A line of a chart: places along the horizontal axis, the figures there, and what is said of each."""
 
-    places: Sequence[float]
+    places: Sequence[float | int]
     points: Sequence[Point]
     said: Sequence[str]
 
@@ -302,7 +302,7 @@ def lines_chart(
     axes: tuple[Mapping[str, Any], Mapping[str, Any]],
     lines: Mapping[str, Line],
     level: tuple[str, float] | None = None,
-    marked: Mapping[str, tuple[float, float]] | None = None,
+    marked: Mapping[str, tuple[float | int, float | int]] | None = None,
     table: Table | None = None,
     height: int = 340,
 ) -> Chart:

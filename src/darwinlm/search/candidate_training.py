@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import tempfile
-import weakref
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import IO, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -19,9 +17,9 @@ from transformers import PreTrainedModel
 
 from darwinlm.losses.gradients import CrossEntropyGradient, KLGradient
 from darwinlm.losses.logits import Logits
+from darwinlm.model.states import States
 from darwinlm.runtime import parallel
-from darwinlm.runtime.scratch import scratch_writing
-from darwinlm.training.optimizer_state import set_state, state_of
+from darwinlm.training.activations import recompute
 from darwinlm.types import Genome
 
 KEPT_BYTES = 8 << 30  # of trained states stay on a GPU, or in the memory of one machine, at most
@@ -49,15 +47,17 @@ class CandidateTrainer:
     """Trains candidates on the same pieces of text, with one AdamW step for each piece.
 
     A candidate that is trained on 10 pieces and later up to 50 equals, to the last bit, one that is trained on 50 at
-    once. The states that `keep` stores therefore save time and never change a result.
+    once. The states that `keep` holds therefore save time and never change a result. Nothing is written to the disk: on
+    a GPU, a survivor that is trained again has its state long before a file could be written and read.
 
     Args:
         pieces: the text to train on. Candidates are trained on as many tokens as some of the first pieces have.
         learning_rate: the constant learning rate.
         device: where the candidates are.
         teacher: the model whose distribution the candidates learn; if None, they learn the text's next tokens.
+        taught: makes the teacher's last hidden states on all pieces, if its blocks are not on the device.
         trains: paths of the modules whose weights train; if None, all weights of the blocks and of the final norm do.
-        kept_bytes: the most that trained states take on the device; others go to temporary files.
+        kept_bytes: the most that trained states take on the device; other candidates are trained again.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class CandidateTrainer:
         teacher: PreTrainedModel | None = None,
         trains: Collection[str] | None = None,
         kept_bytes: int = KEPT_BYTES,
+        taught: Callable[[], States] | None = None,
     ):
         self.pieces = pieces
         self.learning_rate = learning_rate
@@ -76,55 +77,54 @@ class CandidateTrainer:
         self.trains = trains
         self.kept_bytes = kept_bytes
         self._ends = list(accumulate(piece.numel() for piece in pieces))  # in tokens
+        self.taught = taught
         self._teacher_states: dict[int, Tensor] = {}  # its last hidden states by piece, which all candidates need
+        self._all_states: States | None = None
         self._kept: dict[Genome, Trained] = {}
-        self._spilled: dict[Genome, tuple[IO[bytes], int]] = {}
 
-    def train(self, genome: Genome, candidate: PreTrainedModel, tokens: int) -> Trained:
-        """Return the candidate trained on the first `tokens` tokens. The weights of `candidate` do not change."""
+    def train(self, genome: Genome, stitch: Callable[[], PreTrainedModel], tokens: int) -> Trained:
+        """Return a candidate trained on the first `tokens` tokens.
+
+        Args:
+            stitch: makes the candidate, whose weights do not change.
+        """
         pieces = bisect_right(self._ends, tokens)
-        trained = self._resume(genome, candidate, pieces)
+        kept = self._kept.pop(genome, None)
+        trained = kept if kept is not None and kept.pieces <= pieces else self._start(stitch())
         model: Any = trained.model.eval()  # no dropout: a score depends on the genome alone
+        if self.device.type != "cpu":
+            recompute(model)
         logits = Logits.of(model)
         for piece in range(trained.pieces, pieces):
-            self._step(model, logits, trained.optimizer, piece, candidate.dtype)
+            self._step(model, logits, trained.optimizer, piece)
         trained.pieces = pieces
+        model.eval()
         return trained
 
     def keep(self, genome: Genome, trained: Trained) -> None:
-        """Keep the state of a candidate's training, so that a later `train` can continue from it."""
+        """Keep the state of a candidate's training for a later `train` to continue from, if there is room for it."""
         held = sum(state.bytes for state in self._kept.values())
         sharing = parallel.neighbours() if self.device.type == "cpu" else 1
         if held + trained.bytes <= self.kept_bytes // sharing:
             self._kept[genome] = trained
-        else:
-            self._spill(genome, trained)
 
     def forget_all_but(self, genomes: Iterable[Genome]) -> None:
         """Drop the kept states of all candidates other than these."""
         survivors = set(genomes)
         self._kept = {genome: state for genome, state in self._kept.items() if genome in survivors}
-        for genome in self._spilled.keys() - survivors:
-            self._spilled.pop(genome)[0].close()
-
-    def _resume(self, genome: Genome, candidate: PreTrainedModel, pieces: int) -> Trained:
-        """Return the genome's kept state if it has seen at most `pieces` pieces, or else an untrained one."""
-        kept = self._kept.pop(genome, None)
-        if kept is None and genome in self._spilled:
-            kept = self._unspill(genome, candidate)
-        return kept if kept is not None and kept.pieces <= pieces else self._start(candidate)
 
     def _start(self, candidate: PreTrainedModel) -> Trained:
         model = trainable_copy(candidate, self.trains)
         weights = [p for p in model.parameters() if p.requires_grad]
         return Trained(model, torch.optim.AdamW(weights, lr=self.learning_rate, weight_decay=0.0, fused=True), 0)
 
-    def _step(self, model: Any, logits: Logits, optimizer: torch.optim.AdamW, piece: int, dtype: torch.dtype) -> None:
-        ids, low = self.pieces[piece].to(self.device), dtype == torch.bfloat16
+    def _step(self, model: Any, logits: Logits, optimizer: torch.optim.AdamW, piece: int) -> None:
+        ids, low = self.pieces[piece].to(self.device), model.dtype == torch.bfloat16
         if ids.shape[1] == 1:  # no token is predicted from another
             return
         loss_gradient = self._loss_gradient(ids, piece)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low):
+        # Without a cache of them, the weights in low precision are there for a block at a time.
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low, cache_enabled=False):
             hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state
             states = hidden[:, :-1].flatten(0, 1)
             gradient = logits.gradient(states, loss_gradient)
@@ -137,28 +137,19 @@ class CandidateTrainer:
         """Return the gradient, for logits, of the mean loss over all tokens of a piece but the last."""
         if self.teacher is None:
             return CrossEntropyGradient(ids[:, 1:].flatten())
-        if piece not in self._teacher_states:
-            with torch.no_grad():
-                hidden = self.teacher.get_decoder()(ids, use_cache=False).last_hidden_state
-            self._teacher_states[piece] = hidden[:, :-1].flatten(0, 1)
-        states = self._teacher_states[piece]
+        states = self._states(ids, piece, self.teacher)
         return KLGradient(Logits.of(self.teacher), states, len(states))
 
-    def _spill(self, genome: Genome, trained: Trained) -> None:
-        file = tempfile.TemporaryFile()  # noqa: SIM115, it has no name and disappears with the process
-        weakref.finalize(self, file.close)
-        with scratch_writing():
-            torch.save(state_of(_training(trained.model), trained.optimizer), file)
-        self._spilled[genome] = file, trained.pieces
-
-    def _unspill(self, genome: Genome, candidate: PreTrainedModel) -> Trained:
-        file, pieces = self._spilled.pop(genome)
-        trained = self._start(candidate)
-        with file:
-            file.seek(0)
-            set_state(_training(trained.model), trained.optimizer, torch.load(file, map_location=self.device))
-        trained.pieces = pieces
-        return trained
+    @torch.no_grad()
+    def _states(self, ids: Int[Tensor, "1 piece_length"], piece: int, teacher: Any) -> Tensor:
+        """The teacher's last hidden states on all tokens of a piece but the last."""
+        if self.taught is not None:
+            self._all_states = self._all_states or self.taught()
+            return self._all_states.read(piece)[:, :-1].flatten(0, 1)
+        if piece not in self._teacher_states:
+            hidden = teacher.get_decoder()(ids, use_cache=False).last_hidden_state
+            self._teacher_states[piece] = hidden[:, :-1].flatten(0, 1)
+        return self._teacher_states[piece]
 
 
 def _training(model: nn.Module) -> dict[str, nn.Parameter]:

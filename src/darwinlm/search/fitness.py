@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from math import inf, isfinite
 from typing import Protocol, runtime_checkable
@@ -18,8 +19,9 @@ from darwinlm.database.stitch import Stitcher
 from darwinlm.losses.logits import Logits, hidden_states
 from darwinlm.losses.metrics import Metric, metric, predicted_tokens
 from darwinlm.model.blocks import Blocks, Resident
+from darwinlm.model.states import last_states
 from darwinlm.runtime import parallel
-from darwinlm.search.candidate_training import KEPT_BYTES, CandidateTrainer, rounded
+from darwinlm.search.candidate_training import KEPT_BYTES, CandidateTrainer, Trained, rounded
 from darwinlm.search.lockstep import WAVE_BYTES, Lockstep, Pair
 from darwinlm.types import Genome, SelectionStage
 
@@ -84,7 +86,10 @@ class Fitness:
         teacher = stitcher.dense if config.loss == "distillation" else None
         consumers = [unit.consumer for unit in stitcher.grid.units] if config.trains == "consumers" else None
         pieces = cut(training_ids, {stage.training_tokens for stage in config.stages}, bos)
-        self._trainer = CandidateTrainer(pieces, config.learning_rate, self.device, teacher, consumers, kept_bytes)
+        taught = None if blocks is None else partial(last_states, stitcher.dense, stitcher.family, blocks, pieces)
+        settings = teacher, consumers, kept_bytes, taught
+        self._trainer = CandidateTrainer(pieces, config.learning_rate, self.device, *settings)
+        self._elsewhere = blocks
         blocks = blocks or Resident(stitcher.dense, stitcher.family)
         kept_on = self.device if keeps_states else torch.device("cpu")
         self._lockstep = Lockstep(stitcher, blocks, self._batches, kept_on, wave_bytes)
@@ -166,11 +171,15 @@ class Fitness:
             if owner != parallel.rank():
                 continue
             key = genomes[index], stage
+            trained = None
             if key not in self._trained:
-                self._trained[key] = self._score_trained(*key)
+                self._trained[key], trained = self._score_trained(*key)
             scores[index] = self._trained[key]
             best = sorted([*best, (scores[index], index)])[: stage.survivors]
             self._trainer.forget_all_but([*(genomes[i] for _, i in best), *genomes[index + 1 :]])
+            may_go_on = (scores[index], index) in best and stage.training_tokens < self._last_training
+            if trained is not None and may_go_on:
+                self._trainer.keep(genomes[index], trained)
         return parallel.sums_everywhere(scores)
 
     def _assign(self, genomes: Sequence[Genome]) -> list[int]:
@@ -186,16 +195,16 @@ class Fitness:
             self._owners[genome] = owner
         return [self._owners[genome] for genome in genomes]
 
-    def _score_trained(self, genome: Genome, stage: SelectionStage) -> float:
-        candidate = self.stitcher.stitch(genome)
-        trained = self._trainer.train(genome, candidate, stage.training_tokens)
+    def _score_trained(self, genome: Genome, stage: SelectionStage) -> tuple[float, Trained]:
+        """The score of a candidate after a stage's training, and what was trained."""
+        trained = self._trainer.train(
+            genome, partial(self.stitcher.stitch, genome, self._elsewhere), stage.training_tokens
+        )
         indices = self._of_tokens[stage.fitness_tokens]
-        with rounded(trained.model, candidate.dtype) as model, torch.no_grad():
+        with rounded(trained.model, trained.model.dtype) as model, torch.no_grad():
             self._add_metrics(indices)
             sums = {}
             for index in indices:
                 states = hidden_states(model, self._batches[index]).flatten(0, 1)
                 (sums[index],) = self._metrics[index].totals([states], self._logits)
-        if stage.training_tokens < self._last_training:
-            self._trainer.keep(genome, trained)
-        return self._mean(stage, sums)
+        return self._mean(stage, sums), trained

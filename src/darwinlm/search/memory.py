@@ -1,7 +1,7 @@
 """What a search holds on its device, counted from shapes before it begins, and what a limit leaves for its caches.
 
-Caches save time and change no result: what is not kept waits in the host's memory or in temporary files, or is read
-from the database again.
+Caches save time and change no result: what is not kept waits in the host's memory, is trained again, or is read from
+the database again.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ class SearchMemory:
         stream: the hidden states of a candidate on a batch.
         scoring: what a block's forward pass or the logits of a few tokens take.
         training: what training a candidate takes before selection, its activations included; 0 without training.
+        frozen: what a candidate in training has of its own beside that, where the dense model is not on the device.
         refit: what the refit takes beside the pruned model; 0 without one.
         states: the parent's states in front of every block, where candidates are scored untrained.
-        survivors: the states of survivors that will be trained further, which may wait in temporary files.
+        survivors: the states of survivors that will be trained further, which save training them again.
     """
 
     dense: int
@@ -52,6 +53,7 @@ class SearchMemory:
     stream: int
     scoring: int
     training: int
+    frozen: int
     refit: int
     states: int
     survivors: int
@@ -63,8 +65,13 @@ class SearchMemory:
 
     @property
     def visiting(self) -> int:
-        """What a search holds whose blocks come from the host's memory: two, and a candidate's version of one."""
-        return self.ends + 3 * self.block + self._beside
+        """What a search holds whose blocks come from the host's memory: two, and a candidate's version of one.
+
+        Candidates that are trained are whole, and are trained when no block visits.
+        """
+        scored = 3 * self.block + STREAMS * self.stream + self.scoring
+        trained = self.block + self.frozen + self.training if self.training else 0
+        return self.ends + self.targets + max(scored, trained)
 
     @property
     def _beside(self) -> int:
@@ -72,8 +79,8 @@ class SearchMemory:
 
     @property
     def search(self) -> int:
-        """What a search cannot do without. Candidates that are trained are whole."""
-        return self.resident if self.training else min(self.resident, self.visiting)
+        """What a search cannot do without."""
+        return min(self.resident, self.visiting)
 
     @property
     def refitting(self) -> int:
@@ -88,7 +95,7 @@ class SearchMemory:
     @property
     def caches(self) -> int:
         """What more a search uses to save time: blocks, the parent's states, survivors, and narrow modules."""
-        return self.resident - self.search + self.states + min(self.survivors, KEPT_BYTES) + self.narrow
+        return self.resident - self.search + self.states + self.survivors + self.narrow
 
 
 @dataclass(frozen=True)
@@ -145,8 +152,6 @@ def count_memory(
     scoring = max(batch * in_flight, of_batch)
     steps = [stage.training_tokens for stage in search.stages]
     stream = each * length * hidden * (blocks + 1)
-    once = _activations(inputs, hidden, blocks, each, length) + of_sequence
-    once += each * length * hidden * len(inputs) if search.trains == "all" else 0  # what producers read
     twice = _activations(inputs, hidden, blocks, each, length) // blocks + stream + 2 * of_sequence
     survivors = max((stage.survivors for stage in search.stages[:-1] if stage.training_tokens), default=0)
     return SearchMemory(
@@ -157,7 +162,8 @@ def count_memory(
         targets=_targets(search, tokens, hidden, each),
         stream=each * batch * hidden,
         scoring=scoring,
-        training=_training(trained, each, max(once, scoring)) if any(steps) else 0,
+        training=_training(trained, each, twice, scoring) if any(steps) else 0,
+        frozen=each * (narrow - trained) if any(steps) else 0,
         # Gradients have their place throughout, and the stitched model's own consumers are replaced.
         refit=(4 * FLOAT - each) * consumers + twice if refit.tokens else 0,
         states=0 if all(steps) else blocks * tokens * hidden * each,
@@ -185,9 +191,9 @@ def allowance(memory: SearchMemory, limit: int | None) -> Allowance:
     left = usable - (memory.resident if resident else memory.visiting)
     states = memory.states <= left
     left -= memory.states if states else 0
-    survivors = min(memory.survivors, KEPT_BYTES, left // 2)
+    survivors = min(memory.survivors, left // 2)
     more = min(max(WAVE_BYTES - 2 * memory.stream, 0), left // 2)
-    narrow = (memory.narrow if memory.training else memory.block) + left - survivors - more
+    narrow = (memory.narrow if memory.training and resident else memory.block) + left - survivors - more
     return Allowance(resident, narrow, states, survivors, 2 * memory.stream + more)
 
 
@@ -213,13 +219,12 @@ def _targets(search: SearchConfig, tokens: int, hidden: int, each: int) -> int:
     return embedded + (2 * FLOAT * search.top_k * tokens if search.metric == "top-k-kl" else embedded)
 
 
-def _training(weights: int, each: int, activations: int) -> int:
-    """Bytes of weights that train in float32 with two moments of AdamW, and what a step adds.
+def _training(weights: int, each: int, activations: int, scoring: int) -> int:
+    """Bytes of weights that train in float32 with two moments of AdamW, and what a step or scoring adds.
 
-    When a backward pass begins, it has all activations and the copies of weights that products take; when it ends, it
-    has all gradients. Scoring what was trained takes such copies too.
+    A step adds gradients, beside which the activations of a block are there; scoring rounds the weights.
     """
-    return 3 * FLOAT * weights + max(FLOAT * weights, each * weights + activations)
+    return 3 * FLOAT * weights + max(FLOAT * weights + activations, each * weights + scoring)
 
 
 def _activations(inputs: list[int], hidden: int, blocks: int, each: int, tokens: int) -> int:

@@ -74,8 +74,8 @@ def judging(
     if device.type == "cpu":
         teacher = checkpoint.load(dtype, device)
         blocks = Resident(teacher, checkpoint.family)
-    ids = torch.stack([held_out[index]["input_ids"] for index in indices])
-    states = last_states(teacher, checkpoint.family, blocks, ids)
+    batches = [held_out[index]["input_ids"][None] for index in indices]
+    states = last_states(teacher, checkpoint.family, blocks, batches)
     states.device = torch.device("cpu")
     embedding = Logits.of(teacher)
     host = nn.Linear(1, 1, device="meta")

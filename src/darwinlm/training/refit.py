@@ -13,16 +13,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from darwinlm.config.run import RefitConfig
 from darwinlm.database.stitch import Stitcher
@@ -34,6 +31,7 @@ from darwinlm.model.states import last_states
 from darwinlm.runtime import parallel
 from darwinlm.runtime.files import as_json, read_tensors, write_tensors
 from darwinlm.runtime.progress import say, track
+from darwinlm.training.activations import recompute
 from darwinlm.training.optimizer_state import set_state, state_of
 from darwinlm.types import DarwinError, Genome
 
@@ -75,7 +73,7 @@ def refit(
     parallel.wait_for_all()  # every process has read the file before the first one writes it
     steps = -(-len(token_ids) // config.batch_size)
     batches = [_Batch.of(batch) for batch in token_ids.split(config.batch_size)[done:]]
-    mine = torch.cat([token_ids[:0], *(batch.mine for batch in batches)])
+    mine = [ids for batch in batches for ids in batch.sequences]
     dense, source = stitcher.dense, blocks or Resident(stitcher.dense, stitcher.family)
     saved, divergences = time.monotonic(), list[float]()
     with closing(last_states(dense, stitcher.family, source, mine)) as targets:
@@ -113,12 +111,12 @@ def _identity(genome: Genome, config: RefitConfig, provenance: dict[str, Any]) -
 class _Batch(NamedTuple):
     """The sequences of a step that this process runs, and the tokens that all processes run."""
 
-    mine: Int[Tensor, "mine length"]
+    sequences: list[Int[Tensor, "1 length"]]
     tokens: int
 
     @classmethod
     def of(cls, token_ids: Int[Tensor, "sequences length"]) -> _Batch:
-        return cls(token_ids[parallel.rank() :: parallel.processes()], token_ids.numel())
+        return cls(list(token_ids.split(1)[parallel.rank() :: parallel.processes()]), token_ids.numel())
 
 
 @dataclass
@@ -158,7 +156,7 @@ class _Learner:
         """
         total, device = 0.0, self.model.device
         low = self.model.dtype == torch.bfloat16
-        for ids in batch.mine.split(1) if len(batch.mine) else ():
+        for ids in batch.sequences:
             # Without a cache of them, the weights in low precision are there for a block at a time.
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low, cache_enabled=False):
                 total += _accumulate(self.model, self.logits, ids.to(device), next(targets), batch.tokens)
@@ -215,15 +213,6 @@ def _replace(model: PreTrainedModel, path: str, weight: Tensor) -> nn.Linear:
     new.bias = old.bias
     model.set_submodule(path, new)
     return new
-
-
-def recompute(model: PreTrainedModel) -> None:
-    """Let every block of a model in evaluation mode compute its activations a second time instead of keeping them."""
-    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    blocks: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for block in blocks:
-        block.gradient_checkpointing, block._gradient_checkpointing_func = True, again
-        block.training = True  # which blocks ask for; the modules in them still drop nothing out
 
 
 def _accumulate(

@@ -23,6 +23,8 @@ from darwinlm.commands.plan.work import (
 from darwinlm.config.training import GradualConfig, GradualStage
 from darwinlm.evaluation.memory import evaluation_bytes
 from darwinlm.genome import prunable_parameters
+from darwinlm.runtime.device import DTYPES
+from darwinlm.search.candidate_training import KEPT_BYTES
 from darwinlm.search.held_out import POINTS, TOKENS
 from darwinlm.search.lockstep import WAVE_BYTES
 from darwinlm.search.memory import HEADROOM, SearchMemory, count_memory
@@ -80,7 +82,14 @@ class Pruning:
         config = self.config
         sizes = self.at.parameters, self.model, self.at.grid, self.at.uniform
         settings = config.search, config.refit, config.calibration.sequence_length
-        return plan_search(*sizes, *settings, self.machine.count)
+        return plan_search(*sizes, *settings, self.machine.count, self._keeps_survivors)
+
+    @property
+    def _keeps_survivors(self) -> bool:
+        """Whether there is room for what survivors have learned, half of what else is left."""
+        memory = self.memory
+        left = self.machine.usable - (memory.resident if self.resident else memory.visiting)
+        return memory.survivors <= (left // 2 if self.machine.gpu else KEPT_BYTES)
 
     @property
     def training(self) -> TrainingPlan:
@@ -95,7 +104,7 @@ class Pruning:
     @property
     def resident(self) -> bool:
         """Whether the search keeps the dense model's blocks on the device."""
-        return self.trains_candidates or self.memory.resident <= self.machine.usable
+        return not self.machine.gpu or self.memory.resident <= self.machine.usable
 
     @property
     def judged(self) -> int:
@@ -166,9 +175,9 @@ def _search(this: Pruning) -> Stage:
     note = f"{this.config.search.generations} generations"
     if this.trains_candidates:
         note += f", training {this.config.search.trains}"
-    elif not this.resident:
+    if not this.resident:
         note += ", blocks in host memory"
-    return this.placed("search", "search", seconds, *_searched(this), _survivors(this), note)
+    return this.placed("search", "search", seconds, *_searched(this), 0, note)
 
 
 def _searched(this: Pruning) -> tuple[int, int]:
@@ -178,12 +187,6 @@ def _searched(this: Pruning) -> tuple[int, int]:
         return memory.search + memory.caches, 0
     # Weights pass through the host's memory, or stay there.
     return memory.resident if this.resident else memory.visiting, count * memory.dense + memory.states
-
-
-def _survivors(this: Pruning) -> int:
-    """Bytes of survivors' states in temporary files: what the device has no room for."""
-    left = max(0, this.machine.usable - this.memory.search)
-    return max(0, this.memory.survivors - left // 2)
 
 
 def _walked(this: Pruning, walks: float) -> float:
@@ -223,10 +226,12 @@ def _waves(this: Pruning, tokens: int) -> int:
 def _refit(this: Pruning) -> Stage:
     """The refit of the searched and of the uniform model."""
     consumers, states = _consumers(this), this.config.refit.tokens * this.model.hidden_size
-    targets = states * this.machine.dtype.itemsize
-    tensors = this.memory.refitting + (0 if this.machine.gpu else this.memory.dense + targets)
-    host = this.memory.dense + targets  # the checkpoint's pages, read block by block
-    seconds = this.work.refit.seconds(this.machine.blocks)
+    # The dense model's states, and a block of it for each process.
+    host = states * this.machine.dtype.itemsize + this.machine.count * this.memory.block
+    kept = states * this.machine.dtype.itemsize + this.memory.dense
+    tensors = this.memory.refitting + (0 if this.machine.gpu else kept)
+    sharing = min(this.machine.count, this.config.refit.batch_size)
+    seconds = this.work.refit.seconds(this.machine.blocks) / sharing
     # Of one model the weights with both moments, while it is trained; of the other its weights.
     disk = (3 + 1) * FLOAT * consumers
     note = f"{this.config.refit.tokens:,} tokens, of two models"
@@ -265,7 +270,7 @@ def _evaluation(this: Pruning) -> Stage:
     seconds += written * max(started, this.stored * sum(models) / bandwidth)
     loading = this.stored * models[-1] / machine.rates.loads
     if machine.gpu and not there:  # the block runner measures quality with blocks that come from the host
-        seen = int(this.memory.visiting / HEADROOM)
+        seen = int((this.memory.ends + 3 * this.memory.block + this.memory.scoring) / HEADROOM)
         return Stage("evaluation", "evaluation", loading + seconds, seen, tensors, 0, "speeds on the host's processors")
     return this.placed("evaluation", "evaluation", loading + seconds, tensors, this.stored * models[-1], 0)
 
@@ -276,14 +281,13 @@ def _training(this: Pruning) -> Stage:
     sharded = config.fsdp and machine.count > 1
     tokens = config.micro_batch_size * this.config.stream.sequence_length
     model = TrainedModel.of(this.at.target_parameters, this.model, this.at.grid, this.at.uniform)
-    length, settings = this.config.stream.sequence_length, (config, this.config.distillation)
-    teacher = this.at.parameters
-    memory = count_training(model, *settings, length, machine.dtype, machine.count, teacher)
-    tensors = memory.most
+    settings = config, this.config.distillation, this.config.stream.sequence_length, DTYPES["bfloat16"]
+    held = count_training(model, *settings, machine.count, this.at.parameters)
+    tensors = held.most
     steps = this.stage.tokens // (tokens * machine.count)
     sent = steps * counted.communication_bytes / machine.peer_link if sharded else 0.0
     seconds = max(counted.work.seconds(machine.blocks) / machine.count, sent)
-    # Sharded weights come straight from the checkpoint.
-    host = memory.teacher * machine.count + FLOAT * this.at.target_parameters * (1 if sharded else machine.count)
+    # Shards are read a block at a time, a whole model by every process.
+    host = machine.count * (FLOAT * (model.block if sharded else model.parameters) + held.teacher)
     note = f"{this.stage.tokens:,} tokens, {counted.steps:,} steps"
     return this.placed("training", "training", seconds, tensors, host, counted.disk_bytes, note)

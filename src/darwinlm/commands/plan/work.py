@@ -61,6 +61,7 @@ def plan_search(
     refit: RefitConfig,
     length: int,
     processes: int = 1,
+    kept: bool = True,
 ) -> SearchPlan:
     """Count the work of a search and of its refits, of the process that has most of it.
 
@@ -71,8 +72,8 @@ def plan_search(
         parameters: parameters of the dense model, embeddings included.
         uniform: a genome of the size that is searched for.
         length: tokens in a sequence.
-        processes: share batches and candidates where none is trained, candidates where they are, and the sequences of a
-            refit.
+        processes: share batches and candidates where none is trained, candidates where they are, and the refit.
+        kept: whether survivors' training states are, else each stage trains them from the beginning.
     """
     blocks, pruned = (prunable_parameters(grid, genome) for genome in (grid.dense(), uniform))
     head = config.vocab_size * config.hidden_size
@@ -95,15 +96,12 @@ def plan_search(
         scores += own * 2.0 * small * read
         if search.metric == "kl":  # the dense model's logits, for each candidate in training or once for all
             scores += (own if again else min(1.0, own)) * 2.0 * head * read
-        steps += own * (4.0 * small + 2.0 * trained) * (stage.training_tokens - before)
+        steps += own * (4.0 * small + 2.0 * trained) * (stage.training_tokens - (before if kept else 0))
         candidates, before = stage.survivors, stage.training_tokens
     return SearchPlan(
         start=Work(_start(grid, dense, blocks, small, search) / processes + 2.0 * teacher * before),
         generations=Work(search.generations * scores, search.generations * steps),
-        refit=Work(
-            2 * refit.tokens * 2.0 * dense / processes,
-            2 * refit.tokens * (4.0 * small + 2.0 * consumers) / processes,
-        ),
+        refit=Work(2 * refit.tokens * 2.0 * dense, 2 * refit.tokens * (4.0 * small + 2.0 * consumers)),
     )
 
 
@@ -287,9 +285,6 @@ class TrainingPlan:
 
     Attributes:
         work: the student's training, and the teacher's forward passes.
-        memory_bytes: the size of float32 weights, gradients and both moments of AdamW, over all processes; activations
-            are not counted.
-        teacher_bytes: the size of the dense model in each process; 0 where its logits are read from the disk.
         disk_bytes: the size of the tokens, of the teacher's top-k logits, and of the two checkpoints that are kept.
         communication_bytes: what each process receives for every micro-batch where weights are sharded: all weights in
             bfloat16, forwards and backwards, and gradients in float32. 0 where they are not.
@@ -297,8 +292,6 @@ class TrainingPlan:
 
     steps: int
     work: Work
-    memory_bytes: int
-    teacher_bytes: int
     disk_bytes: int
     communication_bytes: int
 
@@ -316,8 +309,6 @@ def plan_training(parameters: int, teacher_parameters: int, tokens: int, config:
     return TrainingPlan(
         steps=steps_of(tokens, config.training, config.stream),
         work=Work(2.0 * teacher_parameters * tokens if taught else 0.0, float(tokens) * student),
-        memory_bytes=4 * FLOAT * parameters,
-        teacher_bytes=0 if distillation.top_k else DTYPES["bfloat16"].itemsize * teacher_parameters,
         disk_bytes=FLOAT * tokens + logits + 2 * 3 * FLOAT * parameters,
         communication_bytes=(2 * DTYPES["bfloat16"].itemsize + FLOAT) * parameters if config.training.fsdp else 0,
     )
