@@ -24,6 +24,7 @@ from darwinlm.evaluation.memory import evaluation_bytes
 from darwinlm.genome import Grid, prunable_parameters
 from darwinlm.model.blocks import Blocks, InHostMemory, InShards, Resident
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
+from darwinlm.model.families import block_sizes, find_grid
 from darwinlm.model.licence import licence_of
 from darwinlm.model.pruned import pruned_config
 from darwinlm.model.size import parameter_count
