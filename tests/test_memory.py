@@ -271,3 +271,26 @@ def test_candidates_that_are_trained_are_whole_and_the_dense_model_may_be_elsewh
     assert given(memory, least + 50).survivors == 5
     assert given(memory, least + 100).survivors == 20
     assert [given(memory, bytes_held).resident for bytes_held in (least, 239, 240)] == [False, False, True]
+
+
+@pytest.mark.slow
+def test_models_that_do_not_fit_beside_each_other_are_judged_from_outside(
+    scaled: Path, text: Path, tmp_path: Path, counts: list[SearchMemory]
+) -> None:
+    """Where the search has room for the dense model and the evaluation none for three models, the limit still holds."""
+    search = replace(runs.SHORT.search, generations=1, offspring=3, stages=STAGES["untrained"])
+    free = config(scaled, text, tmp_path / "free", search=search, memory="1GB", refit=RefitConfig(tokens=0))
+    prepare(free, tmp_path / "tight")
+    with accelerator():
+        run(free)
+    limit = int(1.02 * counts[-1].resident / HEADROOM)
+    tight = replace(free, out=str(tmp_path / "tight"), memory=f"{limit / 1e6:.3f}MB")
+    with accelerator():
+        run(tight, until="search")
+        gc.collect()
+        MEMORY.begin()
+        run(tight)
+        assert MEMORY.most <= limit
+    assert allowance(counts[-1], limit).resident
+    for near, far in zip(Run(free.out).table, Run(tight.out).table, strict=True):
+        assert near["kl"] == pytest.approx(far["kl"], abs=1e-4)

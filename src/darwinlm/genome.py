@@ -79,7 +79,7 @@ def level_grid(units: tuple[Unit, ...], levels: int, granularity: int, divisible
 
 
 def _check_divisible(unit: Unit, divisor: int) -> None:
-    counts = {"channels": unit.structures}
+    counts = {"channels": unit.structures} if unit.kind == "mlp" else {}  # a mixer leaves whole
     if unit.kind == "attention":
         counts = {"KV heads": unit.groups, "query heads": unit.structures}
     for what, count in counts.items():
@@ -92,7 +92,7 @@ def _check_divisible(unit: Unit, divisor: int) -> None:
 
 def _removed(unit: Unit, levels: int, granularity: int, divisible_by: int) -> tuple[int, ...]:
     step = granularity if unit.kind == "mlp" else unit.groups if unit.in_turns else 1
-    step = lcm(step, divisible_by)
+    step = step if unit.kind not in ("attention", "mlp") else lcm(step, divisible_by)
     if step < 1 or unit.structures % step:
         raise UsageError(
             f"database.granularity must divide the {unit.structures} channels of {unit.name}, found {step}"

@@ -121,6 +121,7 @@ def run(config: RunConfig, until: Stage = "report", given: Given | None = None) 
             result = allocate(work, make_fitness(work, database))
         if until == "search":
             return this
+        work = work.after_search()
         with stages.measured("refit"):
             consumers = refit_consumers(work, database, "searched", result.best)
         if parallel.first():

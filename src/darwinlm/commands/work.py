@@ -20,7 +20,8 @@ from darwinlm.data.corpus import fingerprint, read_corpus
 from darwinlm.data.draw import draw_texts, draw_tokens, fit_to_text
 from darwinlm.data.packing import check_ids
 from darwinlm.database.store import reused_database
-from darwinlm.genome import Grid
+from darwinlm.evaluation.memory import evaluation_bytes
+from darwinlm.genome import Grid, prunable_parameters
 from darwinlm.model.blocks import Blocks, InHostMemory, InShards, Resident
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.families import block_sizes, find_grid
@@ -34,7 +35,7 @@ from darwinlm.runtime.progress import say
 from darwinlm.search.budget import TIMED, Budget, Measure, Target
 from darwinlm.search.costs import Costs, a_token, counted_costs, parameter_costs
 from darwinlm.search.latency import latency_costs
-from darwinlm.search.memory import Allowance, allowance, count_memory
+from darwinlm.search.memory import HEADROOM, Allowance, allowance, count_memory
 from darwinlm.search.uniform import check_export, uniform
 from darwinlm.types import DarwinError, Genome
 
@@ -92,6 +93,19 @@ class Work:
             config, self.checkpoint, self.grid, self.dense_parameters, genome, self.device, self.dtype, until
         )
         return replace(self, run=this, config=config, uniform=genome, budget=budget, allowance=allowed)
+
+    def after_search(self) -> Work:
+        """The same work, with the dense model outside where the device has no room to judge three models beside it."""
+        limit, size = _limit(self.config, self.device), self.dense_parameters
+        if limit is None or not self.allowance.resident:
+            return self
+        exported = parameter_costs(self.grid, size).of(self.uniform)
+        own = (size, prunable_parameters(self.grid, self.uniform), exported)  # the uniform one shares embeddings
+        length, each = self.config.calibration.sequence_length, self.checkpoint.dtype.itemsize
+        if evaluation_bytes(own, self.checkpoint.config, length, each) <= HEADROOM * limit:
+            return self
+        self.models.clear()
+        return replace(self, allowance=replace(self.allowance, resident=False))
 
     def dense_by_block(self) -> tuple[PreTrainedModel, Blocks]:
         """The dense model in the search's precision, and its blocks, of which an accelerator has one at a time.

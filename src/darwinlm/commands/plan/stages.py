@@ -107,6 +107,18 @@ class Pruning:
         return not self.machine.gpu or self.memory.resident <= self.machine.usable
 
     @property
+    def judged(self) -> int:
+        """Bytes of the dense, the uniform and the searched model side by side, and of a pass of one of them."""
+        uniform = prunable_parameters(self.at.grid, self.at.uniform)  # which shares the dense model's embeddings
+        own = (self.at.parameters, uniform, self.at.target_parameters)
+        return evaluation_bytes(own, self.model, self.config.calibration.sequence_length, self.stored)
+
+    @property
+    def judged_there(self) -> bool:
+        """Whether models are exported and judged on the device, as `Work.after_search` decides."""
+        return self.resident and self.judged <= self.machine.usable
+
+    @property
     def stored(self) -> int:
         """Bytes of a weight in the checkpoint."""
         return (self.model.dtype or torch.float32).itemsize
@@ -240,26 +252,26 @@ def _export(this: Pruning) -> Stage:
     again = written if this.config.verify else 0
     tensors = this.stored * this.at.parameters + written
     seconds = written / rates.disk + again / rates.loads
-    host = written + again + (0 if this.resident else this.stored * this.at.parameters)
-    return this.placed("export", "export", seconds, tensors if this.resident else 0, host, written)
+    host = written + again + (0 if this.judged_there else this.stored * this.at.parameters)
+    return this.placed("export", "export", seconds, tensors if this.judged_there else 0, host, written)
 
 
 def _evaluation(this: Pruning) -> Stage:
     """Quality, curves, speed and continuations of the dense, the uniform and the searched model."""
     models = (this.at.parameters, *2 * (this.at.target_parameters,))
-    own = models[0], prunable_parameters(this.at.grid, this.at.uniform), models[2]  # the uniform one shares embeddings
-    tensors = evaluation_bytes(own, this.model, this.config.calibration.sequence_length, this.stored)
-    machine, there = this.machine, tensors <= this.machine.usable
+    tensors, machine, there = this.judged, this.machine, this.judged_there
     blocks, bandwidth = (machine.blocks, machine.bandwidth) if there else (machine.aside, machine.aside_bandwidth)
     config, texts = this.config.evaluation, 1 + len(this.config.evaluation.texts)
     read = texts * (config.tokens * sum(models) + POINTS * TOKENS * models[-1])
-    read += (config.repeats + 1) * config.speed_tokens * sum(models)
+    timed = (config.repeats + 1) * config.speed_tokens * sum(models)
     written = (config.repeats + 1) * config.decode_tokens + len(config.prompts) * config.continuation_tokens
     started = START_SECONDS * blocks_of(this.at.grid) * len(models) if there and machine.gpu else 0.0
-    seconds = 2.0 * read / blocks.forward + written * max(started, this.stored * sum(models) / bandwidth)
+    seconds = 2.0 * read / machine.blocks.forward + 2.0 * timed / blocks.forward
+    seconds += written * max(started, this.stored * sum(models) / bandwidth)
     loading = this.stored * models[-1] / machine.rates.loads
-    if machine.gpu and not there:
-        return Stage("evaluation", "evaluation", loading + seconds, 0, tensors, 0, "on the host's processors")
+    if machine.gpu and not there:  # the block runner measures quality with blocks that come from the host
+        seen = int((this.memory.ends + 3 * this.memory.block + this.memory.scoring) / HEADROOM)
+        return Stage("evaluation", "evaluation", loading + seconds, seen, tensors, 0, "speeds on the host's processors")
     return this.placed("evaluation", "evaluation", loading + seconds, tensors, this.stored * models[-1], 0)
 
 
