@@ -19,8 +19,7 @@ from darwinlm.database.stitch import repeat_shared
 from darwinlm.export.vllm import tensor_parallel_sizes
 from darwinlm.genome import level_grid
 from darwinlm.model.checkpoint import Checkpoint
-from darwinlm.model.families import find_grid, find_units
-from darwinlm.model.pruned import block_sizes_of
+from darwinlm.model.families import block_sizes_of, find_grid, find_units
 from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_bytes, parameter_count
 from darwinlm.runtime.files import read_json, write_record
