@@ -171,7 +171,7 @@ def test_an_export_can_be_split_among_devices(
         checkpoints["llama-gqa"], text, tmp_path / "run", target="params=0.9", database=database, keep_attention=True
     )
     run = compress.run(config, until="export")
-    sizes = block_sizes_of(load(run.exported).config)
+    sizes = block_sizes_of(load(run.exported))
     assert divisor in tensor_parallel_sizes(sizes)
     assert any(block.query_heads < 8 or block.intermediate < 64 for block in sizes)
 
