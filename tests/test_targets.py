@@ -19,8 +19,7 @@ from darwinlm.database.stitch import repeat_shared
 from darwinlm.export.vllm import tensor_parallel_sizes
 from darwinlm.genome import level_grid
 from darwinlm.model.checkpoint import Checkpoint
-from darwinlm.model.families import find_grid, find_units
-from darwinlm.model.pruned import block_sizes_of
+from darwinlm.model.families import block_sizes_of, find_grid, find_units
 from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_bytes, parameter_count
 from darwinlm.runtime.files import read_json, write_record
@@ -172,7 +171,7 @@ def test_an_export_can_be_split_among_devices(
         checkpoints["llama-gqa"], text, tmp_path / "run", target="params=0.9", database=database, keep_attention=True
     )
     run = compress.run(config, until="export")
-    sizes = block_sizes_of(load(run.exported).config)
+    sizes = block_sizes_of(load(run.exported))
     assert divisor in tensor_parallel_sizes(sizes)
     assert any(block.query_heads < 8 or block.intermediate < 64 for block in sizes)
 
