@@ -17,6 +17,7 @@ from darwinlm.database.store import Database, add_unit
 from darwinlm.genome import level_grid
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.types import DarwinError
+from refusals import told
 
 
 def build(path: Path, poison: Callable[[PreTrainedModel], None], tokens: int = 192, damping: float = 0.01) -> Database:
@@ -102,7 +103,7 @@ def test_fewer_tokens_than_channels(
     """Where rounding leaves a Hessian indefinite, it is computed on in float64 or damped further, and that is said."""
     capsys.readouterr()
     database = build(tmp_path, poison, tokens, damping)
-    said = [line for line in capsys.readouterr().err.splitlines() if "rounding leaves the Hessian indefinite" in line]
+    said = [line for line in told(capsys.readouterr().err) if "rounding leaves the Hessian indefinite" in line]
     assert all(line.startswith("block-0") for line in said)
     assert said or damping == 0.01
     assert_finite(database)

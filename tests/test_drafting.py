@@ -51,8 +51,9 @@ def test_acceptance_is_what_a_slow_loop_accepts(seed: int) -> None:
     tokenizer = tiny.tokenizer()
     found = drafting(dense, draft, tokenizer, PROMPTS, NEW, AHEAD)
     by_hand = [accepted_by_hand(dense, draft, tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
-    drafted, accepted, passes = (sum(each[i] for each in by_hand) for i in (1, 2, 3))
-    assert [each[0] for each in by_hand] == [greedy(dense, tokenizer(prompt)["input_ids"], NEW) for prompt in PROMPTS]
+    texts, *counts = zip(*by_hand, strict=True)
+    drafted, accepted, passes = map(sum, counts)
+    assert list(texts) == [greedy(dense, tokenizer(prompt)["input_ids"], NEW) for prompt in PROMPTS]
     assert found.same
     assert found.acceptance == pytest.approx(accepted / drafted)
     assert found.tokens_a_pass == pytest.approx(len(PROMPTS) * NEW / passes)

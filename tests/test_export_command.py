@@ -85,8 +85,7 @@ def test_what_cannot_be_exported_is_said_in_one_sentence(
         ((source, "--format", "onnx", "--out", tmp_path / "out"), "--format"),
     ):
         assert export(*arguments) == 2
-        said = " ".join(capsys.readouterr().err.split())
-        assert said.startswith("darwinlm: ")
+        said = only_sentence(capsys.readouterr().err)
         assert sentence in said
 
 
@@ -123,8 +122,7 @@ def test_damaged_sources_are_refused_and_never_filled_up(
 
     def refused(code: int, words: str) -> None:
         assert export(tmp_path / "model", "--no-verify", "--out", tmp_path / "out") == code
-        said = " ".join(capsys.readouterr().err.split())
-        assert said.startswith("darwinlm: ")
+        said = only_sentence(capsys.readouterr().err)
         assert words in said
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

@@ -88,7 +88,7 @@ def export_model(source: str | Path, out: str | Path, config: ExportConfig | Non
 def _with_text(config: ExportConfig, source: Path) -> ExportConfig:
     """The form, with a run's own text where none is given."""
     settings = next((file for file in (SETTINGS, FRONTIER_SETTINGS) if (source / file).is_file()), None)
-    if config.data is not None or settings is None:
+    if config.type not in QUANTISED or config.data is not None or settings is None:
         return config
     kind = RunConfig if settings == SETTINGS else FrontierConfig
     return replace(config, data=read_settings(source / settings, kind).data)
