@@ -12,7 +12,7 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 
-from browser import CHROMIUM, Browser, browser
+from browser import Browser, browser
 from darwinlm.evaluation.quality import Quality
 from darwinlm.evaluation.rows import Row
 from darwinlm.evaluation.tasks import Score
@@ -272,7 +272,6 @@ def test_a_page_that_fails_is_only_missing(tmp_path: Path, capsys: pytest.Captur
 
 @pytest.fixture(scope="module")
 def tab(tmp_path_factory: pytest.TempPathFactory):
-    assert CHROMIUM, "no chromium: apt-get install chromium"
     with browser(tmp_path_factory.mktemp("profile")) as opened:
         yield opened
 
