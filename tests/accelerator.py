@@ -197,6 +197,13 @@ class Simulated(torch.Tensor):
     def numpy(self, *_: Any, **__: Any) -> Any:
         raise TypeError(f"cannot convert a tensor on {NAME} to numpy: copy it to the CPU first")
 
+    def __getitem__(self, indices: Any) -> Any:
+        """Lists of indices become tensors here, in any thread: torch makes them below where we look."""
+        indices = indices if isinstance(indices, tuple) else (indices,)
+        return super().__getitem__(
+            tuple(torch.tensor(index).to(NAME) if isinstance(index, list) else index for index in indices)
+        )
+
     def untyped_storage(self) -> Any:
         return self.held.untyped_storage()
 

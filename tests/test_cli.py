@@ -381,4 +381,5 @@ def test_an_interruption_is_one_sentence_however_early(tmp_path: Path) -> None:
         # heed any, or within `exec` of a string, which some modules load by: its shell then sees 130 all the same.
         assert running.returncode in (130, 2, -signal.SIGINT)
         assert "Traceback" not in said, seconds
-        assert said.count("\n") == 1 or (running.returncode == -signal.SIGINT and not said)
+        told = [line for line in said.splitlines() if "loading torch" not in line]
+        assert len(told) == 1 or (running.returncode == -signal.SIGINT and not told)
