@@ -12,7 +12,7 @@ from torch import Tensor
 from darwinlm.data.corpus import fingerprint
 from darwinlm.database.stitch import Stitcher
 from darwinlm.losses.logits import Logits
-from darwinlm.losses.metrics import Divergence
+from darwinlm.losses.metrics import divergence
 from darwinlm.model.blocks import Blocks
 from darwinlm.runtime.files import as_json, read_record, write_record
 from darwinlm.runtime.progress import track
@@ -77,8 +77,8 @@ def divergences(
         last: dict[Genome, Tensor] = {}
         for wave in lockstep.hidden([(genome, index) for genome in {dense: 0, **dict.fromkeys(genomes)}]):
             last |= {genome: states.flatten(0, 1) for (genome, _), states in wave.items()}
-        divergence = Divergence(last.pop(dense))
-        sums[index] = dict(zip(last, divergence.totals(list(last.values()), logits), strict=True))
+        reference = divergence(last.pop(dense), logits)
+        sums[index] = dict(zip(last, reference.totals(list(last.values()), logits), strict=True))
     means, first = [], 0
     for of_text in cut:
         parts, first = sums[first : first + len(of_text)], first + len(of_text)
