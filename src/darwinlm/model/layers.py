@@ -103,10 +103,9 @@ def layer_types(types: list[str], blocks: Sequence[BlockSizes], as_they_are: boo
         as_they_are: whether a type means more than masks, so that it changes only where it must.
     """
     result: list[str] = []
-    attention, used = None, set[str]()
+    attentions: list[str] = []
     for kind, block in zip(types, blocks, strict=True):
-        attention = kind if block.query_heads else attention
-        used |= {kind} if block.query_heads else set()
-        stays = block.query_heads or block.mixer or attention is None or (as_they_are and kind in used)
-        result.append(kind if stays else attention)
+        attentions += [kind] if block.query_heads else []
+        stays = block.query_heads or block.mixer or not attentions or (as_they_are and kind in attentions)
+        result.append(kind if stays else attentions[-1])
     return result

@@ -21,17 +21,13 @@ recorded: Any = (LlamaModel._can_record_outputs or {}).get("attentions", nn.Modu
 CHOICE = "_attn_implementation_internal"  # where `set_attn_implementation` stores it
 
 
-class LayersOf:
-    """The configs of layers by number, or one by the type that it has, whose layers have heads of one width."""
+class LayersOf(list[Any]):
+    """The configs of layers by number, or one by a type, of which all layers have heads of one width."""
 
-    def __init__(self, layers: Any, types: list[str]):
-        self.layers, self.types = layers, types
-
-    def __len__(self) -> int:
-        return len(self.layers)
+    types: tuple[str, ...] = ()
 
     def __getitem__(self, key: Any) -> Any:
-        return self.layers[self.types.index(key) if isinstance(key, str) else key]
+        return super().__getitem__(self.types.index(key) if isinstance(key, str) else key)
 
 
 class PrunedLlamaConfig(LlamaConfig):
@@ -45,7 +41,9 @@ class PrunedLlamaConfig(LlamaConfig):
         if key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
             return object.__getattribute__(self, self.attribute_map.get(key, key))
         if key == "per_layer_config":
-            return LayersOf(super().__getattribute__(key), self.layer_types)
+            layers = LayersOf(super().__getattribute__(key))
+            layers.types = (*self.layer_types,)
+            return layers
         return super().__getattribute__(key) if key != CHOICE or not self.whole else getattr(self.whole, key)
 
     def __setattr__(self, key: str, value: Any) -> None:

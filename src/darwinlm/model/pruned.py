@@ -66,7 +66,7 @@ LINES_BY_HEAD = (  # of the template, from and to
     ("from functools", "from typing"), ("def select_heads", "def resized"), ("    for name in parts", "    for part in")
 )  # fmt: skip
 LINES_BY_TYPE = (
-    ("class LayersOf", "class PrunedLlamaConfig"), ('        if key == "per_layer_config"', "        return super().__geta")
+    ("class LayersOf", "class PrunedLlamaConfig"), ('        if key == "per_l', "        return super().__geta")
 )  # fmt: skip
 CLASSIFIER = "AutoModelForSequenceClassification"
 FIRST_KEPT = "first_kept"  # the field that says how many blocks stay whatever is left of them

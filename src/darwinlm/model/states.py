@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from darwinlm.model.blocks import Arguments, Blocks, Stream, run_block
+from darwinlm.model.blocks import Arguments, Blocks, Handed, Stream, run_block
 from darwinlm.model.family import Family
 from darwinlm.runtime.progress import track
 from darwinlm.runtime.scratch import scratch_writing
@@ -48,7 +48,7 @@ class States:
         self._places: dict[tuple[int, str, int], tuple[int, torch.Size, torch.dtype]] = {}
         self.held: dict[tuple[int, str, int], Tensor] = {}
         self._handed: dict[int, dict[str, int]] = {}  # how many tensors each batch has of what blocks hand on
-        self._latest = Stream(torch.empty(0))  # that was read
+        self._latest: Handed = {}  # of what was read
 
     def read(self, index: int) -> Float[Tensor, "sequences length hidden"]:
         """The states of a batch, on `device`."""
@@ -62,14 +62,14 @@ class States:
         """The states of a batch with what blocks have handed on, on `device`."""
         counts = self._handed.get(index, {})
         handed = {name: tuple(self._get((index, name, i)) for i in range(count)) for name, count in counts.items()}
-        self._latest = Stream(self.read(index), handed)
-        return self._latest
+        self._latest = handed
+        return Stream(self.read(index), handed)
 
     def write_stream(self, index: int, stream: Stream) -> None:
         """Keep a batch's stream, behind the block that has run on the latest that was read. Raises as `write`."""
         self.write(index, stream.states)
         for name, tensors in stream.handed.items():
-            if tensors is not self._latest.handed.get(name):  # else they are kept already
+            if tensors is not self._latest.get(name):  # else they are kept already
                 self._handed.setdefault(index, {})[name] = len(tensors)
                 for number, tensor in enumerate(tensors):
                     self._put((index, name, number), tensor)
