@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from darwinlm.model.families import block_sizes_of
-from darwinlm.model.layers import PRUNED, head_counts, head_width, is_pruned, layer_config
+from darwinlm.model.layers import head_counts, head_width, is_pruned, layer_config
 from darwinlm.model.pruned import (
     PRUNED,
     auto_map,
@@ -40,7 +40,9 @@ MIXERS = (
     "vLLM's Transformers backend does not run"
 )
 
-WIDTHS = "expected heads of one width, found other ones in some blocks, which vLLM's Transformers backend is not known to run"
+WIDTHS = (
+    "expected heads of one width, found others in some blocks, which vLLM's Transformers backend is not known to run"
+)
 
 
 def zero_stubs(model: PreTrainedModel) -> PreTrainedModel:

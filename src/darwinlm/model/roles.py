@@ -106,7 +106,7 @@ def _merge(blocks: str, found: Sequence[_Found]) -> dict[str, Any]:
                 _refuse(f"{each.path}.{path}", f"the {owners[path]}, as in another block", f"the {name}")
     if "attention" not in fields or "mlp" not in fields:
         _refuse(blocks, "an attention and an MLP in its blocks", "none")
-    joint = tuple(each.index for each in found if each.attention and each.attention["value"] in each.projections[1:2])
+    joint = tuple(each.index for each in found if len(each.projections) == 2)
     return fields | {"values_of_keys": joint, "remains": any(each.remains for each in found)}
 
 
