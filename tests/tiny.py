@@ -157,10 +157,15 @@ def build(family: str, seed: int = 0) -> PreTrainedModel:
             nn.init.normal_(parameter, std=0.3)
         elif "norm" in name:
             nn.init.uniform_(parameter, 0.5, 1.5)
+    draw_scalars(model)
+    return model.requires_grad_(False)
+
+
+def draw_scalars(model: PreTrainedModel) -> None:
+    """Give blocks that scale the stream a random number each."""
     for name, buffer in model.named_buffers():
         if name.endswith("layer_scalar"):
             nn.init.uniform_(buffer, 0.5, 1.5)
-    return model.requires_grad_(False)
 
 
 def write_checkpoint(path: Path, family: str, seed: int = 0, adds_bos: bool = False) -> Path:

@@ -146,6 +146,7 @@ def build(family: str) -> PreTrainedModel:
             nn.init.normal_(parameter, std=0.3)
         elif "norm" in name:
             nn.init.uniform_(parameter, 0.5, 1.5)
+    tiny.draw_scalars(model)
     return model.requires_grad_(False)
 
 

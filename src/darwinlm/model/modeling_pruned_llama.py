@@ -38,7 +38,7 @@ class PrunedLlamaConfig(LlamaConfig):
 
     def __getattribute__(self, key: str) -> Any:
         # transformers >= 5.14 warns or raises when code reads a size of the model whose layers have their own.
-        if key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if key in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim"):
             return object.__getattribute__(self, self.attribute_map.get(key, key))
         if key == "per_layer_config":
             layers = LayersOf(super().__getattribute__(key))
