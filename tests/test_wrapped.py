@@ -60,7 +60,7 @@ def export(case: pruned.Pruned, which: int, out: Path, verify: bool = False) -> 
     genome = case.genomes()[which]
     stitched = repeat_shared(case.stitcher.stitch(genome))
     sizes = block_sizes(case.database.grid, genome, case.dense.config)
-    expected = Expected.of(stitched) if verify else None
+    expected = Expected.of(stitched, case.checkpoint.whole) if verify else None
     return pruned.export_hf(stitched, sizes, pruned.tiny.tokenizer(), out, "", expected, case.checkpoint.path)
 
 

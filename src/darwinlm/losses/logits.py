@@ -182,6 +182,7 @@ def _around(model: PreTrainedModel, *replaced: nn.Module) -> Callable[[Tensor], 
 @dataclass
 class _Output(BaseModelOutputWithPastAndCrossAttentions):
     router_logits: tuple[Tensor, ...] | None = None  # which models with experts have, or could have
+    shared_kv_states: Any = None  # and those whose blocks hand on keys and values
 
 
 class _PassThrough(nn.Module):

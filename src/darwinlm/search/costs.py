@@ -10,7 +10,8 @@ from transformers import PretrainedConfig
 
 from darwinlm.config.run import ServingConfig
 from darwinlm.genome import Grid
-from darwinlm.model.families import head_dim, key_value_heads
+from darwinlm.model.families import key_value_heads
+from darwinlm.model.layers import head_counts, head_dim, layer_config, shares
 from darwinlm.types import Genome, Kind, Unit
 
 
@@ -110,12 +111,15 @@ def cache_costs(grid: Grid, config: PretrainedConfig, bytes_each: int) -> Costs:
 
     def cached(unit: Unit, removed: int) -> int:
         remaining = unit.structures - removed
-        if unit.kind != "attention" or not remaining:
+        if unit.kind != "attention" or not remaining or shares(config, unit.block, "reuse"):
             return 0
-        queries = remaining * unit.structure_width // head_dim(config)
-        return 2 * key_value_heads(unit, remaining, queries) * head_dim(config) * bytes_each
+        width = head_dim(layer_config(config, unit.block))
+        queries = remaining * unit.structure_width // width
+        return 2 * key_value_heads(unit, remaining, queries) * width * bytes_each
 
-    return Costs("bytes of cache a token", _tabulate(grid, cached), 0)
+    shared = [layer_config(config, b) for b in range(config.num_hidden_layers) if shares(config, b, "store")]
+    fixed = sum(2 * head_counts(layer)[1] * head_dim(layer) * bytes_each for layer in shared)
+    return Costs("bytes of cache a token", _tabulate(grid, cached), fixed)
 
 
 def memory_costs(
@@ -133,7 +137,7 @@ def memory_costs(
         tuple(ceil(form * weight) + tokens * cached for weight, cached in zip(*unit, strict=True))
         for unit in zip(weights.units, cache.units, strict=True)
     )
-    return Costs("bytes of weights and cache", units, ceil(form * weights.fixed))
+    return Costs("bytes of weights and cache", units, ceil(form * weights.fixed) + tokens * cache.fixed)
 
 
 def a_token(costs: Costs, what: str, tokens: int) -> Costs:
