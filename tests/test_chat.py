@@ -32,7 +32,7 @@ WITH_TOOLS = [
 def written(ids: list[int], marks: list[bool], tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """What the marked tokens say, run by run."""
     runs = groupby(zip(ids, marks, strict=True), key=lambda pair: pair[1])
-    return [tokenizer.decode([token for token, _ in run]) for marked, run in runs if marked]
+    return [str(tokenizer.decode([token for token, _ in run])) for marked, run in runs if marked]
 
 
 @pytest.mark.parametrize("template", [chats.CHATML, chats.MARKED, chats.THINKING])
@@ -40,7 +40,8 @@ def written(ids: list[int], marks: list[bool], tokenizer: PreTrainedTokenizerFas
 def test_the_mask_is_of_what_the_assistant_wrote_and_of_the_end_of_its_turn(template: str, adds_bos: bool) -> None:
     tokenizer = chats.tokenizer(template, adds_bos)
     ids, assistant = render(Chat.of(TURNS), tokenizer)
-    assert ids == tokenizer.apply_chat_template(TURNS)["input_ids"]
+    encoded: Any = tokenizer.apply_chat_template(TURNS)
+    assert ids == encoded["input_ids"]
     last = "<think>\n\n</think>\n\nFive\nsix. <|im_end|>" if template == chats.THINKING else "Five\nsix. <|im_end|>"
     assert written(ids, assistant, tokenizer) == ["Two, three.<|im_end|>", last]
 

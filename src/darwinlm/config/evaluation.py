@@ -7,7 +7,7 @@ from typing import Literal
 
 from darwinlm.config.checks import expect_counts, expect_named, expect_seed
 from darwinlm.config.run import CalibrationConfig, DatabaseConfig, EvaluationConfig, SearchConfig
-from darwinlm.types import UsageError
+from darwinlm.types import LossTokens, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +115,9 @@ class CompareConfig(TasksConfig):
     """Allocators by name (`darwinlm.rivals.methods.METHODS`); if none are given, all that train nothing."""
     targets: tuple[str, ...] = ("params=0.9", "params=0.8", "params=0.7", "params=0.6", "params=0.5")
     """Shares of the dense model's parameters that are kept."""
+    loss_tokens: LossTokens = "assistant"
+    """Of chats in the text, the tokens that count in fitness, refit, training and evaluation: those that the assistant
+    wrote, or all. Of other text, all do."""
     seed: int = 0
     """Seed of everything random."""
     device: str = "auto"

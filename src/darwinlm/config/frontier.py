@@ -17,6 +17,7 @@ from darwinlm.config.run import (
     SearchConfig,
     ServingConfig,
 )
+from darwinlm.types import LossTokens
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class FrontierConfig(TasksConfig):
     """The share of the dense model's parameters that the largest model keeps."""
     smallest: float = 0.4
     """The share that the smallest model keeps."""
+    loss_tokens: LossTokens = "assistant"
+    """Of chats in the text, the tokens that count in fitness, refit, training and evaluation: those that the assistant
+    wrote, or all. Of other text, all do."""
     seed: int = 0
     """Seed of everything random."""
     device: str = "auto"

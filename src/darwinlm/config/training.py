@@ -22,6 +22,7 @@ from darwinlm.config.run import (
     SearchConfig,
     ServingConfig,
 )
+from darwinlm.types import LossTokens
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,9 @@ class TrainConfig:
     """The dense model, whose distribution is learned and from which the KL divergence is reported."""
     skip: int = 0
     """Tokens to skip at the beginning of the text, which an earlier training has seen."""
+    loss_tokens: LossTokens = "assistant"
+    """Of chats in the text, the tokens that count in loss and evaluation: those that the assistant wrote, or all. Of
+    other text, all do."""
     seed: int = 0
     """Order of the sequences, and everything else that is random."""
     device: str = "auto"
@@ -184,6 +188,9 @@ class GradualConfig:
     stages: tuple[GradualStage, ...] = ()
     """Target level and training tokens of each stage; the levels rise. If none is given, there is one stage, to half of
     database.levels, with 10 billion tokens."""
+    loss_tokens: LossTokens = "assistant"
+    """Of chats in the text, the tokens that count in fitness, refit, training and evaluation: those that the assistant
+    wrote, or all. Of other text, all do."""
     seed: int = 0
     """Seed of everything random."""
     device: str = "auto"

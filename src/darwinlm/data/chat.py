@@ -132,7 +132,7 @@ def _message(turn: object, number: int, where: str) -> Message:
     """A turn in transformers' form. Raises `BrokenChatError` if it is none."""
     if not isinstance(turn, Mapping):
         raise BrokenChatError(f"{where} has no message as turn {number}: expected role and content; mend it")
-    message: Message = {FIELDS.get(name, name): _without_nulls(value) for name, value in turn.items()}
+    message: Message = {FIELDS.get(str(name), str(name)): _without_nulls(value) for name, value in turn.items()}
     message = {name: value for name, value in message.items() if value is not None}
     role = message.get("role")
     role = ROLES.get(role, role) if isinstance(role, str) else role

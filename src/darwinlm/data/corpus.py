@@ -59,9 +59,12 @@ FLAGS = {
 }
 
 
-def fingerprint(blocks: Int[Tensor, "sequences length"]) -> str:
-    """A hash of token blocks."""
-    return hashlib.sha256(blocks.numpy().tobytes()).hexdigest()
+def fingerprint(ids: Int[Tensor, "sequences length"], counts: Bool[Tensor, "sequences length"] | None = None) -> str:
+    """A hash of token blocks, and of what of them counts."""
+    digest = hashlib.sha256(ids.numpy().tobytes())
+    if counts is not None:
+        digest.update(counts.numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Drawn(NamedTuple):

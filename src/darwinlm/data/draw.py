@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import replace
 
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from darwinlm.config.run import RunConfig, Stage
@@ -44,6 +45,14 @@ def _token_counts(config: RunConfig) -> dict[str, int]:
         "training": max(stage.training_tokens for stage in stages),
         "refit": config.refit.tokens,
     }
+
+
+def apart(
+    drawn: Mapping[str, Drawn],
+) -> tuple[dict[str, Int[Tensor, "_ length"]], dict[str, Bool[Tensor, "_ length"]]]:
+    """The ids by purpose, and which predictions count, for purposes where not all do."""
+    counts = {purpose: blocks.counts for purpose, blocks in drawn.items() if blocks.counts is not None}
+    return {purpose: blocks.ids for purpose, blocks in drawn.items()}, counts
 
 
 def fit_to_text(corpus: Corpus, config: RunConfig) -> RunConfig:

@@ -14,7 +14,7 @@ from itertools import islice, pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -179,9 +179,10 @@ def as_counts(stream: Stream, length: int, tokenizer: PreTrainedTokenizerBase) -
 
 
 def cut(
-    sequences: Int[Tensor, "sequences length"], ends: Iterable[int], bos: int | None
-) -> list[Int[Tensor, "1 piece_length"]]:
-    """Cut sequences apart, and also after each number of tokens in `ends`: so many are in the pieces before that cut.
+    sequences: Shaped[Tensor, "sequences length"], ends: Iterable[int], bos: int | None
+) -> list[Shaped[Tensor, "1 piece_length"]]:
+    """Cut sequences, or what is known of their tokens, apart, and after each number of tokens in `ends`: so many are
+    in the pieces before that cut.
 
     A piece that begins within a sequence begins with a BOS, in the place of its first token, where the model expects
     one.
