@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -166,12 +167,16 @@ def test_the_refit_minimises_the_divergence_where_it_counts(case: Pruned, tmp_pa
         torch.testing.assert_close(weight, trained[path].detach(), rtol=1e-3, atol=1e-4)
 
 
+def _note(seen: list[Tensor], _: Any, given: tuple[Tensor, ...]) -> None:
+    seen.append(given[0].detach())
+
+
 def test_statistics_are_summed_over_what_counts(case: Pruned) -> None:
     """As if the activations of all other tokens had never been."""
     inputs: dict[str, list[Tensor]] = {unit.name: [] for unit in case.database.grid.units}
     for unit in case.database.grid.units:
         module = linear_at(case.dense, unit.consumer)
-        module.register_forward_pre_hook(lambda _, given, name=unit.name: inputs[name].append(given[0].detach()))
+        module.register_forward_pre_hook(partial(_note, inputs[unit.name]))
     with torch.no_grad():
         case.dense(TEXT)
     for unit in case.database.grid.units:

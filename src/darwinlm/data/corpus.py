@@ -150,7 +150,11 @@ class Corpus:
         total = sum(weight for _, _, weight in self.sources)
         return int(-(-tokens * weight // (total * self.sequence_length)))
 
-    def draw_beside(self, text: str, tokens: int) -> Drawn:
+    def draw_beside(self, text: str, tokens: int) -> Int[Tensor, "sequences length"]:
+        """The ids of `draw_beside_counted`. Raises as it does."""
+        return self.draw_beside_counted(text, tokens).ids
+
+    def draw_beside_counted(self, text: str, tokens: int) -> Drawn:
         """Blocks from the beginning of another text, to judge a model on; the same for every seed.
 
         Documents of it that this corpus gives to other purposes do not count.

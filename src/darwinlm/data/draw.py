@@ -117,4 +117,4 @@ def _fitted(corpus: Corpus, counts: dict[str, int], held_out: bool) -> dict[str,
 
 def draw_texts(corpus: Corpus, config: RunConfig) -> dict[str, Drawn]:
     """The further texts that models are judged on. Raises `UsageError` if one cannot be read or is too short."""
-    return {text: corpus.draw_beside(text, config.evaluation.tokens) for text in config.evaluation.texts}
+    return {text: corpus.draw_beside_counted(text, config.evaluation.tokens) for text in config.evaluation.texts}
