@@ -19,6 +19,7 @@ Kind = Literal["attention", "mlp", "mixer"]
 KINDS: tuple[Kind, ...] = ("attention", "mlp", "mixer")
 Structure = Literal["kv_group", "balanced", "head"]
 MetricName = Literal["kl", "top-k-kl", "perplexity"]
+LossTokens = Literal["assistant", "all"]
 MovesName = Literal["priced", "within_kinds"]
 
 

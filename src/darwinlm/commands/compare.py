@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from darwinlm.commands.compress import run as prune
@@ -17,7 +17,7 @@ from darwinlm.config.checks import expect
 from darwinlm.config.evaluation import CompareConfig
 from darwinlm.config.run import RefitConfig, RunConfig
 from darwinlm.data.corpus import read_corpus
-from darwinlm.data.draw import draw_texts, draw_tokens
+from darwinlm.data.draw import apart, draw_counted, draw_texts
 from darwinlm.data.packing import bos_of
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import MANIFEST, Database
@@ -71,6 +71,7 @@ class _Bench:
     judged: Stitcher
     judge: Judge
     tokens: dict[str, Int[Tensor, "sequences length"]]
+    counts: dict[str, Bool[Tensor, "sequences length"]]
     made_from: dict[str, str]
 
 
@@ -142,6 +143,7 @@ def _base(config: CompareConfig) -> RunConfig:
         model=config.model,
         data=config.data,
         out=str(Path(config.out) / "base"),
+        loss_tokens=config.loss_tokens,
         seed=config.seed,
         device=config.device,
         dtype=config.dtype,
@@ -203,7 +205,7 @@ def _choose(bench: _Bench, method: Method, kept: float) -> tuple[Genome, float]:
         stitcher=bench.searched,
         budget=budget,
         uniform=uniform_genome,
-        fitness=Fitness(bench.searched, text, bench.tokens["training"], scored_by, bos),
+        fitness=Fitness(bench.searched, text, bench.tokens["training"], scored_by, bos, counts=bench.counts),
         token_ids=text,
         calibration=bench.tokens["calibration"],
         config=settings,
@@ -248,17 +250,19 @@ def _open(config: CompareConfig, run: RunConfig) -> _Bench:
     path, device = Path(run.out), resolve_device(config.device)
     checkpoint = find_checkpoint(config.model, path)
     grid = find_grid(checkpoint.skeleton(), checkpoint.config, config.database)
-    corpus = read_corpus(config.data, checkpoint.tokenizer, config.calibration.sequence_length, config.seed)
-    tokens, texts = draw_tokens(corpus, run), draw_texts(corpus, run)
+    length = config.calibration.sequence_length
+    corpus = read_corpus(config.data, checkpoint.tokenizer, length, config.seed, config.loss_tokens)
+    drawn, texts = draw_counted(corpus, run), draw_texts(corpus, run)
     manifest = read_record(path / "database" / MANIFEST, "provenance")
     database = Database(path / "database", grid, manifest["provenance"])
     precisions = (resolve_dtype(config.dtype, device), checkpoint.dtype)
     models = {dtype: checkpoint.load(dtype, device) for dtype in dict.fromkeys(precisions)}
     searched, judged = (Stitcher(models[dtype], checkpoint.family, database) for dtype in precisions)
     costs = parameter_costs(grid, parameter_count(searched.dense))
-    judge = Judge(judged.dense, tokens["evaluation"], texts, checkpoint.tokenizer, config.evaluation, config)
+    judge = Judge(judged.dense, drawn["evaluation"], texts, checkpoint.tokenizer, config.evaluation, config)
     made = made_from(checkpoint, manifest["provenance"])
-    return _Bench(config, run, grid, costs, searched, judged, judge, tokens, made)
+    tokens, counts = apart(drawn)
+    return _Bench(config, run, grid, costs, searched, judged, judge, tokens, counts, made)
 
 
 def _measure(bench: _Bench, method: str, kept: float, genome: Genome, seconds: float) -> Cell:

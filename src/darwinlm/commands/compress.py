@@ -24,6 +24,7 @@ from darwinlm.commands.run_directory import (
 )
 from darwinlm.commands.work import Work, open_work
 from darwinlm.config.run import RunConfig, Stage
+from darwinlm.data.corpus import Drawn
 from darwinlm.data.packing import bos_of
 from darwinlm.database.calibrate import calibrate
 from darwinlm.database.stitch import Stitcher, repeat_shared
@@ -161,6 +162,7 @@ def build_database(work: Work) -> Database:
         finished=finished,
         units=work.grid.units,
         dtype=DTYPES[config.calibration.dtype],
+        counts=work.counts.get("calibration") if config.calibration.loss_tokens == "assistant" else None,
     )
     mine = [unit.name for unit in work.grid.units if parallel.is_mine(unit.block)]
     for unit in track(statistics, "database", len(mine), len(finished.intersection(mine))):
@@ -223,6 +225,7 @@ def make_fitness(work: Work, database: Database) -> Fitness:
         keeps_states=allowed.states,
         kept_bytes=allowed.survivors,
         wave_bytes=allowed.wave,
+        counts=work.counts,
     )
 
 
@@ -245,7 +248,8 @@ def refit_consumers(work: Work, database: Database, name: str, genome: Genome) -
     with work.within_memory():
         dense, blocks = work.dense_by_block()
         learner = Stitcher(dense, work.checkpoint.family, database, kept_bytes=0)
-        return refit(learner, genome, work.tokens["refit"], config, file, provenance, blocks)
+        tokens, counts = work.tokens["refit"], work.counts.get("refit")
+        return refit(learner, genome, tokens, config, file, provenance, blocks, counts)
 
 
 def finish(work: Work, database: Database, genome: Genome, consumers: dict[str, Tensor]) -> PreTrainedModel:
@@ -295,12 +299,13 @@ def _evaluate(work: Work, uniform_model: PreTrainedModel) -> list[Row]:
     models = {"dense": dense, "uniform": uniform_model, "searched": reloaded.to(dense.device).eval()}
     sizes = {name: parameter_bytes(model) for name, model in models.items()}
     held_out, tokenizer = work.tokens["evaluation"], work.checkpoint.tokenizer
+    counts = work.counts.get("evaluation")
 
     def by_block(name: str) -> ByBlock:
         family = Checkpoint(work.run.exported).family if name == "searched" else work.checkpoint.family
         return ByBlock(family, work.blocks_of(models[name], family))
 
-    return evaluate(models, held_out, tokenizer, work.config.evaluation, sizes, work.texts, by_block)
+    return evaluate(models, held_out, tokenizer, work.config.evaluation, sizes, work.texts, by_block, counts)
 
 
 def _curves(work: Work, database: Database, result: SearchResult) -> tuple[dict[str, Curve], dict[str, float]]:
@@ -308,6 +313,7 @@ def _curves(work: Work, database: Database, result: SearchResult) -> tuple[dict[
     if not result.history:
         return {}, {}
     stitcher = _stitcher(work, database, work.checkpoint.dtype)
-    texts = {f"{work.config.data}, held out": work.tokens["evaluation"]} | work.texts
+    held_out = Drawn(work.tokens["evaluation"], work.counts.get("evaluation"))
+    texts = {f"{work.config.data}, held out": held_out} | work.texts
     blocks = work.blocks_of(stitcher.dense, stitcher.family)
     return curves(stitcher, blocks, result.history, work.uniform, texts, work.run.search / "curves.json")

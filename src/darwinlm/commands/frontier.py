@@ -30,6 +30,7 @@ from darwinlm.config.evaluation import TasksConfig
 from darwinlm.config.files import read_settings
 from darwinlm.config.frontier import FrontierConfig
 from darwinlm.config.run import RunConfig
+from darwinlm.data.corpus import Drawn
 from darwinlm.database.store import Database
 from darwinlm.evaluation.tasks import Request
 from darwinlm.losses.metrics import label
@@ -226,7 +227,7 @@ def _measure(
 ) -> list[Cell]:
     """The cells of the dense model and of all sizes, with their scores."""
     cells, chosen = Cells(Path(config.out)), []
-    held_out, tokenizer = work.tokens["evaluation"], work.checkpoint.tokenizer
+    held_out, tokenizer = Drawn(work.tokens["evaluation"], work.counts.get("evaluation")), work.checkpoint.tokenizer
     dense = work.dense(work.checkpoint.dtype)
     judge = Judge(dense, held_out, work.texts, tokenizer, config.evaluation, config)
     for number, target in enumerate((DENSE, *sizes)):

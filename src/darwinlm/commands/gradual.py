@@ -99,6 +99,7 @@ def _pruning(config: GradualConfig, stage: GradualStage, number: int, model: str
         model=model,
         data=config.data,
         out=str(out / f"{number}-prune"),
+        loss_tokens=config.loss_tokens,
         seed=config.seed,
         device=config.device,
         verify=config.verify,
@@ -136,6 +137,7 @@ def _training(
         * config.training.batch_size
         * config.stream.sequence_length,
         teacher=str(dense.path),
+        loss_tokens=config.loss_tokens,
         seed=config.seed,
         device=config.device,
         cache=config.cache or str(out / "cache"),

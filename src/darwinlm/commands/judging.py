@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.config.evaluation import TasksConfig
 from darwinlm.config.run import EvaluationConfig
+from darwinlm.data.corpus import Drawn
 from darwinlm.evaluation.generation import continuations
-from darwinlm.evaluation.quality import perplexity_and_kl
+from darwinlm.evaluation.quality import Quality, perplexity_and_kl
 from darwinlm.evaluation.speed import speed
 from darwinlm.evaluation.tasks import SUITE, Request, questions, requested, run_tasks
 from darwinlm.model.size import parameter_bytes
@@ -50,14 +50,14 @@ class Judge:
 
     Attributes:
         dense: the dense model.
-        held_out, texts: text that no stage has seen; perplexity and KL are measured on all of it.
+        held_out, texts: text that no stage has seen; perplexity and KL are measured on all of it that counts.
         tokenizer: for the tasks.
         of_dense: the dense model's last hidden states on each text, which all models are judged against.
     """
 
     dense: PreTrainedModel
-    held_out: Int[Tensor, "sequences length"]
-    texts: dict[str, Int[Tensor, "_ length"]]
+    held_out: Drawn
+    texts: dict[str, Drawn]
     tokenizer: PreTrainedTokenizerBase
     evaluation: EvaluationConfig
     tasks: TasksConfig
@@ -66,13 +66,11 @@ class Judge:
     def measure(self, cell: Cell, model: PreTrainedModel) -> Cell:
         """Return a model's cell with its size, perplexity, KL, speed beside the dense one, and what it writes."""
         models = {DENSE: self.dense, cell.method: model}
-        quality = perplexity_and_kl(models, self.held_out, self.of_dense[HELD_OUT])[cell.method]
-        speeds = speed(models, self.held_out, self.evaluation)
+        quality = self._quality(models, self.held_out, HELD_OUT)[cell.method]
+        speeds = speed(models, self.held_out.ids, self.evaluation)
         own = speeds[cell.method]
         prompts, length = self.evaluation.prompts, self.evaluation.continuation_tokens
-        texts = {
-            text: perplexity_and_kl(models, ids, self.of_dense[text])[cell.method] for text, ids in self.texts.items()
-        }
+        texts = {text: self._quality(models, judged, text)[cell.method] for text, judged in self.texts.items()}
         return replace(
             cell,
             bytes=parameter_bytes(model),
@@ -85,6 +83,9 @@ class Judge:
             texts=texts,
             continuations=continuations(model, self.tokenizer, prompts, length),
         )
+
+    def _quality(self, models: dict[str, PreTrainedModel], text: Drawn, name: str) -> dict[str, Quality]:
+        return perplexity_and_kl(models, text.ids, self.of_dense[name], counts=text.counts)
 
     def with_scores(
         self, cells: Cells, cell: Cell, find_model: Callable[[], PreTrainedModel], requests: list[Request], place: str

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from darwinlm.commands.run_directory import Run, read_genome, versions
 from darwinlm.config.checks import bytes_of
 from darwinlm.config.run import STARTS, RunConfig, Stage
-from darwinlm.data.corpus import fingerprint, read_corpus
-from darwinlm.data.draw import draw_texts, draw_tokens, fit_to_text
+from darwinlm.data.corpus import Drawn, fingerprint, read_corpus
+from darwinlm.data.draw import apart, draw_counted, draw_texts, fit_to_text
 from darwinlm.data.packing import check_ids
 from darwinlm.database.store import reused_database
 from darwinlm.evaluation.memory import evaluation_bytes
@@ -39,6 +39,8 @@ from darwinlm.search.memory import HEADROOM, Allowance, allowance, count_memory
 from darwinlm.search.uniform import check_export, uniform
 from darwinlm.types import DarwinError, Genome
 
+SINCE = {"divisible_by": 1, "loss_tokens": "all"}  # settings that a database need not name, with their defaults
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
@@ -50,6 +52,7 @@ class Work:
         given_genome: the genome of `--genome`, which replaces the search.
         start_genome: the genome of an earlier search from which this one starts.
         tokens: token blocks by purpose, for the stages that are run.
+        counts: by purpose, for every token whether the prediction after it counts, where not all do.
         texts: further texts to judge models on.
         dtype: precision of the search.
         allowance: what the search may keep on the device to save time.
@@ -66,7 +69,8 @@ class Work:
     given_genome: Genome | None
     start_genome: Genome | None
     tokens: dict[str, Int[Tensor, "sequences length"]]
-    texts: dict[str, Int[Tensor, "_ length"]]
+    counts: dict[str, Bool[Tensor, "sequences length"]]
+    texts: dict[str, Drawn]
     device: torch.device
     dtype: torch.dtype
     allowance: Allowance
@@ -153,9 +157,12 @@ def made_from(checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> dict[str
 
 
 def database_settings(config: RunConfig) -> dict[str, Any]:
-    """Settings that determine the database's content. One without `divisible_by` is that of before there was such."""
-    database = {name: value for name, value in asdict(config.database).items() if (name, value) != ("divisible_by", 1)}
-    return {"calibration": asdict(config.calibration), "database": database, "seed": config.seed}
+    """Settings that determine the database's content. Those of `SINCE` are left out: earlier versions had none."""
+
+    def of(section: Any) -> dict[str, Any]:
+        return {name: value for name, value in asdict(section).items() if SINCE.get(name) != value}
+
+    return {"calibration": of(config.calibration), "database": of(config.database), "seed": config.seed}
 
 
 def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
@@ -174,10 +181,11 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
         grid = find_grid(checkpoint.skeleton(), checkpoint.config, config.database)
         for sentence in grid.fewer(config.database.levels):
             say(sentence)
-        corpus = read_corpus(config.data, checkpoint.tokenizer, config.calibration.sequence_length, config.seed)
+        length = config.calibration.sequence_length
+        corpus = read_corpus(config.data, checkpoint.tokenizer, length, config.seed, config.loss_tokens)
         config = fit_to_text(corpus, config) if config.fit_data else config
-        tokens, texts = draw_tokens(corpus, config, until), draw_texts(corpus, config)
-        for ids in (*tokens.values(), *texts.values()):
+        drawn, texts = draw_counted(corpus, config, until), draw_texts(corpus, config)
+        for ids, _ in (*drawn.values(), *texts.values()):
             check_ids(ids, checkpoint.config.vocab_size)
         provenance = {
             "model": checkpoint.agree_on_fingerprint(),
@@ -189,7 +197,7 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
             }
             | ({"divisible_by": config.database.divisible_by} if config.database.divisible_by > 1 else {}),
             "versions": versions(),
-        } | ({"evaluation text": {text: fingerprint(ids) for text, ids in texts.items()}} if texts else {})
+        } | ({"evaluation text": {text: fingerprint(*judged) for text, judged in texts.items()}} if texts else {})
         if config.reuse is not None:
             reused_database(this.database, grid, provenance | database_settings(config))
         dense_parameters = parameter_count(checkpoint.skeleton())
@@ -209,6 +217,7 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
         if parallel.first():
             this.abandon()
         raise
+    tokens, counts = apart(drawn)
     return Work(
         run=this,
         config=config,
@@ -220,6 +229,7 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
         given_genome=given_genome,
         start_genome=start_genome,
         tokens=tokens,
+        counts=counts,
         texts=texts,
         device=device,
         dtype=dtype,

@@ -7,7 +7,7 @@ from typing import Literal
 
 from darwinlm.config.checks import expect_counts, expect_named, expect_seed
 from darwinlm.config.run import CalibrationConfig, DatabaseConfig, EvaluationConfig, SearchConfig
-from darwinlm.types import UsageError
+from darwinlm.types import LossTokens, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +122,9 @@ class CompareConfig(TasksConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the searches and of the tasks; auto is bfloat16 where the device is fast at it. Perplexity, KL and
     speed are measured in the model's own."""
+    loss_tokens: LossTokens = "assistant"
+    """Of chats in the text, the tokens that count in fitness, refit, training and evaluation: those that the assistant
+    wrote, or all. Of other text, all do."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     search: SearchConfig = field(default_factory=SearchConfig)

@@ -17,6 +17,7 @@ from darwinlm.config.run import (
     SearchConfig,
     ServingConfig,
 )
+from darwinlm.types import LossTokens
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ class FrontierConfig(TasksConfig):
     """Scale the stages' tokens down to the text that there is, instead of refusing too little of it."""
     memory: str | None = None
     """Memory of the device that the searches may use, such as 24GB; what a GPU has, if not given."""
+    loss_tokens: LossTokens = "assistant"
+    """Of chats in the text, the tokens that count in fitness, refit, training and evaluation: those that the assistant
+    wrote, or all. Of other text, all do."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     search: SearchConfig = field(default_factory=lambda: SearchConfig(generations=10))

@@ -22,7 +22,7 @@ from darwinlm.config.checks import (
     expect_seed,
     expect_size,
 )
-from darwinlm.types import MetricName, MovesName, SelectionStage, Structure
+from darwinlm.types import LossTokens, MetricName, MovesName, SelectionStage, Structure
 
 Stage = Literal["database", "search", "export", "report"]
 STARTS = ("sensitivity", "uniform")  # anything else is the file of an earlier genome
@@ -40,6 +40,9 @@ class CalibrationConfig:
     """Sequences in one forward pass."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the dense model's forward pass; bfloat16 is faster where the device is. Sums are float32."""
+    loss_tokens: LossTokens = "all"
+    """Of chats in the text, the tokens whose activations are summed: all, or those from which the assistant's next
+    token is predicted."""
 
     def __post_init__(self) -> None:
         expect_counts(self, "calibration", tokens=1, sequence_length=2, batch_size=1)
@@ -263,7 +266,7 @@ class RunConfig:
     model: str
     """A hub id, a directory, a .gguf file, or smollm2-135m."""
     data: str
-    """Text: fineweb-edu, wikitext2, c4, a datasets id, a .txt, .jsonl or .parquet file, vital-wiki.
+    """Text or chats: fineweb-edu, wikitext2, c4, a datasets id, a .txt, .jsonl or .parquet file, vital-wiki.
     SOURCE=WEIGHT,SOURCE=WEIGHT mixes."""
     out: str
     """Directory of the run. The same command resumes it."""
@@ -295,6 +298,9 @@ class RunConfig:
     """Memory of the device that the search may use, such as 24GB; what a GPU has, if not given."""
     report_to: tuple[str, ...] = ()
     """Trackers for the figures of search and refit: tensorboard, trackio, wandb or others that are installed."""
+    loss_tokens: LossTokens = "assistant"
+    """Of chats in the text, the tokens that count in fitness, refit, training and evaluation: those that the assistant
+    wrote, or all. Of other text, all do."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     search: SearchConfig = field(default_factory=SearchConfig)

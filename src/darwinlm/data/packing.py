@@ -1,20 +1,28 @@
 """Documents packed into sequences as a model was trained on them: an end-of-text token between two documents, and a
-beginning-of-sequence token (BOS) before each sequence, where the model's tokenizer adds one to every text."""
+beginning-of-sequence token (BOS) before each sequence, where the model's tokenizer adds one to every text.
+
+Of a chat, only what the assistant wrote counts in a loss; of any other text, all.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from darwinlm.data.chat import Chat, render
 from darwinlm.types import UsageError
+
+RENDERER = 1  # raised when a chat's tokens become others
+
 
 # Tokens that end a document in pre-training. An instruct model's own end token ends a turn of a chat instead.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>")  # noqa: RUF001
@@ -53,6 +61,12 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{content}{bos_of(tokenizer)} {end_of_text(tokenizer)}".encode()).hexdigest()
 
 
+def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of a tokenizer's chat templates and of how chats are rendered by them."""
+    content = json.dumps([RENDERER, getattr(tokenizer, "chat_template", None)], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
 def separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens between two documents: one, or none if the tokenizer has no such token."""
     end = end_of_text(tokenizer)
@@ -77,22 +91,66 @@ def text_length(length: int, tokenizer: PreTrainedTokenizerBase) -> int:
     return length - (bos_of(tokenizer) is not None)
 
 
-def one_stream(
-    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, tokens: int, batch: int = 16
-) -> tuple[list[int], bool]:
-    """The tokens of documents one after another, an end-of-text token after each, and whether all documents are in it.
+@dataclass
+class Stream:
+    """The tokens of documents one after another.
+
+    Attributes:
+        counts: for each token, whether a loss counts its prediction: 1 or 0.
+        whole: whether all documents are in it.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    counts: bytearray = field(default_factory=bytearray)
+    whole: bool = False
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def add(self, ids: Sequence[int], counts: Iterable[bool]) -> None:
+        """Add tokens to its end."""
+        self.ids += ids
+        self.counts += bytes(counts)
+
+    @property
+    def all_count(self) -> bool:
+        """Whether the prediction of every token counts."""
+        return 0 not in self.counts
+
+
+def one_stream(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, tokens: int, batch: int = 16) -> Stream:
+    """The tokens of documents one after another, an end-of-text token after each.
 
     No more batches of documents are read once there are `tokens`.
+
+    Raises:
+        UsageError: as `chat.render`.
     """
+    stream, source = Stream(), iter(documents)
+    while len(stream) < tokens:
+        these = list(islice(source, batch))
+        for ids, counts in _with_ends(these, tokenizer):
+            stream.add(ids, counts)
+        if len(these) < batch:
+            stream.whole = True
+            return stream
+    stream.whole = next(source, None) is None
+    return stream
+
+
+def _with_ends(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], list[bool]]]:
+    """The tokens of each document with its end-of-text token, and which of them count. Sequences alone have a BOS."""
     between = separator(tokenizer)
-    stream: list[int] = []
-    for start in range(0, len(documents), batch):
-        if len(stream) >= tokens:
-            return stream, False
-        these = list(documents[start : start + batch])
-        for ids in tokenizer(these, add_special_tokens=False, verbose=False)["input_ids"]:
-            stream += ids + between
-    return stream, True
+    texts = [document for document in documents if not isinstance(document, Chat)]
+    of_texts = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
+    for document in documents:
+        if isinstance(document, Chat):
+            ids, counts = render(document, tokenizer)
+            first = int(ids[:1] == [bos_of(tokenizer)])
+            yield ids[first:] + between, counts[first:] + [False] * len(between)
+        else:
+            ids = next(of_texts)
+            yield ids + between, [True] * (len(ids) + len(between))
 
 
 def as_sequences(
@@ -105,10 +163,26 @@ def as_sequences(
     return body if bos is None else torch.cat([torch.full((count, 1), bos), body], dim=1)
 
 
+def as_counts(stream: Stream, length: int, tokenizer: PreTrainedTokenizerBase) -> Bool[Tensor, "sequences length"]:
+    """For every token of `as_sequences(stream.ids, ...)`, whether the prediction that a model makes after it counts.
+
+    It counts if the token that follows in the stream does, be it in the next sequence. After the stream's last token,
+    it counts if that one itself does.
+    """
+    text = text_length(length, tokenizer)
+    count = len(stream) // text
+    own = torch.tensor(list(stream.counts), dtype=torch.bool)
+    following = torch.cat([own[1:], own[-1:]])[: count * text].view(count, text)
+    if text == length:
+        return following
+    return torch.cat([own[: count * text].view(count, text)[:, :1], following], dim=1)
+
+
 def cut(
-    sequences: Int[Tensor, "sequences length"], ends: Iterable[int], bos: int | None
-) -> list[Int[Tensor, "1 piece_length"]]:
-    """Cut sequences apart, and also after each number of tokens in `ends`: so many are in the pieces before that cut.
+    sequences: Shaped[Tensor, "sequences length"], ends: Iterable[int], bos: int | None
+) -> list[Shaped[Tensor, "1 piece_length"]]:
+    """Cut sequences, or what is known of their tokens, apart, and after each number of tokens in `ends`: so many are
+    in the pieces before that cut.
 
     A piece that begins within a sequence begins with a BOS, in the place of its first token, where the model expects
     one.

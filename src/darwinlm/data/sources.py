@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 from datasets import IterableDataset, load_dataset
 
-from darwinlm.data.documents import PACKAGED, read_documents, records_of, text_of
+from darwinlm.data.documents import PACKAGED, documents_of, read_documents, records_of
 from darwinlm.data.hub import dataset_named, stream_dataset
 from darwinlm.runtime.understood import understood
 from darwinlm.types import UsageError
@@ -52,7 +52,8 @@ def stream_of(source: str) -> IterableDataset:
 
 
 def texts_of(source: str, documents: IterableDataset) -> Iterator[tuple[dict[str, Any], str]]:
-    """The records of a source, each with its text. Lines of `.jsonl` that hold none are left out and counted.
+    """The records of a source, each with its document. Lines of `.jsonl` that hold none, and rows of a broken chat, are
+    left out and counted.
 
     Args:
         documents: what is left of `stream_of`.
@@ -65,7 +66,7 @@ def texts_of(source: str, documents: IterableDataset) -> Iterator[tuple[dict[str
         lines = (record["text"].encode("latin-1") for record in documents)
         yield from records_of(lines, source, lambda _, line: _place(files, line), whole=False)
     else:
-        yield from ((record, text_of(record, source)) for record in documents)
+        yield from documents_of(documents, source, lambda _, record: _row(files, source, record), whole=False)
 
 
 def _place(files: Sequence[Path], line: bytes) -> str:
@@ -76,6 +77,19 @@ def _place(files: Sequence[Path], line: bytes) -> str:
                 if other.rstrip(b"\r\n") == line:
                     return f"line {number} of {file}"
     return f"a line of {files[0]}"  # which is being written to
+
+
+def _row(files: Sequence[Path], source: str, record: Mapping[str, Any]) -> str:
+    """Where a record is: datasets goes on from anywhere in a file, so it is looked for in all of them."""
+    from pyarrow.parquet import ParquetFile  # slow to import, and only these sources need it
+
+    for path in files:
+        with ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            for number, other in enumerate(rows, 1):
+                if other == record:
+                    return f"row {number:,} of {path}"
+    return f"the row of {source} that begins {str(dict(record))[:80]}"
 
 
 def _in_memory(source: str) -> Iterator[dict[str, str]]:

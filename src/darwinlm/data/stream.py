@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from importlib.metadata import version
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -19,20 +19,29 @@ from typing import Any
 
 import torch
 from datasets import IterableDataset
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from darwinlm.config.training import StreamConfig
 from darwinlm.data.corpus import is_held_out, name_and_weight, parts_of
 from darwinlm.data.documents import pieces_of
-from darwinlm.data.packing import as_sequences, check_ids, one_stream, text_length, tokenizer_fingerprint
+from darwinlm.data.mapped import mapped
+from darwinlm.data.packing import (
+    as_counts,
+    as_sequences,
+    check_ids,
+    one_stream,
+    template_fingerprint,
+    text_length,
+    tokenizer_fingerprint,
+)
 from darwinlm.data.sources import check_distinct, identity_of, stream_of, texts_of
 from darwinlm.runtime import parallel
-from darwinlm.runtime.files import open_tensors, read_record, read_tensors, sweep, write_record, write_tensors
+from darwinlm.runtime.files import read_record, sweep, write_record, write_tensors
 from darwinlm.runtime.progress import say
 from darwinlm.runtime.understood import understood
-from darwinlm.types import DarwinError, UsageError
+from darwinlm.types import DarwinError, LossTokens, UsageError
 
 LANES = 64  # the most that a source has, whatever the number of processes
 
@@ -40,10 +49,7 @@ LANES = 64  # the most that a source has, whatever the number of processes
 FIRST_PART, LARGEST_PART = 64, 8192  # in documents; each part of a lane is twice as large as the one before it
 
 
-PARSER = 2  # raised when the documents or their positions in a source become others
-
-
-OPEN_FILES = 512  # that are mapped into memory at a time: Linux allows a process 65,530 maps
+PARSER = 3  # raised when the documents or their positions in a source become others
 
 
 MANIFEST = "tokens.json"
@@ -79,6 +85,7 @@ class TokenStore:
             "source": identity_of(source),
             "parser": PARSER,
             "tokenizer": tokenizer_fingerprint(tokenizer),
+            "template": template_fingerprint(tokenizer),
             "filter": {"column": config.score_column, "least": config.min_score, "held_out": held_out},
             "sequence_length": config.sequence_length,
         }
@@ -147,6 +154,20 @@ class TokenStore:
         file = self._file(lane, part)
         return mapped(file, delete=file.parent).get_slice("tokens")[row].long()
 
+    def counts(self, lane: int, part: int, row: int) -> Bool[Tensor, " length"]:
+        """For every token of a sequence, whether the prediction after it counts: those of chats' answers, all of text.
+
+        Within a part, it counts if the token that follows does, be it in the next sequence.
+        """
+        if not self.has_chats(lane, part):
+            return torch.ones(self.config.sequence_length, dtype=torch.bool)
+        file = self._file(lane, part)
+        return mapped(file, delete=file.parent).get_slice("counts")[row]
+
+    def has_chats(self, lane: int, part: int) -> bool:
+        """Whether there is something in a part that does not count."""
+        return self._record(self._file(lane, part).with_suffix(".json"))["chats"]
+
     def _extend(self, lane: int, sequences: int) -> None:
         """Add parts to a lane until it has `sequences` sequences or its documents are exhausted."""
         parts = self._parts(lane)
@@ -155,19 +176,19 @@ class TokenStore:
         done = sum(part["sequences"] for part in parts)
         while done < sequences and not (parts and parts[-1]["end"]):
             start = parts[-1]["next"] if parts else None
-            tokens, record = self._make_part(lane, start, len(parts), sequences - done)
+            tensors, record = self._make_part(lane, start, len(parts), sequences - done)
             file = self._file(lane, len(parts))
             provenance = self._provenance(file)
-            write_tensors(file, {"tokens": tokens}, provenance)
+            write_tensors(file, tensors, provenance)
             write_record(file.with_suffix(".json"), record, provenance)
             parts.append(record)
             done += record["sequences"]
             say(f"tokens: {self.source}, part {len(parts)} of lane {lane}, {done:,} sequences in it")
 
-    def _make_part(
-        self, lane: int, start: Any, number: int, most: int
-    ) -> tuple[Int[Tensor, "sequences length"], dict[str, Any]]:
+    def _make_part(self, lane: int, start: Any, number: int, most: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tokens of a lane's part, at most `most` sequences, and the record to keep beside them.
+
+        Beside `tokens` there are `counts` if not every prediction counts, both `[sequences, length]`.
 
         Args:
             start: the state of the lane's documents at which the part begins; None for the first part.
@@ -187,9 +208,9 @@ class TokenStore:
             )
         # Neighbouring documents are often alike, so they are put in the order of their hashes.
         kept.sort(key=lambda text: hashlib.sha256(text.encode()).digest())
-        tokens, whole = _pack(kept, self.tokenizer, self.config.sequence_length, most)
-        end = whole and len(kept) < size
-        return tokens, {"sequences": len(tokens), "whole": whole, "end": end, "next": state}
+        tensors, whole = _pack(kept, self.tokenizer, self.config.sequence_length, most)
+        end, chats = whole and len(kept) < size, "counts" in tensors
+        return tensors, {"sequences": len(tensors["tokens"]), "whole": whole, "end": end, "next": state, "chats": chats}
 
     def _kept_texts(self, documents: IterableDataset) -> Iterator[str]:
         for record, whole in texts_of(self.source, documents):
@@ -225,7 +246,7 @@ class TokenStore:
         return [self._record(file) for file in self._files(lane)]
 
     def _record(self, file: Path) -> dict[str, Any]:
-        record = read_record(file, "sequences", "whole", "end", "next")
+        record = read_record(file, "sequences", "whole", "end", "next", "chats")
         if record["provenance"] != self._provenance(file):
             raise DarwinError(
                 f"{file} is of another part: expected {self._provenance(file)}, found {record['provenance']}; delete "
@@ -251,17 +272,28 @@ class Sequences(torch.utils.data.Dataset):
 
     Attributes:
         places: the store, lane, part and row of each sequence.
+        loss_tokens: which tokens of chats count.
     """
 
     stores: tuple[TokenStore, ...]
     places: Int[Tensor, "sequences 4"]
+    loss_tokens: LossTokens = "assistant"
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        store, *place = self.places[index].tolist()
-        return {"input_ids": self.stores[store].read(*place)}
+        """A sequence: `input_ids`, and where not every prediction of every sequence counts, `counts` for each token."""
+        number, *place = self.places[index].tolist()
+        store = self.stores[number]
+        ids = {"input_ids": store.read(*place)}
+        return ids | {"counts": store.counts(*place)} if self.has_chats else ids
+
+    @cached_property
+    def has_chats(self) -> bool:
+        """Whether there are predictions that do not count."""
+        parts = torch.unique(self.places[:, :3], dim=0).tolist()
+        return self.loss_tokens == "assistant" and any(self.stores[store].has_chats(*part) for store, *part in parts)
 
     def check_ids(self, vocabulary: int) -> None:
         """Raise `UsageError` if a sequence has a token beyond the rows of a model's embedding.
@@ -275,7 +307,7 @@ class Sequences(torch.utils.data.Dataset):
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the order of the sequences and of what they are made from."""
-        names = " ".join(store.path.name for store in self.stores)
+        names = " ".join([*(store.path.name for store in self.stores), *(["answers"] if self.has_chats else [])])
         return hashlib.sha256(names.encode() + self.places.numpy().tobytes()).hexdigest()
 
 
@@ -287,6 +319,7 @@ def draw_sequences(
     cache: Path,
     seed: int,
     skip: int = 0,
+    loss_tokens: LossTokens = "assistant",
 ) -> Sequences:
     """Draw training sequences from `SOURCE` or a mixture `SOURCE=WEIGHT,SOURCE=WEIGHT`, and shuffle them by `seed`.
 
@@ -294,20 +327,27 @@ def draw_sequences(
         data: the source or the mixture.
         sequences: how many to draw.
         skip: how many sequences before these to leave out, because earlier stages of a recipe use them.
+        loss_tokens: which tokens of chats count.
 
     Raises:
         UsageError: if a source cannot be read or has too little text.
     """
     drawn = _draw(data, skip + sequences, tokenizer, config, cache, held_out=False)
     order = torch.randperm(sequences, generator=torch.Generator().manual_seed(seed))
-    return Sequences(drawn.stores, drawn.places[skip:][order])
+    return Sequences(drawn.stores, drawn.places[skip:][order], loss_tokens)
 
 
 def draw_held_out(
-    data: str, sequences: int, tokenizer: PreTrainedTokenizerBase, config: StreamConfig, cache: Path
+    data: str,
+    sequences: int,
+    tokenizer: PreTrainedTokenizerBase,
+    config: StreamConfig,
+    cache: Path,
+    loss_tokens: LossTokens = "assistant",
 ) -> Sequences:
     """Draw sequences of documents that are kept for evaluation. Raises as `draw_sequences` does."""
-    return _draw(data, sequences, tokenizer, config, cache, held_out=True)
+    drawn = _draw(data, sequences, tokenizer, config, cache, held_out=True)
+    return Sequences(drawn.stores, drawn.places, loss_tokens)
 
 
 def _draw(
@@ -331,30 +371,11 @@ def _draw(
 
 def _pack(
     documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, most: int
-) -> tuple[Int[Tensor, "sequences length"], bool]:
-    """Return at most `most` sequences of the documents' tokens, and whether these are all that the documents give."""
-    stream, whole = one_stream(documents, tokenizer, most * text_length(length, tokenizer))
-    sequences = as_sequences(stream, length, tokenizer).to(torch.int32)
-    return sequences[:most], whole and len(sequences) <= most
-
-
-def mapped(file: Path, delete: Path | None = None) -> Any:
-    """An open safetensors file, mapped into memory once in each process, and again if the file has been replaced.
-
-    Its checksum is verified when the process opens it first.
-
-    Raises:
-        DarwinError: as `read_tensors`.
-    """
-    return _mapped(file, delete, file.stat().st_mtime_ns if file.exists() else 0)
-
-
-@lru_cache(maxsize=OPEN_FILES)
-def _mapped(file: Path, delete: Path | None, written: int) -> Any:
-    if (file, written) not in _verified:
-        read_tensors(file, delete)
-        _verified.add((file, written))
-    return open_tensors(file, delete).__enter__()
-
-
-_verified = set[tuple[Path, int]]()  # files, and the times at which they were written
+) -> tuple[dict[str, Tensor], bool]:
+    """At most `most` sequences of the documents' tokens, as `_make_part` returns them, and whether these are all."""
+    stream = one_stream(documents, tokenizer, most * text_length(length, tokenizer))
+    sequences = as_sequences(stream.ids, length, tokenizer).to(torch.int32)
+    tensors = {"tokens": sequences[:most]}
+    if not stream.all_count:
+        tensors["counts"] = as_counts(stream, length, tokenizer)[:most]
+    return tensors, stream.whole and len(sequences) <= most

@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -38,6 +38,7 @@ def calibrate(
     units: Sequence[Unit] | None = None,
     dtype: torch.dtype = torch.float32,
     spill_bytes: int = SPILL_BYTES,
+    counts: Bool[Tensor, "sequences length"] | None = None,
 ) -> Iterator[UnitStatistics]:
     """Yield the statistics of each unit of the dense model, in order: `H = 2/tokens * sum x x^T` in float32.
 
@@ -48,6 +49,7 @@ def calibrate(
         units: the units to measure, all of `checkpoint.units` by default.
         dtype: of the forward pass; sums are float32 in any case.
         spill_bytes: activations of more bytes than this are kept in a temporary file instead of memory.
+        counts: for each token, whether its activations are summed; if None, all are. At least one must be.
 
     Raises:
         DarwinError: if weights or activations are not finite; it names the unit.
@@ -57,8 +59,10 @@ def calibrate(
     if not pending:
         return
     world = parallel.processes()
-    used, ids = token_ids[parallel.rank() :: world].unique(return_inverse=True)
+    mine_of_all = slice(parallel.rank(), None, world)
+    used, ids = token_ids[mine_of_all].unique(return_inverse=True)
     batches = ids.split(batch_size)
+    marks = [None] * len(batches) if counts is None else counts[mine_of_all].split(batch_size)
     model = checkpoint.skeleton()
     stream, arguments = _embed(checkpoint, model, used, batches, dtype, device, spill_bytes)
     mine: list[UnitStatistics] = []
@@ -71,6 +75,8 @@ def calibrate(
                 for gram in grams:
                     hooks.callback(gram.consumer.register_forward_pre_hook(gram).remove)
                 for index, batch in enumerate(batches):
+                    for gram in grams:
+                        gram.counts = marks[index]
                     given = arguments.of(batch.to(device), block)
                     stream.write_stream(index, run_block(layer, stream.read_stream(index), given))
             owner = parallel.owner(block)
@@ -89,6 +95,9 @@ class _Gram:
 
     The trace over the first token of each sequence, a BOS if the model expects one, is summed apart as well: models
     direct attention that is not needed there, and their activations at it can be larger than all others.
+
+    Attributes:
+        counts: which tokens of the batch that comes next are summed; if None, all are.
     """
 
     def __init__(self, unit: Unit, consumer: nn.Linear, length: int):
@@ -99,15 +108,23 @@ class _Gram:
         self.sum = torch.zeros(size, size, device=consumer.weight.device)
         self.first = torch.zeros(1, dtype=torch.float64, device=consumer.weight.device)
         self.tokens = 0
+        self.counts: Bool[Tensor, "sequences length"] | None = None
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].flatten(0, -2).float()
+        self.first += x[self._firsts(len(x), x.device)].double().square().sum()
+        if self.counts is not None:
+            x = x[self.counts.flatten().to(x.device)]
         with exact_products():
             for start in range(0, x.shape[1], PANEL):
                 stop = start + PANEL
                 self.sum[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
-        self.first += x[:: self.length].double().square().sum()
         self.tokens += x.shape[0]
+
+    def _firsts(self, tokens: int, device: torch.device) -> Int[Tensor, " firsts"]:
+        """The places of first tokens that are summed."""
+        places = torch.arange(0, tokens, self.length)
+        return (places if self.counts is None else places[self.counts[:, 0]]).to(device)
 
     def share(self, owner: int) -> None:
         """Add up the sums of all processes on process `owner`."""

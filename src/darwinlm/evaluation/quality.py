@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -42,10 +42,21 @@ class ByBlock(NamedTuple):
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive tokens of a text. Predictions of the tokens from `first` on count; those before are only context."""
+    """Consecutive tokens of a text. Predictions of the tokens from `first` on count; those before are only context.
+
+    Attributes:
+        counts: for each token, whether the prediction after it counts at all; if None, all do.
+    """
 
     token_ids: Int[Tensor, " length"]
     first: int = 1
+    counts: Bool[Tensor, " length"] | None = None
+
+    @property
+    def rows(self) -> Int[Tensor, " predicted"]:
+        """The places of the tokens after which the prediction counts."""
+        places = torch.arange(self.first - 1, len(self.token_ids) - 1)
+        return places if self.counts is None else places[self.counts[places]]
 
 
 def windows_over(stream: Int[Tensor, " tokens"], length: int, stride: int, bos: int | None = None) -> list[Window]:
@@ -75,6 +86,7 @@ def perplexity_and_kl(
     token_ids: Int[Tensor, "sequences length"],
     kept: list[Tensor] | None = None,
     blocks: Mapping[str, ByBlock] | None = None,
+    counts: Bool[Tensor, "sequences length"] | None = None,
 ) -> dict[str, Quality]:
     """Return every model's perplexity and KL divergence from the first model, over the same tokens in one pass.
 
@@ -84,9 +96,10 @@ def perplexity_and_kl(
         kept: saves time in repeated calls with the same first model and tokens: the first call appends that model's
             last hidden states to it, and later calls read them.
         blocks: of models that are to be run block by block, by name.
+        counts: for each token, whether the prediction after it counts; if None, all do.
 
     Raises:
-        UsageError: if there are no sequences, or a sequence has fewer than two tokens.
+        UsageError: if there are no sequences, a sequence has fewer than two tokens, or no prediction counts.
     """
     sequences, length = token_ids.shape
     if sequences < 1 or length < 2:
@@ -94,7 +107,9 @@ def perplexity_and_kl(
             f"too little held-out text: expected a sequence of at least 2 tokens, found {sequences} sequences of "
             f"{length} tokens; raise evaluation.tokens or give more text"
         )
-    return quality_over(models, [Window(sequence) for sequence in token_ids], kept, blocks)
+    marks = [None] * sequences if counts is None else list(counts)
+    windows = [Window(ids, counts=own) for ids, own in zip(token_ids, marks, strict=True)]
+    return quality_over(models, windows, kept, blocks)
 
 
 @torch.inference_mode()
@@ -108,14 +123,23 @@ def quality_over(
 
     Logits exist for `CHUNK` tokens of two models at a time. Probabilities are float32 and sums are float64, whatever
     the models' precision. `kept` and `blocks` are as for `perplexity_and_kl`.
+
+    Raises:
+        UsageError: if no prediction counts.
     """
+    predicted = sum(len(window.rows) for window in windows)
+    if not predicted:
+        raise UsageError(
+            "nothing in the held-out text counts: expected answers of an assistant, found none; give more text, raise "
+            "--evaluation.tokens, or take --loss-tokens all"
+        )
     first, *others = models
     logits = {name: Logits.of(model) for name, model in models.items()}
     loss, divergence = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0.0)
     with evaluation_mode(models.values()):
         states = {name: _states(name, model, windows, (blocks or {}).get(name)) for name, model in models.items()}
         for number, window in enumerate(track(windows, "perplexity and KL", len(windows))):
-            inputs, targets = window.token_ids[:-1], window.token_ids[1:, None]
+            targets = window.token_ids[1:, None]
             hidden = {name: states[name](number) for name in others}
             if kept is None:
                 hidden[first] = states[first](number)
@@ -123,8 +147,7 @@ def quality_over(
                 if number == len(kept):
                     kept.append(states[first](number).cpu())  # all of them are too many for a GPU
                 hidden[first] = kept[number].to(models[first].device)
-            for start in range(window.first - 1, len(inputs), CHUNK):
-                chunk = slice(start, start + CHUNK)
+            for chunk in window.rows.split(CHUNK):
                 dense = None
                 for name in models:
                     log_probs = logits[name](hidden[name][chunk]).log_softmax(-1)
@@ -133,7 +156,6 @@ def quality_over(
                         dense = log_probs
                     else:
                         divergence[name] += _kl(dense.to(log_probs.device), log_probs)
-    predicted = sum(len(window.token_ids) - window.first for window in windows)
     return {name: Quality(perplexity_of(loss[name] / predicted), divergence[name] / predicted) for name in models}
 
 

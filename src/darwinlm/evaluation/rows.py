@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.config.run import EvaluationConfig
+from darwinlm.data.corpus import Drawn
 from darwinlm.evaluation.generation import continuations
 from darwinlm.evaluation.quality import ByBlock, Quality, perplexity_and_kl
 from darwinlm.evaluation.speed import speed
@@ -50,8 +51,9 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     config: EvaluationConfig,
     sizes_in_bytes: Mapping[str, int],
-    texts: Mapping[str, Int[Tensor, "_ length"]] | None = None,
+    texts: Mapping[str, Drawn] | None = None,
     by_block: Callable[[str], ByBlock] | None = None,
+    counts: Bool[Tensor, "sequences length"] | None = None,
 ) -> list[Row]:
     """Return a row for each model, in the order given; the first model is the dense one.
 
@@ -60,6 +62,7 @@ def evaluate(
     Args:
         by_block: gives the blocks of a model by its name, with which perplexity and KL are then measured. It is called
             after everything else, for it may move what a model has beside its blocks to another device.
+        counts: for each token of `token_ids`, whether the prediction after it counts; if None, all do.
 
     Raises:
         UsageError: if the sequences have fewer than two tokens, or a prompt is empty.
@@ -70,8 +73,11 @@ def evaluate(
         for name, model in track(models.items(), "continuations", len(models))
     }
     blocks = {name: by_block(name) for name in models} if by_block is not None else {}
-    qualities = perplexity_and_kl(models, token_ids, blocks=blocks)
-    further = {text: perplexity_and_kl(models, ids, blocks=blocks) for text, ids in (texts or {}).items()}
+    qualities = perplexity_and_kl(models, token_ids, blocks=blocks, counts=counts)
+    further = {
+        text: perplexity_and_kl(models, judged.ids, blocks=blocks, counts=judged.counts)
+        for text, judged in (texts or {}).items()
+    }
     return [
         Row(
             model=name,

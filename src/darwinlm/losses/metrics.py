@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from darwinlm.losses.logits import TILE, Logits
@@ -32,10 +32,19 @@ def label(name: MetricName) -> str:
     return {"kl": "KL", "top-k-kl": "top-k KL", "perplexity": "log-perplexity"}[name]
 
 
-def predicted_tokens(name: MetricName, token_ids: Int[Tensor, "sequences length"]) -> int:
-    """Return how many tokens of a batch a metric sums over: without a context, perplexity predicts no first token."""
+def predicted_tokens(
+    name: MetricName,
+    token_ids: Int[Tensor, "sequences length"],
+    counts: Bool[Tensor, "sequences length"] | None = None,
+) -> int:
+    """Return how many tokens of a batch a metric sums over: without a context, perplexity predicts no first token.
+
+    Args:
+        counts: as for `metric`.
+    """
     sequences, length = token_ids.shape
-    return sequences * (length - (name == "perplexity"))
+    predicted = length - (name == "perplexity")
+    return sequences * predicted if counts is None else int(counts[:, :predicted].sum())
 
 
 def metric(
@@ -44,18 +53,41 @@ def metric(
     logits: Logits,
     token_ids: Int[Tensor, "sequences length"],
     top_k: int,
+    counts: Bool[Tensor, "sequences length"] | None = None,
 ) -> Metric:
     """Return the named metric on a batch.
 
     Args:
         dense: the dense model's last hidden states on the batch.
-        top_k: counts for the metric `top-k-kl` alone.
+        top_k: matters for the metric `top-k-kl` alone.
+        counts: whether the prediction after each token counts; if None, all do.
     """
     if name == "perplexity":
-        return CrossEntropy(token_ids)
-    if name == "top-k-kl":
-        return TopKDivergence.of(dense.flatten(0, 1), logits, top_k)
-    return divergence(dense.flatten(0, 1), logits)
+        return CrossEntropy(token_ids, counts)
+    rows = None if counts is None else counts.flatten().nonzero().flatten().to(dense.device)
+    states = dense.flatten(0, 1) if rows is None else dense.flatten(0, 1)[rows]
+    top = name == "top-k-kl"
+    of_rows = TopKDivergence.of(states, logits, top_k) if top else divergence(states, logits)
+    return of_rows if rows is None else Counted(of_rows, rows)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A metric on the tokens that count.
+
+    Attributes:
+        metric: on these tokens alone.
+        rows: their places in the batch.
+    """
+
+    metric: Metric
+    rows: Int[Tensor, " counted"]
+
+    def totals(self, hidden: Sequence[Float[Tensor, "tokens d_out"]], logits: Logits) -> list[float]:
+        """Return the sum over the tokens that count, in nats, for each candidate's last hidden states."""
+        if not len(self.rows):
+            return [0.0] * len(hidden)
+        return self.metric.totals([states[self.rows] for states in hidden], logits)
 
 
 def divergence(dense: Float[Tensor, "tokens d_out"], logits: Logits) -> Divergence | LinearDivergence:
@@ -151,6 +183,8 @@ class TopKDivergence:
     @classmethod
     def of(cls, dense: Float[Tensor, "tokens d_out"], logits: Logits, top_k: int) -> TopKDivergence:
         """Return the metric of the `top_k` likeliest tokens, or of the whole vocabulary if it has fewer."""
+        if not len(dense):  # no prediction of the batch counts
+            return cls(torch.empty(0, 0, dtype=torch.int32), torch.empty(0, 0))
         parts = [z.log_softmax(-1).topk(min(top_k, z.shape[-1])) for _, z in logits.chunks(dense)]
         return cls(torch.cat([part.indices.int() for part in parts]), torch.cat([part.values for part in parts]))
 
@@ -178,6 +212,7 @@ class CrossEntropy:
     """The logarithm of perplexity: the loss on the text's own next tokens, without regard to the dense model."""
 
     token_ids: Int[Tensor, "sequences length"]
+    counts: Bool[Tensor, "sequences length"] | None = None
 
     def totals(self, hidden: Sequence[Float[Tensor, "tokens d_out"]], logits: Logits) -> list[float]:
         """Return for each candidate the sum over tokens of -log q(next token)."""
@@ -185,9 +220,11 @@ class CrossEntropy:
 
     def _total(self, hidden: Float[Tensor, "tokens d_out"], logits: Logits) -> Float[Tensor, ""]:
         sequences, length = self.token_ids.shape
-        states = hidden.unflatten(0, (sequences, length))[:, :-1].flatten(0, 1)
-        labels = self.token_ids[:, 1:].flatten()
-        totals = []
+        states = hidden.unflatten(0, (sequences, length))[:, :-1]
+        counts = torch.ones_like(self.token_ids, dtype=torch.bool) if self.counts is None else self.counts
+        rows = counts[:, :-1].to(hidden.device)
+        states, labels = states[rows], self.token_ids[:, 1:][rows]
+        totals = [torch.zeros((), dtype=torch.float64, device=hidden.device)]
         for rows, z in logits.chunks(states):
             losses = z.logsumexp(-1) - z.gather(-1, labels[rows, None]).squeeze(-1)
             totals.append(losses.double().sum())

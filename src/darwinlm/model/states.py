@@ -34,7 +34,7 @@ class States:
 
     def __init__(
         self,
-        batches: Sequence[Int[Tensor, "sequences length"]],
+        batches: Sequence[Int[Tensor, "_ _"]],
         width: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -111,7 +111,7 @@ def last_states(
     model: PreTrainedModel,
     family: Family,
     blocks: Blocks,
-    batches: Sequence[Int[Tensor, "sequences length"]],
+    batches: Sequence[Int[Tensor, "_ _"]],
     description: str = "dense model",
 ) -> States:
     """Return a model's last hidden states on each batch, in the host's memory or in a file.

@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -58,6 +58,8 @@ class CandidateTrainer:
         taught: makes the teacher's last hidden states on all pieces, if its blocks are not on the device.
         trains: paths of the modules whose weights train; if None, all weights of the blocks and of the final norm do.
         kept_bytes: the most that trained states take on the device; other candidates are trained again.
+        counts: for each piece, whether the prediction after each token counts; if None, all do. A piece in which none
+            does makes no step.
     """
 
     def __init__(
@@ -69,8 +71,10 @@ class CandidateTrainer:
         trains: Collection[str] | None = None,
         kept_bytes: int = KEPT_BYTES,
         taught: Callable[[], States] | None = None,
+        counts: Sequence[Bool[Tensor, "1 piece_length"]] | None = None,
     ):
         self.pieces = pieces
+        self.counts = counts
         self.learning_rate = learning_rate
         self.device = device
         self.teacher = teacher
@@ -119,25 +123,34 @@ class CandidateTrainer:
         return Trained(model, torch.optim.AdamW(weights, lr=self.learning_rate, weight_decay=0.0, fused=True), 0)
 
     def _step(self, model: Any, logits: Logits, optimizer: torch.optim.AdamW, piece: int) -> None:
-        ids, low = self.pieces[piece].to(self.device), model.dtype == torch.bfloat16
-        if ids.shape[1] == 1:  # no token is predicted from another
+        ids, low, rows = self.pieces[piece].to(self.device), model.dtype == torch.bfloat16, self._rows(piece)
+        if not len(rows):  # no token is predicted from another
             return
-        loss_gradient = self._loss_gradient(ids, piece)
+        loss_gradient = self._loss_gradient(ids, piece, rows)
         # Without a cache of them, the weights in low precision are there for a block at a time.
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low, cache_enabled=False):
             hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state
-            states = hidden[:, :-1].flatten(0, 1)
+            states = hidden[0, rows]
             gradient = logits.gradient(states, loss_gradient)
         states.backward(gradient)
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def _loss_gradient(self, ids: Int[Tensor, "1 piece_length"], piece: int) -> CrossEntropyGradient | KLGradient:
-        """Return the gradient, for logits, of the mean loss over all tokens of a piece but the last."""
+    def _rows(self, piece: int) -> Int[Tensor, " rows"]:
+        """The places of a piece after which the prediction counts: at most all but the last."""
+        count = self.pieces[piece].shape[1] - 1
+        if self.counts is None:
+            return torch.arange(count, device=self.device)
+        return self.counts[piece][0, :count].nonzero().flatten().to(self.device)
+
+    def _loss_gradient(
+        self, ids: Int[Tensor, "1 piece_length"], piece: int, rows: Int[Tensor, " rows"]
+    ) -> CrossEntropyGradient | KLGradient:
+        """Return the gradient, for logits, of the mean loss over the predictions that count."""
         if self.teacher is None:
-            return CrossEntropyGradient(ids[:, 1:].flatten())
-        states = self._states(ids, piece, self.teacher)
+            return CrossEntropyGradient(ids[0, rows + 1])
+        states = self._states(ids, piece, self.teacher)[rows]
         return KLGradient(Logits.of(self.teacher), states, len(states))
 
     @torch.no_grad()

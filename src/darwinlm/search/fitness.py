@@ -10,7 +10,7 @@ from math import inf, isfinite
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from darwinlm.config.run import SearchConfig
@@ -23,7 +23,7 @@ from darwinlm.model.states import last_states
 from darwinlm.runtime import parallel
 from darwinlm.search.candidate_training import KEPT_BYTES, CandidateTrainer, Trained, rounded
 from darwinlm.search.lockstep import WAVE_BYTES, Lockstep, Pair
-from darwinlm.types import Genome, SelectionStage
+from darwinlm.types import Genome, SelectionStage, UsageError
 
 BATCH_TOKENS = 2048  # in one forward pass: with more, its allocations take twice the time on a CPU
 
@@ -63,6 +63,11 @@ class Fitness:
             memory; they save the blocks before the first that differs.
         kept_bytes: the most that the states of survivors in training take on the device.
         wave_bytes: the most that candidates' hidden states take between two blocks.
+        counts: for `token_ids` as `search` and `training_ids` as `training`, whether the prediction after each token
+            counts; all do where it is missing. Scrambling moves tokens, and not which places count.
+
+    Raises:
+        UsageError: if a stage has no token that counts.
     """
 
     def __init__(
@@ -76,19 +81,23 @@ class Fitness:
         keeps_states: bool = True,
         kept_bytes: int = KEPT_BYTES,
         wave_bytes: int = WAVE_BYTES,
+        counts: Mapping[str, Bool[Tensor, "_ length"]] | None = None,
     ):
+        counted = counts or {}
         self.stitcher = stitcher
         self.device = stitcher.dense.device
         self.length = token_ids.shape[1]
         self._last_training = max(stage.training_tokens for stage in config.stages)
-        self._batches, self._of_tokens = self._batch(token_ids, config)
+        self._batches, self._counts, self._of_tokens = self._batch(token_ids, config, counted.get("search"))
         self._config = config
         teacher = stitcher.dense if config.loss == "distillation" else None
         consumers = [unit.consumer for unit in stitcher.grid.units] if config.trains == "consumers" else None
-        pieces = cut(training_ids, {stage.training_tokens for stage in config.stages}, bos)
+        ends = {stage.training_tokens for stage in config.stages}
+        pieces = cut(training_ids, ends, bos)
+        which = cut(counted["training"], ends, None) if "training" in counted else None
         taught = None if blocks is None else partial(last_states, stitcher.dense, stitcher.family, blocks, pieces)
         settings = teacher, consumers, kept_bytes, taught
-        self._trainer = CandidateTrainer(pieces, config.learning_rate, self.device, *settings)
+        self._trainer = CandidateTrainer(pieces, config.learning_rate, self.device, *settings, counts=which)
         self._elsewhere = blocks
         blocks = blocks or Resident(stitcher.dense, stitcher.family)
         kept_on = self.device if keeps_states else torch.device("cpu")
@@ -98,24 +107,44 @@ class Fitness:
         self._sums: defaultdict[Genome, dict[int, float]] = defaultdict(dict)  # of untrained candidates, by batch
         self._trained: dict[tuple[Genome, SelectionStage], float] = {}
         self._owners: dict[Genome, int] = {}  # the process that holds earlier results for a genome
+        self._expect_tokens(config)
 
     def _batch(
-        self, token_ids: Int[Tensor, "sequences length"], config: SearchConfig
-    ) -> tuple[list[Tensor], dict[int, list[int]]]:
-        """Return the batches, and for each number of fitness tokens which of them a stage scores."""
+        self,
+        token_ids: Int[Tensor, "sequences length"],
+        config: SearchConfig,
+        counted: Bool[Tensor, "sequences length"] | None,
+    ) -> tuple[list[Tensor], list[Tensor | None], dict[int, list[int]]]:
+        """The batches, what counts in each, and for each number of fitness tokens which of them a stage scores."""
         share = 0.0 if config.metric == "perplexity" else config.scrambled
         counts = {stage.fitness_tokens: divmod(stage.fitness_tokens, self.length) for stage in config.stages}
         most, step = max(sequences for sequences, _ in counts.values()), max(1, BATCH_TOKENS // self.length)
         ends = sorted({0, *(sequences for sequences, _ in counts.values()), *range(0, most, step)})
         whole = scramble(token_ids[:most], share)
         batches = [whole[start:end] for start, end in pairwise(ends)]
+        marks = [None if counted is None else counted[start:end] for start, end in pairwise(ends)]
         of_tokens = {}
         for tokens, (sequences, rest) in counts.items():
             of_tokens[tokens] = list(range(ends.index(sequences)))
             if rest > (config.metric == "perplexity"):  # which no single token has
                 of_tokens[tokens].append(len(batches))
                 batches.append(scramble(token_ids[sequences : sequences + 1, :rest], share))
-        return [batch.to(self.device) for batch in batches], of_tokens
+                marks.append(None if counted is None else counted[sequences : sequences + 1, :rest])
+        return [batch.to(self.device) for batch in batches], marks, of_tokens
+
+    def _expect_tokens(self, config: SearchConfig) -> None:
+        """Raise `UsageError` if a stage has no token that counts."""
+        for stage in config.stages:
+            if not self._predicted(stage):
+                raise UsageError(
+                    f"--search.stages: expected answers of an assistant within the first {stage.fitness_tokens:,} "
+                    "tokens of the search, found none; give the stage more fitness_tokens, or take --loss-tokens all"
+                )
+
+    def _predicted(self, stage: SelectionStage) -> int:
+        """The tokens that count in a stage."""
+        name, indices = self._config.metric, self._of_tokens[stage.fitness_tokens]
+        return sum(predicted_tokens(name, self._batches[index], self._counts[index]) for index in indices)
 
     def scores(self, genomes: Sequence[Genome], stage: SelectionStage, parent: Genome | None = None) -> list[float]:
         """Return the metric of each genome, in nats a token, on the stage's fitness tokens; all processes take part."""
@@ -153,14 +182,12 @@ class Fitness:
         new = [(dense, index) for index in sorted(indices) if index not in self._metrics]
         for wave in self._lockstep.hidden(new, parent):
             for (_, index), states in wave.items():
-                made = metric(self._config.metric, states, self._logits, self._batches[index], self._config.top_k)
-                self._metrics[index] = made
+                ids, counts, name = self._batches[index], self._counts[index], self._config.metric
+                self._metrics[index] = metric(name, states, self._logits, ids, self._config.top_k, counts)
 
     def _mean(self, stage: SelectionStage, sums: Mapping[int, float]) -> float:
-        """Return the mean over a stage's tokens, given the sum over each batch."""
-        indices = self._of_tokens[stage.fitness_tokens]
-        tokens = sum(predicted_tokens(self._config.metric, self._batches[index]) for index in indices)
-        mean = sum(sums[index] for index in indices) / tokens
+        """Return the mean over a stage's tokens that count, given the sum over each batch."""
+        mean = sum(sums[index] for index in self._of_tokens[stage.fitness_tokens]) / self._predicted(stage)
         return mean if isfinite(mean) else inf
 
     def _train_and_score(self, genomes: Sequence[Genome], stage: SelectionStage) -> list[float]:

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
-from darwinlm.data.corpus import fingerprint
+from darwinlm.data.corpus import Drawn, fingerprint
 from darwinlm.database.stitch import Stitcher
 from darwinlm.losses.logits import Logits
 from darwinlm.losses.metrics import divergence
@@ -29,7 +28,7 @@ def curves(
     blocks: Blocks,
     history: Sequence[Generation],
     uniform: Genome,
-    texts: Mapping[str, Int[Tensor, "_ length"]],
+    texts: Mapping[str, Drawn],
     file: Path,
 ) -> tuple[dict[str, Curve], dict[str, float]]:
     """Return, by text, the KL divergence of the parents of some generations as a curve, and that of `uniform`.
@@ -42,7 +41,7 @@ def curves(
     count = min(POINTS, len(better))
     points = [better[round(i * (len(better) - 1) / max(count - 1, 1))] for i in range(count)]
     # By content, not by name: the names of texts in memory are paths within the run, which may be moved.
-    contents = [fingerprint(text) for text in texts.values()]
+    contents = [fingerprint(*text) for text in texts.values()]
     provenance = {"genomes": [line.genome.levels for line in points], "texts": contents}
     if file.exists():
         record = read_record(file, "curves")
@@ -51,7 +50,7 @@ def curves(
         if "uniform" in record:  # 0.2.0 did not measure it
             result = {name: tuple(map(tuple, curve)) for name, curve in zip(texts, record["curves"], strict=True)}
             return result, dict(zip(texts, record["uniform"], strict=True))
-    short = [text[: -(-TOKENS // text.shape[1])] for text in texts.values()]
+    short = [_beginning(text) for text in texts.values()]
     by_text = dict(
         zip(texts, divergences(stitcher, blocks, [uniform, *(line.genome for line in points)], short), strict=True)
     )
@@ -63,12 +62,20 @@ def curves(
     return result, beside
 
 
+def _beginning(text: Drawn) -> Drawn:
+    """As many sequences of a text as have about `TOKENS`."""
+    count = -(-TOKENS // text.ids.shape[1])
+    return Drawn(text.ids[:count], None if text.counts is None else text.counts[:count])
+
+
 @torch.no_grad()
 def divergences(
-    stitcher: Stitcher, blocks: Blocks, genomes: Sequence[Genome], texts: Sequence[Int[Tensor, "_ length"]]
+    stitcher: Stitcher, blocks: Blocks, genomes: Sequence[Genome], texts: Sequence[Drawn]
 ) -> list[dict[Genome, float]]:
     """Return, for each text, the mean KL divergence of each genome's model from the dense one, in nats a token."""
-    cut = [text.split(max(1, BATCH_TOKENS // text.shape[1])) for text in texts]
+    counts = [torch.ones_like(ids, dtype=torch.bool) if marks is None else marks for ids, marks in texts]
+    cut = [ids.split(max(1, BATCH_TOKENS // ids.shape[1])) for ids, _ in texts]
+    marked = [rows for marks in counts for rows in marks.split(max(1, BATCH_TOKENS // marks.shape[1]))]
     batches = [batch.to(stitcher.dense.device) for of_text in cut for batch in of_text]
     lockstep = Lockstep(stitcher, blocks, batches, kept_on=torch.device("cpu"))
     logits, dense = Logits.of(stitcher.dense), stitcher.grid.dense()
@@ -76,12 +83,12 @@ def divergences(
     for index in track(range(len(batches)), "curves", len(batches)):
         last: dict[Genome, Tensor] = {}
         for wave in lockstep.hidden([(genome, index) for genome in {dense: 0, **dict.fromkeys(genomes)}]):
-            last |= {genome: states.flatten(0, 1) for (genome, _), states in wave.items()}
+            last |= {genome: states[marked[index].to(states.device)] for (genome, _), states in wave.items()}
         reference = divergence(last.pop(dense), logits)
         sums[index] = dict(zip(last, reference.totals(list(last.values()), logits), strict=True))
     means, first = [], 0
-    for of_text in cut:
+    for of_text, marks in zip(cut, counts, strict=True):
         parts, first = sums[first : first + len(of_text)], first + len(of_text)
-        tokens = sum(batch.numel() for batch in of_text)
+        tokens = max(1, int(marks.sum()))
         means.append({genome: sum(part[genome] for part in parts) / tokens for genome in parts[0]})
     return means

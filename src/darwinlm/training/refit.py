@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -50,6 +50,7 @@ def refit(
     file: Path,
     provenance: dict[str, Any],
     blocks: Blocks | None = None,
+    counts: Bool[Tensor, "sequences length"] | None = None,
 ) -> dict[str, Float[Tensor, "d_out kept"]]:
     """Return the float32 weights of the stitched model's consumers, by path, after one pass over `token_ids`.
 
@@ -60,6 +61,7 @@ def refit(
 
     Args:
         blocks: the dense model's blocks, if they are not on the device with what else it has.
+        counts: whether the prediction after each token counts in the divergence; if None, all do.
 
     Raises:
         DarwinError: on all processes, if `file` is of another refit, or the refit diverges.
@@ -72,7 +74,9 @@ def refit(
     done, tensors = _read(file, identity)
     parallel.wait_for_all()  # every process has read the file before the first one writes it
     steps = -(-len(token_ids) // config.batch_size)
-    batches = [_Batch.of(batch) for batch in token_ids.split(config.batch_size)[done:]]
+    counted = torch.ones_like(token_ids, dtype=torch.bool) if counts is None else counts
+    each = (tensor.split(config.batch_size)[done:] for tensor in (token_ids, counted))
+    batches = [_Batch.of(*batch) for batch in zip(*each, strict=True)]
     mine = [ids for batch in batches for ids in batch.sequences]
     dense, source = stitcher.dense, blocks or Resident(stitcher.dense, stitcher.family)
     saved, divergences = time.monotonic(), list[float]()
@@ -109,14 +113,16 @@ def _identity(genome: Genome, config: RefitConfig, provenance: dict[str, Any]) -
 
 
 class _Batch(NamedTuple):
-    """The sequences of a step that this process runs, and the tokens that all processes run."""
+    """The sequences of a step that this process runs, which of their predictions count, and how many of all do."""
 
     sequences: list[Int[Tensor, "1 length"]]
+    counts: list[Bool[Tensor, " length"]]
     tokens: int
 
     @classmethod
-    def of(cls, token_ids: Int[Tensor, "sequences length"]) -> _Batch:
-        return cls(list(token_ids.split(1)[parallel.rank() :: parallel.processes()]), token_ids.numel())
+    def of(cls, token_ids: Int[Tensor, "sequences length"], counts: Bool[Tensor, "sequences length"]) -> _Batch:
+        mine = slice(parallel.rank(), None, parallel.processes())
+        return cls(list(token_ids.split(1)[mine]), list(counts[mine]), int(counts.sum()))
 
 
 @dataclass
@@ -156,10 +162,13 @@ class _Learner:
         """
         total, device = 0.0, self.model.device
         low = self.model.dtype == torch.bfloat16
-        for ids in batch.sequences:
+        for ids, counts in zip(batch.sequences, batch.counts, strict=True):
+            dense_hidden, rows = next(targets), counts.nonzero().flatten().to(device)
+            if not len(rows):
+                continue
             # Without a cache of them, the weights in low precision are there for a block at a time.
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low, cache_enabled=False):
-                total += _accumulate(self.model, self.logits, ids.to(device), next(targets), batch.tokens)
+                total += _accumulate(self.model, self.logits, ids.to(device), rows, dense_hidden, batch.tokens)
         total = self.gradients.sum_with(total)
         if math.isfinite(total):
             nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
@@ -219,12 +228,13 @@ def _accumulate(
     model: PreTrainedModel,
     logits: tuple[Logits, Logits],
     ids: Int[Tensor, "one length"],
+    rows: Int[Tensor, " rows"],
     dense_hidden: Float[Tensor, "length d_out"],
     tokens: int,
 ) -> float:
-    """Add the gradient of a sequence's divergence over `tokens`, and return that divergence."""
-    hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state.flatten(0, 1)
-    divergence = KLGradient(logits[0], dense_hidden.to(hidden.device), tokens)
+    """Add the gradient of the divergence after some tokens of a sequence over `tokens`, and return that divergence."""
+    hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state[0, rows]
+    divergence = KLGradient(logits[0], dense_hidden.to(hidden.device)[rows], tokens)
     hidden.backward(logits[1].gradient(hidden, divergence))
     return divergence.total / tokens
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from darwinlm.data.stream import Sequences, mapped
+from darwinlm.data.mapped import mapped
+from darwinlm.data.stream import Sequences
 from darwinlm.losses.distillation import Target, TopKTarget, teacher_target
 from darwinlm.runtime import parallel
 from darwinlm.runtime.files import read_record, sweep, write_record, write_tensors
