@@ -88,14 +88,15 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"], attention_bias=True,
     ),
     # Heads of another width and number where attention is full, whose values are what the projection of the keys gives.
-    "gemma4": Gemma4TextConfig(  # pyright: ignore[reportCallIssue]
-        **TURNS, head_dim=4, global_head_dim=8, num_global_key_value_heads=2, attention_k_eq_v=True,
+    "gemma4": Gemma4TextConfig(
+        **TURNS, head_dim=4, global_head_dim=8, num_global_key_value_heads=2, attention_k_eq_v=True,  # pyright: ignore[reportCallIssue]
         hidden_size_per_layer_input=0, final_logit_softcapping=30.0,
     ),
     # The last blocks read keys and values of earlier ones, have wider MLPs, and all are given embeddings of their own.
-    "gemma4-shared-mqa": Gemma4TextConfig(  # pyright: ignore[reportCallIssue]
+    "gemma4-shared-mqa": Gemma4TextConfig(
         **TURNS | {"num_key_value_heads": 1, "num_hidden_layers": 6, "layer_types": SLIDING_FULL * 3}, head_dim=4,
-        global_head_dim=8, num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB,
+        global_head_dim=8,  # pyright: ignore[reportCallIssue]
+        num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB,
         use_double_wide_mlp=True,
     ),
     "phi3": Phi3Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,14 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from darwinlm.commands.run_directory import open_model, versions
+from darwinlm.commands.cards import DENSE, Card, save, table
+from darwinlm.commands.run_directory import open_model
 from darwinlm.config.evaluation import EvaluateConfig, SpeedConfig
-from darwinlm.data.corpus import TESTS, is_held_out, parts_of, token_stream
+from darwinlm.data.corpus import is_held_out, parts_of, token_stream
 from darwinlm.data.packing import bos_of, check_ids
-from darwinlm.evaluation.drafting import Drafting, drafting, rows_of
+from darwinlm.evaluation.drafting import Drafting, drafting
 from darwinlm.evaluation.generation import Writing, write
+from darwinlm.evaluation.positions import Range, by_position, long_windows
 from darwinlm.evaluation.quality import Window, quality_over, windows_over
 from darwinlm.evaluation.speed import count, measure
 from darwinlm.evaluation.tasks import SUITE, Request, Score, find_tasks, requested, run_tasks
@@ -29,13 +30,10 @@ from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime.device import DTYPES, resolve_device
-from darwinlm.runtime.files import write_json
 from darwinlm.runtime.progress import say
 from darwinlm.runtime.scratch import scratch_directory
 from darwinlm.runtime.timing import Ratio
 from darwinlm.types import DarwinError, UsageError
-
-DENSE = "dense"
 
 
 class Subject:
@@ -56,25 +54,6 @@ class Subject:
     def forget(self) -> None:
         """Free the model."""
         self.__dict__.pop("model", None)
-
-
-@dataclass(frozen=True)
-class Card:
-    """The measurements of one model.
-
-    Attributes:
-        qualities: perplexity and KL by text; KL is None without a dense model of the same vocabulary.
-        writing: its greedy continuations, if they were asked for.
-        drafting: what it is worth as the dense model's draft, if that was asked for and both have the same tokens.
-        scores: its scores in tasks.
-    """
-
-    name: str
-    parameters: int
-    qualities: dict[str, tuple[float, float | None]]
-    writing: Writing | None
-    scores: list[Score]
-    drafting: Drafting | None = None
 
 
 def evaluate(config: EvaluateConfig, timing: SpeedConfig, speed: bool = False) -> None:
@@ -132,16 +111,23 @@ class _Windows:
         self.config = config
         self.texts = [] if config.data is None else parts_of(config.data)
         self.of_dense: dict[str, list[Tensor]] = defaultdict(list)
-        self._cut: dict[tuple[str, int], list[Window]] = {}
+        self._cut: dict[tuple[str, int, str], list[Window]] = {}
 
     def of(self, text: str, subject: Subject) -> list[Window]:
         """The windows of a text. Raises as `read_text` and `check_ids`."""
-        key = text, id(subject)
+        length = self.config.window
+        return self._cut_once(text, subject, partial(windows_over, length=length, stride=self.config.stride or length))
+
+    def long(self, text: str, subject: Subject, length: int) -> list[Window]:
+        """The windows of a text in which positions are told apart. Raises as `of`."""
+        return self._cut_once(text, subject, partial(long_windows, length=length))
+
+    def _cut_once(self, text: str, subject: Subject, cut: partial[list[Window]]) -> list[Window]:
+        key = text, id(subject), cut.func.__name__
         if key not in self._cut:
             stream = read_text(text, subject.tokenizer, self.config)
             check_ids(stream, subject.vocabulary)
-            stride = self.config.stride or self.config.window
-            self._cut[key] = windows_over(stream, self.config.window, stride, bos_of(subject.tokenizer))
+            self._cut[key] = cut(stream, bos=bos_of(subject.tokenizer))
         return self._cut[key]
 
 
@@ -153,7 +139,9 @@ def _measure(
     writing = _write(subject, reference, config) if config.generation else None
     scores = [score for request in requests for score in _ask(subject, request, config)]
     drafted = _draft(subject, reference, config) if config.draft else None
-    return Card(subject.name, parameter_count(subject.model), qualities, writing, scores, drafted)
+    long = [] if config.positions is None else windows.texts
+    positions = {text: _positions(text, subject, reference, windows) for text in long}
+    return Card(subject.name, parameter_count(subject.model), qualities, writing, scores, drafted, positions)
 
 
 def _quality(text: str, subject: Subject, reference: Subject | None, windows: _Windows) -> tuple[float, float | None]:
@@ -164,6 +152,25 @@ def _quality(text: str, subject: Subject, reference: Subject | None, windows: _W
     models = {reference.name: reference.model, subject.name: subject.model}
     found = quality_over(models, windows.of(text, reference), windows.of_dense[text])[subject.name]
     return found.perplexity, found.kl
+
+
+def _positions(text: str, subject: Subject, reference: Subject | None, windows: _Windows) -> list[Range]:
+    """Loss and, beside a reference, KL by position on one text."""
+    length = _longest(windows.config, subject.checkpoint if reference is None else reference.checkpoint)
+    if reference is None:
+        return by_position(subject.model, windows.long(text, subject, length))
+    kept = windows.of_dense[f"{text}, by position"]
+    return by_position(subject.model, windows.long(text, reference, length), reference.model, kept)
+
+
+def _longest(config: EvaluateConfig, checkpoint: Checkpoint) -> int:
+    """The tokens of a window in which positions are told apart. Raises `UsageError` if the model does not say."""
+    if config.positions != "context":
+        return config.positions or 0
+    length = getattr(checkpoint.config, "max_position_embeddings", None)
+    if length is None:
+        raise UsageError("--positions: expected a model that says how many positions it has, found none; give a number")
+    return length
 
 
 def _check_file(config: EvaluateConfig) -> None:
@@ -198,6 +205,8 @@ def _subjects(config: EvaluateConfig, workspace: Path) -> list[Subject]:
         checkpoint = open_model(name, workspace / str(number))
         if config.data is not None:
             checkpoint.check_length(config.window, "window")
+        if config.positions is not None:
+            checkpoint.check_length(_longest(config, checkpoint), "positions")
         if config.generation or config.draft:
             checkpoint.check_length(config.continuation_tokens, "continuation-tokens")
         dtype = DTYPES.get(config.dtype, checkpoint.dtype)
@@ -245,96 +254,6 @@ def _draft(subject: Subject, reference: Subject | None, config: EvaluateConfig) 
         config.continuation_tokens,
         config.draft_tokens,
     )
-
-
-def table(cards: Sequence[Card], config: EvaluateConfig) -> str:
-    """A table with a column for each model and a row for each measure; below it the protocol and the continuations."""
-    rows = [["", *(card.name for card in cards)], ["parameters", *(f"{card.parameters:,}" for card in cards)]]
-    for text in cards[0].qualities:
-        qualities = [card.qualities[text] for card in cards]
-        rows.append([f"perplexity, {text}", *(f"{perplexity:.3f}" for perplexity, _ in qualities)])
-        if any(kl is not None for _, kl in qualities):
-            rows.append([f"KL, {text}", *("" if kl is None else f"{kl:.4f}" for _, kl in qualities)])
-    scores_of_cards = [{(score.task, score.metric, score.shots): str(score) for score in card.scores} for card in cards]
-    for task, metric, shots in dict.fromkeys(key for scores in scores_of_cards for key in scores):
-        row = [scores.get((task, metric, shots), "-") for scores in scores_of_cards]
-        rows.append([f"{task}, {metric}, {shots}-shot", *row])
-    if config.suite:
-        rows.append(["average of the suite", *map(_average, cards)])
-    written = [card.writing for card in cards if card.writing is not None]
-    if written:
-        repeated = ("" if w.repetition is None else f"{100 * w.repetition:.1f}" for w in written)
-        rows.append(["repetition, %", *repeated])
-        if any(writing.agreement is not None for writing in written):
-            agreed = ("" if w.agreement is None else f"{100 * w.agreement:.1f}" for w in written)
-            rows.append(["agreement with dense, %", *agreed])
-    rows += rows_of([card.drafting for card in cards])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        f"{row[0]:{widths[0]}}" + "".join(f"  {c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]
-    lines += ["", *(f"{what}: {how}" for what, how in protocol(cards, config).items())]
-    for number, prompt in enumerate(config.prompts if written else ()):
-        lines += ["", f"> {prompt}"]
-        lines += [f"{card.name}: {card.writing.continuations[number]}" for card in cards if card.writing is not None]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _average(card: Card) -> str:
-    """The mean over the suite's tasks in per cent, or a dash if one of them has no score."""
-    values = [score.value for score in card.scores[: len(SUITE)] if score.value is not None]
-    return f"{100 * math.fsum(values) / len(SUITE):.1f}" if len(values) == len(SUITE) else "-"
-
-
-def protocol(cards: Sequence[Card], config: EvaluateConfig) -> dict[str, str]:
-    """How the figures were measured, as sentences by topic."""
-    how = {}
-    if config.data is not None:
-        stride = config.stride or config.window
-        windows = "disjoint" if stride == config.window else f"each {stride} tokens further, none counted twice"
-        own = [f"{text}: its {TESTS[text].partition('-')[2]} set" for text in cards[0].qualities if text in TESTS]
-        others = [f"{config.documents} documents"] if len(own) < len(cards[0].qualities) else []
-        what = "; ".join([*own, *others])
-        how["perplexity"] = (
-            f"windows of {config.window} tokens, {windows}, after a BOS where the tokenizer adds one; at most "
-            f"{config.tokens:,} tokens; {what}; of a token, so not comparable across tokenizers"
-        )
-    if config.against is not None and config.data is not None:
-        how["KL"] = f"KL({config.against} || model) in nats a token"
-    if config.generation:
-        how["repetition"] = "share of 4-grams of tokens that the continuation had before"
-        if config.against is not None:
-            how["agreement"] = "share of the dense model's greedy tokens that the model would have chosen there"
-    if any(card.drafting for card in cards):
-        how["draft"] = f"{config.draft_tokens} tokens at a time, greedy, {config.continuation_tokens} after each prompt"
-    if cards[0].scores:
-        sources = dict.fromkeys(
-            f"{score.task} from {score.source}, {score.questions:,} questions"
-            for score in cards[0].scores
-            if score.value is not None
-        )
-        how["tasks"] = "; ".join([*sources, *dict.fromkeys(s.source for s in cards[0].scores if s.value is None)])
-    return how
-
-
-def save(cards: Sequence[Card], config: EvaluateConfig, speed: Mapping[str, Any] | None = None) -> None:
-    """Write the JSON that `config` asks for, if any: the measurements of every model, and of `--speed`."""
-    if config.out is None:
-        return
-    models = [
-        {
-            "model": card.name,
-            "parameters": card.parameters,
-            "texts": {text: {"perplexity": p, "kl": kl} for text, (p, kl) in card.qualities.items()},
-            "tasks": [asdict(score) for score in card.scores],
-            "generation": None if card.writing is None else asdict(card.writing),
-            "draft": None if card.drafting is None else asdict(card.drafting),
-        }
-        for card in cards
-    ]
-    how = {"protocol": protocol(cards, config) if cards else {}, "settings": asdict(config), "versions": versions()}
-    write_json(Path(config.out), {"models": models, **({} if speed is None else {"speed": dict(speed)}), **how})
 
 
 def compare_speed(
