@@ -173,8 +173,8 @@ class LatencyConfig:
 class ServingConfig:
     """Serving: how the model will be used, for --target memory=..., decode=... and prefill=...."""
 
-    format: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto"
-    """Form of the weights; auto is that of the checkpoint. memory counts in it."""
+    format: Literal["auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"] = "auto"
+    """Form of the weights, by its name in a GGUF file; auto is that of the checkpoint. memory counts in it."""
     batch: int = 1
     """Sequences at a time."""
     context: int = 2048
