@@ -17,7 +17,7 @@ from darwinlm.database.calibrate import calibrate
 from darwinlm.database.stitch import repeat_shared
 from darwinlm.export.vllm import check_vllm, zero_stubs
 from darwinlm.model.families import STAYING, block_sizes, block_sizes_of, find_family
-from darwinlm.model.layers import head_dim, layer_config
+from darwinlm.model.layers import head_dim
 from darwinlm.model.pruned import pruned_config
 from darwinlm.model.reading import load
 from darwinlm.search.costs import cache_costs
@@ -126,7 +126,7 @@ def test_an_export_is_pruned_again(case: pruned.Pruned, exported: Path, tmp_path
     expected = pruned.zero_masked(again.dense, again.database, genome)(ids).logits
     twice = load(pruned.write_export(again, genome, tmp_path / "twice"), torch.float32)
     torch.testing.assert_close(twice(ids).logits, expected, rtol=1e-4, atol=2e-4)
-    assert [head_dim(layer_config(twice.config, block)) for block in range(6)] == [4, 8] * 3
+    assert [head_dim(twice.config, block) for block in range(6)] == [4, 8] * 3
 
 
 def test_an_export_whose_blocks_would_read_other_keys_is_refused() -> None:

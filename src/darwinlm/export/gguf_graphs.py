@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from darwinlm.export.gguf_architectures import GEMMA3, GRAPHS, Graph
 from darwinlm.model.families import block_sizes_of, find_family, lookups, modules_around
-from darwinlm.model.layers import PRUNED, head_dim, layer_config, shares
+from darwinlm.model.layers import PRUNED, head_dim, shares
 from darwinlm.model.reading import skeleton
 from darwinlm.types import BlockSizes, UsageError
 
@@ -44,10 +44,10 @@ class Description:
         self.family = find_family(model)
         self.around = [*lookups(self.family)[1:], *modules_around(model, self.family)]
         self.sizes: Sequence[BlockSizes] = block_sizes_of(model)
-        self.widths = {"": head_dim(layer_config(config, 0))}  # of a head, by the type of a block that has attention
+        self.widths = {"": head_dim(config, 0)}  # of a head, by the type of a block that has attention
         for index, kind in enumerate(self.kinds):
             if self.sizes[index].query_heads or kind not in self.widths:
-                self.widths[kind] = head_dim(layer_config(config, index))
+                self.widths[kind] = head_dim(config, index)
         self.head_dim = self.widths.get("full_attention", self.widths[""])
         self.graph, self.room = self._choose()
 

@@ -341,7 +341,7 @@ def _shared_fields(config: PreTrainedConfig) -> dict[str, Any]:
     per_layer = ("per_layer_config", "allow_global_per_layer_attribute_access")
     fields = {key: value for key, value in config.to_dict().items() if key not in replaced + per_layer}
     computed = isinstance(getattr(type(config), "head_dim", None), property)
-    return fields if computed else fields | {"head_dim": head_dim(layer_config(config, 0))}
+    return fields if computed else fields | {"head_dim": head_dim(config, 0)}
 
 
 def _native_config(family: str, fields: dict[str, Any]) -> PreTrainedConfig | None:
