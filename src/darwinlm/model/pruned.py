@@ -131,12 +131,12 @@ def _with_causal_class(text: str) -> str:
 def render(family: str) -> str:
     """Return the source of the Python module that an export of a family contains."""
     text, stock = TEMPLATE.read_text(), stock_names(family)
+    for start, end in LINES_BY_HEAD * (family not in GIVEN_BY_HEAD) + LINES_BY_TYPE * (family not in STAYING):
+        text = text[: text.index(start)] + text[text.index(end) :]
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         text = _with_causal_class(text)
     if CLASSIFIER not in stock:
         text = text[: text.index("\n\nAutoModel.register")]
-    for start, end in (LINES_BY_HEAD * (family not in GIVEN_BY_HEAD)) + LINES_BY_TYPE * (family not in STAYING):
-        text = text[: text.index(start)] + text[text.index(end) :]
     for auto, name in stock_names("llama").items():
         text = re.sub(rf"{name}\b", f"<{stock.get(auto)}>", text)
     prefix = re.sub(r"(ForCausalLM|LMHeadModel)$", "", stock["AutoModelForCausalLM"])
