@@ -20,6 +20,7 @@ from darwinlm.model.families import STAYING, block_sizes, block_sizes_of, find_f
 from darwinlm.model.layers import head_dim
 from darwinlm.model.pruned import pruned_config
 from darwinlm.model.reading import load
+from darwinlm.runtime.files import read_json
 from darwinlm.search.costs import cache_costs
 from darwinlm.search.fitness import Fitness
 from darwinlm.search.latency import latency_costs
@@ -121,6 +122,7 @@ def test_a_block_that_has_lost_everything_stays_and_scales_the_stream(case: prun
 def test_an_export_is_pruned_again(case: pruned.Pruned, exported: Path, tmp_path: Path) -> None:
     """Units remember how much wider each was before, though the MLPs of readers were twice as wide."""
     again = pruned.prune(exported, tmp_path / "database", "head")
+    assert read_json(exported / "config.json")["global_head_dim"] == 8, "for transformers 5.14"
     assert {unit.lost for unit in again.database.grid.units if unit.kind == "mlp"} == {16, 32}
     genome, ids = again.genomes()[-1], pruned.token_ids(1)
     expected = pruned.zero_masked(again.dense, again.database, genome)(ids).logits
@@ -176,7 +178,10 @@ def test_alike_blocks_are_a_stock_model(case: pruned.Pruned, tmp_path: Path) -> 
     """Where attentions are whole and MLPs have lost equal shares, though those of readers are twice as wide."""
     grid, ids = case.database.grid, pruned.token_ids(1)
     genome = Genome(tuple(2 * (unit.kind == "mlp") for unit in grid.units))
-    found = load(pruned.write_export(case, genome, tmp_path / "export"), torch.float32)
+    out = pruned.write_export(case, genome, tmp_path / "export")
+    config, found = read_json(out / "config.json"), load(out, torch.float32)
     assert found.config.model_type == "gemma4_text"
+    assert "per_layer_config" not in config, "transformers 5.14 would stop at it"
+    assert config["global_head_dim"] == 8
     expected = repeat_shared(case.stitcher.stitch(genome))(ids).logits
     torch.testing.assert_close(found(ids).logits, expected, rtol=1e-4, atol=2e-4)
