@@ -134,9 +134,8 @@ def test_an_export_is_pruned_again(case: pruned.Pruned, exported: Path, tmp_path
 def test_an_export_whose_blocks_would_read_other_keys_is_refused() -> None:
     types = ["sliding_attention", *["full_attention"] * 2, "sliding_attention", "full_attention"]
     config = Gemma4TextConfig(
-        **tiny.COMMON | {"num_hidden_layers": 5}, num_attention_heads=8, num_key_value_heads=2, head_dim=4,
-        global_head_dim=8, layer_types=types, num_kv_shared_layers=2, hidden_size_per_layer_input=8,
-        vocab_size_per_layer_input=tiny.VOCAB,
+        **tiny.TURNS | {"num_hidden_layers": 5, "num_key_value_heads": 2, "layer_types": types},
+        num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=tiny.VOCAB,
     )  # fmt: skip
     sizes = [BlockSizes(8, 2, 64)] * 5
     assert pruned_config(config, sizes).model_type == "gemma4_text"
