@@ -222,8 +222,8 @@ def _measured(unit: Unit, config: PretrainedConfig, calibration: CalibrationConf
     # queries, keys and values, the former two turned, and what is attended to.
     entries = 5 * hidden + 4 * d
     if unit.kind == "attention":
-        layer = layer_config(config, unit.block)
-        queries, keys = (count * head_dim(layer) for count in head_counts(layer))
+        width = head_dim(config, unit.block)
+        queries, keys = (count * width for count in head_counts(layer_config(config, unit.block)))
         operations += 4 * tokens * calibration.sequence_length * queries  # scores and values
         entries = 5 * hidden + 7 * queries + 6 * keys
     stored = (config.dtype or torch.float32).itemsize * unit.parameters(0)
