@@ -254,6 +254,7 @@ def _open(config: CompareConfig, run: RunConfig) -> _Bench:
     length = config.calibration.sequence_length
     corpus = read_corpus(config.data, checkpoint.tokenizer, length, config.seed, config.loss_tokens)
     drawn, texts = draw_counted(corpus, run), draw_texts(corpus, run)
+    texts = corpus.draw_parts(config.evaluation.tokens) | texts
     manifest = read_record(path / "database" / MANIFEST, "provenance")
     database = Database(path / "database", grid, manifest["provenance"])
     precisions = (resolve_dtype(config.dtype, device), checkpoint.dtype)

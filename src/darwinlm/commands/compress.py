@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from statistics import median
@@ -305,7 +306,9 @@ def _evaluate(work: Work, uniform_model: PreTrainedModel) -> list[Row]:
         family = Checkpoint(work.run.exported).family if name == "searched" else work.checkpoint.family
         return ByBlock(family, work.blocks_of(models[name], family))
 
-    return evaluate(models, held_out, tokenizer, work.config.evaluation, sizes, work.texts, by_block, counts)
+    texts = work.parts | work.texts
+    rows = evaluate(models, held_out, tokenizer, work.config.evaluation, sizes, texts, by_block, counts)
+    return [replace(row, parts=tuple(work.parts)) for row in rows]
 
 
 def _curves(work: Work, database: Database, result: SearchResult) -> tuple[dict[str, Curve], dict[str, float]]:
@@ -314,6 +317,6 @@ def _curves(work: Work, database: Database, result: SearchResult) -> tuple[dict[
         return {}, {}
     stitcher = _stitcher(work, database, work.checkpoint.dtype)
     held_out = Drawn(work.tokens["evaluation"], work.counts.get("evaluation"))
-    texts = {f"{work.config.data}, held out": held_out} | work.texts
+    texts = {f"{work.config.data}, held out": held_out} | work.parts | work.texts
     blocks = work.blocks_of(stitcher.dense, stitcher.family)
     return curves(stitcher, blocks, result.history, work.uniform, texts, work.run.search / "curves.json")

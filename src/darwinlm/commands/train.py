@@ -29,6 +29,7 @@ from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import block_sizes_of
 from darwinlm.model.size import parameter_count
 from darwinlm.report.html import NAME, unless_it_fails
+from darwinlm.report.training_page import changed_parts
 from darwinlm.runtime import parallel
 from darwinlm.runtime.device import resolve_device, resolve_dtype
 from darwinlm.runtime.files import read_json, write_record
@@ -137,16 +138,19 @@ def _open(training: Training, config: TrainConfig) -> _Work:
         check(config, checkpoint, teacher)
         cache = Path(config.cache) if config.cache else training.path / "cache"
         text = config.data, config.steps * config.training.batch_size, checkpoint.tokenizer, config.stream, cache
-        sequences = draw_sequences(*text, config.seed, -(-config.skip // config.stream.sequence_length))
+        skip = -(-config.skip // config.stream.sequence_length)
+        sequences = draw_sequences(*text, config.seed, skip, config.loss_tokens)
         held_out = draw_held_out(
             config.data,
             -(-config.training.evaluation_tokens // config.stream.sequence_length),
             checkpoint.tokenizer,
             config.stream,
             cache,
+            config.loss_tokens,
         )
-        for drawn in (sequences, held_out):
+        for drawn, flag in ((sequences, "--tokens"), (held_out, "--training.evaluation-tokens")):
             drawn.check_ids(checkpoint.config.vocab_size)
+            drawn.expect_counted(flag)
         provenance = {
             "model": checkpoint.agree_on_fingerprint(),
             "teacher": None if teacher is None else teacher.agree_on_fingerprint(),
@@ -361,6 +365,8 @@ def _conclude(work: _Work, last: Path) -> None:
             page, work.config, work.checkpoint, _settings(work), work.provenance, history, (before, after), written
         )
     write_record(work.training.result_path, {"before": before, "after": after}, work.provenance)
+    for sentence in changed_parts(before, after):
+        say(sentence)
     for name, figures in (("before", before), ("after", after)):
         say(f"{name}: " + ", ".join(f"{what} {value:.4g}" for what, value in figures.items()))
     print(work.training.exported, page, sep="\n")

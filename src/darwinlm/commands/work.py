@@ -54,6 +54,7 @@ class Work:
         tokens: token blocks by purpose, for the stages that are run.
         counts: by purpose, for every token whether the prediction after it counts, where not all do.
         texts: further texts to judge models on.
+        parts: of a mixture, held-out text of each source by itself.
         dtype: precision of the search.
         allowance: what the search may keep on the device to save time.
         models: the dense model in each precision that was asked for, loaded once.
@@ -71,6 +72,7 @@ class Work:
     tokens: dict[str, Int[Tensor, "sequences length"]]
     counts: dict[str, Bool[Tensor, "sequences length"]]
     texts: dict[str, Drawn]
+    parts: dict[str, Drawn]
     device: torch.device
     dtype: torch.dtype
     allowance: Allowance
@@ -185,6 +187,7 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
         corpus = read_corpus(config.data, checkpoint.tokenizer, length, config.seed, config.loss_tokens)
         config = fit_to_text(corpus, config) if config.fit_data else config
         drawn, texts = draw_counted(corpus, config, until), draw_texts(corpus, config)
+        parts = corpus.draw_parts(config.evaluation.tokens) if until == "report" else {}
         for ids, _ in (*drawn.values(), *texts.values()):
             check_ids(ids, checkpoint.config.vocab_size)
         provenance = {
@@ -231,6 +234,7 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
         tokens=tokens,
         counts=counts,
         texts=texts,
+        parts=parts,
         device=device,
         dtype=dtype,
         allowance=allowed,

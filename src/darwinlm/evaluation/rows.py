@@ -30,6 +30,7 @@ class Row:
         bytes: the size of the checkpoint.
         continuations: each prompt, followed by the model's continuation.
         texts: the model's quality on further texts, by name.
+        parts: the names among them that are of a mixture's parts.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Row:
     bytes: int
     continuations: tuple[str, ...]
     texts: dict[str, Quality] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
 
 
 def evaluate(
