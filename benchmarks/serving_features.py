@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from serving_models import agreed, greedy
 from smollm2 import Kept, dense_smollm2, export
-from vllm_server import Refused, Server
+from vllm_server import RefusedError, Server
 
 from darwinlm.commands.export import convert
 from darwinlm.config.run import ExportConfig
@@ -80,7 +80,8 @@ def _served(
         before = server.counter("vllm:prefix_cache_hits_total")
         second = server.tokens(ends[1], NEW_TOKENS)
         hits = server.counter("vllm:prefix_cache_hits_total") - before
-        yield "prefix caching", f"{agreed([second], long_wanted[1:])}, {hits:.0f} of {LONG} shared tokens from the cache"
+        cached = f"{hits:.0f} of {LONG} shared tokens from the cache"
+        yield "prefix caching", f"{agreed([second], long_wanted[1:])}, {cached}"
         chat = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": NEW_TOKENS, "ignore_eos": True}
         tokenized = server.post("/tokenize", {"messages": chat["messages"], "add_generation_prompt": True})["tokens"]
         answer = server.post("/v1/chat/completions", chat | {"return_token_ids": True})["choices"][0]["token_ids"]
@@ -90,7 +91,7 @@ def _served(
 def _attempt(run: Callable[[], str]) -> str:
     try:
         return run()
-    except Refused as refused:
+    except RefusedError as refused:
         return f"**FAILS**: {str(refused)[:160]}"
 
 
@@ -111,9 +112,7 @@ def _adapter(model: Any, out: Path, prompts: Sequence[list[int]]) -> tuple[Path,
     return out, tokens
 
 
-def _lora(
-    python: Path, directory: Path, adapter: Path, prompts: Sequence[list[int]], plain: Any, adapted: Any
-) -> str:
+def _lora(python: Path, directory: Path, adapter: Path, prompts: Sequence[list[int]], plain: Any, adapted: Any) -> str:
     flags = ("--enforce-eager", "--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"adapter={adapter}")
     with Server(python, directory, *flags, length=LENGTH) as server:
         found = [server.tokens(prompt, NEW_TOKENS, model="adapter") for prompt in prompts]
@@ -154,10 +153,13 @@ def throughput(python: Path, root: Path) -> Iterator[tuple[str, dict[str, str]]]
                     if turn:  # the first warms up
                         rates[name].append(BATCH * DECODED / (time.perf_counter() - start))
         ratios = [ours / theirs for ours, theirs in zip(rates["pruned"], rates["dense"], strict=True)]
-        yield f"{mode}, bfloat16, batch {BATCH}", {
-            "dense, tokens/s": f"{median(rates['dense']):.0f}",
-            "pruned, tokens/s": f"{median(rates['pruned']):.0f}",
-            "ratio (range)": f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})",
-            "counted": f"{counted:.2f}",
-            "of counted": f"{median(ratios) / counted:.0%}",
-        }
+        yield (
+            f"{mode}, bfloat16, batch {BATCH}",
+            {
+                "dense, tokens/s": f"{median(rates['dense']):.0f}",
+                "pruned, tokens/s": f"{median(rates['pruned']):.0f}",
+                "ratio (range)": f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})",
+                "counted": f"{counted:.2f}",
+                "of counted": f"{median(ratios) / counted:.0%}",
+            },
+        )

@@ -1,4 +1,4 @@
-"""Small exports of every shape of block for vLLM, with heads as wide as its CPU kernels take, and their greedy tokens."""
+"""Small exports of every shape of block for vLLM, whose CPU kernels want heads of 32, and their greedy tokens."""
 
 from __future__ import annotations
 

@@ -9,12 +9,12 @@ import multiprocessing
 import os
 import signal
 import sys
+from importlib import import_module
+from typing import Any
 
-import vllm.entrypoints.launchers.api_server.entry as entry
-import vllm.v1.engine.async_llm
-import vllm.v1.engine.core
-import vllm.v1.worker.cpu_worker  # noqa: F401
-
+entry: Any = import_module("vllm.entrypoints.launchers.api_server.entry")
+for module in ("vllm.v1.engine.async_llm", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker"):
+    import_module(module)
 get_context = multiprocessing.get_context
 
 
@@ -25,13 +25,8 @@ def serve(arguments: list[str], log: str, modules: str) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
-    os.environ["HF_MODULES_CACHE"] = modules
-    import huggingface_hub.constants  # noqa: F401
-    import transformers.dynamic_module_utils
-    import transformers.utils.hub
-
-    for module in (transformers.dynamic_module_utils, transformers.utils.hub):
-        module.HF_MODULES_CACHE = modules
+    for name in ("transformers.dynamic_module_utils", "transformers.utils.hub"):
+        vars(import_module(name))["HF_MODULES_CACHE"] = modules
     multiprocessing.get_context = lambda method=None: get_context("fork")  # vLLM asks for spawn on a CPU
     sys.argv = ["api_server", *arguments]
     code = 1

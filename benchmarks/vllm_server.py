@@ -29,7 +29,7 @@ FAULT = re.compile(r"(?:^|\s)(\w*(?:Error|Exception): .+)$")
 LATER = "Engine core initialization failed"  # a fault that says that there was one before
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """vLLM did not start; the message is its own."""
 
 
@@ -48,7 +48,7 @@ class Forks:
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(self.command, text=True, env=self.environment, **pipes)
         if self._answer() != "ready":
-            raise Refused("importing vLLM failed")
+            raise RefusedError("importing vLLM failed")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -104,7 +104,7 @@ class Server:
         python: one that has vLLM, or what forks servers.
 
     Raises:
-        Refused: if it does not start.
+        RefusedError: if it does not start.
     """
 
     def __init__(self, python: Path | Forks, directory: Path, *flags: str, dtype: str = "float32", length: int = 256):
@@ -125,7 +125,7 @@ class Server:
         while not self._answers():
             if self.process.poll() is not None or time.monotonic() > until:
                 self.__exit__()
-                raise Refused(self.fault())
+                raise RefusedError(self.fault())
             time.sleep(0.5)
         return self
 
