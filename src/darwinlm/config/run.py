@@ -271,8 +271,9 @@ class ExportConfig:
     """Tokens of that text."""
     target: str | None = None
     """Of a frontier: the size, as for darwinlm compress; one that it lacks is searched first, from its neighbours."""
-    compat: Literal["none", "vllm"] = "none"
-    """Write small modules of zeros where a block has none, which vLLM wants."""
+    compat: Literal["none", "vllm", "anymodel"] = "none"
+    """vllm: write small modules of zeros where a block has none, which vLLM wants. anymodel: write the form that is
+    proposed for its AnyModel, which no release has and transformers does not load."""
     verify: bool = True
     """Load an hf export in a fresh process without darwinlm and compare its logits."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ def export_hf(
     card: str,
     expected: Expected | None = None,
     origin: Path | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a stitched model as a directory that `AutoModelForCausalLM` loads, and return `out`.
 
@@ -50,7 +51,8 @@ def export_hf(
     `card` as README.md, the code of the model unless a stock class can load it, and the licence files that lie in
     `origin`, the directory of the model that this one was made from. If that is a wrapper, such as a model of
     images and text, the export is the same wrapper around the stitched model. The directory appears whole or not
-    at all. If `expected` is given, it appears only after a fresh process has loaded it and computed those logits.
+    at all. If `expected` is given, it appears only after a fresh process has loaded it and computed those logits, and
+    after `finish` has changed it.
 
     Raises:
         UsageError: if the family cannot be exported, or as `new_directory` does.
@@ -81,6 +83,8 @@ def export_hf(
         if expected is not None:
             difference = verify_export(directory, expected)
             say(f"export: loads without darwinlm, largest difference of a logit {difference:.1e}")
+        if finish is not None:
+            finish(directory)
     return out
 
 
