@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 import pruned
@@ -117,6 +119,22 @@ def test_a_block_that_has_lost_everything_stays_and_scales_the_stream(case: prun
     torch.testing.assert_close(model(ids).logits, twin(ids).logits, rtol=1e-4, atol=2e-4)
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     assert torch.equal(model.generate(ids, **options), twin.generate(ids, **options))
+
+
+def test_keys_that_a_published_checkpoint_holds_for_readers_are_passed_over(
+    case: pruned.Pruned, tmp_path: Path
+) -> None:
+    """E2B's has projections of keys and values, and a norm, in every block."""
+    out, extra = shutil.copytree(case.checkpoint.path, tmp_path / "model"), {}
+    for block in READERS:
+        own = f"{case.checkpoint.family.block(block)}.self_attn"
+        width = head_dim(case.dense.config, block)
+        extra |= {f"{own}.{name}_proj.weight": torch.ones(width, 32) for name in "kv"}
+        extra |= {f"{own}.k_norm.weight": torch.ones(width)}
+    save_file(load_file(out / "model.safetensors") | extra, out / "model.safetensors", {"format": "pt"})
+    assert pruned.Checkpoint(out).fingerprint
+    ids = pruned.token_ids(1)
+    assert torch.equal(load(out, torch.float32)(ids).logits, case.dense(ids).logits)
 
 
 def test_an_export_is_pruned_again(case: pruned.Pruned, exported: Path, tmp_path: Path) -> None:
