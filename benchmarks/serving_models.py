@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -42,11 +43,11 @@ def widen(config: Any) -> Any:
 def prepare(shape: str, root: Path) -> Path:
     """Write a directory for each kind of export: all layers alike, sizes of their own, and stubs for what is gone."""
     directory = root / shape
-    pruned.tiny.CONFIGS[shape] = widen(pruned.tiny.CONFIGS[shape])
-    pruned.CONFIG = replace(pruned.CONFIG, granularity=32)
-    pruned.tiny.write_checkpoint(directory / "dense", shape)
     structure = "head" if "mqa" in shape else "kv_group"
-    case = pruned.prune(directory / "dense", directory / "database", structure)
+    with patch.dict(pruned.tiny.CONFIGS, {shape: widen(pruned.tiny.CONFIGS[shape])}):
+        pruned.tiny.write_checkpoint(directory / "dense", shape)
+    with patch.object(pruned, "CONFIG", replace(pruned.CONFIG, granularity=32)):
+        case = pruned.prune(directory / "dense", directory / "database", structure)
     for name, genome in genomes(case.database.grid).items():
         pruned.write_export(case, genome, directory / name)
     convert(directory / "gone", directory / "stubs", ExportConfig(compat="vllm"))
