@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -66,7 +67,7 @@ def genomes(grid: Any) -> dict[str, Genome]:
     for name, chosen in levels.items():
         genome = [0] * len(grid.units)
         for kind, members in places.items():
-            for index, level in zip(members, chosen[kind], strict=True):
+            for index, level in zip(members, cycle(chosen[kind]), strict=False):
                 genome[index] = grid.highest(index) if level is None else level
         found[name] = Genome(tuple(genome))
     return found
