@@ -49,7 +49,7 @@ def fits(this: Grid, hidden: int, group: int) -> bool:
 def test_the_settings_of_a_plan_make_groups_fit(shape: dict[str, int], settings: str) -> None:
     row, hidden = group_row(grid(shape), shape["hidden_size"]), shape["hidden_size"]
     assert row == f"groups of 32 fit every level; {settings}"
-    assert [group for group in GROUPS if fits(grid(shape), hidden, group)][0] == 32
+    assert next(group for group in GROUPS if fits(grid(shape), hidden, group)) == 32
     named = {name.replace("-", "_"): int(value) for name, value in re.findall(r"database\.([\w-]+) (\d+)", settings)}
     group = int(settings.split()[-2])
     assert fits(grid(shape, **named), hidden, group)

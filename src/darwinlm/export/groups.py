@@ -1,4 +1,4 @@
-"""Weights of four bits in groups, as compressed-tensors has them: which groups divide the rows of a model's matrices."""
+"""Weights of four bits in groups, as compressed-tensors has them: which groups divide the rows of matrices."""
 
 from __future__ import annotations
 
