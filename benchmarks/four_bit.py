@@ -30,15 +30,15 @@ from darwinlm.model.reading import load, read_tokenizer
 RESULTS = Path(__file__).with_name("RESULTS-four-bit.md")
 PACKAGES = ("torch==2.13.0", "llmcompressor==0.14.0.1")
 APART = Path(__file__).with_name("four_bit_apart.py")
-LENGTH, CALIBRATION, EVALUATION = 256, 8_192, 2_048  # tokens in a sequence, and of each purpose
+LENGTH = 256  # tokens in a sequence
 NEW_TOKENS = 24
 COLUMNS = ("parameters", "KL", "group", "bits a weight", "KL at 4 bits", "vLLM")
 
-TEXT = f"""\
+TEXT = """\
 # Four bits in compressed-tensors form
 
-`python benchmarks/four_bit.py {{models}}`, {{day}}. {{versions}}. KL to the dense model in nats a token, in float32, on
-{EVALUATION:,} held-out tokens; GPTQ on {CALIBRATION:,} tokens, symmetric, the output embedding left out. Bits a weight
+`python benchmarks/four_bit.py {models}`, {day}. {versions}. KL to the dense model in nats a token, in float32, on
+{evaluation:,} held-out tokens; GPTQ on {calibration:,} tokens, symmetric, the output embedding left out. Bits a weight
 are those of the file. vLLM computes in bfloat16, transformers in float32.
 """
 
@@ -47,6 +47,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="+", type=Path, help="the dense model, then exports of it")
     parser.add_argument("--data", default="vital-wiki")
+    parser.add_argument("--calibration", type=int, default=16_384, help="tokens that GPTQ reads")
+    parser.add_argument("--evaluation", type=int, default=8_192, help="held-out tokens")
     parser.add_argument("--out", type=Path, help="where the quantised models stay")
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -56,10 +58,12 @@ def main() -> None:
         root.mkdir(exist_ok=True)
         dense = arguments.models[0]
         corpus = read_corpus(arguments.data, read_tokenizer(dense), LENGTH, 0)
-        texts = corpus.draw(calibration=CALIBRATION) | {"evaluation": corpus.draw_held_out(EVALUATION)}
+        texts = corpus.draw(calibration=arguments.calibration)
+        texts["evaluation"] = corpus.draw_held_out(arguments.evaluation)
         torch.save(texts, root / "texts.pt")
         rows = {model.name: row(python, dense, model, root) for model in arguments.models}
-    write(python, rows)
+    used = {"calibration": arguments.calibration, "evaluation": arguments.evaluation}
+    write(python, rows, used)
 
 
 def row(python: Path, dense: Path, model: Path, root: Path) -> dict[str, str]:
@@ -96,10 +100,10 @@ def serve(directory: Path, found: dict[str, Any]) -> str:
     return f"{agreed} of {NEW_TOKENS} greedy tokens"
 
 
-def write(python: Path, rows: dict[str, dict[str, str]]) -> None:
+def write(python: Path, rows: dict[str, dict[str, str]], used: dict[str, int]) -> None:
     """The table."""
     versions = ", ".join(f"{name} {version(python, name)}" for name in ("llmcompressor", "transformers", "torch"))
-    lines = [TEXT.format(models=" ".join(rows), day=date.today(), versions=versions)]
+    lines = [TEXT.format(models=" ".join(rows), day=date.today(), versions=versions, **used)]
     lines += [f"| model | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(cells.values())} |" for name, cells in rows.items()]
     RESULTS.write_text("\n".join(lines) + "\n")
