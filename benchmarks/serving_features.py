@@ -1,4 +1,4 @@
-"""What vLLM's users rely on, with a pruned SmolLM2-135M: many requests at once, caches, adapters, and speed."""
+"""What vLLM's users rely on: many requests at once, caches, long prompts, adapters; and the speed of a pruned model."""
 
 from __future__ import annotations
 
@@ -17,53 +17,44 @@ from serving_models import agreed, greedy
 from smollm2 import Kept, dense_smollm2, export
 from vllm_server import RefusedError, Server
 
-from darwinlm.commands.export import convert
-from darwinlm.config.run import ExportConfig
 from darwinlm.model.reading import load
 
-TEXTS = (
-    "The history of the Roman Empire begins with", "Water boils at a temperature of", "def fibonacci(n):\n    ",
-    "In the middle of the nineteenth century, railways", "The derivative of x squared is", "Once upon a time",
-    "The mitochondria of a cell", "To bake bread you need",
-)  # fmt: skip
-NEW_TOKENS, LENGTH, LONG, STEP = 24, 2048, 1500, 256
+NEW_TOKENS, LONG, STEP = 24, 180, 32  # tokens of an answer, of a long prompt, and of what a step reads of it
 BATCH, PROMPT, DECODED, TURNS = 16, 32, 96, 5  # of the throughput
 
 
-def pruned_smollm2(root: Path, gone: bool) -> tuple[Any, Path]:
-    """The checkpoint, and an export of a random part of the model; for vLLM, if an attention and an MLP are gone."""
+def pruned_smollm2(root: Path) -> tuple[Any, Path]:
+    """The checkpoint, and an export of a random part of the model."""
     root.mkdir(parents=True)
     checkpoint, dense = dense_smollm2(root)
     draw = random.Random(0)
     kept = [
         Kept(
-            () if gone and index == 9 else tuple(sorted(draw.sample(range(3), draw.randint(1, 3)))),
-            () if gone and index == 17 else tuple(sorted(draw.sample(range(1536), 32 * draw.randint(24, 48)))),
+            tuple(sorted(draw.sample(range(3), draw.randint(2, 3)))),
+            tuple(sorted(draw.sample(range(1536), 32 * draw.randint(24, 48)))),
         )
-        for index in range(dense.config.num_hidden_layers)
+        for _ in range(dense.config.num_hidden_layers)
     ]
-    written = export(checkpoint, dense, kept, root / "written", None)
-    return checkpoint, convert(written, root / "export", ExportConfig(compat="vllm"))
+    return checkpoint, export(checkpoint, dense, kept, root / "export", None)
 
 
-def check_features(python: Path, root: Path) -> Iterator[tuple[str, str]]:
-    """What was done, and how many tokens were those of transformers."""
-    checkpoint, directory = pruned_smollm2(root, gone=True)
+def check_features(forks: Any, directory: Path) -> Iterator[tuple[str, str]]:
+    """What was done with an export, and how many tokens were those of transformers."""
     model: Any = load(directory, torch.float32)
-    prompts = [checkpoint.tokenizer(text)["input_ids"] for text in TEXTS]
-    wanted = [greedy(model, prompt, NEW_TOKENS) for prompt in prompts]
     draw = torch.Generator().manual_seed(0)
-    long = torch.randint(100, 40_000, (LONG,), generator=draw).tolist()
+    prompts = [torch.randint(4, 300, (length,), generator=draw).tolist() for length in range(3, 43, 5)]
+    wanted = [greedy(model, prompt, NEW_TOKENS) for prompt in prompts]
+    long = torch.randint(4, 300, (LONG,), generator=draw).tolist()
     ends = [[*long, *prompt] for prompt in prompts[:2]]
     long_wanted = [greedy(model, prompt, NEW_TOKENS) for prompt in ends]
-    adapter, adapted = _adapter(model, root / "adapter", prompts)
-    yield from _served(python, directory, prompts, wanted, ends, long_wanted)
-    yield "LoRA", _attempt(lambda: _lora(python, directory, adapter, prompts, wanted, adapted))
-    yield "compiled", _attempt(lambda: _compiled(python, directory, prompts, wanted))
+    adapter, adapted = _adapter(model, directory.with_name("adapter"), prompts)
+    yield from _served(forks, directory, prompts, wanted, ends, long_wanted)
+    yield "LoRA", _attempt(lambda: _lora(forks, directory, adapter, prompts, wanted, adapted))
+    yield "compiled", _attempt(lambda: _compiled(forks, directory, prompts, wanted))
 
 
 def _served(
-    python: Path,
+    forks: Any,
     directory: Path,
     prompts: Sequence[list[int]],
     wanted: Sequence[list[int]],
@@ -71,8 +62,8 @@ def _served(
     long_wanted: Sequence[list[int]],
 ) -> Iterator[tuple[str, str]]:
     """What one server is asked, in eager mode."""
-    flags = ("--enforce-eager", "--max-num-batched-tokens", str(STEP), "--enable-prefix-caching")
-    with Server(python, directory, *flags, length=LENGTH) as server:
+    few = ("--max-num-batched-tokens", str(STEP), "--max-num-seqs", str(len(prompts)))
+    with Server(forks, directory, "--enforce-eager", "--enable-prefix-caching", "--block-size", "32", *few) as server:
         yield "one request after another", agreed([server.tokens(p, NEW_TOKENS) for p in prompts], wanted)
         yield f"{len(prompts)} requests at once", agreed(at_once(server, prompts, NEW_TOKENS), wanted)
         first = server.tokens(ends[0], NEW_TOKENS)
@@ -95,8 +86,8 @@ def _attempt(run: Callable[[], str]) -> str:
         return f"**FAILS**: {str(refused)[:160]}"
 
 
-def _compiled(python: Path, directory: Path, prompts: Sequence[list[int]], wanted: Sequence[list[int]]) -> str:
-    with Server(python, directory, length=LENGTH) as server:
+def _compiled(forks: Any, directory: Path, prompts: Sequence[list[int]], wanted: Sequence[list[int]]) -> str:
+    with Server(forks, directory) as server:
         return agreed(at_once(server, prompts, NEW_TOKENS), wanted)
 
 
@@ -112,9 +103,9 @@ def _adapter(model: Any, out: Path, prompts: Sequence[list[int]]) -> tuple[Path,
     return out, tokens
 
 
-def _lora(python: Path, directory: Path, adapter: Path, prompts: Sequence[list[int]], plain: Any, adapted: Any) -> str:
+def _lora(forks: Any, directory: Path, adapter: Path, prompts: Sequence[list[int]], plain: Any, adapted: Any) -> str:
     flags = ("--enforce-eager", "--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"adapter={adapter}")
-    with Server(python, directory, *flags, length=LENGTH) as server:
+    with Server(forks, directory, *flags) as server:
         found = [server.tokens(prompt, NEW_TOKENS, model="adapter") for prompt in prompts]
         without = [server.tokens(prompt, NEW_TOKENS) for prompt in prompts]
     return f"{agreed(found, adapted)} with the adapter, {agreed(without, plain)} without"
@@ -134,7 +125,7 @@ def matrices(directory: Path) -> int:
 
 def throughput(python: Path, root: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Tokens a second of a dense and a pruned model that are asked in turns, eager and compiled."""
-    checkpoint, pruned = pruned_smollm2(root, gone=False)
+    checkpoint, pruned = pruned_smollm2(root)
     models = {"dense": checkpoint.path, "pruned": pruned}
     counted = matrices(models["dense"]) / matrices(pruned)
     draw = torch.Generator().manual_seed(1)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -42,11 +44,11 @@ def widen(config: Any) -> Any:
 def prepare(shape: str, root: Path) -> Path:
     """Write a directory for each kind of export: all layers alike, sizes of their own, and stubs for what is gone."""
     directory = root / shape
-    pruned.tiny.CONFIGS[shape] = widen(pruned.tiny.CONFIGS[shape])
-    pruned.CONFIG = replace(pruned.CONFIG, granularity=32)
-    pruned.tiny.write_checkpoint(directory / "dense", shape)
     structure = "head" if "mqa" in shape else "kv_group"
-    case = pruned.prune(directory / "dense", directory / "database", structure)
+    with patch.dict(pruned.tiny.CONFIGS, {shape: widen(pruned.tiny.CONFIGS[shape])}):
+        pruned.tiny.write_checkpoint(directory / "dense", shape)
+    with patch.object(pruned, "CONFIG", replace(pruned.CONFIG, granularity=32)):
+        case = pruned.prune(directory / "dense", directory / "database", structure)
     for name, genome in genomes(case.database.grid).items():
         pruned.write_export(case, genome, directory / name)
     convert(directory / "gone", directory / "stubs", ExportConfig(compat="vllm"))
@@ -65,7 +67,7 @@ def genomes(grid: Any) -> dict[str, Genome]:
     for name, chosen in levels.items():
         genome = [0] * len(grid.units)
         for kind, members in places.items():
-            for index, level in zip(members, chosen[kind], strict=True):
+            for index, level in zip(members, cycle(chosen[kind]), strict=False):
                 genome[index] = grid.highest(index) if level is None else level
         found[name] = Genome(tuple(genome))
     return found

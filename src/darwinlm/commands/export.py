@@ -21,6 +21,7 @@ from darwinlm.export.anymodel import as_anymodel
 from darwinlm.export.card import ANYMODEL, stubbed_card
 from darwinlm.export.gguf import export_gguf, libgguf
 from darwinlm.export.gguf_precision import QUANTISED
+from darwinlm.export.groups import group_note
 from darwinlm.export.hf import export_hf
 from darwinlm.export.importance import mean_squares
 from darwinlm.export.ollama import write_modelfile
@@ -147,4 +148,5 @@ def convert(directory: Path, out: Path, config: ExportConfig) -> Path:
     _, *parallel = tensor_parallel_sizes(sizes)
     among = f"among {', '.join(map(str, parallel))}" if parallel else "in no way among several"
     say(f"tensor parallelism: the sizes of every block can be split {among} devices")
+    say(group_note(written))
     return out
