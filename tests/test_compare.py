@@ -22,12 +22,14 @@ from darwinlm.data.corpus import read_corpus
 from darwinlm.database.stitch import Stitcher, repeat_shared
 from darwinlm.database.store import MANIFEST, Database
 from darwinlm.evaluation.local_tasks import LOCAL
+from darwinlm.evaluation.paired import difference
 from darwinlm.evaluation.quality import Quality, perplexity_and_kl
-from darwinlm.evaluation.tasks import Request, run_tasks
+from darwinlm.evaluation.tasks import LIKELIHOOD, Request, run_tasks
 from darwinlm.genome import Grid, level_grid
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_count
+from darwinlm.report import beside_dense
 from darwinlm.report.comparison import CELLS, DENSE, Cell, figure, read_cells, write_cells
 from darwinlm.report.html import NAME
 from darwinlm.rivals import methods as registry
@@ -248,7 +250,8 @@ def test_tasks_are_asked_of_every_model_and_only_once(
     said = [line for line in told(capsys.readouterr().err) if line.startswith("compare: ")]
     assert len(said) == 5 + 4 + 4  # one of the five is refused, and asked nothing
     assert said[-1] == "compare: 4/5, uniform at params=0.48: piqa"
-    assert [[score.task for score in cell.scores] for cell in found[-1]] == [["piqa", "arc_easy"]] * 4 + [[]]
+    asked_of_each = [["piqa", "piqa", "arc_easy", "arc_easy"]] * 4 + [[]]
+    assert [[score.task for score in cell.scores] for cell in found[-1]] == asked_of_each
     for cell in found[-1]:
         for score in cell.scores:
             assert score.questions == 20
@@ -260,7 +263,17 @@ def test_tasks_are_asked_of_every_model_and_only_once(
     assert len(values) > 2  # so that the models were told apart
     table = (tmp_path / "out" / TABLE).read_text()
     assert "| KL code.txt | piqa acc | arc_easy acc |" in table
-    assert f"| {alone[0]} | {alone[1]} |" in table
+    assert f"| {alone[0]} | {alone[2]} |" in table
+    gap = difference(found[-1][1].scores[1].by_question, alone[1].by_question)
+    assert gap is not None
+    assert f" {gap.text(share=False)} |" in table
+    page = (tmp_path / "out" / NAME).read_text()
+    assert f"<td>{gap.text(share=False)}</td>" in page
+    assert beside_dense.leaders(found[-1])[0] in page
+    # Scores without answers to each question, as earlier versions wrote them, are measured again.
+    directory = Path(plain.out)
+    write_cells(directory, [old(cell) for cell in read_cells(directory)])
+    assert compare(with_both) == found[-1]
     for changed in (replace(with_arc, limit=10), replace(with_arc, shots=1)):
         with pytest.raises(UsageError, match="holds answers to other questions of arc_easy"):
             compare(changed)
@@ -268,6 +281,11 @@ def test_tasks_are_asked_of_every_model_and_only_once(
     with pytest.raises(UsageError, match="--tasks-path: no directory"):
         compare(new)
     assert not Path(new.out).exists()
+
+
+def old(cell: Cell) -> Cell:
+    kept = tuple(replace(score, by_question=None) for score in cell.scores if score.metric != LIKELIHOOD)
+    return replace(cell, scores=kept)
 
 
 def words(seed: str) -> list[str]:

@@ -27,7 +27,7 @@ from darwinlm.data.corpus import is_held_out
 from darwinlm.evaluation.generation import repetition, write
 from darwinlm.evaluation.local_tasks import LOCAL
 from darwinlm.evaluation.quality import quality_over, windows_over
-from darwinlm.evaluation.tasks import SUITE, Request, Score
+from darwinlm.evaluation.tasks import LIKELIHOOD, SUITE, Request, Score
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.reading import load
 from darwinlm.types import UsageError
@@ -150,14 +150,15 @@ def test_command_measures_dense_models_runs_and_exports(
     dense = checkpoints["llama-gqa"]
     run = compress.run(runs.short(dense, text, tmp_path / "run"))
     record = {"query": "Question: Which is hot?", "choices": ["ice", "fire", "snow", "rain"], "gold": 1}
-    (tmp_path / LOCAL["arc_easy"].file).write_text(f"{json.dumps(record)}\n" * 3)
+    (tmp_path / LOCAL["arc_easy"].file).write_text(f"{json.dumps(record)}\n" * 10)
     flags = f"--data {text} --tokens 300 --window 64 --stride 32 --generation --continuation-tokens 6 --tasks arc_easy"
     files = ["--tasks-data", str(tmp_path), "--out", str(tmp_path / "out.json")]
     capsys.readouterr()
     against = ["--against", str(dense), "--beside", f"{run.exported},{checkpoints['llama-mha']}"]
     assert runs.call("evaluate", str(run.path), *flags.split(), *files, *against) == 0
     shown = capsys.readouterr().out
-    for words in ("perplexity, ", "KL, ", "arc_easy, acc, 0-shot", "repetition, %", "agreement with dense, %",
+    for words in ("perplexity, ", "KL, ", "arc_easy, acc, 0-shot", "arc_easy, log-likelihood, 0-shot", "repetition, %",
+                  "agreement with dense, %",
                   "windows of 64 tokens, each 32 tokens further", "held-out documents", "KL("):  # fmt: skip
         assert words in shown
     found = json.loads((tmp_path / "out.json").read_text())
@@ -173,7 +174,14 @@ def test_command_measures_dense_models_runs_and_exports(
     expected = quality_over(models, windows_over(stream, 64, 32))["run"]
     assert of_run["texts"][str(text)] == {"perplexity": expected.perplexity, "kl": expected.kl}
     assert f"{expected.perplexity:.3f}" in shown
-    assert {task["questions"] for task in of_run["tasks"]} == {3}
+    assert {task["questions"] for task in of_run["tasks"]} == {10}
+    likelihoods = [next(task for task in model["tasks"] if task["metric"] == LIKELIHOOD) for model in found["models"]]
+    assert likelihoods[0]["beside_dense"] is None
+    gap = likelihoods[3]["value"] - likelihoods[0]["value"]
+    # The ten questions are one: so is the difference, and its interval has no width.
+    assert likelihoods[3]["beside_dense"] == {k: pytest.approx(gap) for k in ("value", "low", "high")} | {"real": True}
+    (line,) = (line for line in shown.splitlines() if f"({gap:+.3f} to {gap:+.3f}) *" in line)
+    assert line.startswith("  beside dense")
 
 
 def test_models_of_another_vocabulary_have_no_kl(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
@@ -265,7 +273,7 @@ def test_a_task_that_cannot_be_run_costs_no_other_figure(
     assert "piqa.jsonl cannot be read as questions" in printed.err.splitlines()[-1]
     assert re.search(r"^piqa, -, 0-shot +-$", printed.out, re.MULTILINE)
     found = json.loads((tmp_path / "out.json").read_text())["models"][0]["tasks"]
-    assert [score["value"] is None for score in found] == [True, False, False]
+    assert [score["value"] is None for score in found] == [True, False, False, False]
 
 
 def test_what_cannot_be_measured_is_refused(

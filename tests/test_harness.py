@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 import tiny
 from darwinlm.config.evaluation import TasksConfig
 from darwinlm.evaluation.local_tasks import LOCAL, local_tasks
-from darwinlm.evaluation.tasks import SUITE, Request, Score, questions, run_tasks
+from darwinlm.evaluation.tasks import LIKELIHOOD, SUITE, Request, Score, questions, run_tasks
 from darwinlm.types import DarwinError, UsageError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "eval"
@@ -102,12 +103,14 @@ def test_accuracy_is_that_of_plain_log_likelihoods(name: str, model: PreTrainedM
     write(tmp_path / LOCAL[name].file, records)
     scores = run_tasks(model, tiny.tokenizer(), [Request(name)], TasksConfig(tasks_data=str(tmp_path)))
     right = normed = 0
+    correct = []
     for record in records:
         if name == "winogrande":
             pairs = [(context, f" {record['continuation']}") for context in record["context_options"]]
         else:
             pairs = [(f"{record['query']}Answer:", f" {choice}") for choice in record["choices"]]
         likelihoods = [log_likelihood(model, *pair) for pair in pairs]
+        correct.append(likelihoods[record["gold"]])
         right += likelihoods.index(max(likelihoods)) == record["gold"]
         by_length = [value / (len(ending) - 1) for value, (_, ending) in zip(likelihoods, pairs, strict=True)]
         normed += by_length.index(max(by_length)) == record["gold"]
@@ -115,6 +118,10 @@ def test_accuracy_is_that_of_plain_log_likelihoods(name: str, model: PreTrainedM
     values = {score.metric: score.value for score in scores}
     assert values["acc"] == pytest.approx(right / QUESTIONS)
     assert 0 < right < QUESTIONS
+    by_question = {score.metric: score.by_question for score in scores}
+    assert by_question[LIKELIHOOD] == pytest.approx(correct, abs=1e-3)
+    assert values[LIKELIHOOD] == pytest.approx(fmean(correct), abs=1e-3)
+    assert sum(by_question["acc"] or ()) == right
     if name == "piqa":
         assert values["acc_norm"] == pytest.approx(normed / QUESTIONS)
 
@@ -148,7 +155,8 @@ def test_shots_limits_and_task_files(model: PreTrainedModel, tmp_path: Path) -> 
     )
     asked = [Request("arc_easy", 2, "acc_norm"), Request("own")]
     config = TasksConfig(limit=4, tasks_path=str(tmp_path), tasks_data=str(tmp_path))
-    arc, own = run_tasks(model, tiny.tokenizer(), asked, config)
+    arc, of_arc, own, _ = run_tasks(model, tiny.tokenizer(), asked, config)
+    assert (of_arc.metric, of_arc.shots, len(of_arc.by_question or ())) == (LIKELIHOOD, 2, 4)
     assert (arc.task, arc.metric, arc.shots, arc.questions) == ("arc_easy", "acc_norm", 2, 4)
     assert (own.task, own.metric, own.shots, own.questions, own.value in (0, 1)) == ("own", "acc", 0, 3, True)
 
@@ -176,8 +184,10 @@ def test_groups_of_groups_count_their_tasks_and_those_without_figures_are_refuse
     (tmp_path / "outer.yaml").write_text(f"group: outer\ntask: [inner]\n{mean}")
     (tmp_path / "bare.yaml").write_text("group: bare\ntask: [one, two]\n")
     config = TasksConfig(tasks_path=str(tmp_path))
-    (score,) = run_tasks(model, tiny.tokenizer(), [Request("outer")], config)
-    assert (score.metric, score.questions) == ("acc", 6)
+    score, likelihood = run_tasks(model, tiny.tokenizer(), [Request("outer")], config)
+    assert (score.metric, score.questions, score.by_question) == ("acc", 6, (score.value,) * 6)
+    expected = log_likelihood(model, "Ice is", " cold")
+    assert likelihood.by_question == pytest.approx((expected,) * 6, abs=1e-3)
     with pytest.raises(DarwinError, match="bare has no figure of its own; name tasks that have one, of one, two"):
         run_tasks(model, tiny.tokenizer(), [Request("bare")], config)
     before = questions([Request("one")], config)

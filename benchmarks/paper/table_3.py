@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from of_comparison import opened
 
 from darwinlm.report import tables
-from darwinlm.report.comparison import DENSE, Cell
+from darwinlm.report.comparison import DENSE, Cell, in_table
 from darwinlm.report.figures import save_figure
 
 SEARCHED = {"uniform": "uniform", "evolution": "searched"}
@@ -26,13 +26,13 @@ SEARCHED = {"uniform": "uniform", "evolution": "searched"}
 
 def average(cell: Cell) -> float:
     """Of all tasks, in per cent."""
-    values = [score.value for score in cell.scores if score.value is not None]
+    values = [score.value for score in in_table(cell) if score.value is not None]
     return 100 * mean(values) if values else math.nan
 
 
 def aligned(cells: list[Cell]) -> list[Cell]:
     """Every cell with the dense model's tasks in its order. Raises `KeyError` if one has not been asked them all."""
-    asked = [(score.task, score.metric) for score in cells[0].scores]
+    asked = [(score.task, score.metric) for score in in_table(cells[0])]
     found = []
     for cell in cells:
         by_task = {(score.task, score.metric): score for score in cell.scores}

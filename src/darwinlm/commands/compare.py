@@ -26,6 +26,7 @@ from darwinlm.genome import Grid
 from darwinlm.model.checkpoint import find_checkpoint
 from darwinlm.model.families import find_grid
 from darwinlm.model.size import parameter_count
+from darwinlm.report import beside_dense
 from darwinlm.report.cells_page import CellsFacts, comparison_lead, comparison_sections
 from darwinlm.report.comparison import (
     DENSE,
@@ -98,12 +99,12 @@ def compare(config: CompareConfig) -> list[Cell]:
         note_questions(asked, out)
         bench, cells = _open(config, base), Cells(out)
         chosen, failures = _measure_all(bench, cells, [(m, share) for share in shares for m in methods], requests)
-        write_text(out / TABLE, markdown(chosen, _protocol(bench), PICTURE))
+        write_text(out / TABLE, markdown(chosen, _protocol(bench), PICTURE, beside_dense.markdown(chosen)))
         save_picture(out / PICTURE, chosen)
         with unless_it_fails(out / NAME):
             _write_page(out, bench, chosen)
     print_table(chosen)
-    print(out / TABLE, out / PICTURE, out / NAME, sep="\n")
+    print(*beside_dense.leaders(chosen), out / TABLE, out / PICTURE, out / NAME, sep="\n")
     if failures:
         raise DarwinError("; ".join(failures))
     return chosen

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,12 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from darwinlm.commands.run_directory import open_model, versions
+from darwinlm.commands.cards import DENSE, Card, save, table
+from darwinlm.commands.run_directory import open_model
 from darwinlm.config.evaluation import EvaluateConfig, SpeedConfig
-from darwinlm.data.corpus import TESTS, is_held_out, parts_of, token_stream
+from darwinlm.data.corpus import is_held_out, parts_of, token_stream
 from darwinlm.data.packing import bos_of, check_ids
-from darwinlm.evaluation.drafting import Drafting, drafting, rows_of
+from darwinlm.evaluation.drafting import Drafting, drafting
 from darwinlm.evaluation.generation import Writing, write
 from darwinlm.evaluation.quality import Window, quality_over, windows_over
 from darwinlm.evaluation.speed import count, measure
@@ -29,13 +29,10 @@ from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime.device import DTYPES, resolve_device
-from darwinlm.runtime.files import write_json
 from darwinlm.runtime.progress import say
 from darwinlm.runtime.scratch import scratch_directory
 from darwinlm.runtime.timing import Ratio
 from darwinlm.types import DarwinError, UsageError
-
-DENSE = "dense"
 
 
 class Subject:
@@ -56,25 +53,6 @@ class Subject:
     def forget(self) -> None:
         """Free the model."""
         self.__dict__.pop("model", None)
-
-
-@dataclass(frozen=True)
-class Card:
-    """The measurements of one model.
-
-    Attributes:
-        qualities: perplexity and KL by text; KL is None without a dense model of the same vocabulary.
-        writing: its greedy continuations, if they were asked for.
-        drafting: what it is worth as the dense model's draft, if that was asked for and both have the same tokens.
-        scores: its scores in tasks.
-    """
-
-    name: str
-    parameters: int
-    qualities: dict[str, tuple[float, float | None]]
-    writing: Writing | None
-    scores: list[Score]
-    drafting: Drafting | None = None
 
 
 def evaluate(config: EvaluateConfig, timing: SpeedConfig, speed: bool = False) -> None:
@@ -245,96 +223,6 @@ def _draft(subject: Subject, reference: Subject | None, config: EvaluateConfig) 
         config.continuation_tokens,
         config.draft_tokens,
     )
-
-
-def table(cards: Sequence[Card], config: EvaluateConfig) -> str:
-    """A table with a column for each model and a row for each measure; below it the protocol and the continuations."""
-    rows = [["", *(card.name for card in cards)], ["parameters", *(f"{card.parameters:,}" for card in cards)]]
-    for text in cards[0].qualities:
-        qualities = [card.qualities[text] for card in cards]
-        rows.append([f"perplexity, {text}", *(f"{perplexity:.3f}" for perplexity, _ in qualities)])
-        if any(kl is not None for _, kl in qualities):
-            rows.append([f"KL, {text}", *("" if kl is None else f"{kl:.4f}" for _, kl in qualities)])
-    scores_of_cards = [{(score.task, score.metric, score.shots): str(score) for score in card.scores} for card in cards]
-    for task, metric, shots in dict.fromkeys(key for scores in scores_of_cards for key in scores):
-        row = [scores.get((task, metric, shots), "-") for scores in scores_of_cards]
-        rows.append([f"{task}, {metric}, {shots}-shot", *row])
-    if config.suite:
-        rows.append(["average of the suite", *map(_average, cards)])
-    written = [card.writing for card in cards if card.writing is not None]
-    if written:
-        repeated = ("" if w.repetition is None else f"{100 * w.repetition:.1f}" for w in written)
-        rows.append(["repetition, %", *repeated])
-        if any(writing.agreement is not None for writing in written):
-            agreed = ("" if w.agreement is None else f"{100 * w.agreement:.1f}" for w in written)
-            rows.append(["agreement with dense, %", *agreed])
-    rows += rows_of([card.drafting for card in cards])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        f"{row[0]:{widths[0]}}" + "".join(f"  {c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]
-    lines += ["", *(f"{what}: {how}" for what, how in protocol(cards, config).items())]
-    for number, prompt in enumerate(config.prompts if written else ()):
-        lines += ["", f"> {prompt}"]
-        lines += [f"{card.name}: {card.writing.continuations[number]}" for card in cards if card.writing is not None]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _average(card: Card) -> str:
-    """The mean over the suite's tasks in per cent, or a dash if one of them has no score."""
-    values = [score.value for score in card.scores[: len(SUITE)] if score.value is not None]
-    return f"{100 * math.fsum(values) / len(SUITE):.1f}" if len(values) == len(SUITE) else "-"
-
-
-def protocol(cards: Sequence[Card], config: EvaluateConfig) -> dict[str, str]:
-    """How the figures were measured, as sentences by topic."""
-    how = {}
-    if config.data is not None:
-        stride = config.stride or config.window
-        windows = "disjoint" if stride == config.window else f"each {stride} tokens further, none counted twice"
-        own = [f"{text}: its {TESTS[text].partition('-')[2]} set" for text in cards[0].qualities if text in TESTS]
-        others = [f"{config.documents} documents"] if len(own) < len(cards[0].qualities) else []
-        what = "; ".join([*own, *others])
-        how["perplexity"] = (
-            f"windows of {config.window} tokens, {windows}, after a BOS where the tokenizer adds one; at most "
-            f"{config.tokens:,} tokens; {what}; of a token, so not comparable across tokenizers"
-        )
-    if config.against is not None and config.data is not None:
-        how["KL"] = f"KL({config.against} || model) in nats a token"
-    if config.generation:
-        how["repetition"] = "share of 4-grams of tokens that the continuation had before"
-        if config.against is not None:
-            how["agreement"] = "share of the dense model's greedy tokens that the model would have chosen there"
-    if any(card.drafting for card in cards):
-        how["draft"] = f"{config.draft_tokens} tokens at a time, greedy, {config.continuation_tokens} after each prompt"
-    if cards[0].scores:
-        sources = dict.fromkeys(
-            f"{score.task} from {score.source}, {score.questions:,} questions"
-            for score in cards[0].scores
-            if score.value is not None
-        )
-        how["tasks"] = "; ".join([*sources, *dict.fromkeys(s.source for s in cards[0].scores if s.value is None)])
-    return how
-
-
-def save(cards: Sequence[Card], config: EvaluateConfig, speed: Mapping[str, Any] | None = None) -> None:
-    """Write the JSON that `config` asks for, if any: the measurements of every model, and of `--speed`."""
-    if config.out is None:
-        return
-    models = [
-        {
-            "model": card.name,
-            "parameters": card.parameters,
-            "texts": {text: {"perplexity": p, "kl": kl} for text, (p, kl) in card.qualities.items()},
-            "tasks": [asdict(score) for score in card.scores],
-            "generation": None if card.writing is None else asdict(card.writing),
-            "draft": None if card.drafting is None else asdict(card.drafting),
-        }
-        for card in cards
-    ]
-    how = {"protocol": protocol(cards, config) if cards else {}, "settings": asdict(config), "versions": versions()}
-    write_json(Path(config.out), {"models": models, **({} if speed is None else {"speed": dict(speed)}), **how})
 
 
 def compare_speed(

@@ -34,6 +34,7 @@ from darwinlm.data.corpus import Drawn
 from darwinlm.database.store import Database
 from darwinlm.evaluation.tasks import Request
 from darwinlm.losses.metrics import label
+from darwinlm.report import beside_dense
 from darwinlm.report.cells_page import CellsFacts, frontier_lead, frontier_sections
 from darwinlm.report.comparison import DENSE, Cell
 from darwinlm.report.figures import save_figure
@@ -83,7 +84,7 @@ def frontier(config: FrontierConfig) -> list[Cell]:
             return []
         note_questions(asked, out)
         cells = _measure(work, sizes, results, database, config, requests)
-        write_text(out / TABLE, markdown(cells, _protocol(config), PICTURE))
+        write_text(out / TABLE, markdown(cells, _protocol(config), PICTURE, beside_dense.markdown(cells)))
         save_figure(out / PICTURE, figure(cells))
         with unless_it_fails(out / NAME):
             _write_page(out, config, work, results, cells)

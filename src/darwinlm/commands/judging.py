@@ -92,9 +92,12 @@ class Judge:
     ) -> Cell:
         """The cell with the scores that are requested, in their order; the model runs the tasks that it has none of.
 
+        Scores of versions that did not keep the answers to each question are measured again.
+
         Args:
             place: where in the whole work this is, for the log.
         """
+        cell = replace(cell, scores=tuple(score for score in cell.scores if score.by_question is not None))
         answered = {score.task for score in cell.scores}
         left = [request for request in requests if request.task not in answered and cell.refused is None]
         if left:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.config.evaluation import TasksConfig
+from darwinlm.evaluation.answers import figures, likelihoods
 from darwinlm.evaluation.local_tasks import LOCAL, local_tasks
 from darwinlm.types import DarwinError, UsageError
 
@@ -49,6 +52,7 @@ SUITE = (
 
 
 SHARES = ("exact_match", "em", "f1", "mcc", "pass@1")  # metrics that are shares, besides acc, acc_norm and the like
+LIKELIHOOD = "log-likelihood"  # of the correct answer, in nats a question: it moves where accuracy does not yet
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class Score:
         stderr: the standard error of `value`; None if the harness gives none.
         questions: the number of questions that were asked.
         source: where the questions come from, or why there is no value.
+        by_question: what `value` is the mean of, in the order of the questions; empty where it is no mean, None where
+            an earlier version has not kept it.
     """
 
     task: str
@@ -69,6 +75,7 @@ class Score:
     stderr: float | None
     questions: int
     source: str
+    by_question: tuple[float, ...] | None = None
 
     def __str__(self) -> str:
         """Return the figure with its standard error; shares are in per cent."""
@@ -83,8 +90,9 @@ class Score:
 
 
 def is_share(metric: str) -> bool:
-    """Return whether a metric is a share of questions, from 0 to 1."""
-    return metric.startswith("acc") or metric in SHARES
+    """Return whether a metric, which a filter of the answers may follow in brackets, is a share of questions."""
+    name = metric.partition(" (")[0]
+    return name.startswith("acc") or name.endswith("_acc") or name in SHARES
 
 
 def requested(config: TasksConfig) -> list[Request]:
@@ -134,13 +142,14 @@ def run_tasks(
     for request in requests:
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size)  # type: ignore[arg-type]
         try:
+            loaded = manager.load([local.get(request.task, request.task)])
             results: Any = evaluator.simple_evaluate(
                 model=lm,
-                tasks=[local.get(request.task, request.task)],
+                tasks=[loaded["groups"].get(request.task) or loaded["tasks"][request.task]],
                 num_fewshot=request.shots,
                 limit=config.limit,
                 task_manager=manager,
-                log_samples=False,
+                log_samples=True,
             )
         except Exception as error:  # of any kind: the hub, the data set or the harness may fail
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -149,7 +158,7 @@ def run_tasks(
                 f"or name a directory of local ones with --tasks-data ({', '.join(LOCAL)})"
             ) from error
         source = f"{LOCAL[request.task].file} (local)" if request.task in local else f"lm-eval {version('lm-eval')}"
-        scores += _scores(request, results, source)
+        scores += _scores(request, results, loaded["tasks"], source)
     return scores
 
 
@@ -204,23 +213,38 @@ def _manager(tasks_path: Path | None, include_defaults: bool) -> Any:
     return TaskManager(include_path=tasks_path, include_defaults=include_defaults)
 
 
-def _scores(request: Request, results: Mapping[str, Any], source: str) -> list[Score]:
+def _scores(request: Request, results: Mapping[str, Any], tasks: Mapping[str, Any], source: str) -> list[Score]:
     """Return the scores of a task, or of a group as a whole. Raises `DarwinError` if it has none."""
-    figures = results["results"][request.task]
+    found = results["results"][request.task]
     counts = results.get("n-samples", {})
-    inside = _leaves(request.task, results.get("group_subtasks", {}))
-    questions = sum(counts[name]["effective"] for name in inside if name in counts)
-    shots = results.get("n-shot", {}).get(request.task, request.shots)
+    inside = sorted(_leaves(request.task, results.get("group_subtasks", {})))
+    count = sum(counts[name]["effective"] for name in inside if name in counts)
+    shots = results.get("n-shot", {}).get(request.task, request.shots) or 0
+    samples = [sample for name in inside for sample in results["samples"].get(name, ())]
     scores = [
-        Score(request.task, name, shots or 0, value, _number(figures.get(f"{name}_stderr,{kind}")), questions, source)
-        for key, value in figures.items()
+        Score(
+            request.task,
+            name if kind == "none" else f"{name} ({kind})",
+            shots,
+            value,
+            _number(found.get(f"{name}_stderr,{kind}")),
+            count,
+            source,
+            figures(samples, name, kind, value),
+        )
+        for key, value in found.items()
         for name, _, kind in [key.partition(",")]
         if kind and not name.endswith("_stderr") and request.metric in (None, name)
     ]
     if not scores:
-        missing, names = request.metric or "figure of its own", ", ".join(sorted(inside))
+        missing, names = request.metric or "figure of its own", ", ".join(inside)
         raise DarwinError(f"the task {request.task} has no {missing}; name tasks that have one, of {names}")
-    return scores
+    of_leaves = [likelihoods(tasks[name], results["samples"][name]) for name in inside if name in tasks]
+    answers = tuple(round(one, 5) for leaf in of_leaves for one in leaf)
+    if not all(of_leaves) or not all(map(math.isfinite, answers)):
+        return scores
+    error = stdev(answers) / math.sqrt(len(answers)) if len(answers) > 1 else None
+    return [*scores, Score(request.task, LIKELIHOOD, shots, fmean(answers), error, count, source, answers)]
 
 
 def _leaves(task: str, groups: Mapping[str, Sequence[str]]) -> set[str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from darwinlm.evaluation.tasks import is_share
 from darwinlm.genome import Grid
-from darwinlm.report import comparison, frontier, tables
+from darwinlm.report import beside_dense, comparison, frontier, tables
 from darwinlm.report.charts import Line, Point, axis, layout, lines_chart
 from darwinlm.report.comparison import DENSE, HELD_OUT, Cell, refusals, task_notes
 from darwinlm.report.html import Block, Chart, Note, Section, Table, safe
@@ -110,6 +111,7 @@ def frontier_sections(
     return [
         Section("Sizes", [table, *map(Note, [*notes, *facts.protocol, *task_notes(cells[0])])]),
         Section("Quality over size", [*curves, *_task_note(cells[0])]),
+        _answers(cells),
         Section("Sizes of units", [*(_units_chart(grid, kind, cells[1:]) for kind in grid.kinds()), Note(ON_UNITS)]),
         Section("Searches", [_histories_chart(histories, metric)] if any(histories.values()) else []),
         *_endings(facts),
@@ -123,6 +125,7 @@ def comparison_sections(facts: CellsFacts) -> list[Section]:
     said = [*facts.protocol, *task_notes(cells[0]), *refusals(cells)]
     return [
         Section("Quality over size", [*charts, *_task_note(cells[0])]),
+        _answers(cells),
         Section("All figures", [Table(*comparison.cells_of(cells)), *map(Note, said)]),
         *_endings(facts),
     ]
@@ -155,7 +158,20 @@ def _measures(dense: Cell, logarithmic: bool = False) -> list[_Measure]:
         name = Path(text).name
         result.append(_Measure(f"kl-{number}", f"KL, {name} (nats a token)", on(text, "kl"), logarithmic))
         result.append(_Measure(f"perplexity-{number}", f"perplexity, {name}", on(text, "perplexity"), logarithmic))
+    if beside_dense.mean(dense, dense) is not None:
+        result.append(_Measure("answers", f"{beside_dense.MEAN} (nats above dense)", partial(_above, dense)))
     return [*result, _Measure("tasks", "tasks, mean (%)", _mean_score)] if _shares(dense) else result
+
+
+def _above(dense: Cell, cell: Cell) -> Point:
+    found = beside_dense.mean(cell, dense)
+    return Point.exact(math.nan) if found is None else Point(found.value, found.low, found.high)
+
+
+def _answers(cells: Sequence[Cell]) -> Section:
+    """The answers beside the dense model's; the section is empty where no task was asked."""
+    titles, rows = beside_dense.cells_of(cells)
+    return Section(beside_dense.TITLE, [Table(titles, rows), *map(Note, beside_dense.notes(cells))] if titles else [])
 
 
 def _shares(cell: Cell) -> list[tuple[float, float]]:
@@ -195,7 +211,7 @@ def _over(size: frontier.Axis, measure: _Measure, cells: Sequence[Cell]) -> Char
 
 def _said(cell: Cell, measure: _Measure) -> str:
     point = measure.of(cell)
-    interval = f" ± {point.high - point.value:.2g}" if point.high > point.value else ""
+    interval = f" ({point.low:.4g} to {point.high:.4g})" if point.high > point.low else ""
     return f"{_name(cell)} ({tables.parameters(cell.parameters)}): {measure.title} {point.value:.4g}{interval}"
 
 

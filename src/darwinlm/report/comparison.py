@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from darwinlm.evaluation.quality import Quality
-from darwinlm.evaluation.tasks import Score
+from darwinlm.evaluation.tasks import LIKELIHOOD, Score
 from darwinlm.report import tables
 from darwinlm.report.figures import save_figure
 from darwinlm.runtime.files import read_lines, write_lines
@@ -77,7 +77,7 @@ class Cell:
         fields: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in line.items()}
         missing = {"perplexity": math.nan, "kl": math.nan}
         fields["texts"] = {text: Quality(**(missing | quality)) for text, quality in line.get("texts", {}).items()}
-        fields["scores"] = tuple(Score(**score) for score in line.get("scores", ()))
+        fields["scores"] = tuple(map(_score, line.get("scores", ())))
         return cls(**fields)
 
     @property
@@ -95,6 +95,11 @@ class Cell:
     def perplexity_on(self, text: str) -> float:
         """Return the perplexity on a text, which may be `HELD_OUT`."""
         return self.perplexity if text == HELD_OUT else self.texts[text].perplexity
+
+
+def _score(fields: Mapping[str, Any]) -> Score:
+    answers = fields.get("by_question")
+    return Score(**{**fields, "by_question": None if answers is None else tuple(answers)})
 
 
 def _finite(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,22 +137,33 @@ def print_table(cells: Sequence[Cell]) -> None:
         print(refusal)
 
 
-def markdown(cells: Sequence[Cell], protocol: Sequence[str], picture: str) -> str:
+def markdown(cells: Sequence[Cell], protocol: Sequence[str], picture: str, answers: Sequence[str] = ()) -> str:
     """Return Markdown with the table, with the dense model first, notes on how it was measured, and the picture.
 
     Args:
         protocol: notes on how the figures were measured.
         picture: the path of the picture, as the Markdown refers to it.
+        answers: Markdown on the answers beside the dense model's; may be empty.
     """
     titles = _titles(cells[0])
     table = tables.markdown(titles, [_columns(cell, titles) for cell in cells])
     notes = [f"- {note}" for note in [*protocol, *task_notes(cells[0]), *refusals(cells)]]
-    return "\n".join([table, "", *notes, "", f"![Perplexity at every size]({picture})"]) + "\n"
+    return "\n".join([table, "", *notes, "", *answers, f"![Perplexity at every size]({picture})"]) + "\n"
 
 
 def task_notes(cell: Cell) -> list[str]:
     """A note on each task that a cell has a score of, for below a table."""
-    return [f"{s.task}: {s.questions:,} questions from {s.source}, {s.shots}-shot; per cent" for s in cell.scores]
+    return list(
+        dict.fromkeys(
+            f"{s.task}: {s.questions:,} questions from {s.source}, {s.shots}-shot; shares in per cent"
+            for s in cell.scores
+        )
+    )
+
+
+def in_table(cell: Cell) -> list[Score]:
+    """The scores that the table of all figures has: the tasks' own metrics."""
+    return [score for score in cell.scores if score.metric != LIKELIHOOD]
 
 
 def refusals(cells: Sequence[Cell]) -> list[str]:
@@ -156,7 +172,7 @@ def refusals(cells: Sequence[Cell]) -> list[str]:
 
 def _titles(dense: Cell) -> list[str]:
     texts = [f"{measure} {Path(text).name}" for text in dense.texts for measure in ("perplexity", "KL")]
-    tasks = [f"{score.task} {score.metric}" for score in dense.scores]
+    tasks = [f"{score.task} {score.metric}" for score in in_table(dense)]
     speeds = ["prefill tok/s", "decode tok/s", "seconds to find"]
     return ["kept", "method", "parameters", "perplexity", "KL", *texts, *tasks, *speeds]
 
@@ -171,7 +187,7 @@ def _columns(cell: Cell, titles: Sequence[str]) -> list[str]:
         *start,
         f"{cell.parameters:,}",
         *(figure for quality in qualities for figure in (f"{quality.perplexity:.2f}", f"{quality.kl:.4f}")),
-        *map(str, cell.scores),
+        *map(str, in_table(cell)),
         f"{cell.prefill_tokens_per_s:.1f} ({prefill})",
         f"{cell.decode_tokens_per_s:.1f} ({decode})",
         f"{cell.seconds:.0f}",

@@ -12,8 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from darwinlm.evaluation.quality import Quality
+from darwinlm.evaluation.tasks import is_share
 from darwinlm.report import tables
-from darwinlm.report.comparison import COLOURS, DENSE, HELD_OUT, MARKERS, Cell, task_notes
+from darwinlm.report.comparison import COLOURS, DENSE, HELD_OUT, MARKERS, Cell, in_table, task_notes
 
 KNEE = "knee"
 
@@ -76,23 +77,24 @@ def print_table(cells: Sequence[Cell]) -> None:
     tables.show(_titles(cells[0]), [[dense], others])
 
 
-def markdown(cells: Sequence[Cell], protocol: Sequence[str], picture: str) -> str:
+def markdown(cells: Sequence[Cell], protocol: Sequence[str], picture: str, answers: Sequence[str] = ()) -> str:
     """Return Markdown with the table, notes on how it was measured, and the picture.
 
     Args:
         cells: the dense model's, then those of the sizes.
         protocol: notes on how models were made.
         picture: the path of the picture, as the Markdown refers to it.
+        answers: Markdown on the answers beside the dense model's; may be empty.
     """
     table = tables.markdown(_titles(cells[0]), [_columns(cell, cells) for cell in cells])
     notes = [f"- {note}" for note in [*protocol, *task_notes(cells[0])]]
     explained = [NOTE, *([KNEE_NOTE] if find_knee(cells[1:]) else [])]
-    return "\n".join([table, "", *explained, "", *notes, "", f"![Quality over size]({picture})"]) + "\n"
+    return "\n".join([table, "", *explained, "", *notes, "", *answers, f"![Quality over size]({picture})"]) + "\n"
 
 
 def _titles(dense: Cell) -> list[str]:
     texts = [f"{measure} {Path(text).name}" for text in dense.texts for measure in ("perplexity", "KL")]
-    tasks = [f"{score.task} {score.metric}" for score in dense.scores]
+    tasks = [f"{score.task} {score.metric}" for score in in_table(dense)]
     return ["model", "parameters", "weights", "perplexity", "KL", *texts, *tasks, "prefill tok/s", "decode tok/s", ""]
 
 
@@ -106,7 +108,7 @@ def _columns(cell: Cell, cells: Sequence[Cell]) -> list[str]:
         f"{tables.parameters(cell.parameters)} ({cell.parameters / dense.parameters:.0%})",
         tables.size(cell.bytes),
         *(figure for quality in qualities for figure in (f"{quality.perplexity:.2f}", f"{quality.kl:.4f}")),
-        *map(str, cell.scores),
+        *map(str, in_table(cell)),
         f"{cell.prefill_tokens_per_s:.1f} ({prefill})",
         f"{cell.decode_tokens_per_s:.1f} ({decode})",
         KNEE if cell is find_knee(cells[1:]) else "",
@@ -146,8 +148,10 @@ def _measures(dense: Cell) -> dict[str, dict[str, Callable[[Cell], float]]]:
         "KL (nats a token)": {name: on(text, "kl") for name, text in texts.items()},
         "perplexity": {name: on(text, "perplexity") for name, text in texts.items()},
     }
-    if dense.scores:
-        rows["tasks, mean (%)"] = {"tasks": lambda cell: fmean(100 * (s.value or 0.0) for s in cell.scores)}
+    if any(is_share(score.metric) for score in dense.scores):
+        rows["tasks, mean (%)"] = {
+            "tasks": lambda cell: fmean(100 * (s.value or 0.0) for s in cell.scores if is_share(s.metric))
+        }
     return rows
 
 
