@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from darwinlm.data.corpus import TESTS
 from darwinlm.evaluation.drafting import Drafting, rows_of
 from darwinlm.evaluation.generation import Writing
 from darwinlm.evaluation.paired import NOTE, Difference, difference
+from darwinlm.evaluation.positions import Range
 from darwinlm.evaluation.tasks import LIKELIHOOD, SUITE, Score, is_share
 from darwinlm.runtime.files import write_json
 
@@ -27,6 +28,7 @@ class Card:
     Attributes:
         qualities: perplexity and KL by text; KL is None without a dense model of the same vocabulary.
         writing: its greedy continuations, if they were asked for.
+        positions: loss and KL by position, by text, if they were asked for.
         drafting: what it is worth as the dense model's draft, if that was asked for and both have the same tokens.
         scores: its scores in tasks.
     """
@@ -37,6 +39,7 @@ class Card:
     writing: Writing | None
     scores: list[Score]
     drafting: Drafting | None = None
+    positions: dict[str, list[Range]] = field(default_factory=dict)
 
 
 def table(cards: Sequence[Card], config: EvaluateConfig) -> str:
@@ -47,6 +50,7 @@ def table(cards: Sequence[Card], config: EvaluateConfig) -> str:
         rows.append([f"perplexity, {text}", *(f"{perplexity:.3f}" for perplexity, _ in qualities)])
         if any(kl is not None for _, kl in qualities):
             rows.append([f"KL, {text}", *("" if kl is None else f"{kl:.4f}" for _, kl in qualities)])
+    rows += [row for text in cards[0].positions for row in _position_rows(cards, text)]
     rows += _score_rows(cards)
     if config.suite:
         rows.append(["average of the suite", *map(_average, cards)])
@@ -68,6 +72,19 @@ def table(cards: Sequence[Card], config: EvaluateConfig) -> str:
         lines += ["", f"> {prompt}"]
         lines += [f"{card.name}: {card.writing.continuations[number]}" for card in cards if card.writing is not None]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _position_rows(cards: Sequence[Card], text: str) -> list[list[str]]:
+    """A row for the loss at each range of positions, and one for KL; models of other tokens may have fewer ranges."""
+    by_name = [{at.name: at for at in card.positions[text]} for card in cards]
+    rows = []
+    for name in dict.fromkeys(name for ranges in by_name for name in ranges):
+        found = [ranges.get(name) for ranges in by_name]
+        rows.append([f"loss at {name}, {text}", *("" if at is None else f"{at.loss:.3f}" for at in found)])
+        if any(at is not None and at.kl is not None for at in found):
+            shown = ("" if at is None or at.kl is None else f"{at.kl:.4f}" for at in found)
+            rows.append([f"KL at {name}, {text}", *shown])
+    return rows
 
 
 def _score_rows(cards: Sequence[Card]) -> list[list[str]]:
@@ -115,6 +132,10 @@ def protocol(cards: Sequence[Card], config: EvaluateConfig) -> dict[str, str]:
         )
     if config.against is not None and config.data is not None:
         how["KL"] = f"KL({config.against} || model) in nats a token"
+    if config.positions is not None:
+        how["positions"] = (
+            "tokens before a token in its window; disjoint windows of joined documents, as long as the last position"
+        )
     if config.generation:
         how["repetition"] = "share of 4-grams of tokens that the continuation had before"
         if config.against is not None:
@@ -143,6 +164,7 @@ def save(cards: Sequence[Card], config: EvaluateConfig, speed: Mapping[str, Any]
             "model": card.name,
             "parameters": card.parameters,
             "texts": {text: {"perplexity": p, "kl": kl} for text, (p, kl) in card.qualities.items()},
+            "positions": {text: [asdict(at) for at in ranges] for text, ranges in card.positions.items()},
             "tasks": [_score_record(score, cards if number else ()) for score in card.scores],
             "generation": None if card.writing is None else asdict(card.writing),
             "draft": None if card.drafting is None else asdict(card.drafting),

@@ -6,7 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from darwinlm.data.corpus import is_held_out, parts_of, token_stream
 from darwinlm.data.packing import bos_of, check_ids
 from darwinlm.evaluation.drafting import Drafting, drafting
 from darwinlm.evaluation.generation import Writing, write
+from darwinlm.evaluation.positions import Range, by_position, long_windows
 from darwinlm.evaluation.quality import Window, quality_over, windows_over
 from darwinlm.evaluation.speed import count, measure
 from darwinlm.evaluation.tasks import SUITE, Request, Score, find_tasks, requested, run_tasks
@@ -110,16 +111,23 @@ class _Windows:
         self.config = config
         self.texts = [] if config.data is None else parts_of(config.data)
         self.of_dense: dict[str, list[Tensor]] = defaultdict(list)
-        self._cut: dict[tuple[str, int], list[Window]] = {}
+        self._cut: dict[tuple[str, int, str], list[Window]] = {}
 
     def of(self, text: str, subject: Subject) -> list[Window]:
         """The windows of a text. Raises as `read_text` and `check_ids`."""
-        key = text, id(subject)
+        length = self.config.window
+        return self._cut_once(text, subject, partial(windows_over, length=length, stride=self.config.stride or length))
+
+    def long(self, text: str, subject: Subject, length: int) -> list[Window]:
+        """The windows of a text in which positions are told apart. Raises as `of`."""
+        return self._cut_once(text, subject, partial(long_windows, length=length))
+
+    def _cut_once(self, text: str, subject: Subject, cut: partial[list[Window]]) -> list[Window]:
+        key = text, id(subject), cut.func.__name__
         if key not in self._cut:
             stream = read_text(text, subject.tokenizer, self.config)
             check_ids(stream, subject.vocabulary)
-            stride = self.config.stride or self.config.window
-            self._cut[key] = windows_over(stream, self.config.window, stride, bos_of(subject.tokenizer))
+            self._cut[key] = cut(stream, bos=bos_of(subject.tokenizer))
         return self._cut[key]
 
 
@@ -131,7 +139,9 @@ def _measure(
     writing = _write(subject, reference, config) if config.generation else None
     scores = [score for request in requests for score in _ask(subject, request, config)]
     drafted = _draft(subject, reference, config) if config.draft else None
-    return Card(subject.name, parameter_count(subject.model), qualities, writing, scores, drafted)
+    long = [] if config.positions is None else windows.texts
+    positions = {text: _positions(text, subject, reference, windows) for text in long}
+    return Card(subject.name, parameter_count(subject.model), qualities, writing, scores, drafted, positions)
 
 
 def _quality(text: str, subject: Subject, reference: Subject | None, windows: _Windows) -> tuple[float, float | None]:
@@ -142,6 +152,25 @@ def _quality(text: str, subject: Subject, reference: Subject | None, windows: _W
     models = {reference.name: reference.model, subject.name: subject.model}
     found = quality_over(models, windows.of(text, reference), windows.of_dense[text])[subject.name]
     return found.perplexity, found.kl
+
+
+def _positions(text: str, subject: Subject, reference: Subject | None, windows: _Windows) -> list[Range]:
+    """Loss and, beside a reference, KL by position on one text."""
+    length = _longest(windows.config, subject.checkpoint if reference is None else reference.checkpoint)
+    if reference is None:
+        return by_position(subject.model, windows.long(text, subject, length))
+    kept = windows.of_dense[f"{text}, by position"]
+    return by_position(subject.model, windows.long(text, reference, length), reference.model, kept)
+
+
+def _longest(config: EvaluateConfig, checkpoint: Checkpoint) -> int:
+    """The tokens of a window in which positions are told apart. Raises `UsageError` if the model does not say."""
+    if config.positions != "context":
+        return config.positions or 0
+    length = getattr(checkpoint.config, "max_position_embeddings", None)
+    if length is None:
+        raise UsageError("--positions: expected a model that says how many positions it has, found none; give a number")
+    return length
 
 
 def _check_file(config: EvaluateConfig) -> None:
@@ -176,6 +205,8 @@ def _subjects(config: EvaluateConfig, workspace: Path) -> list[Subject]:
         checkpoint = open_model(name, workspace / str(number))
         if config.data is not None:
             checkpoint.check_length(config.window, "window")
+        if config.positions is not None:
+            checkpoint.check_length(_longest(config, checkpoint), "positions")
         if config.generation or config.draft:
             checkpoint.check_length(config.continuation_tokens, "continuation-tokens")
         dtype = DTYPES.get(config.dtype, checkpoint.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from darwinlm.config.checks import expect_counts, expect_named, expect_seed
+from darwinlm.config.checks import expect_count, expect_counts, expect_named, expect_seed
 from darwinlm.config.run import CalibrationConfig, DatabaseConfig, EvaluationConfig, SearchConfig
 from darwinlm.types import LossTokens, UsageError
 
@@ -63,6 +63,9 @@ class EvaluateConfig(TasksConfig):
     stride: int | None = None
     """Tokens from one window to the next; by default a whole window. A smaller stride gives tokens more context and
     takes longer."""
+    positions: int | Literal["context"] | None = None
+    """Tell loss and KL also by position, in windows of that many tokens, or as many as the model has positions
+    (context)."""
     continuation_tokens: int = 64
     """New tokens in each continuation."""
     prompts: tuple[str, ...] = (
@@ -87,6 +90,10 @@ class EvaluateConfig(TasksConfig):
         expect_counts(self, "", tokens=2, window=2, stride=1, continuation_tokens=1, draft_tokens=1)
         if self.draft and self.against is None:
             raise UsageError("--draft is for the dense model: expected --against, found none; name it")
+        if self.positions is not None and self.positions != "context":
+            expect_count(self.positions, "positions", 2, 1 << 24)
+        if self.positions is not None and self.data is None:
+            raise UsageError("--positions is of text: expected --data, found none; name some")
         if self.stride is not None and self.stride > self.window:
             raise UsageError(
                 f"--stride: expected at most the --window of {self.window}, found {self.stride}; a longer one would "

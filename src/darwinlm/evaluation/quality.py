@@ -112,7 +112,6 @@ def perplexity_and_kl(
     return quality_over(models, windows, kept, blocks)
 
 
-@torch.inference_mode()
 def quality_over(
     models: Mapping[str, PreTrainedModel],
     windows: Sequence[Window],
@@ -121,8 +120,7 @@ def quality_over(
 ) -> dict[str, Quality]:
     """Return every model's perplexity and KL divergence from the first model, over the tokens that count.
 
-    Logits exist for `CHUNK` tokens of two models at a time. Probabilities are float32 and sums are float64, whatever
-    the models' precision. `kept` and `blocks` are as for `perplexity_and_kl`.
+    Sums are float64. `kept` and `blocks` are as for `perplexity_and_kl`.
 
     Raises:
         UsageError: if no prediction counts.
@@ -133,12 +131,46 @@ def quality_over(
             "nothing in the held-out text counts: expected answers of an assistant, found none; give more text, raise "
             "--evaluation.tokens, or take --loss-tokens all"
         )
+    loss, divergence = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0.0)
+    for some in predictions(models, windows, kept, blocks):
+        for name in models:
+            loss[name] += some.losses[name].double().sum().item()
+            divergence[name] += some.divergences[name].sum().item()
+    return {name: Quality(perplexity_of(loss[name] / predicted), divergence[name] / predicted) for name in models}
+
+
+class Predictions(NamedTuple):
+    """What models make of some tokens of a window.
+
+    Attributes:
+        places: the positions of these tokens in the window, `[tokens]`.
+        losses: by model, the negative log-likelihood of each token, in nats, `[tokens]`.
+        divergences: by model, the KL divergence from the first model at each token, in nats, `[tokens]`.
+    """
+
+    places: Tensor
+    losses: dict[str, Tensor]
+    divergences: dict[str, Tensor]
+
+
+@torch.inference_mode()
+def predictions(
+    models: Mapping[str, PreTrainedModel],
+    windows: Sequence[Window],
+    kept: list[Tensor] | None = None,
+    blocks: Mapping[str, ByBlock] | None = None,
+    description: str = "perplexity and KL",
+) -> Iterator[Predictions]:
+    """Yield what models make of the tokens that count, a few at a time.
+
+    Logits exist for `CHUNK` tokens of two models at a time. Probabilities are float32, whatever the models' precision.
+    `kept` and `blocks` are as for `perplexity_and_kl`.
+    """
     first, *others = models
     logits = {name: Logits.of(model) for name, model in models.items()}
-    loss, divergence = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0.0)
     with evaluation_mode(models.values()):
         states = {name: _states(name, model, windows, (blocks or {}).get(name)) for name, model in models.items()}
-        for number, window in enumerate(track(windows, "perplexity and KL", len(windows))):
+        for number, window in enumerate(track(windows, description, len(windows))):
             targets = window.token_ids[1:, None]
             hidden = {name: states[name](number) for name in others}
             if kept is None:
@@ -148,15 +180,15 @@ def quality_over(
                     kept.append(states[first](number).cpu())  # all of them are too many for a GPU
                 hidden[first] = kept[number].to(models[first].device)
             for chunk in window.rows.split(CHUNK):
-                dense = None
+                losses, divergences, dense = {}, {}, None
                 for name in models:
                     log_probs = logits[name](hidden[name][chunk]).log_softmax(-1)
-                    loss[name] -= log_probs.gather(1, targets[chunk].to(log_probs.device)).double().sum().item()
+                    losses[name] = -log_probs.gather(1, targets[chunk].to(log_probs.device)).squeeze(1)
                     if dense is None:
-                        dense = log_probs
+                        dense, divergences[name] = log_probs, torch.zeros_like(losses[name])
                     else:
-                        divergence[name] += _kl(dense.to(log_probs.device), log_probs)
-    return {name: Quality(perplexity_of(loss[name] / predicted), divergence[name] / predicted) for name in models}
+                        divergences[name] = _kl(dense.to(log_probs.device), log_probs)
+                yield Predictions(chunk + 1, losses, divergences)
 
 
 def _states(
@@ -177,9 +209,9 @@ def _states(
     return lambda number: states[len(inputs[number])].read(places[number])[0]
 
 
-def _kl(dense: Float[Tensor, "tokens vocab"], other: Float[Tensor, "tokens vocab"]) -> float:
-    """Return the divergence summed over tokens, in nats, from log-probabilities."""
-    return F.kl_div(other, dense, reduction="none", log_target=True).sum(dtype=torch.float64).item()
+def _kl(dense: Float[Tensor, "tokens vocab"], other: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " tokens"]:
+    """Return the divergence of each token, in nats, from log-probabilities."""
+    return F.kl_div(other, dense, reduction="none", log_target=True).sum(-1, dtype=torch.float64)
 
 
 def perplexity_of(loss: float) -> float:
