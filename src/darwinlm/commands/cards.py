@@ -11,11 +11,13 @@ from typing import Any
 from darwinlm.commands.run_directory import versions
 from darwinlm.config.evaluation import EvaluateConfig
 from darwinlm.data.corpus import TESTS
+from darwinlm.evaluation.answering import Answers
 from darwinlm.evaluation.drafting import Drafting, rows_of
 from darwinlm.evaluation.generation import Writing
 from darwinlm.evaluation.paired import NOTE, Difference, difference
 from darwinlm.evaluation.positions import Range
 from darwinlm.evaluation.tasks import LIKELIHOOD, SUITE, Score, is_share
+from darwinlm.report import answering
 from darwinlm.runtime.files import write_json
 
 DENSE = "dense"
@@ -28,6 +30,7 @@ class Card:
     Attributes:
         qualities: perplexity and KL by text; KL is None without a dense model of the same vocabulary.
         writing: its greedy continuations, if they were asked for.
+        answers: its answers to chat prompts, if they were asked for.
         positions: loss and KL by position, by text, if they were asked for.
         drafting: what it is worth as the dense model's draft, if that was asked for and both have the same tokens.
         scores: its scores in tasks.
@@ -40,6 +43,7 @@ class Card:
     scores: list[Score]
     drafting: Drafting | None = None
     positions: dict[str, list[Range]] = field(default_factory=dict)
+    answers: Answers | None = None
 
 
 def table(cards: Sequence[Card], config: EvaluateConfig) -> str:
@@ -61,6 +65,8 @@ def table(cards: Sequence[Card], config: EvaluateConfig) -> str:
         if any(writing.agreement is not None for writing in written):
             agreed = ("" if w.agreement is None else f"{100 * w.agreement:.1f}" for w in written)
             rows.append(["agreement with dense, %", *agreed])
+    answers = answering.rows_of([card.answers for card in cards], _dense_answers(cards))
+    rows += [[name, *row] for name, row in answers.items() if any(row)]
     rows += rows_of([card.drafting for card in cards])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
@@ -72,6 +78,10 @@ def table(cards: Sequence[Card], config: EvaluateConfig) -> str:
         lines += ["", f"> {prompt}"]
         lines += [f"{card.name}: {card.writing.continuations[number]}" for card in cards if card.writing is not None]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _dense_answers(cards: Sequence[Card]) -> Answers | None:
+    return cards[0].answers if cards and cards[0].name == DENSE else None
 
 
 def _position_rows(cards: Sequence[Card], text: str) -> list[list[str]]:
@@ -142,6 +152,10 @@ def protocol(cards: Sequence[Card], config: EvaluateConfig) -> dict[str, str]:
             how["agreement"] = "share of the dense model's greedy tokens that the model would have chosen there"
     if any(card.drafting for card in cards):
         how["draft"] = f"{config.draft_tokens} tokens at a time, greedy, {config.continuation_tokens} after each prompt"
+    if cards[0].answers is not None:
+        how["answers"] = answering.note(cards[0].answers)
+    if _dense_answers(cards) is not None and len(cards) > 1:
+        how["beside dense"] = NOTE.partition(": ")[2]
     if any(_beside(score, cards) for card in cards[1:] for score in card.scores):
         how[LIKELIHOOD] = "of the correct answer, in nats a question; it moves where accuracy does not yet"
         how["beside dense"] = NOTE.partition(": ")[2]
@@ -167,6 +181,7 @@ def save(cards: Sequence[Card], config: EvaluateConfig, speed: Mapping[str, Any]
             "positions": {text: [asdict(at) for at in ranges] for text, ranges in card.positions.items()},
             "tasks": [_score_record(score, cards if number else ()) for score in card.scores],
             "generation": None if card.writing is None else asdict(card.writing),
+            "answers": None if card.answers is None else answering.record(card.answers, _dense_answers(cards)),
             "draft": None if card.drafting is None else asdict(card.drafting),
         }
         for number, card in enumerate(cards)

@@ -99,7 +99,7 @@ def compare(config: CompareConfig) -> list[Cell]:
         note_questions(asked, out)
         bench, cells = _open(config, base), Cells(out)
         chosen, failures = _measure_all(bench, cells, [(m, share) for share in shares for m in methods], requests)
-        write_text(out / TABLE, markdown(chosen, _protocol(bench), PICTURE, beside_dense.markdown(chosen)))
+        write_text(out / TABLE, markdown(chosen, _protocol(bench), PICTURE, beside_dense.below(chosen)))
         save_picture(out / PICTURE, chosen)
         with unless_it_fails(out / NAME):
             _write_page(out, bench, chosen)

@@ -20,9 +20,11 @@ from darwinlm.commands.run_directory import open_model
 from darwinlm.config.evaluation import EvaluateConfig, SpeedConfig
 from darwinlm.data.corpus import is_held_out, parts_of, token_stream
 from darwinlm.data.packing import bos_of, check_ids
+from darwinlm.evaluation.answering import Answers, answer
 from darwinlm.evaluation.drafting import Drafting, drafting
 from darwinlm.evaluation.generation import Writing, write
 from darwinlm.evaluation.positions import Range, by_position, long_windows
+from darwinlm.evaluation.prompts import chat_prompts
 from darwinlm.evaluation.quality import Window, quality_over, windows_over
 from darwinlm.evaluation.speed import count, measure
 from darwinlm.evaluation.tasks import SUITE, Request, Score, find_tasks, requested, run_tasks
@@ -81,7 +83,7 @@ def evaluate_models(config: EvaluateConfig) -> list[Card]:
     """
     if not config.asks_for_something:
         raise UsageError(
-            "nothing to measure: expected --data, --tasks, --suite, --generation, --draft or --speed; give one"
+            "nothing to measure: expected --data, --tasks, --suite, --generation, --chat, --draft or --speed; give one"
         )
     requests = [*(SUITE if config.suite else ()), *requested(config)]
     if requests:
@@ -141,7 +143,20 @@ def _measure(
     drafted = _draft(subject, reference, config) if config.draft else None
     long = [] if config.positions is None else windows.texts
     positions = {text: _positions(text, subject, reference, windows) for text in long}
-    return Card(subject.name, parameter_count(subject.model), qualities, writing, scores, drafted, positions)
+    answers = _answer(subject, config) if config.chat is not None else None
+    return Card(subject.name, parameter_count(subject.model), qualities, writing, scores, drafted, positions, answers)
+
+
+def _answer(subject: Subject, config: EvaluateConfig) -> Answers:
+    """A model's answers to chat prompts."""
+    return answer(subject.model, subject.tokenizer, _prompts(subject, config), config.answer_tokens, config.batch_size)
+
+
+def _prompts(subject: Subject, config: EvaluateConfig) -> list[list[int]]:
+    """The chat prompts, in a model's tokens. Raises as `chat_prompts`."""
+    positions = getattr(subject.checkpoint.config, "max_position_embeddings", None)
+    longest = None if positions is None else positions - config.answer_tokens
+    return chat_prompts(str(config.chat), subject.tokenizer, config.chat_prompts, longest, "chat")
 
 
 def _quality(text: str, subject: Subject, reference: Subject | None, windows: _Windows) -> tuple[float, float | None]:
@@ -212,6 +227,8 @@ def _subjects(config: EvaluateConfig, workspace: Path) -> list[Subject]:
         dtype = DTYPES.get(config.dtype, checkpoint.dtype)
         assert checkpoint.headers  # that its files can be read, before others are measured
         subjects.append(Subject(label, checkpoint, dtype, device))
+        if config.chat is not None:
+            assert _prompts(subjects[-1], config)  # that there are some, before others are measured
     return subjects
 
 

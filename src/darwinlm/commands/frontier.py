@@ -84,7 +84,7 @@ def frontier(config: FrontierConfig) -> list[Cell]:
             return []
         note_questions(asked, out)
         cells = _measure(work, sizes, results, database, config, requests)
-        write_text(out / TABLE, markdown(cells, _protocol(config), PICTURE, beside_dense.markdown(cells)))
+        write_text(out / TABLE, markdown(cells, _protocol(config), PICTURE, beside_dense.below(cells)))
         save_figure(out / PICTURE, figure(cells))
         with unless_it_fails(out / NAME):
             _write_page(out, config, work, results, cells)

@@ -16,6 +16,7 @@ from darwinlm.config.run import EvaluationConfig
 from darwinlm.data.corpus import Drawn
 from darwinlm.evaluation.generation import continuations
 from darwinlm.evaluation.quality import Quality, perplexity_and_kl
+from darwinlm.evaluation.rows import answers_of
 from darwinlm.evaluation.speed import speed
 from darwinlm.evaluation.tasks import SUITE, Request, questions, requested, run_tasks
 from darwinlm.model.size import parameter_bytes
@@ -82,6 +83,7 @@ class Judge:
             uncertain_speed=own.prefill_ratio.wide or own.decode_ratio.wide,
             texts=texts,
             continuations=continuations(model, self.tokenizer, prompts, length),
+            answers=answers_of(model, self.tokenizer, self.evaluation),
         )
 
     def _quality(self, models: dict[str, PreTrainedModel], text: Drawn, name: str) -> dict[str, Quality]:

@@ -21,6 +21,7 @@ from darwinlm.data.draw import apart, draw_counted, draw_texts, fit_to_text
 from darwinlm.data.packing import check_ids
 from darwinlm.database.store import reused_database
 from darwinlm.evaluation.memory import evaluation_bytes
+from darwinlm.evaluation.rows import prompts_of
 from darwinlm.genome import Grid, prunable_parameters
 from darwinlm.model.blocks import Blocks, InHostMemory, InShards, Resident
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
@@ -174,8 +175,9 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
             checkpoint = find_checkpoint(config.model, this.path)
         assert checkpoint.family  # that it can be pruned
         checkpoint.check_length(config.calibration.sequence_length, "calibration.sequence-length")
+        judged = config.evaluation
+        assert judged.chat is None or prompts_of(checkpoint.tokenizer, checkpoint.config, judged)  # there are some
         if until == "report":
-            judged = config.evaluation
             checkpoint.check_length(judged.speed_tokens + judged.decode_tokens, "evaluation.speed-tokens")
             checkpoint.check_length(judged.continuation_tokens, "evaluation.continuation-tokens")
         grid = find_grid(checkpoint.skeleton(), checkpoint.config, config.database)

@@ -24,8 +24,10 @@ class TasksConfig:
     """Examples before each question of --tasks; by default as many as each task says."""
     limit: int | None = None
     """Largest number of questions of each task, for a quick try."""
+    chat_template: bool = False
+    """Ask tasks through the model's chat template, each example a turn."""
     batch_size: int = 8
-    """Questions at a time."""
+    """Questions, and prompts of --chat, at a time."""
 
     def __post_init__(self) -> None:
         expect_counts(self, "", shots=0, limit=1, batch_size=1)
@@ -54,6 +56,13 @@ class EvaluateConfig(TasksConfig):
     """Tokens that a draft writes at a time."""
     out: str | None = None
     """File for the results as JSON."""
+    chat: str | None = None
+    """Conversations (.jsonl with messages, or a prompt) whose first turns each model answers: how long its answers are,
+    how many of them are cut off, and how much they repeat."""
+    chat_prompts: int = 64
+    """Prompts of --chat, at most."""
+    answer_tokens: int = 512
+    """Tokens of an answer, at most."""
     documents: Literal["held-out", "all"] = "held-out"
     """Of the text: the tenth that darwinlm never calibrates, searches or trains on, or all of it."""
     tokens: int = 524_288
@@ -88,6 +97,7 @@ class EvaluateConfig(TasksConfig):
         super().__post_init__()
         expect_named(self, "model")
         expect_counts(self, "", tokens=2, window=2, stride=1, continuation_tokens=1, draft_tokens=1)
+        expect_counts(self, "", chat_prompts=1, answer_tokens=1)
         if self.draft and self.against is None:
             raise UsageError("--draft is for the dense model: expected --against, found none; name it")
         if self.positions is not None and self.positions != "context":
@@ -105,7 +115,7 @@ class EvaluateConfig(TasksConfig):
     @property
     def asks_for_something(self) -> bool:
         """Whether there is anything to measure."""
-        return bool(self.data or self.tasks or self.suite or self.generation or self.draft)
+        return bool(self.data or self.tasks or self.suite or self.generation or self.draft or self.chat)
 
 
 @dataclass(frozen=True)

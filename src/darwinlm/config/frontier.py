@@ -12,6 +12,7 @@ from darwinlm.config.run import (
     CalibrationConfig,
     DatabaseConfig,
     EvaluationConfig,
+    GuardConfig,
     LatencyConfig,
     RefitConfig,
     SearchConfig,
@@ -56,6 +57,7 @@ class FrontierConfig(TasksConfig):
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     search: SearchConfig = field(default_factory=lambda: SearchConfig(generations=10))
+    guard: GuardConfig = field(default_factory=GuardConfig)
     latency: LatencyConfig = field(default_factory=LatencyConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
     refit: RefitConfig = field(default_factory=RefitConfig)

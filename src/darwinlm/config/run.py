@@ -151,6 +151,24 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """Guard: a bound on candidates whose answers do not end, which the search then passes over."""
+
+    chat: str | None = None
+    """Conversations, as for --evaluation.chat, whose first turns a candidate answers before it may win a generation."""
+    prompts: int = 16
+    """Prompts, at most."""
+    tokens: int = 128
+    """Tokens of an answer, at most."""
+    share: float = 0.1
+    """How much larger the share of answers that are cut off may be than the dense model's, unless the parent's is."""
+
+    def __post_init__(self) -> None:
+        expect_counts(self, "guard", prompts=1, tokens=1)
+        expect(0 <= self.share <= 1, "guard.share", "a share between 0 and 1", self.share)
+
+
+@dataclass(frozen=True)
 class LatencyConfig:
     """Latency: the forward pass that --target latency=... limits."""
 
@@ -217,6 +235,12 @@ class EvaluationConfig:
     """Beginnings that each model continues greedily."""
     continuation_tokens: int = 32
     """New tokens in each continuation."""
+    chat: str | None = None
+    """Conversations (.jsonl with messages, or a prompt) whose first turns models answer: whether the answers end."""
+    chat_prompts: int = 32
+    """Prompts of --evaluation.chat, at most."""
+    answer_tokens: int = 256
+    """Tokens of an answer, at most."""
     speed_tokens: int = 512
     """Prompt tokens of the prefill timing."""
     decode_tokens: int = 32
@@ -226,6 +250,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         expect_counts(self, "evaluation", tokens=1, continuation_tokens=0, speed_tokens=1, decode_tokens=1, repeats=1)
+        expect_counts(self, "evaluation", chat_prompts=1, answer_tokens=1)
         expect(all(self.prompts), "evaluation.prompts", "prompts of at least one word", list(self.prompts))
         once = all(self.texts) and len(set(self.texts)) == len(self.texts)
         expect(once, "evaluation.texts", "texts by name, each once", list(self.texts))
@@ -304,6 +329,7 @@ class RunConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     latency: LatencyConfig = field(default_factory=LatencyConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
     refit: RefitConfig = field(default_factory=RefitConfig)

@@ -100,7 +100,7 @@ def continuations(
 
 def greedy(model: PreTrainedModel, prompt: list[int], new_tokens: int) -> list[int]:
     """Return at most `new_tokens` tokens after a prompt, the likeliest at every step, up to an end-of-text token."""
-    ends = _end_tokens(model)
+    ends = end_tokens(model)
     result: list[int] = []
     token, cache = torch.tensor([prompt], device=model.device), None
     while len(result) < new_tokens:
@@ -111,7 +111,8 @@ def greedy(model: PreTrainedModel, prompt: list[int], new_tokens: int) -> list[i
     return result
 
 
-def _end_tokens(model: PreTrainedModel) -> set[int]:
+def end_tokens(model: PreTrainedModel) -> set[int]:
+    """Return the tokens that end a text, of the generation config or else of the config."""
     ends = (model.generation_config or model.config).eos_token_id
     if ends is None:
         return set()

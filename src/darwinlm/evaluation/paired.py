@@ -40,7 +40,7 @@ class Difference:
         return f"{value} ({low} to {high}){' *' if self.real else ''}"
 
 
-def difference(own: Sequence[float] | None, other: Sequence[float] | None) -> Difference | None:
+def difference(own: Sequence[float | int] | None, other: Sequence[float | int] | None) -> Difference | None:
     """Return how much more a model has than another; None unless both have the same questions, at least `LEAST`.
 
     Args:
@@ -49,7 +49,7 @@ def difference(own: Sequence[float] | None, other: Sequence[float] | None) -> Di
     return mean_difference([(own or (), other or ())])
 
 
-def mean_difference(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Difference | None:
+def mean_difference(pairs: Sequence[tuple[Sequence[float | int], Sequence[float | int]]]) -> Difference | None:
     """Return the mean over tasks of the differences, each task's questions resampled by themselves.
 
     Args:
@@ -65,7 +65,7 @@ def mean_difference(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) ->
 
 
 @lru_cache(maxsize=1024)
-def _resampled(own: tuple[float, ...], other: tuple[float, ...]) -> tuple[float, np.ndarray]:
+def _resampled(own: tuple[float | int, ...], other: tuple[float | int, ...]) -> tuple[float, np.ndarray]:
     """The mean difference, and that of each resample of the questions."""
     differences = np.subtract(own, other)
     count, draws = len(differences), np.random.default_rng(SEED)

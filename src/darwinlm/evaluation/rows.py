@@ -7,16 +7,20 @@ from dataclasses import dataclass, field
 
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.config.run import EvaluationConfig
 from darwinlm.data.corpus import Drawn
+from darwinlm.evaluation.answering import Answers, answer
 from darwinlm.evaluation.generation import continuations
+from darwinlm.evaluation.prompts import chat_prompts
 from darwinlm.evaluation.quality import ByBlock, Quality, perplexity_and_kl
 from darwinlm.evaluation.speed import speed
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime.progress import track
 from darwinlm.runtime.timing import Ratio
+
+ANSWERS = 8  # written at a time
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Row:
         bytes: the size of the checkpoint.
         continuations: each prompt, followed by the model's continuation.
         texts: the model's quality on further texts, by name.
+        answers: its answers to chat prompts, if they were asked for.
     """
 
     model: str
@@ -43,6 +48,7 @@ class Row:
     bytes: int
     continuations: tuple[str, ...]
     texts: dict[str, Quality] = field(default_factory=dict)
+    answers: Answers | None = None
 
 
 def evaluate(
@@ -72,6 +78,7 @@ def evaluate(
         name: continuations(model, tokenizer, config.prompts, config.continuation_tokens)
         for name, model in track(models.items(), "continuations", len(models))
     }
+    answers = {name: answers_of(model, tokenizer, config) for name, model in models.items()}
     blocks = {name: by_block(name) for name in models} if by_block is not None else {}
     qualities = perplexity_and_kl(models, token_ids, blocks=blocks, counts=counts)
     further = {
@@ -91,6 +98,28 @@ def evaluate(
             bytes=sizes_in_bytes[name],
             continuations=written[name],
             texts={text: by_model[name] for text, by_model in further.items()},
+            answers=answers[name],
         )
         for name, model in models.items()
     ]
+
+
+def answers_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EvaluationConfig) -> Answers | None:
+    """A model's answers to the chat prompts that the settings name, if they do. Raises as `prompts_of`."""
+    prompts = prompts_of(tokenizer, model.config, config)
+    return answer(model, tokenizer, prompts, config.answer_tokens, ANSWERS) if prompts else None
+
+
+def prompts_of(
+    tokenizer: PreTrainedTokenizerBase, model: PretrainedConfig, config: EvaluationConfig
+) -> list[list[int]]:
+    """The chat prompts that the settings name, if they do, without those that leave no room for an answer.
+
+    Raises:
+        UsageError: as `chat_prompts`.
+    """
+    if config.chat is None:
+        return []
+    positions = getattr(model, "max_position_embeddings", None)
+    longest = None if positions is None else positions - config.answer_tokens
+    return chat_prompts(config.chat, tokenizer, config.chat_prompts, longest, "evaluation.chat")

@@ -7,8 +7,8 @@ from itertools import groupby
 
 from darwinlm.evaluation.paired import NOTE, Difference, difference, mean_difference
 from darwinlm.evaluation.tasks import LIKELIHOOD, Score, is_share
-from darwinlm.report import tables
-from darwinlm.report.comparison import DENSE, Cell
+from darwinlm.report import answering, tables
+from darwinlm.report.comparison import DENSE, Cell, answers_of
 
 TITLE = "Answers beside the dense model's"
 
@@ -36,6 +36,11 @@ def markdown(cells: Sequence[Cell]) -> list[str]:
     if not titles:
         return []
     return [f"## {TITLE}", "", tables.markdown(titles, rows), "", *(f"- {note}" for note in notes(cells)), ""]
+
+
+def below(cells: Sequence[Cell]) -> list[str]:
+    """Return what stands below the table of all figures, as Markdown: answers to tasks and to chat prompts."""
+    return [*markdown(cells), *answering.markdown(answers_of(cells))]
 
 
 def mean(cell: Cell, other: Cell) -> Difference | None:

@@ -12,10 +12,10 @@ from darwinlm.evaluation.tasks import is_share
 from darwinlm.genome import Grid
 from darwinlm.report import beside_dense, comparison, frontier, tables
 from darwinlm.report.charts import Line, Point, axis, layout, lines_chart
-from darwinlm.report.comparison import DENSE, HELD_OUT, Cell, refusals, task_notes
+from darwinlm.report.comparison import DENSE, HELD_OUT, Cell, answers_of, refusals, task_notes
 from darwinlm.report.html import Block, Chart, Note, Section, Table, safe
 from darwinlm.report.html import Grid as ChartGrid
-from darwinlm.report.run_page import provenance_blocks, stages_blocks, writings
+from darwinlm.report.run_page import answers_section, provenance_blocks, stages_blocks, writings
 from darwinlm.runtime.stages import StageUse
 from darwinlm.types import Generation, Kind
 
@@ -112,6 +112,7 @@ def frontier_sections(
         Section("Sizes", [table, *map(Note, [*notes, *facts.protocol, *task_notes(cells[0])])]),
         Section("Quality over size", [*curves, *_task_note(cells[0])]),
         _answers(cells),
+        answers_section(answers_of(cells)),
         Section("Sizes of units", [*(_units_chart(grid, kind, cells[1:]) for kind in grid.kinds()), Note(ON_UNITS)]),
         Section("Searches", [_histories_chart(histories, metric)] if any(histories.values()) else []),
         *_endings(facts),
@@ -126,6 +127,7 @@ def comparison_sections(facts: CellsFacts) -> list[Section]:
     return [
         Section("Quality over size", [*charts, *_task_note(cells[0])]),
         _answers(cells),
+        answers_section(answers_of(cells)),
         Section("All figures", [Table(*comparison.cells_of(cells)), *map(Note, said)]),
         *_endings(facts),
     ]
@@ -135,16 +137,12 @@ _SPEED = _Measure("decode", "decoding (times as fast as dense)", lambda cell: Po
 
 
 def _endings(facts: CellsFacts) -> list[Section]:
-    written = {_name(cell): cell.continuations for cell in facts.cells if cell.continuations}
+    written = {cell.name: cell.continuations for cell in facts.cells if cell.continuations}
     return [
         Section("What each model writes", writings(written)),
         Section("Time and memory", stages_blocks(facts.stages)),
         Section("Provenance", provenance_blocks(facts.settings, facts.provenance, facts.recipe)),
     ]
-
-
-def _name(cell: Cell) -> str:
-    return cell.method if cell.method in (DENSE, cell.size) or "=" in cell.method else f"{cell.method}, {cell.size}"
 
 
 def _measures(dense: Cell, logarithmic: bool = False) -> list[_Measure]:
@@ -212,7 +210,7 @@ def _over(size: frontier.Axis, measure: _Measure, cells: Sequence[Cell]) -> Char
 def _said(cell: Cell, measure: _Measure) -> str:
     point = measure.of(cell)
     interval = f" ({point.low:.4g} to {point.high:.4g})" if point.high > point.low else ""
-    return f"{_name(cell)} ({tables.parameters(cell.parameters)}): {measure.title} {point.value:.4g}{interval}"
+    return f"{cell.name} ({tables.parameters(cell.parameters)}): {measure.title} {point.value:.4g}{interval}"
 
 
 def _by_method(measure: _Measure, cells: Sequence[Cell]) -> Chart:

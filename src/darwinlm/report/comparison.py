@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from darwinlm.evaluation.answering import Answers
 from darwinlm.evaluation.quality import Quality
 from darwinlm.evaluation.tasks import LIKELIHOOD, Score
 from darwinlm.report import tables
@@ -52,6 +53,7 @@ class Cell:
         texts: perplexity and KL on further texts, by name.
         scores: the scores in tasks.
         continuations: each prompt, followed by what the model writes.
+        answers: its answers to chat prompts, if they were asked for.
     """
 
     method: str
@@ -70,6 +72,7 @@ class Cell:
     texts: dict[str, Quality] = field(default_factory=dict)
     scores: tuple[Score, ...] = ()
     continuations: tuple[str, ...] = ()
+    answers: Answers | None = None
 
     @classmethod
     def of(cls, line: Mapping[str, Any]) -> Cell:
@@ -78,6 +81,7 @@ class Cell:
         missing = {"perplexity": math.nan, "kl": math.nan}
         fields["texts"] = {text: Quality(**(missing | quality)) for text, quality in line.get("texts", {}).items()}
         fields["scores"] = tuple(map(_score, line.get("scores", ())))
+        fields["answers"] = _answers(line.get("answers"))
         return cls(**fields)
 
     @property
@@ -92,6 +96,11 @@ class Cell:
         """The size as `--targets` takes it: `params=0.8`."""
         return f"params={self.kept:.4g}"
 
+    @property
+    def name(self) -> str:
+        """The method, with the size where the method does not say it."""
+        return self.method if self.method == DENSE or "=" in self.method else f"{self.method}, {self.size}"
+
     def perplexity_on(self, text: str) -> float:
         """Return the perplexity on a text, which may be `HELD_OUT`."""
         return self.perplexity if text == HELD_OUT else self.texts[text].perplexity
@@ -100,6 +109,18 @@ class Cell:
 def _score(fields: Mapping[str, Any]) -> Score:
     answers = fields.get("by_question")
     return Score(**{**fields, "by_question": None if answers is None else tuple(answers)})
+
+
+def _answers(fields: Mapping[str, Any] | None) -> Answers | None:
+    if fields is None:
+        return None
+    limit = fields["limit"]
+    return Answers(limit, **{name: tuple(value) for name, value in fields.items() if name != "limit"})
+
+
+def answers_of(cells: Sequence[Cell]) -> dict[str, Answers]:
+    """Return the answers of models to chat prompts, by method and size."""
+    return {cell.name: cell.answers for cell in cells if cell.answers is not None}
 
 
 def _finite(fields: Mapping[str, Any]) -> dict[str, Any]:

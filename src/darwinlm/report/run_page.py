@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
+from darwinlm.evaluation.answering import Answers
+from darwinlm.evaluation.paired import NOTE
 from darwinlm.evaluation.rows import Row
 from darwinlm.genome import Grid
-from darwinlm.report import tables
+from darwinlm.report import answering, tables
 from darwinlm.report.charts import Point, levels_chart, points_chart, search_chart
 from darwinlm.report.comparison import HELD_OUT
 from darwinlm.report.figures import note_on_uniform
 from darwinlm.report.html import Block, Listing, Note, Section, Table, Writings
 from darwinlm.report.html import Grid as ChartGrid
-from darwinlm.report.run_report import models_cells, note_on_models, note_on_stages, stages_cells
+from darwinlm.report.run_report import answers_of, models_cells, note_on_models, note_on_stages, stages_cells
 from darwinlm.runtime.stages import StageUse
 from darwinlm.runtime.timing import Ratio
 from darwinlm.types import Curve, Generation, Genome
@@ -78,12 +80,22 @@ def sections(facts: RunFacts) -> list[Section]:
     units: list[Block] = [levels_chart(facts.grid, facts.genomes, facts.sensitivities, facts.errors)]
     return [
         Section("Models", _models(facts.rows)),
+        answers_section(answers_of(facts.rows)),
         Section("Sizes of units", [*units, *([Note(_sentence(note))] if note else []), Note(ON_UNITS)]),
         Section("Search", _search(facts)),
         Section("What each model writes", writings({row.model: row.continuations for row in facts.rows})),
         Section("Time and memory", stages_blocks(facts.stages)),
         Section("Provenance", provenance_blocks(facts.settings, facts.provenance, facts.recipe)),
     ]
+
+
+def answers_section(answers: Mapping[str, Answers]) -> Section:
+    """Return how models answer chat prompts; the section is empty where they were asked none."""
+    titles, rows = answering.cells_of(answers)
+    if not titles:
+        return Section(answering.TITLE, [])
+    said = (answering.note(next(iter(answers.values()))), NOTE)
+    return Section(answering.TITLE, [Table(titles, rows), *map(Note, map(_sentence, said))])
 
 
 ON_UNITS = """\

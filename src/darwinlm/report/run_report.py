@@ -6,13 +6,15 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from darwinlm.evaluation.answering import Answers
 from darwinlm.evaluation.rows import Row
 from darwinlm.genome import Grid
-from darwinlm.report import tables
+from darwinlm.report import answering, tables
 from darwinlm.report.figures import levels_figure, save_figure, search_figure
 from darwinlm.runtime.files import write_record, write_text
 from darwinlm.runtime.stages import StageUse
@@ -108,6 +110,9 @@ def print_table(rows: Sequence[Row]) -> None:
     """
     columns = _columns(rows)
     tables.show(_titles(columns), [_cells(rows, columns, ranges=False)])
+    titles, cells = answering.cells_of(answers_of(rows))
+    if titles:
+        tables.show(titles, [cells])
     if any(ratio.wide for row in rows for ratio in (row.prefill_ratio, row.decode_ratio)):
         print("? other work kept this machine busy while speeds were measured: report.md has their range")
     console = tables.screen(WIDTH)
@@ -164,13 +169,19 @@ def write_report(
         save_figure(out / "search.png", search_figure(history, metric, curves, uniform))
         pictures["search.png"] = f"{metric} of the best genome, generation by generation, and KL on text it never saw"
     used = {name: asdict(use) for name, use in stages.items()}
-    write_record(out / "table.json", {"rows": [_record(row) for row in rows], "stages": used}, settings)
+    write_record(out / "table.json", {"rows": [_record(row, rows[0]) for row in rows], "stages": used}, settings)
     write_text(out / "report.md", _markdown(title, rows, settings, pictures, stages))
     return [out / name for name in ("report.md", "table.json", *pictures)]
 
 
-def _record(row: Row) -> dict[str, object]:
-    return {
+def answers_of(rows: Sequence[Row]) -> dict[str, Answers]:
+    """Return the answers of models to chat prompts, by name."""
+    return {row.model: row.answers for row in rows if row.answers is not None}
+
+
+def _record(row: Row, dense: Row) -> dict[str, Any]:
+    answers: dict[str, Any] = {} if row.answers is None else {"answers": answering.record(row.answers, dense.answers)}
+    return answers | {
         "model": row.model,
         "parameters": row.parameters,
         "perplexity": row.perplexity,
@@ -221,6 +232,7 @@ def _markdown(
     if settings:
         lines += [tables.markdown(["setting", "value"], list(settings.items())), ""]
     lines += ["## Models", "", models_table(rows), ""]
+    lines += answering.markdown(answers_of(rows))
     for name, caption in pictures.items():
         lines += [f"![{caption}]({name})", ""]
     if stages:
