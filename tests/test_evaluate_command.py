@@ -281,7 +281,7 @@ def test_what_cannot_be_measured_is_refused(
 ) -> None:
     model = str(checkpoints["llama-mha"])
     for flags, words in (
-        ([], "nothing to measure: expected --data, --tasks, --suite, --generation, --draft or --speed"),
+        ([], "nothing to measure: expected --data, --tasks, --suite, --generation, --chat, --draft or --speed"),
         (["--speed"], "expected --against, found none"),
         (["--data", f"{text}=2", "--window", "64"], "expected texts without weights"),
         (["--data", str(text)], "--window: expected at most the 256 positions of the model, found 1024"),
