@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-import answering_chats as chats
+import chats
 import runs
 import tiny
 from darwinlm.commands import compress
@@ -66,57 +66,39 @@ def test_an_answer_that_ends_with_its_last_token_is_not_cut_off() -> None:
     assert (ended.cut_off, ended.lengths) == ((0,), (greedy(model, prompt, 3).index(last),))
 
 
-def test_prompts_end_where_the_answer_begins(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    tokenizer: Any = Checkpoint(chats.with_template(checkpoints["llama-gqa"], tmp_path / "model")).tokenizer
-    turns = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}]
-    rows = [
-        {"messages": [*turns, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "More"}]},
-        {"prompt": "Hi"},
-        {"prompt": turns[1:], "tools": [{}, {}]},
-        {"messages": [{"role": "user", "content": "Hi " * 400}]},
-    ]
-    file = tmp_path / "chat.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    found = chat_prompts(str(file), tokenizer, 9, 200, "chat")
-    assert [tokenizer.decode(ids) for ids in found] == [
-        "<s>system\nBe brief</s><s>user\nHi</s><s>assistant\n",
-        "<s>user\nHi</s><s>assistant\n",
-        "<s>user\nHi</s><s>tools\n2</s><s>assistant\n",
-    ]
-    assert len(chat_prompts(str(file), tokenizer, 2, 200, "chat")) == 2
-    assert len(chat_prompts(str(file), tokenizer, 9, None, "chat")) == 4
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("no JSON", r"--chat: line 1 of .* is no object"),
-        ('{"text": "Hi"}', "line 1 of .*: expected messages with roles, or a prompt, found neither"),
-        (
-            '{"messages": [{"role": "assistant", "content": "Hi"}]}',
-            "expected a turn before the assistant's, found none",
-        ),
-        ('{"messages": [{"role": "user"}]}', "line 1 of .*: the chat template refuses it"),
-        ('{"prompt": "Hi"}', "expected prompts of at most 4 tokens in .*, found none in 1; let answers have fewer"),
-    ],
-)
-def test_prompts_that_cannot_be_read(line: str, words: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    tokenizer: Any = Checkpoint(chats.with_template(checkpoints["llama-gqa"], tmp_path / "model")).tokenizer
-    tokenizer.chat_template = chats.TEMPLATE.replace("{{ turn['content'] }}", "{{ turn['content'] + '' }}")
-    file = tmp_path / "chat.jsonl"
-    file.write_text(line)
-    with pytest.raises(UsageError, match=words):
+def test_prompts_end_where_the_first_answer_begins(tmp_path: Path) -> None:
+    tokenizer = chats.tokenizer(chats.MARKED)
+    turns = chats.messages("Hi", "Hello", "More", "No")
+    long = chats.messages("Hi " * 400, "Hello")
+    file = chats.write(tmp_path / "c.jsonl", {"messages": turns}, {"messages": long}, {"messages": turns[:1]})
+    prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert [tokenizer.decode(ids) for ids in chat_prompts(str(file), tokenizer, 9, 200, "chat")] == [prompt, prompt]
+    assert len(chat_prompts(str(file), tokenizer, 2, None, "chat")) == 2
+    assert len(chat_prompts(str(file), tokenizer, 9, None, "chat")) == 3
+    with pytest.raises(UsageError, match=r"--chat: expected chats whose prompts have at most 4 tokens in .* among 3;"):
         chat_prompts(str(file), tokenizer, 9, 4, "chat")
+    plain = chats.write(tmp_path / "plain.jsonl", {"text": "Hi"})
+    with pytest.raises(UsageError, match=r"--chat: expected chats in .*, found none among 0; give others"):
+        chat_prompts(str(plain), tokenizer, 9, None, "chat")
+    with pytest.raises(UsageError, match="is a chat, and the model's tokenizer has no chat template"):
+        chat_prompts(str(file), chats.tokenizer(None), 9, None, "chat")
+
+
+def questions(path: Path, count: int = 16) -> Path:
+    """Chats with questions of different lengths."""
+    topics = ("lists", "the weather", "numbers", "names of things", "files", "how functions work", "errors", "sets")
+    asked = [f"Tell me about {topics[n % len(topics)]}" + ", please" * (n // len(topics)) for n in range(count)]
+    return chats.write(path, *({"messages": chats.messages(question, "No.")} for question in asked))
 
 
 def test_the_command_tells_whether_models_stop(
     checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dense = chats.with_template(checkpoints["llama-gqa"], tmp_path / "dense")
-    other = chats.with_template(tiny.write_checkpoint(tmp_path / "plain", "llama-gqa", seed=3), tmp_path / "other")
+    dense, other = (chats.write_model(tmp_path / name) for name in ("dense", "other"))
+    tiny.build("llama-gqa", 3).save_pretrained(other)
     for path in (dense, other):
         GenerationConfig(eos_token_id=ENDS).save_pretrained(path)
-    file, out = chats.conversations(tmp_path / "chat.jsonl"), tmp_path / "out.json"
+    file, out = questions(tmp_path / "chat.jsonl"), tmp_path / "out.json"
     flags = ["--chat", str(file), "--chat-prompts", "12", "--answer-tokens", "16", "--batch-size", "5"]
     assert runs.call("evaluate", str(other), "--against", str(dense), *flags, "--out", str(out)) == 0
     shown = capsys.readouterr().out
@@ -136,15 +118,15 @@ def test_the_command_tells_whether_models_stop(
     assert f" {shares[1] - shares[0]:+.1f} (" in line
     assert "12 prompts through the chat template" in shown
     assert runs.call("evaluate", str(checkpoints["llama-gqa"]), *flags) == 2
-    assert "--chat: expected a model with a chat template, found none" in capsys.readouterr().err
+    assert "is a chat, and the model's tokenizer has no chat template" in capsys.readouterr().err
 
 
-def test_a_run_reports_them(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
-    model = chats.with_template(checkpoints["llama-gqa"], tmp_path / "model")
-    judged: dict[str, Any] = {"chat": str(chats.conversations(tmp_path / "chat.jsonl")), "answer_tokens": 8}
+def test_a_run_reports_them(text: Path, tmp_path: Path) -> None:
+    model = chats.write_model(tmp_path / "model")
+    judged: dict[str, Any] = {"chat": str(questions(tmp_path / "chat.jsonl")), "answer_tokens": 8}
     evaluation = replace(runs.SHORT.evaluation, **judged)
     config = runs.short(model, text, tmp_path / "run", evaluation=evaluation)
-    with pytest.raises(UsageError, match=r"--evaluation\.chat: expected a \.jsonl file of conversations, found none"):
+    with pytest.raises(UsageError, match=r"no text at .*none\.jsonl: expected a file; check --evaluation\.chat"):
         compress.run(replace(config, evaluation=replace(evaluation, chat=str(tmp_path / "none.jsonl"))))
     assert not (tmp_path / "run").exists()
     run = compress.run(config)

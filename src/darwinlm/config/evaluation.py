@@ -57,8 +57,8 @@ class EvaluateConfig(TasksConfig):
     out: str | None = None
     """File for the results as JSON."""
     chat: str | None = None
-    """Conversations (.jsonl with messages, or a prompt) whose first turns each model answers: how long its answers are,
-    how many of them are cut off, and how much they repeat."""
+    """Chats (a .jsonl or .parquet file, or a datasets id) whose first turns each model answers: how long its answers
+    are, how many of them are cut off, and how much they repeat."""
     chat_prompts: int = 64
     """Prompts of --chat, at most."""
     answer_tokens: int = 512

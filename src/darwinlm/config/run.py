@@ -155,7 +155,7 @@ class GuardConfig:
     """Guard: a bound on candidates whose answers do not end, which the search then passes over."""
 
     chat: str | None = None
-    """Conversations, as for --evaluation.chat, whose first turns a candidate answers before it may win a generation."""
+    """Chats, as for --evaluation.chat, whose first turns a candidate answers before it may win a generation."""
     prompts: int = 16
     """Prompts, at most."""
     tokens: int = 128
@@ -236,7 +236,7 @@ class EvaluationConfig:
     continuation_tokens: int = 32
     """New tokens in each continuation."""
     chat: str | None = None
-    """Conversations (.jsonl with messages, or a prompt) whose first turns models answer: whether the answers end."""
+    """Chats (a .jsonl or .parquet file, or a datasets id) whose first turns models answer: whether the answers end."""
     chat_prompts: int = 32
     """Prompts of --evaluation.chat, at most."""
     answer_tokens: int = 256
