@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, MptConfig
 
 import chats
 import runs
@@ -72,16 +72,18 @@ def test_prompts_end_where_the_first_answer_begins(tmp_path: Path) -> None:
     long = chats.messages("Hi " * 400, "Hello")
     file = chats.write(tmp_path / "c.jsonl", {"messages": turns}, {"messages": long}, {"messages": turns[:1]})
     prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    assert [tokenizer.decode(ids) for ids in chat_prompts(str(file), tokenizer, 9, 200, "chat")] == [prompt, prompt]
-    assert len(chat_prompts(str(file), tokenizer, 2, None, "chat")) == 2
-    assert len(chat_prompts(str(file), tokenizer, 9, None, "chat")) == 3
+    short, long_enough = tiny.CONFIGS["llama-gqa"], MptConfig()  # of 256 positions, and of no number that it names so
+    found = chat_prompts(str(file), tokenizer, short, 9, 56, "chat")
+    assert [tokenizer.decode(ids) for ids in found] == [prompt, prompt]
+    assert len(chat_prompts(str(file), tokenizer, long_enough, 2, 56, "chat")) == 2
+    assert len(chat_prompts(str(file), tokenizer, long_enough, 9, 56, "chat")) == 3
     with pytest.raises(UsageError, match=r"--chat: expected chats whose prompts have at most 4 tokens in .* among 3;"):
-        chat_prompts(str(file), tokenizer, 9, 4, "chat")
+        chat_prompts(str(file), tokenizer, short, 9, 252, "chat")
     plain = chats.write(tmp_path / "plain.jsonl", {"text": "Hi"})
     with pytest.raises(UsageError, match=r"--chat: expected chats in .*, found none among 0; give others"):
-        chat_prompts(str(plain), tokenizer, 9, None, "chat")
+        chat_prompts(str(plain), tokenizer, long_enough, 9, 4, "chat")
     with pytest.raises(UsageError, match="is a chat, and the model's tokenizer has no chat template"):
-        chat_prompts(str(file), chats.tokenizer(None), 9, None, "chat")
+        chat_prompts(str(file), chats.tokenizer(None), short, 9, 4, "chat")
 
 
 def questions(path: Path, count: int = 16) -> Path:
@@ -103,7 +105,7 @@ def test_the_command_tells_whether_models_stop(
     assert runs.call("evaluate", str(other), "--against", str(dense), *flags, "--out", str(out)) == 0
     shown = capsys.readouterr().out
     tokenizer = Checkpoint(dense).tokenizer
-    prompts = chat_prompts(str(file), tokenizer, 12, None, "chat")
+    prompts = chat_prompts(str(file), tokenizer, tiny.CONFIGS["llama-gqa"], 12, 16, "chat")
     answers = [[alone(load(path), prompt, 16) for prompt in prompts] for path in (dense, other)]
     for model, expected in zip(json.loads(out.read_text())["models"], answers, strict=True):
         assert model["answers"]["tokens"] == list(map(len, expected))
@@ -132,7 +134,7 @@ def test_a_run_reports_them(text: Path, tmp_path: Path) -> None:
     run = compress.run(config)
     found = [row["answers"] for row in run.table]
     exported = load(run.exported)
-    prompts = chat_prompts(judged["chat"], Checkpoint(model).tokenizer, 32, None, "chat")
+    prompts = chat_prompts(judged["chat"], Checkpoint(model).tokenizer, exported.config, 32, 8, "chat")
     assert found[-1]["texts"] == list(answer(exported, Checkpoint(model).tokenizer, prompts, 8, 8).texts)
     told = (run.path / "report.md").read_text()
     assert "## Answers to chat prompts" in told

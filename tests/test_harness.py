@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
+import chats
 import tiny
 from darwinlm.config.evaluation import TasksConfig
 from darwinlm.evaluation.local_tasks import LOCAL, local_tasks
@@ -81,7 +83,7 @@ def write(path: Path, records: list[dict[str, Any]]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", LOCAL)
+@pytest.mark.parametrize("name", OFFICIAL)
 def test_local_questions_are_put_as_the_official_tasks_put_them(name: str, tmp_path: Path) -> None:
     from lm_eval.tasks import TaskManager
 
@@ -193,6 +195,84 @@ def test_groups_of_groups_count_their_tasks_and_those_without_figures_are_refuse
     before = questions([Request("one")], config)
     (tmp_path / "one.yaml").write_text((tmp_path / "one.yaml").read_text() + "num_fewshot: 1\n")
     assert questions([Request("one")], config) != before
+
+
+@pytest.fixture
+def brief() -> PreTrainedModel:
+    """One whose answers soon end."""
+    model = tiny.build("llama-gqa")
+    model.config.max_position_embeddings = 4096
+    model.generation_config = GenerationConfig(eos_token_id=[2, *range(100, 180)])
+    return model
+
+
+def said(model: Any, prompt: str) -> str:
+    """The model's own answer to a user's prompt, through the chat template."""
+    tokenizer: Any = chats.tokenizer(marks=False)
+    turns = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    written = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=200)
+    return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_answers_to_gsm8k_are_read_as_officially_and_through_the_chat_template(
+    brief: PreTrainedModel, tmp_path: Path
+) -> None:
+    """Of invented questions, half of which have the number as their answer that the model writes."""
+    asked = [f"What is {number} and {number}?" for number in range(24)]
+    numbers = [re.findall(r"\d+", said(brief, f"Question: {question}\nAnswer:")) for question in asked]
+    known = [number[-1] for number in numbers if number]
+    assert len(known) > 3
+    records = [
+        {"question": question, "answer": f"A few words.\n#### {number[-1] if number and n % 2 else 99999}"}
+        for n, (question, number) in enumerate(zip(asked, numbers, strict=True))
+    ]
+    write(tmp_path / "gsm8k.jsonl", records)
+    config = TasksConfig(tasks_data=str(tmp_path), chat_template=True)
+    scores = run_tasks(brief, chats.tokenizer(marks=False), [Request("gsm8k", 0)], config)
+    by_metric = {score.metric: score for score in scores}
+    assert list(by_metric) == ["exact_match (strict-match)", "exact_match (flexible-extract)"]
+    right = tuple(float(bool(number) and n % 2) for n, number in enumerate(numbers))
+    assert 0 < sum(right) < len(right)
+    assert by_metric["exact_match (flexible-extract)"].by_question == right
+    assert sum(by_metric["exact_match (strict-match)"].by_question or ()) == 0
+    assert str(by_metric["exact_match (flexible-extract)"]).startswith(f"{100 * fmean(right):.1f} ± "), "in per cent"
+    plain = TasksConfig(tasks_data=str(tmp_path))
+    assert questions([Request("gsm8k", 0)], config) != questions([Request("gsm8k", 0)], plain)
+    with pytest.raises(UsageError, match="--chat-template: expected a model with a chat template, found none"):
+        run_tasks(brief, tiny.tokenizer(), [Request("gsm8k", 0)], config)
+
+
+def test_answers_to_ifeval_are_checked_as_officially(
+    brief: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of invented prompts. What counts sentences needs data that nltk downloads, and none does here."""
+    prompts = [f"Write of {topic}." for topic in ("rain", "ice", "sets", "lists", "files", "names")]
+    answers = [said(brief, prompt) for prompt in prompts]
+    letters = next(letter for letter in "esatr" if 0 < sum(letter in answer.lower() for answer in answers) < 6)
+    kwargs = {"letter": letters, "let_frequency": 1, "let_relation": "at least"}
+    names = ["keywords:letter_frequency", "punctuation:no_comma"]
+    records = [
+        {"key": n, "prompt": prompt, "instruction_id_list": names, "kwargs": [kwargs, {}]}
+        for n, prompt in enumerate(prompts)
+    ]
+    write(tmp_path / "ifeval.jsonl", records)
+    config = TasksConfig(tasks_data=str(tmp_path), chat_template=True)
+    if importlib.util.find_spec("langdetect") is None or importlib.util.find_spec("immutabledict") is None:
+        with pytest.raises(UsageError, match=r"ifeval needs the package .*: pip install lm-eval\[ifeval\]"):
+            run_tasks(brief, chats.tokenizer(marks=False), [Request("ifeval")], config)
+        return
+    (tmp_path / "tokenizers" / "punkt_tab").mkdir(parents=True)
+    monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
+    scores = run_tasks(brief, chats.tokenizer(marks=False), [Request("ifeval")], config)
+    found = {score.metric: score for score in scores}
+    has_letter, no_comma = (
+        [float(test(a)) for a in answers] for test in (lambda a: letters in a.lower(), lambda a: "," not in a)
+    )
+    both = tuple(min(pair) for pair in zip(has_letter, no_comma, strict=True))
+    assert found["prompt_level_strict_acc"].by_question == both
+    assert found["inst_level_strict_acc"].value == pytest.approx(fmean([*has_letter, *no_comma]))
 
 
 def test_what_cannot_be_asked_is_refused(

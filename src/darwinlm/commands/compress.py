@@ -46,6 +46,7 @@ from darwinlm.runtime.stages import Stages
 from darwinlm.runtime.trackers import check_trackers, tracking
 from darwinlm.search.evolution import evolve
 from darwinlm.search.fitness import Fitness
+from darwinlm.search.guard import Guard, guard_prompts
 from darwinlm.search.held_out import curves
 from darwinlm.search.sensitivity import find_starts
 from darwinlm.search.uniform import later_start
@@ -205,10 +206,18 @@ def allocate(work: Work, fitness: Fitness, find: Callable[[], Mapping[str, Genom
             starts = find()
         else:
             starts = find_starts(work.uniform, budget, fitness, config, seed, work.run.search)
-        result = evolve(starts, budget, fitness, config, seed, work.run.history_path, fitness.length)
+        guard = _guard(work, fitness)
+        result = evolve(starts, budget, fitness, config, seed, work.run.history_path, fitness.length, guard)
     if parallel.first():
         work.run.save_search(result, work.grid, work.provenance)
     return result
+
+
+def _guard(work: Work, fitness: Fitness) -> Guard | None:
+    """What keeps candidates whose answers do not end from winning, if the run asks for it."""
+    config, checkpoint = work.config.guard, work.checkpoint
+    prompts = guard_prompts(config, checkpoint.tokenizer, checkpoint.config)
+    return Guard(fitness, checkpoint.tokenizer, prompts, config) if prompts else None
 
 
 def make_fitness(work: Work, database: Database) -> Fitness:

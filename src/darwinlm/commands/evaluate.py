@@ -154,9 +154,8 @@ def _answer(subject: Subject, config: EvaluateConfig) -> Answers:
 
 def _prompts(subject: Subject, config: EvaluateConfig) -> list[list[int]]:
     """The chat prompts, in a model's tokens. Raises as `chat_prompts`."""
-    positions = getattr(subject.checkpoint.config, "max_position_embeddings", None)
-    longest = None if positions is None else positions - config.answer_tokens
-    return chat_prompts(str(config.chat), subject.tokenizer, config.chat_prompts, longest, "chat")
+    room = config.chat_prompts, config.answer_tokens
+    return chat_prompts(str(config.chat), subject.tokenizer, subject.checkpoint.config, *room, "chat")
 
 
 def _quality(text: str, subject: Subject, reference: Subject | None, windows: _Windows) -> tuple[float, float | None]:

@@ -35,6 +35,7 @@ from darwinlm.runtime.device import memory_held_to, memory_limit, resolve_device
 from darwinlm.runtime.progress import say
 from darwinlm.search.budget import TIMED, Budget, Measure, Target
 from darwinlm.search.costs import Costs, a_token, counted_costs, parameter_costs
+from darwinlm.search.guard import guard_prompts
 from darwinlm.search.latency import latency_costs
 from darwinlm.search.memory import HEADROOM, Allowance, allowance, count_memory
 from darwinlm.search.uniform import check_export, uniform
@@ -177,6 +178,7 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
         checkpoint.check_length(config.calibration.sequence_length, "calibration.sequence-length")
         judged = config.evaluation
         assert judged.chat is None or prompts_of(checkpoint.tokenizer, checkpoint.config, judged)  # there are some
+        assert config.guard.chat is None or guard_prompts(config.guard, checkpoint.tokenizer, checkpoint.config)
         if until == "report":
             checkpoint.check_length(judged.speed_tokens + judged.decode_tokens, "evaluation.speed-tokens")
             checkpoint.check_length(judged.continuation_tokens, "evaluation.continuation-tokens")

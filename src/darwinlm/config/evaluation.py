@@ -19,7 +19,8 @@ class TasksConfig:
     tasks_path: str | None = None
     """Directory of task files (YAML) for lm-eval."""
     tasks_data: str | None = None
-    """Directory of .jsonl files (arc_easy, boolq, logi_qa, piqa, winogrande) that stand in for the hub's questions."""
+    """Directory of .jsonl files (arc_easy, boolq, gsm8k, ifeval, logi_qa, piqa, winogrande) that stand in for the hub's
+    questions."""
     shots: int | None = None
     """Examples before each question of --tasks; by default as many as each task says."""
     limit: int | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from darwinlm.data.chat import Chat, prompt_text
 from darwinlm.data.documents import read_documents
@@ -10,21 +10,24 @@ from darwinlm.types import UsageError
 
 
 def chat_prompts(
-    source: str, tokenizer: PreTrainedTokenizerBase, count: int, longest: int | None, flag: str
+    source: str, tokenizer: PreTrainedTokenizerBase, model: PretrainedConfig, count: int, answer: int, flag: str
 ) -> list[list[int]]:
-    """Return the token ids of the first prompts of a source of chats that have at most `longest` tokens.
+    """Return the token ids of the first prompts of a source of chats that leave the model room for an answer.
 
     A prompt ends where the first answer begins.
 
     Args:
+        model: the config of the model, which says how many positions it has.
         count: the most prompts.
-        longest: None for no bound.
+        answer: tokens of an answer.
         flag: the name of the setting that names the source.
 
     Raises:
         UsageError: if the source cannot be read, the tokenizer has no chat template or it refuses a chat, or no prompt
             is short enough.
     """
+    positions = getattr(model, "max_position_embeddings", None)
+    longest = None if positions is None else positions - answer
     found, read = [], 0
     for chat in (document for document in read_documents(source, f"--{flag}") if isinstance(document, Chat)):
         read += 1

@@ -120,6 +120,4 @@ def prompts_of(
     """
     if config.chat is None:
         return []
-    positions = getattr(model, "max_position_embeddings", None)
-    longest = None if positions is None else positions - config.answer_tokens
-    return chat_prompts(config.chat, tokenizer, config.chat_prompts, longest, "evaluation.chat")
+    return chat_prompts(config.chat, tokenizer, model, config.chat_prompts, config.answer_tokens, "evaluation.chat")

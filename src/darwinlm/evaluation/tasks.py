@@ -120,6 +120,8 @@ def questions(requests: Sequence[Request], config: TasksConfig) -> dict[str, dic
             if config.tasks_path is not None and file is not None and file.is_relative_to(config.tasks_path):
                 source = sha256(file.read_bytes()).hexdigest()
         asked[request.task] = {"shots": request.shots, "limit": config.limit, "source": source}
+        if config.chat_template:
+            asked[request.task]["chat_template"] = True
     return asked
 
 
@@ -129,13 +131,18 @@ def run_tasks(
     """Return a model's scores on tasks. Questions come from a file in `config.tasks_data` (see `LOCAL`) if it exists.
 
     Raises:
-        UsageError: if lm-eval is not installed, or a task is unknown.
+        UsageError: if lm-eval is not installed, a task is unknown, or there is no chat template that is to be used.
         DarwinError: if a task's questions cannot be loaded.
     """
     local, manager = find_tasks(requests, config)
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
+    if config.chat_template and not tokenizer.chat_template:
+        raise UsageError(
+            "--chat-template: expected a model with a chat template, found none; take its instruct version, or leave "
+            "the flag out"
+        )
     _forget_the_machine(evaluator)
 
     scores = []
@@ -150,6 +157,7 @@ def run_tasks(
                 limit=config.limit,
                 task_manager=manager,
                 log_samples=True,
+                apply_chat_template=config.chat_template,
             )
         except Exception as error:  # of any kind: the hub, the data set or the harness may fail
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -185,7 +193,7 @@ def find_tasks(requests: Sequence[Request], config: TasksConfig) -> tuple[dict[s
     """
     require_harness()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    local = {} if config.tasks_data is None else local_tasks(Path(config.tasks_data))
+    local = {} if config.tasks_data is None else local_tasks(Path(config.tasks_data), {r.task for r in requests})
     tasks_path = None if config.tasks_path is None else Path(config.tasks_path)
     if tasks_path is not None and not tasks_path.is_dir():
         raise UsageError(f"--tasks-path: no directory {tasks_path}; name one with task files (YAML)")

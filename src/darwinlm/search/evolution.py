@@ -18,6 +18,7 @@ from darwinlm.runtime.files import as_json, read_lines, write_lines
 from darwinlm.runtime.progress import figures, say, track
 from darwinlm.search.budget import Budget
 from darwinlm.search.fitness import Scorer
+from darwinlm.search.guard import Guard
 from darwinlm.search.mutation import Move, priced, within_kinds
 from darwinlm.types import DarwinError, Generation, Genome, SearchResult
 
@@ -35,6 +36,7 @@ def evolve(
     seed: int,
     history_path: Path,
     length: int = 1,
+    guard: Guard | None = None,
 ) -> SearchResult:
     """Search for the genome within the budget whose candidate is closest to the dense model (Algorithm 1).
 
@@ -49,6 +51,7 @@ def evolve(
 
     Args:
         length: tokens in a sequence of the fitness's text, for the history's count of tokens.
+        guard: keeps candidates from winning, whatever their fitness.
 
     Raises:
         DarwinError: if the fitness of every start is NaN or infinite, or the history is damaged or of another search.
@@ -56,7 +59,7 @@ def evolve(
     provenance = {"seed": seed, "search": asdict(replace(config, generations=0))}  # more of them may follow
     history = _read(history_path, provenance)
     if not history:
-        history.append(_begin(starts, fitness, config))
+        history.append(_begin(starts, fitness, config, guard))
         _write(history_path, history, provenance)
     numbers, scarce = range(len(history), config.generations + 1), False
 
@@ -82,15 +85,20 @@ def evolve(
                 f"search: generation {number} has {len(offspring)} distinct mutants, not {config.offspring}: no more "
                 f"were found within {budget.text}"
             )
-        history.append(_generation(number, history[-1], offspring, fitness, config, length))
+        history.append(_generation(number, history[-1], offspring, fitness, config, length, guard))
         _write(history_path, history, provenance)
         last = history[-1]
         figures("search", number, {"fitness": last.fitness, "seconds": last.seconds, "candidates": last.scored})
     return SearchResult(history[-1].genome, history[-1].fitness, tuple(history))
 
 
-def _begin(starts: Mapping[str, Genome], fitness: Scorer, config: SearchConfig) -> Generation:
-    """Return generation 0, whose parent is the best of the starts, scored as in the last stage."""
+def _begin(
+    starts: Mapping[str, Genome], fitness: Scorer, config: SearchConfig, guard: Guard | None = None
+) -> Generation:
+    """Return generation 0, whose parent is the best of the starts, scored as in the last stage.
+
+    It is the best of those that pass the guard, or the best if none does.
+    """
     began, last = time.monotonic(), config.stages[-1]
     names: dict[Genome, str] = {}
     for name, genome in starts.items():
@@ -102,6 +110,9 @@ def _begin(starts: Mapping[str, Genome], fitness: Scorer, config: SearchConfig) 
             "every start of the search diverges: expected a finite fitness, found NaN or infinity; "
             "lower --search.learning-rate, or take --dtype float32 and another --out"
         )
+    if guard is not None:
+        ranked = sorted((genome for genome in scores if scores[genome] < inf), key=scores.__getitem__)
+        best = next(filter(guard.passes, ranked), best)
     tokens = (len(scores) * last.fitness_tokens, len(scores) * last.training_tokens)
     seconds = time.monotonic() - began
     finite = {name: scores[genome] for name, genome in starts.items() if isfinite(scores[genome])}
@@ -122,9 +133,18 @@ def _offspring(parent: Genome, budget: Budget, config: SearchConfig, rng: Random
 
 
 def _generation(
-    number: int, before: Generation, offspring: Sequence[Genome], fitness: Scorer, config: SearchConfig, length: int
+    number: int,
+    before: Generation,
+    offspring: Sequence[Genome],
+    fitness: Scorer,
+    config: SearchConfig,
+    length: int,
+    guard: Guard | None = None,
 ) -> Generation:
-    """Return the generation that the selection stages make of parent and offspring; candidates that diverge leave."""
+    """Return the generation that the selection stages make of parent and offspring.
+
+    Candidates that diverge leave, and so do those that would win and do not pass the guard.
+    """
     began = time.monotonic()
     candidates, trained, diverged = list(offspring), 0, 0
     by_stage: list[float] = []
@@ -140,7 +160,10 @@ def _generation(
         if stage is config.stages[-1]:  # the parent first, so that it wins a tie
             candidates, scores = [before.genome, *candidates], [before.fitness, *scores]
         finite = [index for index, score in enumerate(scores) if score < inf]
-        ranked = sorted(finite, key=scores.__getitem__)[: stage.survivors]
+        ranked = sorted(finite, key=scores.__getitem__)
+        if guard is not None and stage is config.stages[-1]:
+            ranked = _guarded(ranked, candidates, guard)
+        ranked = ranked[: stage.survivors]
         candidates, scores = [candidates[i] for i in ranked], [scores[i] for i in ranked]
         by_stage.append(scores[0] if scores else inf)
     if diverged:
@@ -149,6 +172,14 @@ def _generation(
     seconds = time.monotonic() - began
     spent = (fitness_tokens, training_tokens)
     return Generation(number, scores[0], candidates[0], len(offspring), seconds, origin, tuple(by_stage), *spent)
+
+
+def _guarded(ranked: list[int], candidates: Sequence[Genome], guard: Guard) -> list[int]:
+    """The places of candidates from the first that may win; the parent, at place 0, may."""
+    first = next(i for i, place in enumerate(ranked) if not place or guard.passes(candidates[place], candidates[0]))
+    if first:
+        say(f"guard: {first} better candidates are passed over, for too many of their answers do not end")
+    return ranked[first:]
 
 
 def _write(path: Path, history: Sequence[Generation], provenance: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from darwinlm.config.run import SearchConfig
 from darwinlm.data.packing import cut, scramble
@@ -158,6 +159,10 @@ class Fitness:
         """Return the score of one genome, as `scores` does for several."""
         return self.scores([genome], stage, parent)[0]
 
+    def model(self, genome: Genome) -> PreTrainedModel:
+        """Return the whole model of a candidate, untrained, on the device."""
+        return self.stitcher.stitch(genome, self._elsewhere)
+
     @torch.no_grad()
     def _add_sums(self, pairs: list[Pair], parent: Genome | None) -> None:
         """Let every process score its share of the pairs of a genome and a batch: by batch first, then by genome."""
@@ -224,9 +229,7 @@ class Fitness:
 
     def _score_trained(self, genome: Genome, stage: SelectionStage) -> tuple[float, Trained]:
         """The score of a candidate after a stage's training, and what was trained."""
-        trained = self._trainer.train(
-            genome, partial(self.stitcher.stitch, genome, self._elsewhere), stage.training_tokens
-        )
+        trained = self._trainer.train(genome, partial(self.model, genome), stage.training_tokens)
         indices = self._of_tokens[stage.fitness_tokens]
         with rounded(trained.model, trained.model.dtype) as model, torch.no_grad():
             self._add_metrics(indices)
