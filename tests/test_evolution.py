@@ -79,6 +79,30 @@ def test_the_best_is_never_lost(tmp_path: Path) -> None:
     assert len(scores) == CONFIG.generations + 1
 
 
+def test_what_may_not_win_is_passed_over_and_the_rest_is_searched_as_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start, budget = at_level(GRID, 4.0)
+    assert target().levels[0] > start.levels[0]
+    asked: list[tuple[Genome, Genome | None]] = []
+
+    def may_win(genome: Genome, parent: Genome | None) -> bool:
+        asked.append((genome, parent))
+        return genome.levels[0] <= start.levels[0]
+
+    given = {"uniform": start}, budget, KnownFitness(target()), CONFIG, 0, tmp_path / "h", 1
+    history = evolve(*given, may_win).history
+    assert all(line.genome.levels[0] <= start.levels[0] for line in history)
+    assert history[-1].fitness == 2, "the target but for that level, and one that makes up for it"
+    assert "better candidates are passed over" in capsys.readouterr().err
+    assert asked[0] == (start, None)
+    parents = {before.genome for before in history}
+    assert {parent for _, parent in asked[1:]} <= parents
+    assert not any(genome == parent for genome, parent in asked), "a parent keeps its place unasked"
+    never = evolve(*given[:-2], tmp_path / "never", 1, lambda *_: False)
+    assert {line.genome for line in never.history} == {start}
+
+
 def test_stages_narrow_the_field(tmp_path: Path) -> None:
     result, fitness, _ = search(tmp_path, replace(CONFIG, generations=1))
     start, _ = at_level(GRID, 4.0)

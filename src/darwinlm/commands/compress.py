@@ -207,7 +207,8 @@ def allocate(work: Work, fitness: Fitness, find: Callable[[], Mapping[str, Genom
         else:
             starts = find_starts(work.uniform, budget, fitness, config, seed, work.run.search)
         guard = _guard(work, fitness)
-        result = evolve(starts, budget, fitness, config, seed, work.run.history_path, fitness.length, guard)
+        may_win = None if guard is None else guard.passes
+        result = evolve(starts, budget, fitness, config, seed, work.run.history_path, fitness.length, may_win)
     if parallel.first():
         work.run.save_search(result, work.grid, work.provenance)
     return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from math import inf, isfinite
 from pathlib import Path
@@ -18,11 +18,14 @@ from darwinlm.runtime.files import as_json, read_lines, write_lines
 from darwinlm.runtime.progress import figures, say, track
 from darwinlm.search.budget import Budget
 from darwinlm.search.fitness import Scorer
-from darwinlm.search.guard import Guard
 from darwinlm.search.mutation import Move, priced, within_kinds
 from darwinlm.types import DarwinError, Generation, Genome, SearchResult
 
 MOVES: dict[str, Move] = {"priced": priced, "within_kinds": within_kinds}
+
+
+MayWin = Callable[[Genome, Genome | None], bool]
+"""Whether a candidate may take its parent's place, or begin the search if it has no parent."""
 
 
 DUPLICATE_TRIES = 100  # draws beyond the number of offspring, as mutants may repeat
@@ -36,7 +39,7 @@ def evolve(
     seed: int,
     history_path: Path,
     length: int = 1,
-    guard: Guard | None = None,
+    may_win: MayWin | None = None,
 ) -> SearchResult:
     """Search for the genome within the budget whose candidate is closest to the dense model (Algorithm 1).
 
@@ -51,7 +54,7 @@ def evolve(
 
     Args:
         length: tokens in a sequence of the fitness's text, for the history's count of tokens.
-        guard: keeps candidates from winning, whatever their fitness.
+        may_win: whether a candidate may take its parent's place, or begin the search if it has no parent.
 
     Raises:
         DarwinError: if the fitness of every start is NaN or infinite, or the history is damaged or of another search.
@@ -59,7 +62,7 @@ def evolve(
     provenance = {"seed": seed, "search": asdict(replace(config, generations=0))}  # more of them may follow
     history = _read(history_path, provenance)
     if not history:
-        history.append(_begin(starts, fitness, config, guard))
+        history.append(_begin(starts, fitness, config, may_win))
         _write(history_path, history, provenance)
     numbers, scarce = range(len(history), config.generations + 1), False
 
@@ -85,7 +88,7 @@ def evolve(
                 f"search: generation {number} has {len(offspring)} distinct mutants, not {config.offspring}: no more "
                 f"were found within {budget.text}"
             )
-        history.append(_generation(number, history[-1], offspring, fitness, config, length, guard))
+        history.append(_generation(number, history[-1], offspring, fitness, config, length, may_win))
         _write(history_path, history, provenance)
         last = history[-1]
         figures("search", number, {"fitness": last.fitness, "seconds": last.seconds, "candidates": last.scored})
@@ -93,11 +96,11 @@ def evolve(
 
 
 def _begin(
-    starts: Mapping[str, Genome], fitness: Scorer, config: SearchConfig, guard: Guard | None = None
+    starts: Mapping[str, Genome], fitness: Scorer, config: SearchConfig, may_win: MayWin | None = None
 ) -> Generation:
     """Return generation 0, whose parent is the best of the starts, scored as in the last stage.
 
-    It is the best of those that pass the guard, or the best if none does.
+    It is the best of those that may win, or the best if none may.
     """
     began, last = time.monotonic(), config.stages[-1]
     names: dict[Genome, str] = {}
@@ -110,9 +113,9 @@ def _begin(
             "every start of the search diverges: expected a finite fitness, found NaN or infinity; "
             "lower --search.learning-rate, or take --dtype float32 and another --out"
         )
-    if guard is not None:
+    if may_win is not None:
         ranked = sorted((genome for genome in scores if scores[genome] < inf), key=scores.__getitem__)
-        best = next(filter(guard.passes, ranked), best)
+        best = next((genome for genome in ranked if may_win(genome, None)), best)
     tokens = (len(scores) * last.fitness_tokens, len(scores) * last.training_tokens)
     seconds = time.monotonic() - began
     finite = {name: scores[genome] for name, genome in starts.items() if isfinite(scores[genome])}
@@ -139,11 +142,11 @@ def _generation(
     fitness: Scorer,
     config: SearchConfig,
     length: int,
-    guard: Guard | None = None,
+    may_win: MayWin | None = None,
 ) -> Generation:
     """Return the generation that the selection stages make of parent and offspring.
 
-    Candidates that diverge leave, and so do those that would win and do not pass the guard.
+    Candidates that diverge leave, and so do those that would win and may not.
     """
     began = time.monotonic()
     candidates, trained, diverged = list(offspring), 0, 0
@@ -161,8 +164,8 @@ def _generation(
             candidates, scores = [before.genome, *candidates], [before.fitness, *scores]
         finite = [index for index, score in enumerate(scores) if score < inf]
         ranked = sorted(finite, key=scores.__getitem__)
-        if guard is not None and stage is config.stages[-1]:
-            ranked = _guarded(ranked, candidates, guard)
+        if may_win is not None and stage is config.stages[-1]:
+            ranked = _guarded(ranked, candidates, may_win)
         ranked = ranked[: stage.survivors]
         candidates, scores = [candidates[i] for i in ranked], [scores[i] for i in ranked]
         by_stage.append(scores[0] if scores else inf)
@@ -174,9 +177,9 @@ def _generation(
     return Generation(number, scores[0], candidates[0], len(offspring), seconds, origin, tuple(by_stage), *spent)
 
 
-def _guarded(ranked: list[int], candidates: Sequence[Genome], guard: Guard) -> list[int]:
+def _guarded(ranked: list[int], candidates: Sequence[Genome], may_win: MayWin) -> list[int]:
     """The places of candidates from the first that may win; the parent, at place 0, may."""
-    first = next(i for i, place in enumerate(ranked) if not place or guard.passes(candidates[place], candidates[0]))
+    first = next(i for i, place in enumerate(ranked) if not place or may_win(candidates[place], candidates[0]))
     if first:
         say(f"guard: {first} better candidates are passed over, for too many of their answers do not end")
     return ranked[first:]
