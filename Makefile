@@ -4,8 +4,9 @@
 #   make demo          compress a real SmolLM2-135M
 #   make test          run the default tests: no network, tiny random models, one process
 #   make slow          run the tests on the real SmolLM2, and those of several processes
+#   make long          run what CI leaves out: the whole demo, and further cases of slow tests
 #   make check         run ruff, pyright and import-linter
-#   make reliability   for three minutes, kill runs, damage their files and give malformed inputs, all at random
+#   make reliability   for a minute, kill runs, damage their files and give malformed inputs, all at random
 #   make docs          build the documentation into site/; a warning is an error
 #   make gpu           on a machine with a GPU: the tests on it, then its times and memory; needs no network
 #   make gpu-wheels    fetch what `make gpu` needs on a machine that has torch and transformers but no network
@@ -22,7 +23,7 @@ export NO_MKDOCS_2_WARNING := true
 GPU_PYTHON := 3.12
 GPU := cuda
 WHEELS := build/wheels
-.PHONY: setup demo test slow check reliability docs gpu gpu-wheels test-lowest format
+.PHONY: setup demo test slow long check reliability docs gpu gpu-wheels test-lowest format
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -40,7 +41,10 @@ test: $(READY)
 	$(BIN)/pytest -n 2 --dist loadfile
 
 slow: $(READY)
-	$(BIN)/pytest -m slow -n 2 --dist loadfile
+	$(BIN)/pytest -m "slow and not long" -n 2 --dist loadfile
+
+long: $(READY)
+	$(BIN)/pytest -m long -n 2 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -49,7 +53,7 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 reliability: $(READY)
-	$(BIN)/python benchmarks/reliability.py all --minutes 1 --out $$(mktemp -d)
+	$(BIN)/python benchmarks/reliability.py all --minutes 0.33 --out $$(mktemp -d)
 
 docs: $(READY)
 	$(BIN)/mkdocs build --strict --quiet

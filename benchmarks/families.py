@@ -36,7 +36,8 @@ import wrappers
 from darwinlm.config.run import DatabaseConfig, RefitConfig, RunConfig, SearchConfig
 from darwinlm.database.stitch import repeat_shared
 from darwinlm.export.verify import Expected
-from darwinlm.model.families import block_sizes, find_family, find_units, head_counts
+from darwinlm.model.families import block_sizes, find_family, find_units
+from darwinlm.model.layers import head_counts, layer_config
 from darwinlm.model.reading import load
 from darwinlm.search.costs import parameter_costs
 from darwinlm.search.evolution import evolve
@@ -76,6 +77,9 @@ TURNS = {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_atten
 DELTA = TURNS | {
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
 }  # fmt: skip
+GEMMA4: dict[str, Any] = {
+    "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "global_head_dim": 32,
+}  # fmt: skip
 MAMBA = {"mamba_n_heads": 16, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 # Fields without which a small model of the type cannot be built.
@@ -90,6 +94,14 @@ NEEDED: dict[str, dict[str, Any]] = {
         "vocab_size_per_layer_input": 320,
         "hidden_size_per_layer_input": 16,
     },
+    "gemma4_text": GEMMA4
+    | {
+        "vocab_size_per_layer_input": 320,
+        "hidden_size_per_layer_input": 16,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+    },
+    "gemma4_unified_text": GEMMA4 | {"attention_k_eq_v": True, "num_global_key_value_heads": 2},
     "deepseek_v3": {"head_dim": None},
     "youtu": {"head_dim": None},
     "helium": {"head_dim": 8},
@@ -122,6 +134,7 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     """The config of a small model: the sizes are small, everything else is as the class has it."""
     config_class = CONFIG_MAPPING[model_type]
     default = config_class()
+    default.allow_global_per_layer_attribute_access = True
     fields = {name: value for name, value in SIZES.items() if hasattr(default, name)}
     if getattr(default, "sliding_window", None):
         fields["sliding_window"] = WINDOW
@@ -150,6 +163,7 @@ def tiny_model(model_type: str) -> PreTrainedModel:
             nn.init.normal_(parameter, std=0.3)
         elif "norm" in name or "ln_" in name:
             nn.init.uniform_(parameter, 0.5, 1.5)
+    pruned.tiny.draw_scalars(model)
     return model.requires_grad_(False)
 
 
@@ -189,11 +203,13 @@ def steps(model: PreTrainedModel, directory: Path) -> Iterator[str]:
     checkpoint = pruned.Checkpoint(checkpoint_path)
     find_units(checkpoint.skeleton(), checkpoint.config)
     yield "units"
-    alone = head_counts(checkpoint.config)[1] == 1  # a KV head, so that its group is the whole attention
+    alone = (
+        head_counts(layer_config(checkpoint.config, 0))[1] == 1
+    )  # a KV head, so that its group is the whole attention
     case = pruned.prune(checkpoint_path, directory / "database", "head" if alone else "kv_group")
     assert case.checkpoint.fingerprint
     yield "database"
-    ids = pruned.token_ids(1)
+    ids = pruned.token_ids(1) % (wrappers.IMAGE - 1)
     torch.testing.assert_close(case.dense(ids).logits, model(ids).logits)
     for genome in case.genomes():
         expected = pruned.zero_masked(case.dense, case.database, genome)(ids).logits
@@ -217,7 +233,10 @@ def steps(model: PreTrainedModel, directory: Path) -> Iterator[str]:
     for index, genome in enumerate((best, case.genomes()[-2])):  # in the second, an attention and an MLP are missing
         stitched = repeat_shared(case.stitcher.stitch(genome))
         sizes, out = block_sizes(case.database.grid, genome, case.dense.config), directory / f"export-{index}"
-        tokenizer, expected = pruned.tiny.tokenizer(), Expected.of(stitched)  # of a process without darwinlm
+        tokenizer, expected = (
+            pruned.tiny.tokenizer(),
+            Expected.of(stitched, checkpoint.whole),
+        )  # of a process without darwinlm
         pruned.export_hf(stitched, sizes, tokenizer, out, "", expected, checkpoint_path)
     yield "export"
     exported: Any = load(directory / "export-1", torch.float32)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from darwinlm.losses.logits import Logits, hidden_states
-from darwinlm.losses.metrics import Divergence
+from darwinlm.losses.metrics import divergence
 from darwinlm.search.fitness import BATCH_TOKENS
 
 
@@ -25,7 +25,7 @@ class HeldOut:
         self._logits = Logits.of(dense)
         self._batches = {
             name: [
-                (ids, Divergence(hidden_states(dense, ids).flatten(0, 1)))
+                (ids, divergence(hidden_states(dense, ids).flatten(0, 1), self._logits))
                 for ids in text.split(max(1, BATCH_TOKENS // text.shape[1]))
             ]
             for name, text in texts.items()

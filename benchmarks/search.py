@@ -44,7 +44,7 @@ from darwinlm.database.eliminate import columns_of
 from darwinlm.database.stitch import Stitcher
 from darwinlm.database.store import Database
 from darwinlm.losses.logits import Logits, hidden_states
-from darwinlm.losses.metrics import Divergence
+from darwinlm.losses.metrics import Metric, divergence
 from darwinlm.model.checkpoint import find_checkpoint
 from darwinlm.model.families import find_grid, linear_at
 from darwinlm.model.size import parameter_count
@@ -135,7 +135,8 @@ def kl_in_chunks(bench: Bench, text: Tensor) -> Callable[[Any], float]:
     """Logits of a few tokens at a time, against what is kept of the dense model from one generation to the next."""
     key = text.data_ptr(), len(text)
     if key not in REFERENCES:
-        REFERENCES[key] = Divergence(hidden_states(bench.stitcher.dense, text).flatten(0, 1))
+        dense = bench.stitcher.dense
+        REFERENCES[key] = divergence(hidden_states(dense, text).flatten(0, 1), Logits.of(dense))
 
     @torch.inference_mode()
     def score(model: Any) -> float:
@@ -145,7 +146,7 @@ def kl_in_chunks(bench: Bench, text: Tensor) -> Callable[[Any], float]:
     return score
 
 
-REFERENCES: dict[tuple[int, int], Divergence] = {}
+REFERENCES: dict[tuple[int, int], Metric] = {}
 
 
 def staged(bench: Bench, plan: Generation, *, narrow: bool, chunked: bool, nested: bool) -> None:

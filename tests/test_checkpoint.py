@@ -17,7 +17,7 @@ import runs
 import tiny
 from darwinlm.commands.compress import run
 from darwinlm.export.gguf import export_gguf
-from darwinlm.model.blocks import enter, run_block
+from darwinlm.model.blocks import Stream, enter, run_block
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.families import find_family
 from darwinlm.model.reading import load
@@ -312,7 +312,7 @@ def test_tensors_under_other_names_are_read(
     torch.testing.assert_close(checkpoint.load(torch.float32, CPU)(ids).logits, dense(ids).logits)
     name = checkpoint.family.block(1)
     filled = checkpoint.fill(blocks, name, torch.float32, CPU)
-    states = torch.randn(1, 5, dense.config.hidden_size)
+    stream = Stream(torch.randn(1, 5, dense.config.hidden_size))
     arguments = enter(dense, find_family(checkpoint.skeleton()), ids[:, :5]).arguments[1]
-    expected = run_block(dense.get_submodule(name), states, arguments)
-    torch.testing.assert_close(run_block(filled, states, arguments), expected)
+    expected = run_block(dense.get_submodule(name), stream, arguments).states
+    torch.testing.assert_close(run_block(filled, stream, arguments).states, expected)

@@ -13,7 +13,7 @@ import pytest
 from darwinlm.commands.compress import run
 from darwinlm.config.run import DEMO, CalibrationConfig, DatabaseConfig, EvaluationConfig, SelectionStage
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1500)]
 
 APART = """
 import sys

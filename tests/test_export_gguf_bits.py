@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gguf
 import numpy as np
@@ -17,17 +17,24 @@ import runs
 import tiny
 from darwinlm.config.run import CalibrationConfig
 from darwinlm.database.calibrate import calibrate
+from darwinlm.database.stitch import repeat_shared
 from darwinlm.export.gguf import FileType, export_gguf
 from darwinlm.export.gguf_precision import MIXES, QUANTISED, fitting
+from darwinlm.export.hf import export_hf
 from darwinlm.export.importance import mean_squares
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
+from darwinlm.model.families import block_sizes
 from darwinlm.model.reading import load
+from darwinlm.model.size import parameter_count
+from darwinlm.search.costs import weight_costs
 from llama_cpp import difference, needs_llama_cpp
+from pruned import prune
 from refusals import told
 from test_export_gguf import CASES, PROMPT, exports  # noqa: F401
 from vocabularies import byte_pair_tokenizer
 
 pytest.importorskip("libgguf")
+FILE_TYPES: tuple[FileType, ...] = get_args(FileType)
 BITS = {"q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9, "q4_0": 4.6}
 """The most bits that a weight takes in a model whose rows all fit, small as it is."""
 
@@ -84,6 +91,21 @@ def test_files_have_the_bits_of_their_name_and_llama_cpps_mix(files: dict[str, P
         assert kinds["output_norm.weight"] == "F32"
     settings = gguf.GGUFReader(files["q4_k_m"]).fields
     assert settings["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_K_M
+
+
+def test_a_target_counts_the_bytes_of_the_file(wide: Path, tmp_path: Path) -> None:
+    """Also where rows are too narrow for the type, and take another."""
+    case = prune(wide, tmp_path / "database")
+    config, grid = case.dense.config, case.database.grid
+    for genome in (grid.dense(), case.genomes()[0]):
+        narrow = repeat_shared(case.stitcher.stitch(genome))
+        sizes = block_sizes(grid, genome, config)
+        source = export_hf(narrow, sizes, byte_pair_tokenizer("qwen2"), tmp_path / f"{genome.levels}", "card")
+        for kind in FILE_TYPES:
+            file = export_gguf(source, tmp_path / f"{genome.levels}.{kind}.gguf", kind, verify=False)
+            held = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(file).tensors)
+            counted = weight_costs(grid, config, parameter_count(case.dense), kind).of(genome)
+            assert counted == pytest.approx(held, rel=1e-3), kind
 
 
 def test_the_mix_gives_values_and_down_projections_more_bits_in_some_blocks() -> None:

@@ -21,7 +21,8 @@ from darwinlm.database.stitch import NoAttn, repeat_shared
 from darwinlm.genome import level_grid, prunable_parameters
 from darwinlm.model import families
 from darwinlm.model.checkpoint import Checkpoint
-from darwinlm.model.families import ROWS, block_sizes, find_family, find_units, head_dim, linear_at
+from darwinlm.model.families import ROWS, block_sizes, find_family, find_units, linear_at
+from darwinlm.model.layers import head_dim, layer_config
 from darwinlm.types import DarwinError, Genome, Structure, Unit, UsageError
 from pruned import Pruned
 
@@ -169,12 +170,13 @@ def test_written_out_attentions_have_the_sizes_that_an_export_says(case: Pruned)
             if isinstance(attention, NoAttn):
                 assert sizes.query_heads == sizes.key_value_heads == 0
                 continue
-            assert linear_at(model, unit.consumer).in_features == sizes.query_heads * head_dim(config)
+            width = head_dim(layer_config(config, unit.block))
+            assert linear_at(model, unit.consumer).in_features == sizes.query_heads * width
             readers = int(getattr(attention, "num_key_value_groups", sizes.query_heads // sizes.key_value_heads))
             assert sizes.query_heads == sizes.key_value_heads * readers
             value = unit.producers[-1].module
             if len({producer.module for producer in unit.producers}) == 3:
-                assert linear_at(model, value).out_features == sizes.key_value_heads * head_dim(config)
+                assert linear_at(model, value).out_features == sizes.key_value_heads * width
 
 
 def test_uneven_groups_were_among_the_cases(checkpoints: dict[str, Path], tmp_path: Path) -> None:

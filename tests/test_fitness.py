@@ -21,7 +21,7 @@ from darwinlm.config.run import SearchConfig
 from darwinlm.data.packing import scramble
 from darwinlm.database.stitch import Stitcher
 from darwinlm.losses.logits import Logits
-from darwinlm.losses.metrics import Divergence, predicted_tokens
+from darwinlm.losses.metrics import divergence, predicted_tokens
 from darwinlm.losses.metrics import metric as make_metric
 from darwinlm.model.blocks import InHostMemory
 from darwinlm.runtime import parallel
@@ -145,8 +145,9 @@ def test_the_many_small_probabilities_of_a_large_vocabulary_count(vocabulary: in
         hidden = model.model(ids).last_hidden_state[0]
         log_p, log_q = (model.lm_head(states).double().log_softmax(-1) for states in (hidden, 0.7 * hidden))
         expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
-        divergence, none = Divergence(hidden).totals([0.7 * hidden, hidden], Logits.of(model))
-    assert divergence / 8 == pytest.approx(expected, abs=5e-5)
+        logits = Logits.of(model)
+        found, none = divergence(hidden, logits).totals([0.7 * hidden, hidden], logits)
+    assert found / 8 == pytest.approx(expected, abs=5e-5)
     assert none == 0
 
 

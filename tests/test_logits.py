@@ -100,7 +100,7 @@ def test_logits_are_those_of_the_forward_pass(model: Any, monkeypatch: pytest.Mo
         together[rows] = values
     torch.testing.assert_close(together, expected, **EXACT)
     parts: dict[int, list[torch.Tensor]] = {}
-    for rows, (ours, others) in logits.tiles([hidden, 2 * hidden]):
+    for rows, _, (ours, others) in logits.tiles([hidden, 2 * hidden]):
         parts.setdefault(rows.start, []).append(ours)
         assert ours.shape == others.shape
     torch.testing.assert_close(torch.cat([torch.cat(part, -1) for part in parts.values()]), expected, **EXACT)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +31,7 @@ from darwinlm.types import MetricName, SelectionStage, UsageError
 LENGTH = 64
 # Llama-3.1-8B's proportions at a sixteenth of its widths, with fewer blocks.
 SCALED = LlamaConfig(
-    vocab_size=2004, hidden_size=256, intermediate_size=896, num_hidden_layers=8, num_attention_heads=16,
+    vocab_size=2004, hidden_size=256, intermediate_size=896, num_hidden_layers=5, num_attention_heads=16,
     num_key_value_heads=8, head_dim=16, max_position_embeddings=256, tie_word_embeddings=False, bos_token_id=1,
     eos_token_id=2, pad_token_id=3,
 )  # fmt: skip
@@ -52,6 +51,15 @@ def scaled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         del tiny.CONFIGS["scaled"]
     tiny.tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def database(scaled: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the database that all searches here can use."""
+    path = tmp_path_factory.mktemp("database") / "run"
+    with accelerator():
+        run(config(scaled, text, path), until="database")
     return path
 
 
@@ -84,28 +92,26 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> list[SearchMemory]:
     return found
 
 
-def prepare(config: RunConfig, other: Path) -> None:
-    """Build a run's database, and let another run have the same."""
-    with accelerator():
-        run(config, until="database")
-    shutil.copytree(config.out, other)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("selection", "trains"), [("untrained", "consumers"), ("trained", "consumers"), ("trained", "all")]
+    ("selection", "trains"),
+    [
+        pytest.param("untrained", "consumers", marks=pytest.mark.long),
+        ("trained", "consumers"),
+        pytest.param("trained", "all", marks=pytest.mark.long),
+    ],
 )
 def test_a_limit_holds_and_changes_no_result(
     selection: str,
     trains: Literal["all", "consumers"],
     scaled: Path,
     text: Path,
+    database: Path,
     tmp_path: Path,
     counts: list[SearchMemory],
 ) -> None:
     search = replace(runs.SHORT.search, generations=2, offspring=5, stages=STAGES[selection], trains=trains)
-    free = config(scaled, text, tmp_path / "free", search=search, memory="1GB")
-    prepare(free, tmp_path / "tight")
+    free = config(scaled, text, tmp_path / "free", search=search, memory="1GB", reuse=str(database))
     without_limit = most_held(free, "search")
     least = counts[-1].least
     limit = int(1.02 * least / HEADROOM)
@@ -119,14 +125,18 @@ def test_a_limit_holds_and_changes_no_result(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("metric", ["kl", "top-k-kl", "perplexity"])
+@pytest.mark.parametrize(
+    "metric",
+    ["kl", pytest.param("top-k-kl", marks=pytest.mark.long), pytest.param("perplexity", marks=pytest.mark.long)],
+)
 def test_a_search_whose_blocks_wait_outside_holds_what_is_counted(
-    metric: MetricName, scaled: Path, text: Path, tmp_path: Path, counts: list[SearchMemory]
+    metric: MetricName, scaled: Path, text: Path, database: Path, tmp_path: Path, counts: list[SearchMemory]
 ) -> None:
     """And finds what a search finds whose dense model stays on the device."""
     search = replace(runs.SHORT.search, generations=2, offspring=5, stages=STAGES["untrained"], metric=metric)
-    free = config(scaled, text, tmp_path / "free", search=search, memory="1GB", refit=RefitConfig(tokens=0))
-    prepare(free, tmp_path / "tight")
+    free = config(
+        scaled, text, tmp_path / "free", search=search, memory="1GB", reuse=str(database), refit=RefitConfig(tokens=0)
+    )
     resident = most_held(free, "search")
     count = counts[-1]
     limit = int(1.02 * count.visiting / HEADROOM)
@@ -140,11 +150,11 @@ def test_a_search_whose_blocks_wait_outside_holds_what_is_counted(
 
 @pytest.mark.slow
 def test_a_refit_holds_what_is_counted_and_no_dense_model(
-    scaled: Path, text: Path, tmp_path: Path, counts: list[SearchMemory]
+    scaled: Path, text: Path, database: Path, tmp_path: Path, counts: list[SearchMemory]
 ) -> None:
     search = replace(runs.SHORT.search, generations=1, stages=STAGES["untrained"])
     refit = RefitConfig(tokens=16 * LENGTH)
-    settings = config(scaled, text, tmp_path / "run", search=search, memory="1GB", refit=refit)
+    settings = config(scaled, text, tmp_path / "run", search=search, memory="1GB", reuse=str(database), refit=refit)
     with accelerator():
         run(settings, until="search")
     held, count = most_held(settings, "export"), counts[-1]
@@ -177,12 +187,13 @@ def test_targets_are_made_with_one_block_of_the_dense_model(scaled: Path, text: 
 
 @pytest.mark.slow
 def test_a_report_on_a_model_that_does_not_fit_has_the_figures_of_one_that_does(
-    scaled: Path, text: Path, tmp_path: Path, counts: list[SearchMemory]
+    scaled: Path, text: Path, database: Path, tmp_path: Path, counts: list[SearchMemory]
 ) -> None:
     """Its blocks wait in the host's memory, and the device never holds more than the limit."""
     search = replace(runs.SHORT.search, generations=2, offspring=5, stages=STAGES["untrained"])
-    free = config(scaled, text, tmp_path / "free", search=search, memory="1GB", refit=RefitConfig(tokens=0))
-    prepare(free, tmp_path / "tight")
+    free = config(
+        scaled, text, tmp_path / "free", search=search, memory="1GB", reuse=str(database), refit=RefitConfig(tokens=0)
+    )
     with accelerator():
         run(free)
     limit = int(1.02 * counts[-1].visiting / HEADROOM)
@@ -275,12 +286,13 @@ def test_candidates_that_are_trained_are_whole_and_the_dense_model_may_be_elsewh
 
 @pytest.mark.slow
 def test_models_that_do_not_fit_beside_each_other_are_judged_from_outside(
-    scaled: Path, text: Path, tmp_path: Path, counts: list[SearchMemory]
+    scaled: Path, text: Path, database: Path, tmp_path: Path, counts: list[SearchMemory]
 ) -> None:
     """Where the search has room for the dense model and the evaluation none for three models, the limit still holds."""
     search = replace(runs.SHORT.search, generations=1, offspring=3, stages=STAGES["untrained"])
-    free = config(scaled, text, tmp_path / "free", search=search, memory="1GB", refit=RefitConfig(tokens=0))
-    prepare(free, tmp_path / "tight")
+    free = config(
+        scaled, text, tmp_path / "free", search=search, memory="1GB", reuse=str(database), refit=RefitConfig(tokens=0)
+    )
     with accelerator():
         run(free)
     limit = int(1.02 * counts[-1].resident / HEADROOM)

@@ -84,9 +84,9 @@ def most_held(config: TrainConfig, held: list[int]) -> int:
 @pytest.mark.parametrize(
     ("length", "weight", "changes"),
     [
-        (LENGTH, None, {}),
+        pytest.param(LENGTH, None, {}, marks=pytest.mark.long),
         (2 * LENGTH, None, {"gradient_checkpointing": True}),
-        (LENGTH, 1.0, {"gradient_checkpointing": True}),
+        pytest.param(LENGTH, 1.0, {"gradient_checkpointing": True}, marks=pytest.mark.long),
         (LENGTH, None, {"lora_rank": 4}),
     ],
 )
@@ -178,7 +178,7 @@ print(json.dumps({"most": max(most), "blocks": blocks}))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("length", "checkpointing"), [(64, True), (256, True), (256, False)])
+@pytest.mark.parametrize(("length", "checkpointing"), [(64, True), (256, False)])
 def test_a_rank_of_eight_holds_what_is_counted(length: int, checkpointing: bool, scaled: Path, tmp_path: Path) -> None:
     """Of the blocks an eighth, from the checkpoint; torch counts what one of eight processes holds in a step."""
     (tmp_path / "rank.py").write_text(RANK)

@@ -60,7 +60,7 @@ def export(case: pruned.Pruned, which: int, out: Path, verify: bool = False) -> 
     genome = case.genomes()[which]
     stitched = repeat_shared(case.stitcher.stitch(genome))
     sizes = block_sizes(case.database.grid, genome, case.dense.config)
-    expected = Expected.of(stitched) if verify else None
+    expected = Expected.of(stitched, case.checkpoint.whole) if verify else None
     return pruned.export_hf(stitched, sizes, pruned.tiny.tokenizer(), out, "", expected, case.checkpoint.path)
 
 
@@ -71,7 +71,9 @@ def test_the_language_model_computes_what_the_whole_computes_of_text(whole: tupl
 
 
 # A genome at random, one in which an attention and an MLP vanish, and one whose blocks are alike, for stock classes.
-@pytest.mark.parametrize("which", [0, -2, -1])
+@pytest.mark.parametrize(
+    "which", [pytest.param(0, marks=pytest.mark.long), -2, pytest.param(-1, marks=pytest.mark.long)]
+)
 def test_with_images_it_equals_its_zero_masked_twin(
     whole: tuple[Any, pruned.Pruned], family: str, which: int, tmp_path: Path
 ) -> None:

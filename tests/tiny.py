@@ -20,6 +20,7 @@ from transformers import (
     FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     Glm4Config,
     GPT2Config,
     GPTNeoXConfig,
@@ -58,6 +59,8 @@ COMMON = {
 }
 MIXED: dict[str, Any] = COMMON | {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
 STATES: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+SLIDING_FULL = ["sliding_attention", "full_attention"]
+TURNS: dict[str, Any] = MIXED | {"layer_types": SLIDING_FULL * 2, "sliding_window": 8}
 ALL: dict[str, Any] = {**COMMON}
 FOUR_TIMES: dict[str, Any] = COMMON | {"intermediate_size": 128}  # as wide as these have their MLPs
 CONFIGS: dict[str, PreTrainedConfig] = {
@@ -83,6 +86,18 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gemma3": Gemma3TextConfig(
         **COMMON, num_attention_heads=8, num_key_value_heads=4, head_dim=8, query_pre_attn_scalar=8, sliding_window=8,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"], attention_bias=True,
+    ),
+    # Heads of another width and number where attention is full, whose values are what the projection of the keys gives.
+    "gemma4": Gemma4TextConfig(
+        **TURNS, head_dim=4, global_head_dim=8, num_global_key_value_heads=2, attention_k_eq_v=True,  # pyright: ignore[reportCallIssue]
+        hidden_size_per_layer_input=0, final_logit_softcapping=30.0,
+    ),
+    # The last blocks read keys and values of earlier ones, have wider MLPs, and all are given embeddings of their own.
+    "gemma4-shared-mqa": Gemma4TextConfig(
+        **TURNS | {"num_key_value_heads": 1, "num_hidden_layers": 6, "layer_types": SLIDING_FULL * 3}, head_dim=4,
+        global_head_dim=8,  # pyright: ignore[reportCallIssue]
+        num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB,
+        use_double_wide_mlp=True,
     ),
     "phi3": Phi3Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False),
     "olmo2": Olmo2Config(**COMMON, num_attention_heads=8, num_key_value_heads=4, attention_bias=True),
@@ -143,7 +158,15 @@ def build(family: str, seed: int = 0) -> PreTrainedModel:
             nn.init.normal_(parameter, std=0.3)
         elif "norm" in name:
             nn.init.uniform_(parameter, 0.5, 1.5)
+    draw_scalars(model)
     return model.requires_grad_(False)
+
+
+def draw_scalars(model: PreTrainedModel) -> None:
+    """Give blocks that scale the stream a random number each."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            nn.init.uniform_(buffer, 0.5, 1.5)
 
 
 def write_checkpoint(path: Path, family: str, seed: int = 0, adds_bos: bool = False) -> Path:

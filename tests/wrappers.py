@@ -15,6 +15,8 @@ from transformers import (
     AyaVisionConfig,
     CLIPVisionConfig,
     Gemma3Config,
+    Gemma4Config,
+    Gemma4UnifiedConfig,
     Idefics3Config,
     InternVLConfig,
     InternVLVisionConfig,
@@ -42,6 +44,10 @@ IMAGE = 300  # the token that stands for a part of an image
 PARTS = 4  # of an image
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION: dict[str, Any] = SIZES | {"image_size": 28, "patch_size": 14}
+GEMMA4: dict[str, Any] = {
+    "image_token_id": IMAGE, "boi_token_id": 301, "eoi_token_id": 302, "video_token_id": 303, "boa_token_id": 304,
+    "eoa_token_index": 305, "audio_token_id": 306,
+}  # fmt: skip
 TEXT: dict[str, Any] = tiny.COMMON | {
     "num_attention_heads": 8, "num_key_value_heads": 4,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
@@ -56,6 +62,21 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma3": lambda: Gemma3Config(
         text_config=_text("gemma3"), vision_config=SiglipVisionConfig(**VISION).to_dict(), mm_tokens_per_image=PARTS,
         image_token_index=IMAGE, boi_token_index=301, eoi_token_index=302,
+    ),
+    # With per-layer inputs, and blocks that read the keys and values of others, as E2B and E4B have them.
+    "gemma4": lambda: Gemma4Config(
+        text_config=_text("gemma4-shared-mqa") | {"num_key_value_heads": 2}, **GEMMA4,
+        vision_config=SIZES | {
+            "num_key_value_heads": 4, "head_dim": 8, "patch_size": 7, "pooling_kernel_size": 2,
+            "position_embedding_size": 8, "use_clipped_linears": True,
+        },
+        audio_config=SIZES | {"output_proj_dims": 32, "subsampling_conv_channels": [4, 4]},
+    ),
+    "gemma4_unified": lambda: Gemma4UnifiedConfig(
+        text_config=_text("gemma4") | {"model_type": "gemma4_unified_text"}, **GEMMA4, audio_config={},
+        vision_config={
+            "patch_size": 7, "pooling_kernel_size": 2, "mm_embed_dim": 32, "mm_posemb_size": 8, "output_proj_dims": 32,
+        },
     ),
     "llava": lambda: LlavaConfig(
         text_config=_text("llama-gqa"), vision_config=CLIPVisionConfig(**VISION, projection_dim=32).to_dict(),
@@ -125,6 +146,7 @@ def build(family: str) -> PreTrainedModel:
             nn.init.normal_(parameter, std=0.3)
         elif "norm" in name:
             nn.init.uniform_(parameter, 0.5, 1.5)
+    tiny.draw_scalars(model)
     return model.requires_grad_(False)
 
 
@@ -158,6 +180,10 @@ def _more(family: str, pixels: Tensor, ids: Tensor) -> dict[str, Tensor]:
         grid = torch.tensor([[1, 4, 4]] * 2)
         patches = pixels.repeat(1, 2, 1, 1).flatten().reshape(2 * 16, -1)
         return {"pixel_values": patches, "image_grid_thw": grid, "mm_token_type_ids": (ids == IMAGE).int()}
+    if family.startswith("gemma4"):  # patches in the place of images, with their places in these
+        side = 2 if family == "gemma4_unified" else 4
+        places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(-1)
+        return {"pixel_values": pixels.reshape(2, side * side, -1), "image_position_ids": places.repeat(2, 1, 1)}
     if family == "lfm2_vl":
         shapes, mask = torch.tensor([[4, 4]] * 2), torch.ones(2, 16, dtype=torch.long)
         return {"pixel_values": pixels.reshape(2, 16, -1), "spatial_shapes": shapes, "pixel_attention_mask": mask}

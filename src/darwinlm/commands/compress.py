@@ -273,7 +273,7 @@ def finish(work: Work, database: Database, genome: Genome, consumers: dict[str, 
 def _export(work: Work, result: SearchResult, model: PreTrainedModel) -> None:
     """Write the searched model as a directory that transformers loads, and prove it in a fresh process."""
     exported = work.run.exported
-    expected = Expected.of(model) if work.config.verify else None
+    expected = Expected.of(model, work.checkpoint.whole) if work.config.verify else None
     if exported.exists() and (change := _change(work.run)):
         say(f"export: {change} in {exported} is not what was written; the model is written again")
         shutil.rmtree(exported)

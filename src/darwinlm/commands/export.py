@@ -130,7 +130,7 @@ def convert(directory: Path, out: Path, config: ExportConfig) -> Path:
     check_new(out)  # before the model is read
     tokenizer = Checkpoint(directory).tokenizer
     model = load(directory)
-    expected = Expected.of(model) if config.verify else None
+    expected = Expected.of(model, Checkpoint(directory).whole) if config.verify else None
     card = directory / "README.md"
     written = zero_stubs(model) if config.compat == "vllm" else model
     sizes = block_sizes_of(written)

@@ -320,7 +320,7 @@ def _export(work: _Work, last: Path) -> None:
         return
     shutil.rmtree(training.exported, ignore_errors=True)  # the process died before it had sealed it
     model = _trained(work, last)
-    expected = Expected.of(model) if work.config.verify else None
+    expected = Expected.of(model, work.checkpoint.whole) if work.config.verify else None
     source = work.checkpoint.path / "README.md"
     before = source.read_text(encoding="utf-8") if source.exists() else ""
     card = trained_card(before, work.config.model, _settings(work), parameter_count(model))

@@ -26,9 +26,9 @@ from darwinlm.genome import Grid, prunable_parameters
 from darwinlm.model.blocks import Blocks, InHostMemory, InShards, Resident
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.families import block_sizes, find_grid
+from darwinlm.model.family import Family
 from darwinlm.model.licence import licence_of
 from darwinlm.model.pruned import pruned_config
-from darwinlm.model.roles import Family
 from darwinlm.model.size import parameter_count
 from darwinlm.runtime import parallel
 from darwinlm.runtime.device import memory_held_to, memory_limit, resolve_device, resolve_dtype

@@ -133,9 +133,6 @@ class CompareConfig(TasksConfig):
     """Allocators by name (`darwinlm.rivals.methods.METHODS`); if none are given, all that train nothing."""
     targets: tuple[str, ...] = ("params=0.9", "params=0.8", "params=0.7", "params=0.6", "params=0.5")
     """Shares of the dense model's parameters that are kept."""
-    loss_tokens: LossTokens = "assistant"
-    """Of chats in the text, the tokens that count in fitness, refit, training and evaluation: those that the assistant
-    wrote, or all. Of other text, all do."""
     seed: int = 0
     """Seed of everything random."""
     device: str = "auto"
@@ -143,6 +140,9 @@ class CompareConfig(TasksConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the searches and of the tasks; auto is bfloat16 where the device is fast at it. Perplexity, KL and
     speed are measured in the model's own."""
+    loss_tokens: LossTokens = "assistant"
+    """Of chats in the text, the tokens that count in fitness, refit, training and evaluation: those that the assistant
+    wrote, or all. Of other text, all do."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     search: SearchConfig = field(default_factory=SearchConfig)

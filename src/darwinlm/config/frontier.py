@@ -39,9 +39,6 @@ class FrontierConfig(TasksConfig):
     """The share of the dense model's parameters that the largest model keeps."""
     smallest: float = 0.4
     """The share that the smallest model keeps."""
-    loss_tokens: LossTokens = "assistant"
-    """Of chats in the text, the tokens that count in fitness, refit, training and evaluation: those that the assistant
-    wrote, or all. Of other text, all do."""
     seed: int = 0
     """Seed of everything random."""
     device: str = "auto"
@@ -54,6 +51,9 @@ class FrontierConfig(TasksConfig):
     """Scale the stages' tokens down to the text that there is, instead of refusing too little of it."""
     memory: str | None = None
     """Memory of the device that the searches may use, such as 24GB; what a GPU has, if not given."""
+    loss_tokens: LossTokens = "assistant"
+    """Of chats in the text, the tokens that count in fitness, refit, training and evaluation: those that the assistant
+    wrote, or all. Of other text, all do."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     search: SearchConfig = field(default_factory=lambda: SearchConfig(generations=10))

@@ -191,8 +191,8 @@ class LatencyConfig:
 class ServingConfig:
     """Serving: how the model will be used, for --target memory=..., decode=... and prefill=...."""
 
-    format: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto"
-    """Form of the weights; auto is that of the checkpoint. memory counts in it."""
+    format: Literal["auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"] = "auto"
+    """Form of the weights, by its name in a GGUF file; auto is that of the checkpoint. memory counts in it."""
     batch: int = 1
     """Sequences at a time."""
     context: int = 2048
@@ -298,9 +298,6 @@ class RunConfig:
     target_level: float | None = None
     """Uniform level whose size the result must not exceed, out of database.levels; need not be whole. Without a target,
     half of database.levels."""
-    loss_tokens: LossTokens = "assistant"
-    """Of chats in the text, the tokens that count in fitness, refit, training and evaluation: those that the assistant
-    wrote, or all. Of other text, all do."""
     seed: int = 0
     """Seed of everything random."""
     device: str = "auto"
@@ -326,6 +323,9 @@ class RunConfig:
     """Memory of the device that the search may use, such as 24GB; what a GPU has, if not given."""
     report_to: tuple[str, ...] = ()
     """Trackers for the figures of search and refit: tensorboard, trackio, wandb or others that are installed."""
+    loss_tokens: LossTokens = "assistant"
+    """Of chats in the text, the tokens that count in fitness, refit, training and evaluation: those that the assistant
+    wrote, or all. Of other text, all do."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     search: SearchConfig = field(default_factory=SearchConfig)

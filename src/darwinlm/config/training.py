@@ -119,9 +119,6 @@ class TrainConfig:
     """The dense model, whose distribution is learned and from which the KL divergence is reported."""
     skip: int = 0
     """Tokens to skip at the beginning of the text, which an earlier training has seen."""
-    loss_tokens: LossTokens = "assistant"
-    """Of chats in the text, the tokens that count in loss and evaluation: those that the assistant wrote, or all. Of
-    other text, all do."""
     seed: int = 0
     """Order of the sequences, and everything else that is random."""
     device: str = "auto"
@@ -130,6 +127,9 @@ class TrainConfig:
     """Directory for tokens and the teacher's logits, which many runs can share; OUT/cache by default."""
     verify: bool = True
     """Load the export in a fresh process without darwinlm and compare its logits."""
+    loss_tokens: LossTokens = "assistant"
+    """Of chats in the text, the tokens that count in loss and evaluation: those that the assistant wrote, or all. Of
+    other text, all do."""
     stream: StreamConfig = field(default_factory=StreamConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -188,9 +188,6 @@ class GradualConfig:
     stages: tuple[GradualStage, ...] = ()
     """Target level and training tokens of each stage; the levels rise. If none is given, there is one stage, to half of
     database.levels, with 10 billion tokens."""
-    loss_tokens: LossTokens = "assistant"
-    """Of chats in the text, the tokens that count in fitness, refit, training and evaluation: those that the assistant
-    wrote, or all. Of other text, all do."""
     seed: int = 0
     """Seed of everything random."""
     device: str = "auto"
@@ -199,6 +196,9 @@ class GradualConfig:
     """Directory for tokens and the teacher's logits of all stages; OUT/cache by default."""
     verify: bool = True
     """Load each export in a fresh process without darwinlm and compare its logits."""
+    loss_tokens: LossTokens = "assistant"
+    """Of chats in the text, the tokens that count in fitness, refit, training and evaluation: those that the assistant
+    wrote, or all. Of other text, all do."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     search: SearchConfig = field(default_factory=SearchConfig)

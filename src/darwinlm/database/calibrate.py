@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from darwinlm.database.levels import UnitStatistics
-from darwinlm.model.blocks import InShards, enter, run_block
+from darwinlm.model.blocks import Arguments, InShards, run_block
 from darwinlm.model.checkpoint import Checkpoint, is_finite
-from darwinlm.model.families import linear_at, modules_around
+from darwinlm.model.families import linear_at, lookups, modules_around
 from darwinlm.model.states import SPILL_BYTES, States
 from darwinlm.runtime import parallel
 from darwinlm.runtime.device import exact_products
@@ -60,10 +60,11 @@ def calibrate(
         return
     world = parallel.processes()
     mine_of_all = slice(parallel.rank(), None, world)
-    batches = token_ids[mine_of_all].split(batch_size)
+    used, ids = token_ids[mine_of_all].unique(return_inverse=True)
+    batches = ids.split(batch_size)
     marks = [None] * len(batches) if counts is None else counts[mine_of_all].split(batch_size)
     model = checkpoint.skeleton()
-    stream, arguments = _embed(checkpoint, model, batches, dtype, device, spill_bytes)
+    stream, arguments = _embed(checkpoint, model, used, batches, dtype, device, spill_bytes)
     mine: list[UnitStatistics] = []
     last = pending[-1].block
     with closing(stream):
@@ -73,11 +74,11 @@ def calibrate(
             with ExitStack() as hooks:
                 for gram in grams:
                     hooks.callback(gram.consumer.register_forward_pre_hook(gram).remove)
-                for index in range(len(batches)):
-                    states = stream.read(index)
+                for index, batch in enumerate(batches):
                     for gram in grams:
                         gram.counts = marks[index]
-                    stream.write(index, run_block(layer, states, arguments[len(states)][block]))
+                    given = arguments.of(batch.to(device), block)
+                    stream.write_stream(index, run_block(layer, stream.read_stream(index), given))
             owner = parallel.owner(block)
             for gram in grams:
                 gram.share(owner)
@@ -152,34 +153,49 @@ class _Gram:
 def _embed(
     checkpoint: Checkpoint,
     model: PreTrainedModel,
+    used: Int[Tensor, " tokens"],
     batches: Sequence[Tensor],
     dtype: torch.dtype,
     device: torch.device,
     spill_bytes: int,
-) -> tuple[States, dict[int, list[dict[str, Any]]]]:
-    """The stream into block 0 for every batch, and by batch size, on which masks may depend, the blocks' arguments."""
-    family = checkpoint.family
-    # Only the rows that are looked up are loaded: a whole embedding can be larger than a block.
-    used, ids = torch.cat(list(batches)).unique(return_inverse=True)
-    rows = checkpoint.tensor(f"{family.embedding}.weight")[used].to(device, dtype)
-    embedding: Any = model.get_submodule(family.embedding)
-    embedding.weight = nn.Parameter(rows, requires_grad=False)
-    embedding.padding_idx = None  # it numbers the whole table's rows, and only gradients heed it
-    around = modules_around(model, family)
-    for path in around:
-        checkpoint.fill(model, path, dtype, device)
+) -> tuple[States, Arguments]:
+    """The stream into block 0 for every batch, and the blocks' arguments.
+
+    Args:
+        used: the tokens that there are, by whose positions here `batches` name them.
+    """
+    arguments = Arguments(model, checkpoint.family)
     stream = States(batches, checkpoint.config.hidden_size, dtype, device, device, spill_bytes)
-    arguments: dict[int, list[dict[str, Any]]] = {}
     try:
-        for index, batch in enumerate(ids.split([len(batch) for batch in batches])):
-            entry = enter(model, family, batch.to(device))
-            stream.write(index, entry.states)
-            arguments[len(batch)] = entry.arguments
+        ends = _fill_ends(checkpoint, model, used, dtype, device)
+        for index, batch in enumerate(batches):
+            stream.write(index, arguments.enter(batch.to(device)))
     except BaseException:
         stream.close()
         raise
-    finally:
-        embedding.to("meta")
-        for path in around:
-            model.get_submodule(path).to("meta")
+    for path in ends if not checkpoint.family.given else ():  # else they are needed for every block
+        model.get_submodule(path).to("meta")
     return stream, arguments
+
+
+def _fill_ends(
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    used: Int[Tensor, " tokens"],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[str]:
+    """Load what runs in front of the blocks, and return the paths of its modules.
+
+    Of embeddings only the rows that are looked up are loaded: a whole one can be larger than a block.
+    """
+    family = checkpoint.family
+    for path in lookups(family):
+        rows = checkpoint.tensor(f"{path}.weight")[used].to(device, dtype)
+        embedding: Any = model.get_submodule(path)
+        embedding.weight = nn.Parameter(rows, requires_grad=False)
+        embedding.padding_idx = None  # it numbers the whole table's rows, and only gradients heed it
+    around = modules_around(model, family)
+    for path in around:
+        checkpoint.fill(model, path, dtype, device)
+    return [*lookups(family), *around]

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from darwinlm.database.levels import Level
 from darwinlm.database.store import Database
 from darwinlm.model.blocks import Blocks, Resident
-from darwinlm.model.families import HEADS, head_counts, head_dim, key_value_heads, linear_at
+from darwinlm.model.families import HEADS, key_value_heads, linear_at
+from darwinlm.model.family import Family
 from darwinlm.model.flow import is_selection
-from darwinlm.model.roles import Family
+from darwinlm.model.layers import head_counts, head_dim, layer_config
 from darwinlm.types import Genome, Producer, Unit
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -166,11 +167,12 @@ class Stitcher:
     def _count_heads(self, block: nn.Module, unit: Unit, remaining: int) -> None:
         """Set a narrow attention's numbers of heads wherever its forward pass reads them."""
         attention: Any = block.get_submodule(self.family.attention)
-        queries = remaining * unit.structure_width // head_dim(self.dense.config)
+        width = head_dim(layer_config(self.dense.config, unit.block))
+        queries = remaining * unit.structure_width // width
         keys = key_value_heads(unit, remaining, queries)
         attention.num_key_value_groups = queries // keys
         counts = (self.family.query_counts, queries), (self.family.key_value_counts, keys)
-        widths = self.family.query_widths, queries * head_dim(self.dense.config)
+        widths = self.family.query_widths, queries * width
         for names, count in (*counts, widths):
             for name in names:
                 if name.startswith("config."):
@@ -206,7 +208,7 @@ class Stitcher:
     def _heads(self, level: Level, dense: nn.Module) -> Selected:
         """Which heads before pruning an attention at a level has."""
         before = getattr(dense.get_submodule(self.family.attention), HEADS, None)
-        count = level.unit.structure_width // head_dim(self.dense.config)
+        count = level.unit.structure_width // head_dim(layer_config(self.dense.config, level.unit.block))
         heads = (level.kept[:, None] * count + torch.arange(count)).flatten()
         device = next(dense.parameters()).device
         return Selected(nn.Identity(), heads.to(device) if before is None else before.index[heads.to(device)])

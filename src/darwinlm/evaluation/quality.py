@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from darwinlm.losses.logits import Logits, hidden_states
 from darwinlm.model.blocks import Blocks
-from darwinlm.model.roles import Family
+from darwinlm.model.family import Family
 from darwinlm.model.states import last_states
 from darwinlm.runtime.progress import track
 from darwinlm.types import UsageError

@@ -18,7 +18,8 @@ from darwinlm.config.evaluation import SpeedConfig
 from darwinlm.config.run import EvaluationConfig
 from darwinlm.evaluation.generation import next_token
 from darwinlm.evaluation.quality import evaluation_mode
-from darwinlm.model.families import block_sizes_of, head_dim
+from darwinlm.model.families import block_sizes_of
+from darwinlm.model.layers import head_dim, layer_config
 from darwinlm.model.size import parameter_bytes
 from darwinlm.runtime import timing
 from darwinlm.runtime.peaks import Peaks, held
@@ -129,17 +130,18 @@ def _cache_bytes(cache: Cache) -> int:
 def count(model: PreTrainedModel, config: SpeedConfig) -> Counted:
     """Count what the model has to compute and to read, from the sizes of its blocks and weights."""
     sizes = block_sizes_of(model)
-    width = head_dim(model.config)
+    widths = [head_dim(layer_config(model.config, index)) for index in range(len(sizes))]
     linears = [module.weight for module in model.base_model.modules() if isinstance(module, nn.Linear)]
     linear: Any = model.get_output_embeddings()
     output_embedding: Tensor = linear.weight
     length = config.prompt_tokens
     # Causal attention: a token looks at half of the others, in two products.
-    scores = sum(2 * 2 * block.query_heads * width * length * length / 2 for block in sizes)
+    pairs = list(zip(sizes, widths, strict=True))
+    scores = sum(2 * 2 * block.query_heads * width * length * length / 2 for block, width in pairs)
     prompt = length * sum(2 * weight.numel() for weight in linears) + scores + 2 * output_embedding.numel()
     read = sum(weight.numel() * weight.element_size() for weight in [*linears, output_embedding])
     cached = length + config.new_tokens / 2
-    cache = sum(2 * block.key_value_heads * width * cached for block in sizes) * output_embedding.element_size()
+    cache = sum(2 * block.key_value_heads * width * cached for block, width in pairs) * output_embedding.element_size()
     return Counted(config.batch * prompt, read + config.batch * cache)
 
 

@@ -70,6 +70,12 @@ QUANTISED = ("q6_k", "q5_k_m", "q4_k_m", "q4_0")  # types that libgguf makes
 NARROWER = {Precision.Q4_K: Precision.Q5_0, Precision.Q5_K: Precision.Q5_1, Precision.Q6_K: Precision.Q8_0}
 
 
+def bytes_of(precision: Precision, width: int) -> float:
+    """Bytes of an element of a matrix that should have a precision, in rows of `width` elements."""
+    elements, size = gguf.GGML_QUANT_SIZES[fitting(precision, width)]
+    return size / elements
+
+
 def fitting(precision: Precision, width: int) -> Precision:
     """The precision, or the one that takes its place in rows of `width` elements."""
     for choice in (precision, NARROWER.get(precision, Precision.F16)):

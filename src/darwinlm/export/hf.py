@@ -14,7 +14,7 @@ from darwinlm.export.around import save_wrapper
 from darwinlm.export.card import wrapper_card
 from darwinlm.export.verify import Expected, verify_export
 from darwinlm.model.checkpoint import Checkpoint
-from darwinlm.model.flow import find_frame
+from darwinlm.model.frame import find_frame
 from darwinlm.model.licence import licence_files
 from darwinlm.model.pruned import (
     auto_map,

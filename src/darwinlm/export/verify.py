@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from darwinlm.runtime.scratch import scratch_directory
 from darwinlm.types import DarwinError
@@ -33,10 +33,20 @@ class Expected:
     logits: Float[Tensor, "sequences length vocab"]
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Expected:
-        """Return the logits of `model` on random tokens, which are the same for every call."""
+    def of(cls, model: PreTrainedModel, whole: PretrainedConfig | None = None) -> Expected:
+        """Return the logits of `model` on random tokens, which are the same for every call.
+
+        Args:
+            whole: the config of the wrapper around it, whose tokens that stand for images or sounds are left out.
+        """
         generator = torch.Generator().manual_seed(0)
         token_ids = torch.randint(model.config.vocab_size, VERIFIED_SHAPE, generator=generator)
+        ends = "_token_id", "_token_index"
+        fields = vars(whole).items() if whole else ()
+        special = {each for name, each in fields if name.endswith(ends) and isinstance(each, int)}
+        plain = next(token for token in range(len(special) + 1) if token not in special)
+        for token in special:
+            token_ids[token_ids == token] = plain
         return cls(token_ids, float32_logits(model, token_ids))
 
 

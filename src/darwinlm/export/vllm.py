@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from darwinlm.model.families import block_sizes_of, head_counts, layer_config
+from darwinlm.model.families import block_sizes_of
+from darwinlm.model.layers import head_counts, head_width, is_pruned, layer_config
 from darwinlm.model.pruned import (
     PRUNED,
     auto_map,
@@ -39,6 +40,10 @@ MIXERS = (
     "vLLM's Transformers backend does not run"
 )
 
+WIDTHS = (
+    "expected heads of one width, found others in some blocks, which vLLM's Transformers backend is not known to run"
+)
+
 
 def zero_stubs(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model with the same outputs that has an attention and an MLP in every block.
@@ -48,11 +53,13 @@ def zero_stubs(model: PreTrainedModel) -> PreTrainedModel:
     export loads into.
 
     Raises:
-        UsageError: if blocks mix tokens otherwise than by attention.
+        UsageError: if blocks mix tokens otherwise than by attention, or have heads of different widths.
     """
     sizes = block_sizes_of(model)
     if _has_mixers(model):
         raise UsageError(f"--compat vllm: {MIXERS}; leave it out")
+    if head_width(model.config, 0):
+        raise UsageError(f"--compat vllm: {WIDTHS}; leave it out")
     full = tuple(
         BlockSizes(
             block.query_heads or STUB.query_heads,
@@ -84,6 +91,8 @@ def check_vllm(directory: Path) -> list[str]:
     model, heads = skeleton(config), _heads(config)
     mixers = _has_mixers(model)
     refusals = [f"{MIXERS}: serve it with transformers"] if mixers else []
+    if is_pruned(config) and head_width(config, 0):
+        refusals.append(f"{WIDTHS}: serve it with transformers")
     bare = [str(index) for index, counts in enumerate(heads) if counts is None]
     if bare and not mixers:
         refusals.append(f"no attention in block {', '.join(bare)}: export with --compat vllm, which writes zeros there")

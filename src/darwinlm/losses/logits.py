@@ -59,6 +59,11 @@ class Logits:
         return cls(_around(model))
 
     @property
+    def is_linear(self) -> bool:
+        """Whether logits are a product with the output embedding, and no more than scaled."""
+        return isinstance(self.project, nn.Linear) and self.cap is None
+
+    @property
     def linear(self) -> nn.Linear:
         """The output embedding. Its weight must be read during the forward pass, where FSDP has gathered it.
 
@@ -97,26 +102,29 @@ class Logits:
             for row, part in _in_cache(products):
                 yield slice(start + row, start + row + len(part)), self.finish(part)
 
-    def tiles(self, hidden: Sequence[Float[Tensor, "tokens d_out"]]) -> Iterator[tuple[slice, Iterator[Tensor]]]:
-        """Yield, for a few tokens and a part of the vocabulary, every model's logits, with the slice of tokens.
+    def tiles(
+        self, hidden: Sequence[Float[Tensor, "tokens d_out"]], most: tuple[int, int] | None = None
+    ) -> Iterator[tuple[slice, slice, Iterator[Tensor]]]:
+        """Yield, for a few tokens and a part of the vocabulary, their slices and every model's logits.
 
         Args:
             hidden: the hidden states of models that share the output embedding, on the same tokens.
+            most: tokens and vocabulary at a time; what suits the device by default.
         """
         tokens = len(hidden[0])
         if not isinstance(self.project, nn.Linear):
             for row in range(0, tokens, ROWS):
                 rows = slice(row, min(row + ROWS, tokens))
-                yield rows, (self(states[rows]) for states in hidden)
+                yield rows, slice(None), (self(states[rows]) for states in hidden)
             return
         weight, bias = self.project.weight, self.project.bias
-        height, width = TILE if weight.device.type == "cpu" else (ROWS, len(weight))
+        height, width = most or (TILE if weight.device.type == "cpu" else (ROWS, len(weight)))
         for row in range(0, tokens, height):
             rows = slice(row, min(row + height, tokens))
             for column in range(0, len(weight), width):
                 part = slice(column, column + width)
                 linear = partial(nn.functional.linear, weight=weight[part], bias=None if bias is None else bias[part])
-                yield rows, (self.finish(linear(states[rows])) for states in hidden)
+                yield rows, part, (self.finish(linear(states[rows])) for states in hidden)
 
     def gradient(
         self, hidden: Float[Tensor, "tokens d_out"], logit_gradient: Callable[[slice, Tensor], Tensor]
@@ -174,6 +182,7 @@ def _around(model: PreTrainedModel, *replaced: nn.Module) -> Callable[[Tensor], 
 @dataclass
 class _Output(BaseModelOutputWithPastAndCrossAttentions):
     router_logits: tuple[Tensor, ...] | None = None  # which models with experts have, or could have
+    shared_kv_states: Any = None  # and those whose blocks hand on keys and values
 
 
 class _PassThrough(nn.Module):

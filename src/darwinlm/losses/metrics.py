@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from darwinlm.losses.logits import Logits
+from darwinlm.losses.logits import TILE, Logits
 from darwinlm.types import MetricName
 
 
@@ -66,7 +66,8 @@ def metric(
         return CrossEntropy(token_ids, counts)
     rows = None if counts is None else counts.flatten().nonzero().flatten().to(dense.device)
     states = dense.flatten(0, 1) if rows is None else dense.flatten(0, 1)[rows]
-    of_rows = TopKDivergence.of(states, logits, top_k) if name == "top-k-kl" else Divergence(states)
+    top = name == "top-k-kl"
+    of_rows = TopKDivergence.of(states, logits, top_k) if top else divergence(states, logits)
     return of_rows if rows is None else Counted(of_rows, rows)
 
 
@@ -89,40 +90,84 @@ class Counted:
         return self.metric.totals([states[self.rows] for states in hidden], logits)
 
 
+def divergence(dense: Float[Tensor, "tokens d_out"], logits: Logits) -> Divergence | LinearDivergence:
+    """Return KL(dense || candidate), given the dense model's last hidden states; the cheaper one, where it holds."""
+    return (LinearDivergence if logits.is_linear else Divergence).of(dense, logits)
+
+
+def _normalisers(models: Sequence[Float[Tensor, "tokens d_out"]], logits: Logits) -> Float[Tensor, "models tokens"]:
+    """The logarithm of each model's sum of exponentials over the vocabulary."""
+    found = models[0].new_full((len(models), len(models[0])), -torch.inf, dtype=_precision(models[0]))
+    for rows, _, tiles in logits.tiles(models):
+        for index, z in enumerate(tiles):
+            found[index, rows] = torch.logaddexp(found[index, rows], z.logsumexp(-1))
+    return found
+
+
+def _precision(states: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.float32, states.dtype)
+
+
+@dataclass(frozen=True)
+class LinearDivergence:
+    """KL(dense || candidate), of models whose logits are linear in the last hidden states.
+
+    With the dense model's distribution `p` and logits `d`, and a candidate's logits `z`, the divergence is
+    `sum p (d - z) - logsumexp d + logsumexp z`. As logits are products with the output embedding `E`, its first sum is
+    the difference of the hidden states times `sum p E`, which is kept: the dense model's logits, over a large
+    vocabulary the largest tensor of a search, are made once and kept nowhere.
+
+    Attributes:
+        embedding: for each token the mean row of the output embedding under `p`, divided by the logits' scaling.
+        constants: for each token what of the divergence does not depend on the candidate.
+    """
+
+    embedding: Float[Tensor, "tokens d_out"]
+    constants: Float[Tensor, " tokens"]
+
+    @classmethod
+    def of(cls, dense: Float[Tensor, "tokens d_out"], logits: Logits) -> LinearDivergence:
+        """Return the metric on a batch, given the dense model's last hidden states."""
+        (normalisers,) = _normalisers([dense], logits)
+        embedding = torch.zeros_like(dense, dtype=_precision(dense))
+        for rows, part, (d,) in logits.tiles([dense], TILE):
+            weights = (d - normalisers[rows, None]).exp_()
+            embedding[rows] += weights @ logits.linear.weight[part].to(weights.dtype)
+        embedding /= logits.scaling
+        return cls(embedding, torch.linalg.vecdot(dense.to(embedding.dtype), embedding) - normalisers)
+
+    def totals(self, hidden: Sequence[Float[Tensor, "tokens d_out"]], logits: Logits) -> list[float]:
+        """Return for each candidate the sum over tokens of KL(dense || candidate)."""
+        means = [torch.linalg.vecdot(states.to(self.embedding.dtype), self.embedding) for states in hidden]
+        return (self.constants - torch.stack(means) + _normalisers(hidden, logits)).double().sum(-1).tolist()
+
+
 @dataclass(frozen=True)
 class Divergence:
-    """KL(dense || candidate), from the dense model's last hidden states.
+    """KL(dense || candidate), whatever the map from hidden states to logits.
 
-    The dense model's logits over a large vocabulary would be the largest tensor of a search. They are made again for a
-    few tokens, and for all candidates at once.
+    The dense model's logits are made again for a few tokens at a time, and for all candidates at once.
     """
 
     dense: Float[Tensor, "tokens d_out"]
+    normalisers: Float[Tensor, " tokens"]
+
+    @classmethod
+    def of(cls, dense: Float[Tensor, "tokens d_out"], logits: Logits) -> Divergence:
+        """Return the metric on a batch, given the dense model's last hidden states."""
+        return cls(dense, _normalisers([dense], logits)[0])
 
     def totals(self, hidden: Sequence[Float[Tensor, "tokens d_out"]], logits: Logits) -> list[float]:
-        """Return for each candidate the sum over tokens of KL(dense || candidate).
-
-        With logits `d` and `z` and `w = exp(d - max d)`, that is `sum w (d - z) / sum w - logsumexp d + logsumexp z`.
-        All sums go over parts of the vocabulary, and what was summed so far is scaled as the maximum rises.
-        """
-        models = [self.dense, *hidden]
-        peaks = self.dense.new_full((len(models), len(self.dense)), -torch.inf, dtype=torch.float32)
-        masses = torch.zeros_like(peaks)  # sums of exp(z - peak)
-        means = torch.zeros_like(peaks)  # sums of w z
-        for rows, tiles in logits.tiles(models):
-            weights = scale = peaks[0, rows]  # until the dense model's tile, the first, has been read
+        """Return for each candidate the sum over tokens of KL(dense || candidate)."""
+        found = self.normalisers.new_full((len(hidden), len(self.dense)), -torch.inf)
+        means = torch.zeros_like(found)  # of the dense model's logits less the candidate's
+        for rows, _, tiles in logits.tiles([self.dense, *hidden]):
+            d = next(tiles)
+            weights = (d - self.normalisers[rows, None]).exp_()
             for index, z in enumerate(tiles):
-                before = peaks[index, rows]
-                peak = torch.maximum(before, z.amax(-1))
-                exponentials = (z - peak[:, None]).exp_()
-                if not index:
-                    weights, scale = exponentials, (before - peak).exp_()
-                means[index, rows] = means[index, rows] * scale + torch.linalg.vecdot(weights, z)
-                masses[index, rows] = masses[index, rows] * (before - peak).exp_() + exponentials.sum(-1)
-                peaks[index, rows] = peak
-        normalisers = peaks + masses.log()
-        divergences = (means[0] - means[1:]) / masses[0] - normalisers[0] + normalisers[1:]
-        return divergences.double().sum(-1).tolist()
+                means[index, rows] += torch.linalg.vecdot(weights, d - z)
+                found[index, rows] = torch.logaddexp(found[index, rows], z.logsumexp(-1))
+        return (means - self.normalisers + found).double().sum(-1).tolist()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,8 +16,28 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from darwinlm.model.checkpoint import Checkpoint
-from darwinlm.model.flow import Recorder
-from darwinlm.model.roles import Family
+from darwinlm.model.family import Family
+from darwinlm.model.frame import Recorder, is_handed_on
+
+Handed = dict[str, tuple[Tensor, ...]]  # what blocks hand on, such as the keys and values of one kind of attention
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What goes from block to block.
+
+    Attributes:
+        states: the hidden states.
+        handed: what the blocks so far hand on to later ones beside them, by its name.
+    """
+
+    states: Float[Tensor, "sequences length hidden"]
+    handed: Handed = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Stream:
+        """The same stream on a device."""
+        handed = {name: tuple(each.to(device) for each in tensors) for name, tensors in self.handed.items()}
+        return Stream(self.states.to(device), handed)
 
 
 @dataclass(frozen=True)
@@ -55,12 +75,39 @@ def enter(model: PreTrainedModel, family: Family, token_ids: Int[Tensor, "sequen
     return Entry(recorders[0].states, [recorder.calls[0] for recorder in recorders])
 
 
-def run_block(
-    block: nn.Module, states: Float[Tensor, "sequences length hidden"], arguments: Mapping[str, Any]
-) -> Float[Tensor, "sequences length hidden"]:
-    """Run a block and return the hidden states behind it, without what else some families' blocks return."""
-    output = block(states, **arguments)
-    return output[0] if isinstance(output, tuple) else output
+class Arguments:
+    """What the blocks are called with on batches, kept once for all of one shape.
+
+    What depends on the tokens is computed again for each block: of all blocks it can be larger than the hidden states.
+    """
+
+    def __init__(self, model: PreTrainedModel, family: Family):
+        self.model, self.family = model, family
+        self._kept: dict[torch.Size, list[dict[str, Any]]] = {}
+
+    def enter(self, token_ids: Int[Tensor, "sequences length"]) -> Float[Tensor, "sequences length hidden"]:
+        """The hidden states in front of block 0, of a batch that blocks will run on."""
+        entry = enter(self.model, self.family, token_ids)
+        self._kept[token_ids.shape] = entry.arguments
+        return entry.states
+
+    def of(self, token_ids: Int[Tensor, "sequences length"], block: int) -> dict[str, Any]:
+        """The keyword arguments of a block."""
+        kept = self._kept[token_ids.shape][block]
+        if not self.family.given:
+            return kept
+        own = enter(self.model, self.family, token_ids).arguments[block]
+        return kept | {name: own[name] for name in self.family.given}
+
+
+def run_block(block: nn.Module, stream: Stream, arguments: Mapping[str, Any]) -> Stream:
+    """Run a block and return the stream behind it, without what else some families' blocks return."""
+    handed = {name: type(value)(stream.handed) for name, value in arguments.items() if is_handed_on(value)}
+    output = block(stream.states, **{**arguments, **handed})
+    behind = stream.handed.copy()
+    for each in handed.values():
+        behind |= each.data
+    return Stream(output[0] if isinstance(output, tuple) else output, behind)
 
 
 @runtime_checkable

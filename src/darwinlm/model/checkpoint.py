@@ -18,12 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.model.adapter import base_of, merge_adapter
 from darwinlm.model.families import find_family, find_units
+from darwinlm.model.family import Family
 from darwinlm.model.gguf_file import convert_gguf
 from darwinlm.model.hub import HUB_ERRORS, fetch_model
 from darwinlm.model.places import check_places
 from darwinlm.model.quantised import dequantise, is_quantised
 from darwinlm.model.reading import load, name_headers, read_parameter, read_tokenizer, read_whole, skeleton
-from darwinlm.model.roles import Family
 from darwinlm.model.shards import FLOATS, INDEX, WEIGHTS, Header
 from darwinlm.model.wrapped import text_config
 from darwinlm.runtime import parallel

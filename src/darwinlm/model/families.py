@@ -13,12 +13,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from darwinlm.config.run import DatabaseConfig
 from darwinlm.genome import Grid, level_grid
+from darwinlm.model.family import Family, Fused
 from darwinlm.model.flow import is_selection
-from darwinlm.model.roles import Family, Fused, find_roles
+from darwinlm.model.layers import PRUNED, dense_sizes, head_counts, head_dim, is_pruned, layer_config, shares
+from darwinlm.model.roles import find_roles
 from darwinlm.types import BlockSizes, DarwinError, Genome, Kind, Producer, Structure, Unit, UsageError
-
-PRUNED = "pruned_"  # prefix of the model type of an export
-
 
 # How the rows of fused projections lie, which cannot be derived.
 ROWS: dict[str, Fused] = {
@@ -41,6 +40,8 @@ ROWS: dict[str, Fused] = {
 # Families whose attentions are given something for each head, such as slopes by position (ALiBi), for which the code of
 # their exports has lines more.
 GIVEN_BY_HEAD = ("bloom", "falcon", "mpt")
+# Families whose blocks scale the stream, or add to it what they are given, and stay whatever is left of them.
+STAYING = ("gemma4_text", "gemma4_unified_text")
 HEADS = "bias_heads"  # the module of such an attention that holds which of the heads before pruning it has
 
 _LATENT = "model.layers.0.self_attn.kv_b_proj: expected rows for each KV head, found those of a latent vector"
@@ -78,12 +79,17 @@ def find_family(model: PreTrainedModel) -> Family:
             f"cannot prune {family.block(0)}.{family.attention}: expected heads that differ in their weights alone, "
             f"found {family.biases[0]}, which biases each; convert the model to another family"
         )
+    if family.remains and name not in STAYING:
+        raise UsageError(
+            f"cannot prune {family.block(0)}: expected a block that gives what it is given once its units are gone, "
+            "found more in it; convert the model to another family"
+        )
     return family
 
 
 def modules_around(model: nn.Module, family: Family) -> list[str]:
-    """Return the modules with weights that run before the blocks, beside the token embedding: learned positions."""
-    others = (f"{family.blocks}.", f"{family.final_norm}.", f"{family.embedding}.")
+    """Return the modules with weights that run before the blocks, beside lookups of tokens: learned positions."""
+    others = (f"{family.blocks}.", f"{family.final_norm}.", *(f"{path}." for path in lookups(family)))
     return [
         path
         for path, module in model.get_submodule(family.backbone).named_modules(prefix=family.backbone)
@@ -91,18 +97,9 @@ def modules_around(model: nn.Module, family: Family) -> list[str]:
     ]
 
 
-def head_dim(config: PretrainedConfig) -> int:
-    """The width of one attention head: `head_dim` of the config, or if it has none, hidden size over query heads."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def head_counts(config: PretrainedConfig) -> tuple[int, int]:
-    """The numbers of query heads and of KV heads; without grouped queries a config may name only one."""
-    queries = config.num_attention_heads
-    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-        return queries, 1
-    names = ("num_key_value_heads", "num_kv_heads")
-    return queries, next((count for name in names if (count := getattr(config, name, None))), queries)
+def lookups(family: Family) -> tuple[str, ...]:
+    """The embeddings that are looked up by token."""
+    return family.embedding, *family.lookups
 
 
 def mlp_width(model: nn.Module, family: Family, block: int) -> int:
@@ -114,6 +111,8 @@ def find_units(model: PreTrainedModel, config: PretrainedConfig, structure: Stru
     """Return every attention, MLP and mixer of the model, block by block. The model may be on the meta device.
 
     A unit of a pruned model has the structures that are left in it, and its field `lost` counts those already removed.
+    An attention whose keys and values other blocks read is no unit and stays. One that reads those of another block
+    keeps all KV heads, and loses a query head of each group at a time, or everything.
 
     Args:
         structure: what an attention loses at a time: a KV head with the query heads that read it (`kv_group`); any
@@ -128,7 +127,7 @@ def find_units(model: PreTrainedModel, config: PretrainedConfig, structure: Stru
     units: list[Unit] = []
     for block in range(config.num_hidden_layers):
         modules, layer = _Block(model, family, block), layer_config(config, block)
-        if modules.has(family.attention_output):
+        if modules.has(family.attention_output) and not shares(config, block, "store"):
             units.append(_attention(modules, layer, config, structure))
         if modules.has(family.mixer_output):
             units.append(_mixer(modules))
@@ -137,50 +136,57 @@ def find_units(model: PreTrainedModel, config: PretrainedConfig, structure: Stru
     return tuple(units)
 
 
-def layer_config(config: PretrainedConfig, block: int) -> PretrainedConfig:
-    """Return the config that a decoder block is built from.
-
-    In a pruned model each block has a config with its own sizes, while the model's config has those of the dense model.
-    """
-    return config.layer(block) if hasattr(config, "layer") else config
-
-
 def find_grid(model: PreTrainedModel, config: PretrainedConfig, settings: DatabaseConfig) -> Grid:
     """Return the levels of every unit of the model. Raises what `find_units` and `level_grid` raise."""
     units = find_units(model, config, settings.structure)
     return level_grid(units, settings.levels, settings.granularity, settings.divisible_by)
 
 
-def _attention(block: _Block, layer: PretrainedConfig, dense: PretrainedConfig, structure: Structure) -> Unit:
-    family, width = block.family, head_dim(dense)
-    (queries, keys), (dense_queries, dense_keys) = head_counts(layer), head_counts(dense)
+def _attention(block: _Block, layer: PretrainedConfig, config: PretrainedConfig, structure: Structure) -> Unit:
+    family, width = block.family, head_dim(layer)
+    queries, keys = head_counts(layer)
+    reads = shares(config, block.index, "reuse")
     readers = queries // keys
-    heads = readers if structure == "kv_group" else 1  # query heads in one structure
+    heads = readers if structure == "kv_group" and not reads else 1  # query heads in one structure
     sharers = readers // heads  # structures that share a KV head
     structures = queries // heads
-    inputs = [
-        _Input(family.query, heads * width * (2 if family.gate == family.query else 1)),
-        _Input(family.key, width, sharers),
-        _Input(family.value, width, sharers),
-    ]
-    if family.by_head:
-        if sharers > 1:
-            raise UsageError(
-                f"cannot prune {family.block(block.index)}.{family.query}: expected KV groups to leave whole, "
-                f"for their rows lie together, found the structure {structure}; use --database.structure kv_group"
-            )
-        inputs = [_Input(family.query, (heads + 2) * width)]
+    if family.by_head and sharers > 1:
+        raise UsageError(
+            f"cannot prune {family.block(block.index)}.{family.query}: expected KV groups to leave whole, "
+            f"for their rows lie together, found the structure {structure}; use --database.structure kv_group"
+        )
+    lost = 0
+    if is_pruned(config):
+        dense_queries, dense_keys, _ = dense_sizes(config, block.index)
+        lost = (dense_queries if heads == 1 else dense_keys) - structures
     return block.unit(
         "attention",
-        inputs=inputs,
+        inputs=_attention_inputs(block, width, heads, sharers, reads),
         output=family.attention_output,
         members=(family.attention, *family.attention_norms),
         width=heads * width,
         structures=structures,
-        lost=(dense_queries if heads == 1 else dense_keys) - structures,
+        lost=lost,
         readers=sharers,
-        in_turns=structure == "balanced" and sharers > 1,
+        in_turns=reads or (structure == "balanced" and sharers > 1),
     )
+
+
+def _attention_inputs(block: _Block, width: int, heads: int, sharers: int, reads: bool) -> list[_Input]:
+    """The modules whose rows an attention's structures read.
+
+    Args:
+        width: of a head.
+        heads: query heads in one structure.
+        sharers: structures that share a KV head.
+        reads: whether keys and values are those of another block.
+    """
+    family = block.family
+    if family.by_head:
+        return [_Input(family.query, (heads + 2) * width)]
+    query = _Input(family.query, heads * width * (2 if family.gate == family.query else 1))
+    shared = [_Input(family.key, width, sharers), _Input(family.value, width, sharers)]
+    return [query, *shared[: 0 if reads else 1 if block.index in family.values_of_keys else 2]]
 
 
 def _mixer(block: _Block) -> Unit:
@@ -192,10 +198,9 @@ def _mixer(block: _Block) -> Unit:
     )
 
 
-def _mlp(block: _Block, dense: PretrainedConfig) -> Unit:
+def _mlp(block: _Block, config: PretrainedConfig) -> Unit:
     family = block.family
     structures = linear_at(block.model, f"{family.block(block.index)}.{family.mlp_output}").in_features
-    pruned = dense.model_type.startswith(PRUNED)  # and so names the width before pruning
     return block.unit(
         "mlp",
         inputs=[_Input(name, 1) for name in family.mlp_inputs],
@@ -203,7 +208,7 @@ def _mlp(block: _Block, dense: PretrainedConfig) -> Unit:
         members=(*([family.mlp] if family.mlp else {*family.mlp_inputs, family.mlp_output}), *family.mlp_norms),
         width=1,
         structures=structures,
-        lost=dense.intermediate_size - structures if pruned else 0,
+        lost=dense_sizes(config, block.index)[2] - structures if is_pruned(config) else 0,
     )
 
 
@@ -305,9 +310,11 @@ def block_sizes(grid: Grid, genome: Genome, config: PretrainedConfig) -> tuple[B
     sizes = []
     for block in range(config.num_hidden_layers):
         heads, intermediate, mixer = (0, 0), 0, False
+        if shares(config, block, "store"):
+            heads = head_counts(layer_config(config, block))
         if (block, "attention") in remainders:  # an earlier pruning may have removed it
             unit, remaining = remainders[block, "attention"]
-            queries = remaining * unit.structure_width // head_dim(config)
+            queries = remaining * unit.structure_width // head_dim(layer_config(config, block))
             heads = queries, key_value_heads(unit, remaining, queries)
         if (block, "mlp") in remainders:
             intermediate = remainders[block, "mlp"][1]

@@ -1,4 +1,4 @@
-"""What flows where in a decoder, found by running it once: its frame on zeros, one block on the meta device.
+"""What flows where in a block of a decoder, found by running it once on the meta device.
 
 Nothing here knows a family. Every module with weights marks its output with its own path, every operation hands the
 marks of its inputs on, and transformers' attention function is replaced by one that notes what it is given.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,34 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from darwinlm.types import UsageError
+from darwinlm.model.frame import LENGTH, is_handed_on
 
 STREAM, ATTENDED = "the residual stream", "the attention function"
+GIVEN = "what the block is given of each token"  # beside the stream, such as embeddings of its own
+HANDED_ON = "what an earlier block hands on"  # such as its keys and values
 PROBE = "darwinlm"  # the name under which transformers finds the attention function that takes notes
-LENGTH = 4  # tokens
 
 Marks = frozenset[str]
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What a decoder has around its blocks, by paths in the model.
-
-    Attributes:
-        returns_more: whether blocks return a tuple, of which the hidden states are the first.
-        calls: what each block is called with beside the hidden states, by the names of its arguments.
-    """
-
-    backbone: str
-    embedding: str
-    blocks: str
-    final_norm: str
-    output_embedding: str
-    returns_more: bool
-    calls: tuple[dict[str, Any], ...]
 
 
 @dataclass
@@ -86,87 +68,14 @@ class Flow:
         return {reader for reader, marks in self.reads.items() if path in marks}
 
 
-def find_frame(model: PreTrainedModel) -> Frame:
-    """Run a model's decoder on zeros, with recorders in place of its blocks. The model may be on the meta device.
-
-    Raises:
-        UsageError: if it has no list of blocks that are called in turn, each with hidden states and arguments that have
-            names, or no one final norm after them.
-    """
-    paths = {module: path for path, module in model.named_modules()}
-    name, decoder = type(model).__name__, model.get_decoder()
-    count = getattr(model.config, "num_hidden_layers", None)
-    lists = [(path, m) for path, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not lists or not paths.get(decoder):
-        raise UsageError(
-            f"cannot prune {name}: expected a decoder with a list of {count} blocks, found none; "
-            "darwinlm prunes models of one decoder"
-        )
-    inner, blocks = lists[0]
-    root = paths[decoder]
-    recorders, after, reason = _run(decoder, f"{root}.{inner}", blocks, returns_more=False)
-    returns_more = bool(reason) or any(recorder.wrong for recorder in recorders)
-    if returns_more:
-        recorders, after, reason = _run(decoder, f"{root}.{inner}", blocks, returns_more)
-    if reason:
-        raise UsageError(f"cannot prune {name}: its decoder cannot be run block by block ({reason})")
-    for index, recorder in enumerate(recorders):
-        if len(recorder.calls) != 1:
-            raise UsageError(
-                f"cannot prune {root}.{inner}.{index}: expected a block that runs once for each token, found "
-                f"{len(recorder.calls)} runs; darwinlm prunes models whose blocks run in turn"
-            )
-    if len(after) != 1:
-        raise UsageError(
-            f"cannot prune {name}: expected one final norm after its blocks, found {', '.join(after) or 'none'}"
-        )
-    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    return Frame(
-        backbone=root,
-        embedding=paths[embedding],
-        blocks=f"{root}.{inner}",
-        final_norm=f"{root}.{after[0]}",
-        output_embedding=paths.get(output, "") if output is not None else "",
-        returns_more=returns_more,
-        calls=tuple(recorder.calls[0] for recorder in recorders),
-    )
-
-
-def _run(
-    decoder: nn.Module, path: str, blocks: nn.ModuleList, returns_more: bool
-) -> tuple[list[Recorder], list[str], str]:
-    """Run a decoder on zeros with recorders, and return them, the modules that ran after them, and why it failed."""
-    recorders = [Recorder(f"{path}.{index}", block, returns_more) for index, block in enumerate(blocks)]
-    memo: dict[int, Any] = {id(blocks): nn.ModuleList(recorders)}
-    for parameter in set(decoder.parameters()) - set(blocks.parameters()):
-        memo[id(parameter)] = nn.Parameter(_zeros(parameter), requires_grad=False)
-    memo |= {id(buffer): _zeros(buffer) for buffer in decoder.buffers() if buffer.is_meta}
-    copied: Any = copy.deepcopy(decoder, memo).cpu().eval()
-    after: list[str] = []
-    for name, module in copied.named_children():
-        module.register_forward_hook(partial(_note_after, name, recorders, after))
-    try:
-        with torch.no_grad(), torch.device("cpu"):
-            copied(input_ids=torch.zeros(1, LENGTH, dtype=torch.long), use_cache=False)
-    except UsageError:
-        raise
-    except Exception as error:
-        return recorders, after, (str(error).splitlines() or [type(error).__name__])[0]
-    return recorders, after, ""
-
-
-def by_name(block: nn.Module, unnamed: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
-    """What a block is called with beside the hidden states, by the names of its arguments."""
-    names = list(inspect.signature(block.forward).parameters)[1:]
-    return dict(zip(names, unnamed, strict=False)) | dict(named)
-
-
-def trace(block: nn.Module, width: int, call: Mapping[str, Any]) -> Flow:
+def trace(block: nn.Module, width: int, call: Mapping[str, Any], given: frozenset[str], handed: dict[str, Any]) -> Flow:
     """Run a copy of a block on the meta device and return what flows where.
 
     Args:
         width: of the residual stream.
         call: the keyword arguments that the block is called with.
+        given: those that depend on what the tokens are.
+        handed: what the blocks before it have handed on; what this one does is added.
 
     Raises:
         RuntimeError, and what else a module may raise: if the block cannot run on the meta device.
@@ -181,56 +90,24 @@ def trace(block: nn.Module, width: int, call: Mapping[str, Any]) -> Flow:
     tracer = _Tracer(block)
     states = torch.empty(1, LENGTH, width, dtype=precision, device="meta")
     arguments = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), dict(call))
+    arguments |= {name: type(each)(handed) for name, each in call.items() if is_handed_on(each)}
     with torch.no_grad(), _attention_function(block, tracer.attend), tracer:
         tracer.mark(states, frozenset([STREAM]))
+        tracer.mark(list(handed.values()), frozenset([HANDED_ON]))
+        tracer.mark([arguments[name] for name in given if _is_of_channels(arguments[name])], frozenset([GIVEN]))
         output = block(states, **arguments)
     tracer.flow.output = tracer.marks(output)
+    for each in arguments.values():
+        if is_handed_on(each):
+            handed |= each.data
     floats = {name: each for name, each in arguments.items() if isinstance(each, Tensor) and each.is_floating_point()}
     tracer.flow.biases = tuple(name for name, each in floats.items() if each.dim() in (3, 4) and each.shape[-3] > 1)
     return tracer.flow
 
 
-def _zeros(like: Tensor) -> Tensor:
-    """Zeros of a tensor's shape, which take no memory."""
-    return torch.zeros((), dtype=like.dtype, device="cpu").expand(like.shape)
-
-
-class Recorder(nn.Module):
-    """Takes the place of a block: records how it is called, and returns the hidden states unchanged."""
-
-    def __init__(self, path: str, block: nn.Module, returns_more: bool):
-        super().__init__()
-        self.path = path
-        self.returns_more = returns_more
-        self.wrong = False  # whether it was given what is no hidden states, but one sequence of them
-        self.block = [block]  # in a list, so that it is no submodule
-        self.calls: list[dict[str, Any]] = []
-        self.states: Tensor | None = None  # of the last call
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["block"][0], name)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
-        return self
-
-    def forward(self, *unnamed: Any, **arguments: Any) -> Any:
-        if not unnamed or not isinstance(unnamed[0], Tensor):
-            raise UsageError(
-                f"cannot prune {self.path}: expected a block that takes hidden states first, found "
-                f"{type(unnamed[0]).__name__ if unnamed else 'none'}; convert the model to another family"
-            )
-        states, *others = unnamed
-        self.states, self.wrong = states, states.dim() != 3
-        self.calls.append(by_name(self.block[0], others, arguments))
-        return (states, None) if self.returns_more else states
-
-
-def _note_after(path: str, recorders: list[Recorder], after: list[str], *_: Any) -> None:
-    if recorders[-1].calls:
-        after.append(path)
+def _is_of_channels(value: Any) -> bool:
+    """Whether a value is numbers for each token, `[1, length, channels]`."""
+    return isinstance(value, Tensor) and value.is_floating_point() and value.shape[:-1] == (1, LENGTH)
 
 
 class _Tracer(TorchDispatchMode):
@@ -360,5 +237,6 @@ def head_numbers(attention: nn.Module, width: int) -> tuple[tuple[str, ...], tup
             if name.endswith(("heads", "n_head")) and isinstance(getattr(owner, name, None), int):
                 (keys if "key_value" in name or "kv" in name else queries).append(f"{prefix}{name}")
     numbers = {name: value for name, value in vars(attention).items() if name in read and isinstance(value, int)}
-    widths = [name for name, value in numbers.items() if value == width and name not in (*queries, *keys, "head_dim")]
+    others = ("head_dim", "sliding_window")
+    widths = [name for name, value in numbers.items() if value == width and name not in (*queries, *keys, *others)]
     return tuple(queries), tuple(keys), tuple(sorted(widths))

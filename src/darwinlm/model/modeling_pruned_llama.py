@@ -21,6 +21,15 @@ recorded: Any = (LlamaModel._can_record_outputs or {}).get("attentions", nn.Modu
 CHOICE = "_attn_implementation_internal"  # where `set_attn_implementation` stores it
 
 
+class LayersOf(list[Any]):
+    """The configs of layers by number, or one by a type, of which all layers have heads of one width."""
+
+    types: tuple[str, ...] = ()
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(self.types.index(key) if isinstance(key, str) else key)
+
+
 class PrunedLlamaConfig(LlamaConfig):
     """A `LlamaConfig` in which each layer may have sizes of its own."""
 
@@ -29,8 +38,12 @@ class PrunedLlamaConfig(LlamaConfig):
 
     def __getattribute__(self, key: str) -> Any:
         # transformers >= 5.14 warns or raises when code reads a size of the model whose layers have their own.
-        if key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if key in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim"):
             return object.__getattribute__(self, self.attribute_map.get(key, key))
+        if key == "per_layer_config":
+            layers = LayersOf(super().__getattribute__(key))
+            layers.types = (*self.layer_types,)
+            return layers
         return super().__getattribute__(key) if key != CHOICE or not self.whole else getattr(self.whole, key)
 
     def __setattr__(self, key: str, value: Any) -> None:
@@ -102,7 +115,7 @@ def resized(module: Any, rows: Any, columns: Any) -> nn.Module:
 def narrow(layer: nn.Module, config: Any, index: int) -> None:
     """Give a stock layer the sizes that the config of the layer says."""
     size, parts = config.layer(index), config.layer_parts
-    queries, keys, width = size.num_attention_heads, size.num_key_value_heads, config.head_dim
+    queries, keys, width = size.num_attention_heads, size.num_key_value_heads, size.head_dim
     numbers = {"config": size, "queries": queries, "keys": keys, "readers": queries // keys}
     numbers |= {"query width": queries * width, "key width": keys * width, "channels": size.intermediate_size}
     present = {path for path, _ in layer.named_modules()}  # not every layer has every part

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from darwinlm.model.roles import Family
+from darwinlm.model.family import Family
 
 _NORMS = ("attention_norms", "mlp_norms", "mixer_norms")
 

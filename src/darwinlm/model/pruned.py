@@ -14,7 +14,6 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -42,8 +41,20 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from darwinlm.model.families import GIVEN_BY_HEAD, PRUNED, find_family, head_counts, head_dim, mlp_width
-from darwinlm.model.flow import find_frame
+from darwinlm.model.families import GIVEN_BY_HEAD, STAYING, find_family, mlp_width
+from darwinlm.model.frame import find_frame
+from darwinlm.model.layers import (
+    DENSE_SIZES,
+    PRUNED,
+    check_sharing,
+    dense_sizes,
+    head_counts,
+    head_dim,
+    head_width,
+    layer_config,
+    layer_fields,
+    layer_types,
+)
 from darwinlm.model.naming import plain_linears
 from darwinlm.model.parts import layer_parts
 from darwinlm.runtime.scratch import scratch_directory
@@ -53,6 +64,9 @@ TEMPLATE = Path(__file__).with_name("modeling_pruned_llama.py")
 CAUSAL = Path(__file__).with_name("modeling_causal_llama.py")  # for decoders without a causal language model
 LINES_BY_HEAD = (  # of the template, from and to
     ("from functools", "from typing"), ("def select_heads", "def resized"), ("    for name in parts", "    for part in")
+)  # fmt: skip
+LINES_BY_TYPE = (
+    ("class LayersOf", "class PrunedLlamaConfig"), ('        if key == "per_l', "        return super().__geta")
 )  # fmt: skip
 CLASSIFIER = "AutoModelForSequenceClassification"
 FIRST_KEPT = "first_kept"  # the field that says how many blocks stay whatever is left of them
@@ -121,9 +135,8 @@ def render(family: str) -> str:
         text = _with_causal_class(text)
     if CLASSIFIER not in stock:
         text = text[: text.index("\n\nAutoModel.register")]
-    if family not in GIVEN_BY_HEAD:
-        for start, end in LINES_BY_HEAD:
-            text = text[: text.index(start)] + text[text.index(end) :]
+    for start, end in (LINES_BY_HEAD * (family not in GIVEN_BY_HEAD)) + LINES_BY_TYPE * (family not in STAYING):
+        text = text[: text.index(start)] + text[text.index(end) :]
     for auto, name in stock_names("llama").items():
         text = re.sub(rf"{name}\b", f"<{stock.get(auto)}>", text)
     prefix = re.sub(r"(ForCausalLM|LMHeadModel)$", "", stock["AutoModelForCausalLM"])
@@ -181,12 +194,13 @@ def register_classes(classes: Mapping[str, Any]) -> None:
 def remaining_blocks(sizes: Sequence[BlockSizes], config: PreTrainedConfig) -> tuple[int, ...]:
     """Return the blocks of which anything remains. The others compute nothing and are left out of a checkpoint.
 
-    The first blocks stay whatever is left of them if another model adds something of its own behind each.
+    The first blocks stay whatever is left of them if another model adds something of its own behind each, and all do
+    that compute something beside their units.
 
     Args:
         config: of the model, before or after pruning.
     """
-    kept = getattr(config, FIRST_KEPT, 0)
+    kept = len(sizes) if family_of(config) in STAYING else getattr(config, FIRST_KEPT, 0)
     return tuple(i for i, block in enumerate(sizes) if not block.empty or i < kept)
 
 
@@ -242,16 +256,19 @@ def pruned_config(config: PreTrainedConfig, sizes: Sequence[BlockSizes]) -> PreT
         elif "layer" in name and isinstance(value, list) and len(value) == len(sizes):
             fields[name] = [value[i] for i in remaining]
     if fields.get("layer_types"):
-        fields["layer_types"] = _layer_types(fields["layer_types"], blocks)
+        fields["layer_types"] = layer_types(fields["layer_types"], blocks, hasattr(config, "kv_sharing_modes"))
     classes = pruned_classes(family)
     pruned = classes["AutoConfig"](
         **fields | described,
         architectures=[classes["AutoModelForCausalLM"].__name__],
         auto_map=auto_map(family),
         allow_global_per_layer_attribute_access=True,
-        per_layer_config={str(i): _layer_fields(block, mixers) for i, block in enumerate(blocks)},
+        per_layer_config={
+            str(new): head_width(config, old) | layer_fields(sizes[old], mixers) for new, old in enumerate(remaining)
+        },
     )
-    alike = _alike(blocks)
+    check_sharing(config, pruned)
+    alike = _alike(blocks, pruned, by_layer=bool(head_width(config, 0)))
     if alike is not None:
         native = _native_config(family, fields | alike)
         if native is not None and _same_tensors(native, pruned):
@@ -259,13 +276,20 @@ def pruned_config(config: PreTrainedConfig, sizes: Sequence[BlockSizes]) -> PreT
     return pruned
 
 
-def _alike(blocks: Sequence[BlockSizes]) -> dict[str, Any] | None:
-    """The fields of a config by which all blocks have their sizes, None if they have different ones."""
-    attentions = [BlockSizes(*sizes, 0) for sizes in {(b.query_heads, b.key_value_heads) for b in blocks} - {(0, 0)}]
-    widths = {block.intermediate for block in blocks}
-    if len(attentions) != 1 or len(widths) != 1 or not min(widths):
+def _alike(blocks: Sequence[BlockSizes], pruned: PreTrainedConfig, by_layer: bool) -> dict[str, Any] | None:
+    """The fields of a config by which all blocks have their sizes, None if they have different ones.
+
+    Args:
+        by_layer: whether the family's own config has numbers of KV heads by layer.
+    """
+    queries, keys = ({getattr(b, name) for b in blocks} - {0} for name in ("query_heads", "key_value_heads"))
+    dense = [dense_sizes(pruned, index)[2] for index in range(len(blocks))]
+    widths = {block.intermediate * dense[0] // own for block, own in zip(blocks, dense, strict=True)}
+    if len(queries) != 1 or len(widths) != 1 or not min(widths) or (len(keys) != 1 and not by_layer):
         return None
-    return _layer_fields(replace(attentions[0], intermediate=widths.pop()), mixers=False)
+    fields = layer_fields(BlockSizes(queries.pop(), max(keys), widths.pop()), mixers=False)
+    layers = {str(i): head_width(pruned, i) | {"num_key_value_heads": b.key_value_heads} for i, b in enumerate(blocks)}
+    return fields | ({"per_layer_config": layers} if by_layer else {})
 
 
 def describe_layers(config: PreTrainedConfig) -> dict[str, Any]:
@@ -276,13 +300,16 @@ def describe_layers(config: PreTrainedConfig) -> dict[str, Any]:
     """
     known = ("layer_parts", "num_key_value_heads", "intermediate_size")
     if hasattr(config, known[0]):
-        return {name: getattr(config, name) for name in known}
+        return {name: getattr(config, name) for name in (*known, DENSE_SIZES) if hasattr(config, name)}
     stock = CONFIG_MAPPING[family_of(config)]
     dense = config if type(config) is stock else stock(**_shared_fields(config))
     model = plain_linears(_empty(dense))
     family = find_family(model)
     parts = layer_parts(family, model.base_model_prefix)
-    return dict(zip(known, (parts, head_counts(dense)[1], mlp_width(model, family, 0)), strict=True))
+    layers = range(dense.num_hidden_layers)
+    sizes = [[*head_counts(layer_config(dense, i)), mlp_width(model, family, i)] for i in layers]
+    differ = {DENSE_SIZES: sizes} if any(each != sizes[0] for each in sizes) else {}
+    return dict(zip(known, (parts, *sizes[0][1:]), strict=True)) | differ
 
 
 def _empty(config: PreTrainedConfig) -> PreTrainedModel:
@@ -314,36 +341,7 @@ def _shared_fields(config: PreTrainedConfig) -> dict[str, Any]:
     per_layer = ("per_layer_config", "allow_global_per_layer_attribute_access")
     fields = {key: value for key, value in config.to_dict().items() if key not in replaced + per_layer}
     computed = isinstance(getattr(type(config), "head_dim", None), property)
-    return fields if computed else fields | {"head_dim": head_dim(config)}
-
-
-def _layer_fields(block: BlockSizes, mixers: bool) -> dict[str, Any]:
-    """What the config of a layer says.
-
-    Args:
-        mixers: whether the family has any.
-    """
-    fields: dict[str, Any] = {}
-    if block.query_heads:
-        fields |= {"num_attention_heads": block.query_heads, "num_key_value_heads": block.key_value_heads}
-    if block.intermediate:
-        fields |= {"intermediate_size": block.intermediate}
-    missing = {"attention": block.query_heads, "mlp": block.intermediate} | ({"mixer": block.mixer} if mixers else {})
-    skip = [part for part, size in missing.items() if not size]
-    return fields | ({"skip": skip} if skip else {})
-
-
-def _layer_types(types: list[str], blocks: Sequence[BlockSizes]) -> list[str]:
-    """Return the layer type of each block; one without attention or mixer takes that of the attention before it.
-
-    The masks of a type take their length from the first cache layer of that type, which must therefore be in use.
-    """
-    result: list[str] = []
-    attention = None
-    for kind, block in zip(types, blocks, strict=True):
-        attention = kind if block.query_heads else attention
-        result.append(kind if block.query_heads or block.mixer or attention is None else attention)
-    return result
+    return fields if computed else fields | {"head_dim": head_dim(layer_config(config, 0))}
 
 
 def _native_config(family: str, fields: dict[str, Any]) -> PreTrainedConfig | None:
@@ -352,7 +350,7 @@ def _native_config(family: str, fields: dict[str, Any]) -> PreTrainedConfig | No
     hidden = fields[stock.attribute_map.get("hidden_size", "hidden_size")]
     implied = hidden == fields["num_attention_heads"] * fields.get("head_dim", 0)
     # Where the config class does not declare `head_dim`, not all programs read it: for Qwen2, vLLM computes it.
-    if not implied and not hasattr(stock(), "head_dim"):
+    if not implied and not (hasattr(stock, "head_dim") or hasattr(stock(), "head_dim")):
         return None
     try:
         config = stock(**fields)

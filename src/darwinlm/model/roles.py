@@ -4,81 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from darwinlm.model.flow import ATTENDED, STREAM, Flow, Marks, find_frame, head_numbers, is_selection, trace
+from darwinlm.model.family import Family, Fused
+from darwinlm.model.flow import (
+    ATTENDED,
+    GIVEN,
+    HANDED_ON,
+    STREAM,
+    Flow,
+    Marks,
+    head_numbers,
+    is_selection,
+    trace,
+)
+from darwinlm.model.frame import Frame, find_frame, is_handed_on
 from darwinlm.types import UsageError
-
-Fused = Literal["in order", "by head", "gated by head"]
-"""Rows of query, key and value, or of gate and input, one after another; or of head after head; or, of head after head,
-a query and the gate of what is attended to."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """The module paths of a family. Paths of a unit's modules are relative to its decoder block.
-
-    A module that is named by two consecutive fields is a fused projection: its output holds the rows of the first
-    field, then those of the second. Where `query` or `key` names a norm, that norm is taken over all heads at once and
-    must see all of them: its projection stays whole, and only the outputs of the norm are selected.
-
-    Attributes:
-        returns_more: whether blocks return a tuple, of which the hidden states are the first.
-        by_head: whether the fused projection of query, key and value holds the rows of one KV group after another.
-        attention_norms, mlp_norms: the norms before and after the unit, which are removed together with it.
-        projections: of query, key and value, which differ from `query` and `key` where those are norms.
-        head_norms: the norms of query and key, empty if there are none.
-        shared_norms: the norms before the attention that the MLP reads too.
-        query_counts, key_value_counts: where the attention's methods read its numbers of heads from attributes, these:
-            of the module, or of its config (`config.NAME`).
-        query_widths: and these, where they read the width of all query heads.
-        gate: the projection of the gates of what heads attend to, empty if there is none. It can be that of the query.
-        biases: the arguments of the attention that hold something for each query head, such as slopes by position.
-        attention_adds, mlp_adds: whether the unit adds its second argument, the stream, to what it gives.
-        mlp: the module of the MLP, empty if its linear modules lie in the block itself.
-        mixer: what mixes tokens in the blocks without attention, or beside it: linear attention, a short convolution or
-            a state-space layer. It is empty if the family has none.
-        mixer_output: the linear module that gives its output.
-    """
-
-    backbone: str
-    embedding: str
-    blocks: str
-    final_norm: str
-    output_embedding: str
-    returns_more: bool
-    attention: str
-    query: str
-    key: str
-    value: str
-    gate: str
-    by_head: bool
-    attention_output: str
-    attention_norms: tuple[str, ...]
-    projections: tuple[str, ...]
-    head_norms: tuple[str, ...]
-    shared_norms: tuple[str, ...]
-    query_counts: tuple[str, ...]
-    key_value_counts: tuple[str, ...]
-    query_widths: tuple[str, ...]
-    biases: tuple[str, ...]
-    attention_adds: bool
-    mlp: str
-    mlp_inputs: tuple[str, ...]
-    mlp_output: str
-    mlp_norms: tuple[str, ...]
-    mlp_adds: bool
-    mixer: str = ""
-    mixer_output: str = ""
-    mixer_norms: tuple[str, ...] = ()
-
-    def block(self, index: int) -> str:
-        """The path of the decoder block with this index."""
-        return f"{self.blocks}.{index}"
 
 
 def find_roles(model: PreTrainedModel, fused: Fused | None) -> Family:
@@ -94,19 +39,25 @@ def find_roles(model: PreTrainedModel, fused: Fused | None) -> Family:
     blocks: Any = model.get_submodule(frame.blocks)
     found: list[_Found] = []
     seen: set[nn.Parameter] = set()
-    for index, (block, call) in enumerate(zip(blocks, frame.calls, strict=True)):
+    handed: dict[str, Any] = {}
+    for index, block in enumerate(blocks):
         path = f"{frame.blocks}.{index}"
         if not seen.isdisjoint(block.parameters()):
             _refuse(path, "weights of its own", "those of a block before it")
         seen |= set(block.parameters())
         names = {name for name, _ in _weights(block)}
-        if any(names <= other.names for other in found):
+        hands_on = any(map(is_handed_on, frame.calls[index].values()))  # and must be run, for what others read of it
+        if not hands_on and any(names <= other.names for other in found):
             continue
-        roles = _Roles(path, block, _trace(path, block, model, call), fused)
-        found.append(_Found(path, names, **roles.parts()))
+        roles = _Roles(path, block, _trace(path, model, frame, index, handed), fused)
+        found.append(_Found(index, path, names, **roles.parts(), remains=roles.remains()))
         roles.check_rest()
     named = {name: path for name, path in vars(frame).items() if name != "calls"}
     return Family(**named, **_merge(frame.blocks, found))
+
+
+# Of the fields of an attention, those that are others where a block has no projection of keys or of values.
+OF_KEYS = ("key", "value", "projections", "head_norms")
 
 
 @dataclass(frozen=True)
@@ -117,11 +68,18 @@ class _Found:
         names: the modules with weights that it has.
     """
 
+    index: int
     path: str
     names: set[str]
     attention: dict[str, Any]
     mlp: dict[str, Any]
     mixer: dict[str, Any]
+    remains: bool
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Of query, key and value: fewer where values come from keys, or both from another block."""
+        return self.attention.get("projections", ())
 
     def parts(self) -> list[dict[str, Any]]:
         """The fields of the units that the block has."""
@@ -133,10 +91,13 @@ def _merge(blocks: str, found: Sequence[_Found]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     most: dict[str, int] = {}  # how many units the blocks have from which norms are
     owners: dict[str, str] = {}  # the role of each unit's module
+    fullest = max(found, key=lambda other: len({*other.projections}))
+    fields |= {name: fullest.attention[name] for name in OF_KEYS if name in fullest.attention}
     for each in sorted(found, key=lambda other: -len(other.parts())):  # a norm of two units shows where both are
         for part in each.parts():
             for name, value in part.items():
                 richer = name.endswith("norms") and len(each.parts()) < most.setdefault(name, len(each.parts()))
+                richer |= name in OF_KEYS and {*each.projections} < {*fullest.projections}
                 if fields.setdefault(name, value) != value and not richer:
                     _refuse(each.path, f"as {name} {_named(fields[name])}, as in other blocks", _named(value))
         for name in ("attention", "mlp", "mixer"):
@@ -145,23 +106,29 @@ def _merge(blocks: str, found: Sequence[_Found]) -> dict[str, Any]:
                 _refuse(f"{each.path}.{path}", f"the {owners[path]}, as in another block", f"the {name}")
     if "attention" not in fields or "mlp" not in fields:
         _refuse(blocks, "an attention and an MLP in its blocks", "none")
-    return fields
+    joint = tuple(each.index for each in found if len(each.projections) == 2)
+    return fields | {"values_of_keys": joint, "remains": any(each.remains for each in found)}
 
 
 def _named(value: Any) -> str:
     return (", ".join(value) if isinstance(value, tuple) else str(value)) or "none"
 
 
-def _trace(path: str, block: nn.Module, model: PreTrainedModel, call: dict[str, Any]) -> Flow:
+def _trace(path: str, model: PreTrainedModel, frame: Frame, index: int, handed: dict[str, Any]) -> Flow:
+    block, call = model.get_submodule(path), frame.calls[index]
     for name, value in call.items():
-        if not all(leaf is None or isinstance(leaf, Tensor | int | float | str) for leaf in tree_leaves(value)):
+        known = all(leaf is None or isinstance(leaf, Tensor | int | float | str) for leaf in tree_leaves(value))
+        if not known and not is_handed_on(value):
             _refuse(path, "tensors and numbers as arguments", f"{name}, a {type(value).__name__}")
         if isinstance(value, dict | list):
             _refuse(path, "arguments that blocks do not share", f"{name}, a {type(value).__name__}")
     try:
         embedding: Any = model.get_input_embeddings()
-        flow = trace(block, embedding.weight.shape[-1], call)
+        flow = trace(block, embedding.weight.shape[-1], call, frame.given, handed)
     except Exception as error:
+        stacked = [name for name, weights in _weights(block) if any(each.dim() == 3 for each in weights)]
+        if stacked:
+            _refuse(f"{path}.{stacked[0]}", "a projection or a norm of an attention or an MLP", "weights of experts")
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"cannot prune {path}: it cannot be run by itself ({reason})") from None
     returned = flow.values[""]
@@ -183,8 +150,19 @@ class _Roles:
 
     def parts(self) -> dict[str, dict[str, Any]]:
         """The fields of each unit of the block."""
+        self.claim_given()
         attention, mixer = self.attention(), self.mixer()
         return {"attention": attention, "mixer": mixer, "mlp": self.mlp()}
+
+    def claim_given(self) -> None:
+        """Claim what the block computes of what it is given of each token, which stays whatever leaves."""
+        for path in self.flow.readers(GIVEN):
+            self.claimed |= {path, *self.flow.reads[path]} & self.flow.reads.keys()
+
+    def remains(self) -> bool:
+        """Whether the block still computes something without its units."""
+        own = [*self.block.named_parameters(recurse=False), *self.block.named_buffers(recurse=False)]
+        return bool(self.flow.readers(GIVEN) or own)
 
     def attention(self) -> dict[str, Any]:
         """The fields of the attention, none if the block has none."""
@@ -205,9 +183,12 @@ class _Roles:
             self._refuse(within, "an attention that returns states and weights", f"a {type(returned).__name__}")
         counts = flow.heads[0], flow.heads[1], flow.heads[1]
         names = ("query", "key", "value")
-        producers = [self._producer(*each) for each in zip(names, flow.inputs, counts, flow.head_widths, strict=True)]
+        inputs = zip(names, flow.inputs, counts, flow.head_widths, strict=True)
+        own = [each for each in inputs if each[1] != {HANDED_ON}]
+        producers = [self._producer(*each) for each in own]
         projections = [projection for projection, _, _ in producers]
-        if len(set(projections)) < len(projections) and (len(set(projections)) > 1 or self.fused is None):
+        of_keys = len(own) == 3 and projections[0] != projections[1] == projections[2]  # as they are
+        if len(set(projections)) < len(own) and not of_keys and (len(set(projections)) > 1 or self.fused is None):
             self._refuse(projections[0], "a projection of its own for query, key and value", "a fused one")
         if gate and gate != projections[0]:
             self._refuse(gate, "gates in the projection of the query", "another module")
@@ -221,12 +202,13 @@ class _Roles:
         query_counts, key_value_counts, query_widths = head_numbers(module, flow.heads[0] * flow.head_widths[0])
         return {
             "attention": within,
-            **dict(zip(names, (producer for _, producer, _ in producers), strict=True)),
+            **dict.fromkeys(names, ""),
+            **{role: producer for (role, *_), (_, producer, _) in zip(own, producers, strict=True)},
             "gate": gate,
             "by_head": self.fused == "by head" and keys > 1,  # one KV head lies behind all query heads
             "attention_output": output,
             "attention_norms": (norms := self._norms(projections, output)),
-            "projections": tuple(projections),
+            "projections": tuple(projections[:2] if of_keys else projections),
             "head_norms": tuple(norm for _, _, norm in producers[:2] if norm),
             "shared_norms": self._shared(projections, norms),
             "query_counts": query_counts,
@@ -243,7 +225,7 @@ class _Roles:
     def _key_value_heads(self, projections: Sequence[str]) -> int:
         """How many KV heads there are, which an attention that is written out repeats before they are seen."""
         queries, keys = self.flow.heads
-        if len(set(projections)) > 1:
+        if len(set(projections)) > 1 or self.fused is None:
             return keys
         return (self._linear(projections[0]).out_features // self.flow.head_widths[0] - queries) // 2
 

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from darwinlm.model.roles import Family
+from darwinlm.model.family import Family
 from darwinlm.search.budget import Budget
 from darwinlm.search.costs import amount_of
 from darwinlm.types import Genome, UsageError

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from darwinlm.config.run import SearchConfig
-from darwinlm.model.roles import Family
+from darwinlm.model.family import Family
 from darwinlm.rivals.depth import removable_blocks, remove_until_it_fits, without_blocks
 from darwinlm.rivals.problem import Problem
 from darwinlm.runtime.progress import track

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from darwinlm.model.roles import Family
+from darwinlm.model.family import Family
 from darwinlm.rivals.depth import remove_until_it_fits, streams
 from darwinlm.rivals.problem import Problem
 from darwinlm.types import Genome

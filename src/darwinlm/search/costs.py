@@ -9,8 +9,10 @@ from math import ceil
 from transformers import PretrainedConfig
 
 from darwinlm.config.run import ServingConfig
+from darwinlm.export.gguf_precision import EMBEDDING, MIXES, OUTPUT, Mix, bytes_of
 from darwinlm.genome import Grid
-from darwinlm.model.families import head_dim, key_value_heads
+from darwinlm.model.families import key_value_heads
+from darwinlm.model.layers import head_counts, head_dim, layer_config, shares
 from darwinlm.types import Genome, Kind, Unit
 
 
@@ -36,16 +38,18 @@ class Costs:
         """Return the cost of the whole model that a genome describes."""
         return self.fixed + sum(costs[level] for costs, level in zip(self.units, genome.levels, strict=True))
 
+    def times(self, factor: int) -> Costs:
+        """Return the costs where one of them costs `factor`."""
+        units = tuple(tuple(factor * cost for cost in levels) for levels in self.units)
+        return Costs(self.measure, units, factor * self.fixed)
+
     def shown(self, cost: float | int) -> str:
         """A cost as messages show it, without the measure: 4.7B, or for a rate the tokens a second that it means."""
         return f"{PICO / max(cost, 1):.4g}" if self.rate else amount_of(cost)
 
 
 PICO = 1e12
-
-
-# Bytes of a weight in the forms of an export. Norms, and matrices whose rows Q8_0 cannot hold, take a little more.
-WEIGHT_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}
+FLOAT = 4  # bytes
 
 
 def amount_of(cost: float | int) -> str:
@@ -110,30 +114,68 @@ def cache_costs(grid: Grid, config: PretrainedConfig, bytes_each: int) -> Costs:
 
     def cached(unit: Unit, removed: int) -> int:
         remaining = unit.structures - removed
-        if unit.kind != "attention" or not remaining:
+        if unit.kind != "attention" or not remaining or shares(config, unit.block, "reuse"):
             return 0
-        queries = remaining * unit.structure_width // head_dim(config)
-        return 2 * key_value_heads(unit, remaining, queries) * head_dim(config) * bytes_each
+        width = head_dim(layer_config(config, unit.block))
+        queries = remaining * unit.structure_width // width
+        return 2 * key_value_heads(unit, remaining, queries) * width * bytes_each
 
-    return Costs("bytes of cache a token", _tabulate(grid, cached), 0)
+    shared = [layer_config(config, b) for b in range(config.num_hidden_layers) if shares(config, b, "store")]
+    fixed = sum(2 * head_counts(layer)[1] * head_dim(layer) * bytes_each for layer in shared)
+    return Costs("bytes of cache a token", _tabulate(grid, cached), fixed)
 
 
-def memory_costs(
-    grid: Grid, config: PretrainedConfig, dense_parameters: int, form: float, bytes_each: int, tokens: int
-) -> Costs:
+def memory_costs(weights: Costs, cache: Costs, tokens: int) -> Costs:
     """Return the costs in bytes of weights and of the keys and values of all sequences that are served together.
 
     Args:
-        form: bytes of a weight in the form that is served.
-        bytes_each: bytes of one number in the cache.
+        weights: in bytes.
+        cache: in bytes for each token.
         tokens: in the caches of all sequences.
     """
-    weights, cache = parameter_costs(grid, dense_parameters), cache_costs(grid, config, bytes_each)
     units = tuple(
-        tuple(ceil(form * weight) + tokens * cached for weight, cached in zip(*unit, strict=True))
+        tuple(weight + tokens * cached for weight, cached in zip(*unit, strict=True))
         for unit in zip(weights.units, cache.units, strict=True)
     )
-    return Costs("bytes of weights and cache", units, ceil(form * weights.fixed))
+    return Costs("bytes of weights and cache", units, weights.fixed + tokens * cache.fixed)
+
+
+def weight_costs(grid: Grid, config: PretrainedConfig, dense_parameters: int, form: str) -> Costs:
+    """Return the costs in bytes of the weights in a GGUF file, whose type for each matrix depends on its width.
+
+    Args:
+        dense_parameters: parameters of the whole dense model.
+        form: the type of the file, a key of `MIXES`.
+    """
+    mix, hidden, blocks = MIXES[form], config.hidden_size, 1 + max(unit.block for unit in grid.units)
+
+    def held(unit: Unit, removed: int) -> int:
+        return _bytes_held(unit, removed, mix, hidden, blocks)
+
+    tied, embedding = config.tie_word_embeddings, config.vocab_size * hidden
+    names = [EMBEDDING] if tied else [EMBEDDING, OUTPUT]
+    ends = sum(embedding * bytes_of(mix.of(name, blocks, tied), hidden) for name in names)
+    others = parameter_costs(grid, dense_parameters).fixed - len(names) * embedding
+    return Costs("bytes of weights", _tabulate(grid, held), ceil(ends) + FLOAT * max(0, others))
+
+
+def _bytes_held(unit: Unit, removed: int, mix: Mix, hidden: int, blocks: int) -> int:
+    """Bytes of a unit in a GGUF file: of the consumer, whose rows narrow, of values, other producers, and norms."""
+    inputs = (unit.structures - removed) * unit.structure_width
+    if not inputs:
+        return 0
+    consumer, values = inputs * hidden, 0
+    if unit.kind == "attention":  # what a structure, or its group, has beside a query and a consumer's column
+        own = unit.shared_parameters or unit.structure_parameters - 2 * unit.structure_width * hidden
+        values = inputs // unit.structure_width // (unit.readers if unit.shared_parameters else 1) * max(0, own) // 2
+    producers = max(0, _exported_parameters(unit, removed) - unit.fixed_parameters - consumer - values)
+    read = "ffn_down" if unit.kind == "mlp" else "attn_output"
+    parts = ((read, consumer, inputs), ("attn_v", values, hidden), ("attn_q", producers, hidden))
+    matrices = sum(
+        count * bytes_of(mix.of(f"blk.{unit.block}.{name}.weight", blocks, tied=False), width)
+        for name, count, width in parts
+    )
+    return ceil(matrices) + FLOAT * unit.fixed_parameters
 
 
 def a_token(costs: Costs, what: str, tokens: int) -> Costs:
@@ -180,8 +222,11 @@ def counted_costs(
     if measure == "kv-cache":
         return cache_costs(grid, config, bytes_each)
     if measure == "memory":
-        form = WEIGHT_BYTES.get(serving.format, float(bytes_each))
-        cached = bytes_each if serving.format == "auto" else int(max(2, form))  # llama.cpp's cache is float16
-        return memory_costs(grid, config, dense_parameters, form, cached, serving.batch * serving.context)
+        tokens = serving.batch * serving.context
+        if serving.format == "auto":
+            weights = parameter_costs(grid, dense_parameters).times(bytes_each)
+            return memory_costs(weights, cache_costs(grid, config, bytes_each), tokens)
+        cache = cache_costs(grid, config, FLOAT if serving.format == "f32" else 2)  # llama.cpp's is float16
+        return memory_costs(weight_costs(grid, config, dense_parameters, serving.format), cache, tokens)
     assert measure == "params"
     return parameter_costs(grid, dense_parameters)

@@ -11,7 +11,7 @@ from torch import Tensor
 from darwinlm.data.corpus import Drawn, fingerprint
 from darwinlm.database.stitch import Stitcher
 from darwinlm.losses.logits import Logits
-from darwinlm.losses.metrics import Divergence
+from darwinlm.losses.metrics import divergence
 from darwinlm.model.blocks import Blocks
 from darwinlm.runtime.files import as_json, read_record, write_record
 from darwinlm.runtime.progress import track
@@ -84,8 +84,8 @@ def divergences(
         last: dict[Genome, Tensor] = {}
         for wave in lockstep.hidden([(genome, index) for genome in {dense: 0, **dict.fromkeys(genomes)}]):
             last |= {genome: states[marked[index].to(states.device)] for (genome, _), states in wave.items()}
-        divergence = Divergence(last.pop(dense))
-        sums[index] = dict(zip(last, divergence.totals(list(last.values()), logits), strict=True))
+        reference = divergence(last.pop(dense), logits)
+        sums[index] = dict(zip(last, reference.totals(list(last.values()), logits), strict=True))
     means, first = [], 0
     for of_text, marks in zip(cut, counts, strict=True):
         parts, first = sums[first : first + len(of_text)], first + len(of_text)

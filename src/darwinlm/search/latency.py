@@ -22,6 +22,7 @@ from darwinlm.database.store import Database
 from darwinlm.genome import Grid
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import linear_at
+from darwinlm.model.layers import is_pruned, layer_config, shares
 from darwinlm.runtime import timing
 from darwinlm.runtime.device import processor_name
 from darwinlm.runtime.files import read_record, write_record
@@ -41,8 +42,14 @@ def latency_costs(checkpoint: Checkpoint, grid: Grid, config: LatencyConfig, dev
             be a directory, which has one of this name.
 
     Raises:
-        UsageError: if a table is of another model, other levels, another device or another pass.
+        UsageError: if a table is of another model, other levels, another device or another pass, or if blocks read
+            keys and values of others, without which they cannot be timed.
     """
+    if any(shares(checkpoint.config, block, "reuse") for block in range(checkpoint.config.num_hidden_layers)):
+        raise UsageError(
+            "--target latency: expected blocks that run alone, found some that read the keys and values of others; "
+            "take params, flops, memory or kv-cache"
+        )
     made_for = _made_for(checkpoint, grid, config, device)
     table = path if config.table is None else Path(config.table)
     table = table / path.name if table.is_dir() else table
@@ -83,8 +90,9 @@ def _consistent(measured: Callable[[], tuple[list[list[int]], int, float]]) -> t
 def _made_for(checkpoint: Checkpoint, grid: Grid, config: LatencyConfig, device: torch.device) -> dict[str, Any]:
     """Return everything that a table depends on, in the form that JSON gives back; weights do not change times."""
     shape = ("model_type", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+    model = checkpoint.config if is_pruned(checkpoint.config) else layer_config(checkpoint.config, 0)
     return {
-        "model": {name: getattr(checkpoint.config, name, None) for name in (*shape, "num_hidden_layers", "vocab_size")},
+        "model": {name: getattr(model, name, None) for name in (*shape, "num_hidden_layers", "vocab_size")},
         "level grid": [list(removed) for removed in grid.removed],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}: {processor_name()}",
         "threads": torch.get_num_threads() if device.type == "cpu" else None,

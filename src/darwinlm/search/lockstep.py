@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from darwinlm.database.stitch import Stitcher
-from darwinlm.model.blocks import Blocks, Entry, enter, run_block
+from darwinlm.model.blocks import Blocks, Entry, Stream, enter, run_block
 from darwinlm.types import Genome
 
 WAVE_BYTES = 1 << 30  # of hidden states between two blocks, at most, where no limit is given
@@ -55,7 +55,7 @@ class Lockstep:
         self._entries: dict[int, Entry] = {}
         self._ends = [sum(unit.block < block for unit in stitcher.grid.units) for block in range(self._count + 1)]
         self._parent: Genome | None = None
-        self._kept: dict[tuple[int, int], Tensor] = {}  # the parent's states by batch and block
+        self._kept: dict[tuple[int, int], Stream] = {}  # the parent's by batch and block
 
     @torch.no_grad()
     def hidden(
@@ -112,7 +112,7 @@ class Lockstep:
         if self._parent is not None:  # whose states are completed where they are not kept yet
             missing = {batch for _, batch in wave if (batch, self._count) not in self._kept}
             runs += [(self._parent, batch) for batch in sorted(missing) if (self._parent, batch) not in wave]
-        states: dict[Prefix, Tensor] = {}
+        states: dict[Prefix, Stream] = {}
         first = min(map(self._begins, runs))
         for number, dense in self.blocks.walk(first, self._count):
             self._step(number, dense, runs, states)
@@ -120,12 +120,12 @@ class Lockstep:
         last = {}
         for genome, batch in wave:
             prefix = self._prefix(self._count, genome, batch)
-            last[genome, batch] = norm(self._state(self._count, prefix, states))
+            last[genome, batch] = norm(self._state(self._count, prefix, states).states)
             states.pop(prefix, None)
         return last
 
-    def _step(self, number: int, dense: nn.Module, runs: list[Pair], states: dict[Prefix, Tensor]) -> None:
-        """Replace the states in front of a block by those behind it."""
+    def _step(self, number: int, dense: nn.Module, runs: list[Pair], states: dict[Prefix, Stream]) -> None:
+        """Replace the streams in front of a block by those behind it."""
         steps: dict[tuple[int, ...], dict[Prefix, tuple[Prefix, Genome]]] = defaultdict(dict)  # by the block's levels
         uses: Counter[Prefix] = Counter()
         for genome, batch in runs:
@@ -157,14 +157,14 @@ class Lockstep:
     def _is_parents(self, prefix: Prefix) -> bool:
         return self._parent is not None and prefix[1] == self._parent.levels[: len(prefix[1])]
 
-    def _state(self, number: int, prefix: Prefix, states: dict[Prefix, Tensor]) -> Tensor:
-        """The hidden states in front of a block."""
+    def _state(self, number: int, prefix: Prefix, states: dict[Prefix, Stream]) -> Stream:
+        """The stream in front of a block."""
         if prefix in states:
             return states[prefix]
         if self._is_kept(number, prefix):
             return self._kept[prefix[0], number].to(self.batches[prefix[0]].device)
         assert not number
-        return self._entry(prefix[0]).states
+        return Stream(self._entry(prefix[0]).states)
 
     def _entry(self, batch: int) -> Entry:
         if batch not in self._entries:

@@ -213,10 +213,8 @@ def _too_little(memory: SearchMemory, limit: int) -> str:
 
 def _targets(search: SearchConfig, tokens: int, hidden: int, each: int) -> int:
     """Bytes of embedded tokens, and of what `losses.metrics` keeps of the dense model."""
-    embedded = each * tokens * hidden
-    if search.metric == "perplexity":
-        return embedded
-    return embedded + (2 * FLOAT * search.top_k * tokens if search.metric == "top-k-kl" else embedded)
+    kept = {"perplexity": 0, "top-k-kl": 2 * FLOAT * search.top_k, "kl": FLOAT * hidden}[search.metric]
+    return tokens * (each * hidden + kept)
 
 
 def _training(weights: int, each: int, activations: int, scoring: int) -> int:

@@ -20,7 +20,7 @@ from darwinlm.database import eliminate
 from darwinlm.database.cholesky import dampen
 from darwinlm.genome import Grid, level_grid
 from darwinlm.model.checkpoint import is_finite
-from darwinlm.model.families import find_family, modules_around
+from darwinlm.model.families import find_family, lookups, modules_around
 from darwinlm.model.reading import skeleton
 from darwinlm.model.shards import WEIGHTS
 from darwinlm.runtime.scratch import scratch_directory
@@ -117,16 +117,15 @@ def measure_rates(dtype: torch.dtype = torch.float32, size: int = 3072) -> Rates
 def block_rates(config: PretrainedConfig, dtype: torch.dtype, length: int = 512, sequences: int = 4) -> BlockRates:
     """Measure a model's first block, for search and training run such blocks. Weights that train are float32."""
     decoder, weights = _first_block(config, dtype)
-    stream = torch.ones(sequences, length, config.hidden_size, dtype=dtype)
+    tokens = torch.zeros(sequences, length, dtype=torch.long)
     operations = 2 * sum(weight.numel() for weight in weights) * length
     with torch.inference_mode():
-        forward = sequences * operations / _seconds(lambda: decoder(inputs_embeds=stream, use_cache=False))
+        forward = sequences * operations / _seconds(lambda: decoder(input_ids=tokens, use_cache=False))
     decoder, weights = _first_block(config, torch.float32)
-    sequence = torch.ones(1, length, config.hidden_size, requires_grad=True)
 
     def step() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            states = decoder(inputs_embeds=sequence, use_cache=False).last_hidden_state
+            states = decoder(input_ids=tokens[:1], use_cache=False).last_hidden_state
         states.backward(torch.ones_like(states))
         for weight in weights:
             weight.grad = None
@@ -135,7 +134,7 @@ def block_rates(config: PretrainedConfig, dtype: torch.dtype, length: int = 512,
 
 
 def _first_block(config: PretrainedConfig, dtype: torch.dtype) -> tuple[nn.Module, list[nn.Parameter]]:
-    """Return a decoder of one block and the last norm, and the block's weights."""
+    """Return a decoder of one block and the last norm, which knows one token, and the block's weights."""
     model = skeleton(config, dtype)
     family = find_family(model)
     blocks: Any = model.get_submodule(family.blocks)
@@ -145,6 +144,10 @@ def _first_block(config: PretrainedConfig, dtype: torch.dtype) -> tuple[nn.Modul
         module.to_empty(device="cpu")
         for weight in module.parameters():
             nn.init.constant_(weight, 1 / config.hidden_size)  # what memory holds may be no numbers, which are slow
+    for path in lookups(family):
+        embedding: Any = model.get_submodule(path)
+        embedding.weight = nn.Parameter(torch.ones(1, embedding.weight.shape[1], dtype=dtype))
+        embedding.padding_idx = None
     return model.get_decoder(), list(blocks.parameters())
 
 

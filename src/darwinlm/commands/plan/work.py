@@ -13,7 +13,8 @@ from darwinlm.config.run import CalibrationConfig, DatabaseConfig, RefitConfig, 
 from darwinlm.config.training import GradualConfig, steps_of
 from darwinlm.database.calibrate import PANEL, SPILL_BYTES
 from darwinlm.genome import Grid, prunable_parameters
-from darwinlm.model.families import find_grid, head_dim
+from darwinlm.model.families import find_grid
+from darwinlm.model.layers import head_counts, head_dim, layer_config
 from darwinlm.model.reading import skeleton
 from darwinlm.runtime.device import DTYPES
 from darwinlm.search.costs import parameter_costs
@@ -221,9 +222,10 @@ def _measured(unit: Unit, config: PretrainedConfig, calibration: CalibrationConf
     # queries, keys and values, the former two turned, and what is attended to.
     entries = 5 * hidden + 4 * d
     if unit.kind == "attention":
-        width = config.num_attention_heads * head_dim(config)
-        operations += 4 * tokens * calibration.sequence_length * width  # scores and values
-        entries = 5 * hidden + 7 * width + 6 * config.num_key_value_heads * head_dim(config)
+        layer = layer_config(config, unit.block)
+        queries, keys = (count * head_dim(layer) for count in head_counts(layer))
+        operations += 4 * tokens * calibration.sequence_length * queries  # scores and values
+        entries = 5 * hidden + 7 * queries + 6 * keys
     stored = (config.dtype or torch.float32).itemsize * unit.parameters(0)
     return (
         stored / rates.loads
