@@ -71,10 +71,10 @@ def by_position(
         models = {"dense": reference, **models}
     spans = ranges(len(windows[0].token_ids))
     counts, losses, divergences = [0] * len(spans), [0.0] * len(spans), [0.0] * len(spans)
-    for some in predictions(models, windows, kept if reference is not None else None, description="positions"):
-        loss, divergence = some.losses["model"].double(), some.divergences["model"]
+    for chunk in predictions(models, windows, kept if reference is not None else None, description="positions"):
+        loss, divergence = chunk.losses["model"].double().cpu(), chunk.divergences["model"].cpu()
         for index, (first, last) in enumerate(spans):
-            part = ((some.places >= first) & (some.places <= last)).to(loss.device)
+            part = (first <= chunk.positions) & (chunk.positions <= last)
             counts[index] += len(loss[part])
             losses[index] += loss[part].sum().item()
             divergences[index] += divergence[part].sum().item()

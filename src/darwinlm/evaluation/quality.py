@@ -132,23 +132,23 @@ def quality_over(
             "--evaluation.tokens, or take --loss-tokens all"
         )
     loss, divergence = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0.0)
-    for some in predictions(models, windows, kept, blocks):
+    for chunk in predictions(models, windows, kept, blocks):
         for name in models:
-            loss[name] += some.losses[name].double().sum().item()
-            divergence[name] += some.divergences[name].sum().item()
+            loss[name] += chunk.losses[name].double().sum().item()
+            divergence[name] += chunk.divergences[name].sum().item()
     return {name: Quality(perplexity_of(loss[name] / predicted), divergence[name] / predicted) for name in models}
 
 
 class Predictions(NamedTuple):
-    """What models make of some tokens of a window.
+    """What models make of some tokens of a window, in order.
 
     Attributes:
-        places: the positions of these tokens in the window, `[tokens]`.
+        positions: of these tokens in the window, `[tokens]`.
         losses: by model, the negative log-likelihood of each token, in nats, `[tokens]`.
         divergences: by model, the KL divergence from the first model at each token, in nats, `[tokens]`.
     """
 
-    places: Tensor
+    positions: Tensor
     losses: dict[str, Tensor]
     divergences: dict[str, Tensor]
 
@@ -184,10 +184,10 @@ def predictions(
                 for name in models:
                     log_probs = logits[name](hidden[name][chunk]).log_softmax(-1)
                     losses[name] = -log_probs.gather(1, targets[chunk].to(log_probs.device)).squeeze(1)
-                    if dense is None:
-                        dense, divergences[name] = log_probs, torch.zeros_like(losses[name])
-                    else:
-                        divergences[name] = _kl(dense.to(log_probs.device), log_probs)
+                    dense = log_probs if dense is None else dense
+                    divergences[name] = (
+                        _kl(dense.to(log_probs.device), log_probs) if name != first else torch.zeros_like(losses[name])
+                    )
                 yield Predictions(chunk + 1, losses, divergences)
 
 
