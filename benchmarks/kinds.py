@@ -6,9 +6,11 @@
 A setting names the data of calibration, search and refit, with slashes between them, or one for all three: kinds of
 `kinds_text.py`, mixtures of them (`articles=2,code=1`) or anything else that `--data` takes. For each setting and kind:
 KL from the dense model in nats a token and perplexity on held-out text, and how often the last word of a held-out
-passage of 60 words is predicted, all its tokens (LAMBADA's measure), before the refit and after it. `OUT/results.json` has every
-figure; a setting that is in it is not measured again, and an interrupted one goes on: databases, sensitivities, history
-and refit are kept by what made them. KL beside that of a run on the kind itself is what the goal of 1.5 is about.
+passage of 60 words is predicted, all its tokens (LAMBADA's measure), before the refit and after it.
+
+`OUT/results.json` has every figure; a setting that is in it is not measured again, and an interrupted one goes on:
+databases, sensitivities, history and refit are kept by what made them. In brackets: KL beside that of a run on the kind
+itself, which the goal of 1.5 is about.
 """
 
 from __future__ import annotations
