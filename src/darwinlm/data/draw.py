@@ -36,6 +36,11 @@ def draw_counted(corpus: Corpus, config: RunConfig, until: Stage = "report") -> 
     return corpus.draw_counted(**counts) | {"evaluation": corpus.draw_held_out_counted(config.evaluation.tokens)}
 
 
+def tokens_taken(config: RunConfig) -> tuple[int, int]:
+    """The tokens that all stages take together, and those that are held out."""
+    return sum(_token_counts(config).values()), config.evaluation.tokens
+
+
 def _token_counts(config: RunConfig) -> dict[str, int]:
     """The tokens that each stage takes from the documents that are not held out, in the order of the stages."""
     stages = config.search.stages
