@@ -253,9 +253,8 @@ def _open(config: CompareConfig, run: RunConfig) -> _Bench:
     checkpoint = find_checkpoint(config.model, path)
     grid = find_grid(checkpoint.skeleton(), checkpoint.config, config.database)
     length = config.calibration.sequence_length
-    corpus = read_corpus(
-        own_text(run, checkpoint, path, device), checkpoint.tokenizer, length, config.seed, config.loss_tokens
-    )
+    data = own_text(run, checkpoint, path, device)
+    corpus = read_corpus(data, checkpoint.tokenizer, length, config.seed, config.loss_tokens)
     drawn, texts = draw_counted(corpus, run), draw_texts(corpus, run)
     texts = corpus.draw_parts(config.evaluation.tokens) | texts
     manifest = read_record(path / "database" / MANIFEST, "provenance")
