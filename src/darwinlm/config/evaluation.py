@@ -65,6 +65,8 @@ class EvaluateConfig(TasksConfig):
     """Prompts of --chat, at most."""
     answer_tokens: int = 512
     """Tokens of an answer, at most."""
+    loss_tokens: LossTokens = "assistant"
+    """Of chats in the text, the tokens that count: those that the assistant wrote, or all. Of other text, all do."""
     documents: Literal["held-out", "all"] = "held-out"
     """Of the text: the tenth that darwinlm never calibrates, searches or trains on, or all of it."""
     tokens: int = 524_288
