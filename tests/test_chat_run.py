@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from random import Random
+from statistics import mean
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import chats
 import runs
@@ -18,11 +24,13 @@ from darwinlm.commands.run_directory import Run, load
 from darwinlm.commands.train import train
 from darwinlm.config.run import RefitConfig, RunConfig
 from darwinlm.config.training import TrainConfig
-from darwinlm.data.corpus import Corpus, read_corpus
+from darwinlm.data.chat import Chat, render
+from darwinlm.data.corpus import Corpus, is_held_out, read_corpus
+from darwinlm.data.documents import read_documents
 from darwinlm.data.draw import draw_counted
 from darwinlm.data.stream import draw_held_out, draw_sequences
 from darwinlm.database.store import Database
-from darwinlm.evaluation.quality import perplexity_and_kl
+from darwinlm.evaluation.quality import perplexity_and_kl, windows_over
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import find_grid
 from darwinlm.report.left_behind import left_behind
@@ -210,3 +218,50 @@ def test_chats_without_a_template_are_refused_by_both(
         ):
             (run if command == "compress" else train)(asked)
         assert not any((tmp_path / command).glob("*.yaml"))
+
+
+@given(st.integers(2, 60), st.integers(3, 12), st.integers(1, 12), st.booleans(), st.randoms(use_true_random=False))
+def test_windows_predict_each_token_that_counts_once(
+    tokens: int, length: int, stride: int, has_bos: bool, rng: Random
+) -> None:
+    stream, counts = torch.arange(100, 100 + tokens), torch.tensor([rng.random() < 0.5 for _ in range(tokens)])
+    bos = 1 if has_bos else None
+    predicted = [
+        int(window.token_ids[row + 1])
+        for window in windows_over(stream, length, min(stride, length), bos, counts)
+        for row in window.rows
+    ]
+    every = [
+        int(window.token_ids[row + 1])
+        for window in windows_over(stream, length, min(stride, length), bos)
+        for row in window.rows
+    ]
+    assert predicted == [token for token in every if counts[token - 100]]
+
+
+def test_evaluate_counts_answers_alone(config: RunConfig, mixture: str, tmp_path: Path) -> None:
+    """Beside an independent walk over the windows' logits."""
+    source, out = mixture.partition("=")[0], tmp_path / "out.json"
+    flags = ["--data", source, "--tokens", "600", "--window", "50", "--out", str(out)]
+    assert runs.call("evaluate", config.out, "--against", config.model, *flags) == 0
+    found = json.loads(out.read_text())["models"][1]["texts"][source]
+    tokenizer = chats.tokenizer(marks=False)
+    documents = dict.fromkeys(text for text in read_documents(source) if is_held_out(text))
+    ids, counts = list[int](), list[bool]()
+    for chat in documents:
+        assert isinstance(chat, Chat)
+        own, marks = render(chat, tokenizer)
+        ids, counts = [*ids, *own, 2], [*counts, *marks, False]
+    losses, divergences = [], []
+    dense, pruned = load(config.model), load(config.out)
+    for start in range(0, 600, 50):
+        window = torch.tensor([ids[start : start + 50]])
+        with torch.no_grad():
+            log_p, log_q = (model(window).logits[0].double().log_softmax(-1) for model in (dense, pruned))
+        for place in range(49):
+            if counts[start + place + 1]:
+                losses.append(-log_q[place, window[0, place + 1]].item())
+                divergences.append((log_p[place].exp() * (log_p[place] - log_q[place])).sum().item())
+    assert 100 < len(losses) < 550
+    assert found["kl"] == pytest.approx(mean(divergences), rel=1e-4)
+    assert found["perplexity"] == pytest.approx(math.exp(mean(losses)), rel=1e-4)

@@ -51,6 +51,7 @@ from darwinlm.search.guard import Guard, guard_prompts
 from darwinlm.search.held_out import curves
 from darwinlm.search.sensitivity import find_starts
 from darwinlm.search.uniform import later_start
+from darwinlm.training.own_text import DIRECTORY
 from darwinlm.training.refit import refit, refitted, set_consumers
 from darwinlm.types import Curve, DarwinError, Genome, SearchResult
 
@@ -103,7 +104,7 @@ def run(config: RunConfig, until: Stage = "report", given: Given | None = None) 
     free = ("search.learning_rate",) if searching else ()
 
     def prepare() -> None:
-        claim(this.path, SETTINGS, config, open_to=free)
+        claim(this.path, SETTINGS, config, (DIRECTORY,), free)
         if given is not None:
             given.write(this.path)
 

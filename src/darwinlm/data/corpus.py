@@ -322,17 +322,6 @@ def is_held_out(document: str) -> bool:
     return int.from_bytes(hashlib.sha256(deciding.encode()).digest()[:4]) < HELD_OUT_SHARE * 2**32
 
 
-def token_stream(
-    text: str,
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: int,
-    counts: Callable[[str], bool],
-    flag: str = "--data",
-) -> Int[Tensor, " tokens"]:
-    """The ids of `stream_beside`, at most `tokens`. Raises as it does."""
-    return torch.tensor(stream_beside(text, tokenizer, tokens, counts, flag).ids[:tokens], dtype=torch.long)
-
-
 def stream_beside(
     text: str,
     tokenizer: PreTrainedTokenizerBase,
