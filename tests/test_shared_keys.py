@@ -162,6 +162,18 @@ def test_an_export_whose_blocks_would_read_other_keys_is_refused() -> None:
         pruned_config(config, sizes)
 
 
+def test_every_attention_of_a_type_may_leave(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Where none shares; the last block keeps its type."""
+    case, ids = pruned.prune(checkpoints["gemma4"], tmp_path / "database"), pruned.token_ids(1)
+    genome = without(case, (1, "attention"), (3, "attention"))
+    model: Any = load(pruned.write_export(case, genome, tmp_path / "export"), torch.float32)
+    twin: Any = pruned.zero_masked(case.dense, case.database, genome)
+    torch.testing.assert_close(model(ids).logits, twin(ids).logits, rtol=1e-4, atol=2e-4)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(model.generate(ids, **options), twin.generate(ids, **options))
+    assert model.config.layer_types == ["sliding_attention"] * 3 + ["full_attention"]
+
+
 def test_experts_are_refused_by_name() -> None:
     config = copy.deepcopy(tiny.CONFIGS["gemma4"])
     for name, value in {

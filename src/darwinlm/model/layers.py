@@ -100,12 +100,14 @@ def layer_types(types: list[str], blocks: Sequence[BlockSizes], as_they_are: boo
     The masks of a type take their length from the first cache layer of that type, which must therefore be in use.
 
     Args:
-        as_they_are: whether a type means more than masks, so that it changes only where it must.
+        as_they_are: whether a type means more than masks, so that it changes only where it must; the last one's is
+            prescribed.
     """
     result: list[str] = []
     attentions: list[str] = []
-    for kind, block in zip(types, blocks, strict=True):
+    for index, (kind, block) in enumerate(zip(types, blocks, strict=True)):
         attentions += [kind] if block.query_heads else []
-        stays = block.query_heads or block.mixer or not attentions or (as_they_are and kind in attentions)
+        fixed = as_they_are and (kind in attentions or index == len(types) - 1)
+        stays = block.query_heads or block.mixer or not attentions or fixed
         result.append(kind if stays else attentions[-1])
     return result

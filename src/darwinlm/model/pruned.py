@@ -285,7 +285,9 @@ def _alike(blocks: Sequence[BlockSizes], pruned: PreTrainedConfig, by_layer: boo
     queries, keys = ({getattr(b, name) for b in blocks} - {0} for name in ("query_heads", "key_value_heads"))
     dense = [dense_sizes(pruned, index)[2] for index in range(len(blocks))]
     widths = {block.intermediate * dense[0] // own for block, own in zip(blocks, dense, strict=True)}
-    if len(queries) != 1 or len(widths) != 1 or not min(widths) or (len(keys) != 1 and not by_layer):
+    if len(queries) != 1 or len(widths) != 1 or not min(widths):
+        return None
+    if not all(block.query_heads for block in blocks) if by_layer else len(keys) != 1:
         return None
     fields = layer_fields(BlockSizes(queries.pop(), max(keys), widths.pop()), mixers=False)
     layers = {str(i): head_width(pruned, i) | {"num_key_value_heads": b.key_value_heads} for i, b in enumerate(blocks)}
