@@ -61,9 +61,10 @@ def main() -> None:
         texts = corpus.draw(calibration=arguments.calibration)
         texts["evaluation"] = corpus.draw_held_out(arguments.evaluation)
         torch.save(texts, root / "texts.pt")
-        rows = {model.name: row(python, dense, model, root) for model in arguments.models}
-    used = {"calibration": arguments.calibration, "evaluation": arguments.evaluation}
-    write(python, rows, used)
+        used, rows = {"calibration": arguments.calibration, "evaluation": arguments.evaluation}, {}
+        for model in arguments.models:
+            rows[model.name] = row(python, dense, model, root)
+            write(python, rows, used)
 
 
 def row(python: Path, dense: Path, model: Path, root: Path) -> dict[str, str]:

@@ -65,8 +65,9 @@ def table(corner: str, columns: Iterable[str], rows: Mapping[str, Mapping[str, s
 TEXT = """\
 # Exports in vLLM
 
-`python benchmarks/serving.py`, {day}, {machine}. {versions}. Every cell is a server of its own, asked over HTTP; the
-tokens are compared with those of the same export in transformers {own}.
+`python benchmarks/serving.py`, {day}, {machine}. {versions}. Every cell is a server of its own, forked from a process
+that has imported vLLM, and asked over HTTP; the tokens are compared with those of the same export in transformers
+{own}.
 
 Tiny random models of every shape of block, in float32, three prompts. *Even*: all layers alike. *Uneven*: sizes of
 their own. *Stubs*: an attention and an MLP are gone, written with `--compat vllm`. Behind the tokens stands the class
