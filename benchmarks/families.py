@@ -269,7 +269,7 @@ def examine(model_type: str, out: Path) -> int:
     except DarwinError as error:
         found["refused"] = str(error)
     except Exception as error:
-        if found["kind"] in (UNMADE, "dense decoder"):
+        if found["kind"] in (UNMADE, *TABLES):
             found["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     out.write_text(json.dumps(found))
     return 0

@@ -61,11 +61,17 @@ def messages(*texts: str) -> list[dict[str, Any]]:
 
 def conversations() -> list[list[dict[str, Any]]]:
     """Questions about the topics of Python's help, answered by their text."""
-    return [
-        messages(f"What does Python say of this: {text[:60]}?", text[60:600], "And then?", text[600:900])
-        for text in tiny.documents()
-        if len(text) > 900
+    pieces = [
+        text[start : start + 180] for text in tiny.documents() for start in range(0, min(len(text), 3000) - 180, 180)
     ]
+    return [
+        messages(f"{piece[:30]}?", piece[30:110], f"{piece[110:130]}?", piece[130:]) for piece in pieces if _full(piece)
+    ]
+
+
+def _full(piece: str) -> bool:
+    """Whether no turn made of it is empty."""
+    return all(piece[start:end].strip() for start, end in ((30, 110), (130, 180)))
 
 
 def write(path: Path, *records: Any) -> Path:

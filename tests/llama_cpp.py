@@ -24,26 +24,38 @@ PATIENCE = 120.0  # seconds
 # Runs apart, for llama.cpp ends the process when it asserts. Reads and writes JSON.
 SCRIPT = """
 import json, sys, urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 import xllamacpp as llama
 
 def run(job):
     params = llama.CommonParams()
     params.model.path = job["file"]
-    params.n_ctx, params.n_parallel, params.warmup = 512, 1, False
+    params.n_ctx, params.n_parallel, params.warmup = 512, len(job.get("prompts", [0])), False
     params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
     params.cpuparams.n_threads = 1
     server = llama.Server(params)
     if "texts" in job:
         return [tokenize(server.listening_address, text) for text in job["texts"]]
+    if "prompts" in job:
+        ask = partial(complete, server.listening_address, job["tokens"])
+        with ThreadPoolExecutor(len(job["prompts"])) as pool:
+            return list(pool.map(ask, job["prompts"]))
     wanted = {"prompt": job["prompt"], "n_predict": job["tokens"], "temperature": 0.0, "n_probs": job["probabilities"],
               "ignore_eos": True, "cache_prompt": False}
     return server.handle_completions(wanted)
 
+def post(address, path, body):
+    request = urllib.request.Request(address + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    return json.load(urllib.request.urlopen(request))
+
 def tokenize(address, text):
-    body = json.dumps({"content": text, "add_special": True}).encode()
-    request = urllib.request.Request(address + "/tokenize", body, {"Content-Type": "application/json"})
-    return json.load(urllib.request.urlopen(request))["tokens"]
+    return post(address, "/tokenize", {"content": text, "add_special": True})["tokens"]
+
+def complete(address, count, prompt):
+    wanted = {"prompt": prompt, "n_predict": count, "temperature": 0.0, "ignore_eos": True, "return_tokens": True}
+    return post(address, "/completion", wanted)["tokens"]
 
 json.dump([run(job) for job in json.load(sys.stdin)], open(sys.argv[1], "w"))
 """
@@ -75,6 +87,13 @@ def _answer(found: Mapping[str, Any]) -> Answer:
 def token_ids(files: Mapping[str, Path], texts: Sequence[str], tmp_path: Path) -> dict[str, list[list[int]]]:
     """How every file's vocabulary splits the texts."""
     return _run(files, tmp_path, {"texts": list(texts)})
+
+
+def served(
+    files: Mapping[str, Path], prompts: Sequence[Sequence[int]], tmp_path: Path, tokens: int
+) -> dict[str, list[list[int]]]:
+    """The greedy tokens after every prompt, all asked of one llama-server at once, over HTTP."""
+    return _run(files, tmp_path, {"prompts": [list(prompt) for prompt in prompts], "tokens": tokens})
 
 
 def _run(files: Mapping[str, Path], tmp_path: Path, job: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 import tiny
 from darwinlm.data import documents as of_sources
-from darwinlm.data.corpus import HELD_OUT_SHARE, Corpus, is_held_out, read_corpus, token_stream
+from darwinlm.data.corpus import HELD_OUT_SHARE, Corpus, is_held_out, read_corpus, stream_beside
 from darwinlm.data.packing import scramble
 from darwinlm.types import UsageError
 
@@ -220,5 +220,5 @@ def test_texts_of_the_literature_are_their_own_test_text_joined_by_blank_lines(
 
     monkeypatch.setattr(of_sources, "_read_hub", read)
     tokenizer = tiny.tokenizer()
-    found = token_stream(name, tokenizer, 100, lambda _: pytest.fail("all of it counts"))
-    assert found.tolist() == tokenizer("alpha\n\n\n\nbeta")["input_ids"]
+    found = stream_beside(name, tokenizer, 100, lambda _: pytest.fail("all of it counts"))
+    assert found.ids == tokenizer("alpha\n\n\n\nbeta")["input_ids"]

@@ -132,9 +132,10 @@ def test_text_is_that_which_is_held_out_or_all(text: Path) -> None:
     whole = list(dict.fromkeys(tiny.documents()))  # two topics have one text
     held_out = EvaluateConfig("M", tokens=10**7)
     for config, wanted in ((held_out, filter(is_held_out, whole)), (replace(held_out, documents="all"), whole)):
-        stream = read_text(str(text), tokenizer, config)
+        stream, counts = read_text(str(text), tokenizer, config)
+        assert counts is None
         assert tokenizer.decode(stream) == "".join(f"{document}</s>" for document in wanted)
-    assert len(read_text(str(text), tokenizer, EvaluateConfig("M", tokens=77))) == 77
+    assert len(read_text(str(text), tokenizer, EvaluateConfig("M", tokens=77))[0]) == 77
 
 
 @pytest.mark.filterwarnings("ignore")  # lm-eval's and its dependencies'
@@ -169,7 +170,7 @@ def test_command_measures_dense_models_runs_and_exports(
     assert first["generation"]["agreement"] is None
     assert of_run | {"model": ""} == of_export | {"model": ""}
     assert other["texts"][str(text)]["kl"] > 0
-    stream = read_text(str(text), tiny.tokenizer(), EvaluateConfig("M", tokens=300))
+    stream, _ = read_text(str(text), tiny.tokenizer(), EvaluateConfig("M", tokens=300))
     models = {"dense": load(dense), "run": load(run.exported)}
     expected = quality_over(models, windows_over(stream, 64, 32))["run"]
     assert of_run["texts"][str(text)] == {"perplexity": expected.perplexity, "kl": expected.kl}

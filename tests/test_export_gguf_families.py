@@ -55,6 +55,20 @@ PART = {"partial_rotary_factor": 0.5}
 MPT = {"n_heads": 8, "max_seq_len": 128}
 FULL = {"layer_types": ["full_attention"] * 4}
 EVERY_FOURTH = {"sliding_window": 8, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
+# A block without attention, of either type, where llama.cpp wants some of zeros; readers keep all KV heads.
+SHARED = (
+    BlockSizes(6, 3, 64), BlockSizes(0, 0, 32), BlockSizes(8, 4, 0), BlockSizes(8, 4, 96), BlockSizes(0, 0, 128),
+    BlockSizes(4, 4, 64),
+)  # fmt: skip
+TURNS = ["sliding_attention", "full_attention"]
+GEMMA4 = {"head_dim": 16, "global_head_dim": 32, "sliding_window": 8, "hidden_size_per_layer_input": 0} | TIED
+GEMMA4_31B = GEMMA4 | {
+    "layer_types": TURNS * 2, "attention_k_eq_v": True, "num_global_key_value_heads": 2, "final_logit_softcapping": 9.0,
+}  # fmt: skip
+GEMMA4_E2B = GEMMA4 | {
+    "layer_types": TURNS * 3, "num_hidden_layers": 6, "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 320,
+}  # fmt: skip
 GEMMA3 = GEMMA | {"layer_types": PERIOD, "rope_parameters": TWO_ROPES}
 
 
@@ -84,6 +98,9 @@ CASES = {
     "gemma3": Made("gemma3_text", "gemma3", EVEN, GEMMA3 | TIED),
     "gemma3-uneven": Made("gemma3_text", "gemma3", UNEVEN, GEMMA3 | TIED),
     "gemma3-untied": Made("gemma3_text", "gemma3", EVEN, GEMMA3),
+    "gemma4": Made("gemma4_text", "gemma4", EVEN, GEMMA4_31B),
+    "gemma4-uneven": Made("gemma4_text", "gemma4", UNEVEN, GEMMA4_31B | {"num_global_key_value_heads": 4}),
+    "gemma4-shared": Made("gemma4_text", "gemma4", SHARED, GEMMA4_E2B),
     "olmo2": Made("olmo2", "olmo2", NARROW),
     "olmo2-tied": Made("olmo2", "olmo2", NARROW, TIED),
     "smollm3": Made("smollm3", "smollm3", EVEN, {"no_rope_layers": [1, 1, 1, 0]}),
@@ -150,6 +167,7 @@ def write_model(made: Made, out: Path, tokenizer: PreTrainedTokenizerFast | None
             if name.endswith(".index"):
                 norm = getattr(model.get_submodule(name.rpartition(".")[0]).module, "weight", None)
                 chosen.add_((config.num_attention_heads if norm is None else len(norm)) - len(chosen))
+    tiny.draw_scalars(model)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out
@@ -193,7 +211,8 @@ def test_the_graph_is_the_one_that_has_room(files: dict[str, Path], name: str) -
 
 # llama.cpp reads it from a table in float16.
 GELU = (
-    "gemma", "gemma2", "gemma3_text", "starcoder2", "gpt2", "gpt_bigcode", "gpt_neox", "falcon", "bloom", "mpt", "phi",
+    "gemma", "gemma2", "gemma3_text", "gemma4_text", "starcoder2", "gpt2", "gpt_bigcode", "gpt_neox", "falcon", "bloom",
+    "mpt", "phi",
 )  # fmt: skip
 READ_BACK = [name for name, made in CASES.items() if made.architecture in READ and made.family != "seed_oss"]
 

@@ -22,7 +22,7 @@ from darwinlm.genome import level_grid, prunable_parameters
 from darwinlm.model import families
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import ROWS, block_sizes, find_family, find_units, linear_at
-from darwinlm.model.layers import head_dim, layer_config
+from darwinlm.model.layers import head_dim
 from darwinlm.types import DarwinError, Genome, Structure, Unit, UsageError
 from pruned import Pruned
 
@@ -170,7 +170,7 @@ def test_written_out_attentions_have_the_sizes_that_an_export_says(case: Pruned)
             if isinstance(attention, NoAttn):
                 assert sizes.query_heads == sizes.key_value_heads == 0
                 continue
-            width = head_dim(layer_config(config, unit.block))
+            width = head_dim(config, unit.block)
             assert linear_at(model, unit.consumer).in_features == sizes.query_heads * width
             readers = int(getattr(attention, "num_key_value_groups", sizes.query_heads // sizes.key_value_heads))
             assert sizes.query_heads == sizes.key_value_heads * readers

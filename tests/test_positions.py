@@ -61,7 +61,7 @@ def test_the_command_tells_them_up_to_the_models_context(
     out = tmp_path / "out.json"
     assert runs.call("evaluate", str(other), "--against", str(dense), *flags, "--out", str(out)) == 0
     shown = capsys.readouterr().out
-    stream = read_text(str(text), tiny.tokenizer(), EvaluateConfig("M", tokens=600))
+    stream, _ = read_text(str(text), tiny.tokenizer(), EvaluateConfig("M", tokens=600))
     expected = by_position(load(other), long_windows(stream, 256, None), load(dense))
     models = json.loads(out.read_text())["models"]
     assert [at["first"] for at in models[0]["positions"][str(text)]] == [1, 64, 128]

@@ -36,9 +36,12 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+MARKS: dict[str, Any] = {"gemma3": (), "gemma4_unified": (pytest.mark.slow, pytest.mark.long)}  # which is like gemma4
+
+
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=pytest.mark.slow if name != "gemma3" else ()) for name in wrappers.CONFIGS],
+    params=[pytest.param(name, marks=MARKS.get(name, pytest.mark.slow)) for name in wrappers.CONFIGS],
 )
 def family(request: pytest.FixtureRequest) -> str:
     return request.param

@@ -60,7 +60,10 @@ COMMON = {
 MIXED: dict[str, Any] = COMMON | {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
 STATES: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
 SLIDING_FULL = ["sliding_attention", "full_attention"]
-TURNS: dict[str, Any] = MIXED | {"layer_types": SLIDING_FULL * 2, "sliding_window": 8}
+TURNS: dict[str, Any] = MIXED | {
+    "layer_types": SLIDING_FULL * 2, "sliding_window": 8, "head_dim": 4, "global_head_dim": 8,
+    "num_global_key_value_heads": 2,
+}  # fmt: skip
 ALL: dict[str, Any] = {**COMMON}
 FOUR_TIMES: dict[str, Any] = COMMON | {"intermediate_size": 128}  # as wide as these have their MLPs
 CONFIGS: dict[str, PreTrainedConfig] = {
@@ -89,13 +92,11 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
     # Heads of another width and number where attention is full, whose values are what the projection of the keys gives.
     "gemma4": Gemma4TextConfig(
-        **TURNS, head_dim=4, global_head_dim=8, num_global_key_value_heads=2, attention_k_eq_v=True,  # pyright: ignore[reportCallIssue]
-        hidden_size_per_layer_input=0, final_logit_softcapping=30.0,
+        **TURNS, attention_k_eq_v=True, hidden_size_per_layer_input=0, final_logit_softcapping=30.0,
     ),
     # The last blocks read keys and values of earlier ones, have wider MLPs, and all are given embeddings of their own.
     "gemma4-shared-mqa": Gemma4TextConfig(
-        **TURNS | {"num_key_value_heads": 1, "num_hidden_layers": 6, "layer_types": SLIDING_FULL * 3}, head_dim=4,
-        global_head_dim=8,  # pyright: ignore[reportCallIssue]
+        **TURNS | {"num_key_value_heads": 1, "num_hidden_layers": 6, "layer_types": SLIDING_FULL * 3},
         num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB,
         use_double_wide_mlp=True,
     ),

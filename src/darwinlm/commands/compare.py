@@ -12,7 +12,7 @@ from torch import Tensor
 from darwinlm.commands.compress import run as prune
 from darwinlm.commands.judging import Cells, Judge, find_requests, note_questions
 from darwinlm.commands.run_directory import Run, versions_text
-from darwinlm.commands.work import made_from
+from darwinlm.commands.work import made_from, own_text
 from darwinlm.config.checks import expect
 from darwinlm.config.evaluation import CompareConfig
 from darwinlm.config.run import RefitConfig, RunConfig
@@ -145,6 +145,7 @@ def _base(config: CompareConfig) -> RunConfig:
         data=config.data,
         out=str(Path(config.out) / "base"),
         loss_tokens=config.loss_tokens,
+        own=config.own,
         seed=config.seed,
         device=config.device,
         dtype=config.dtype,
@@ -252,8 +253,10 @@ def _open(config: CompareConfig, run: RunConfig) -> _Bench:
     checkpoint = find_checkpoint(config.model, path)
     grid = find_grid(checkpoint.skeleton(), checkpoint.config, config.database)
     length = config.calibration.sequence_length
-    corpus = read_corpus(config.data, checkpoint.tokenizer, length, config.seed, config.loss_tokens)
+    data = own_text(run, checkpoint, path, device)
+    corpus = read_corpus(data, checkpoint.tokenizer, length, config.seed, config.loss_tokens)
     drawn, texts = draw_counted(corpus, run), draw_texts(corpus, run)
+    texts = corpus.draw_parts(config.evaluation.tokens) | texts
     manifest = read_record(path / "database" / MANIFEST, "provenance")
     database = Database(path / "database", grid, manifest["provenance"])
     precisions = (resolve_dtype(config.dtype, device), checkpoint.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from statistics import median
@@ -50,6 +51,7 @@ from darwinlm.search.guard import Guard, guard_prompts
 from darwinlm.search.held_out import curves
 from darwinlm.search.sensitivity import find_starts
 from darwinlm.search.uniform import later_start
+from darwinlm.training.own_text import DIRECTORY
 from darwinlm.training.refit import refit, refitted, set_consumers
 from darwinlm.types import Curve, DarwinError, Genome, SearchResult
 
@@ -102,7 +104,7 @@ def run(config: RunConfig, until: Stage = "report", given: Given | None = None) 
     free = ("search.learning_rate",) if searching else ()
 
     def prepare() -> None:
-        claim(this.path, SETTINGS, config, open_to=free)
+        claim(this.path, SETTINGS, config, (DIRECTORY,), free)
         if given is not None:
             given.write(this.path)
 
@@ -315,7 +317,9 @@ def _evaluate(work: Work, uniform_model: PreTrainedModel) -> list[Row]:
         family = Checkpoint(work.run.exported).family if name == "searched" else work.checkpoint.family
         return ByBlock(family, work.blocks_of(models[name], family))
 
-    return evaluate(models, held_out, tokenizer, work.config.evaluation, sizes, work.texts, by_block, counts)
+    texts = work.parts | work.texts
+    rows = evaluate(models, held_out, tokenizer, work.config.evaluation, sizes, texts, by_block, counts)
+    return [replace(row, parts=tuple(work.parts)) for row in rows]
 
 
 def _curves(work: Work, database: Database, result: SearchResult) -> tuple[dict[str, Curve], dict[str, float]]:
@@ -324,6 +328,6 @@ def _curves(work: Work, database: Database, result: SearchResult) -> tuple[dict[
         return {}, {}
     stitcher = _stitcher(work, database, work.checkpoint.dtype)
     held_out = Drawn(work.tokens["evaluation"], work.counts.get("evaluation"))
-    texts = {f"{work.config.data}, held out": held_out} | work.texts
+    texts = {f"{work.config.data}, held out": held_out} | work.parts | work.texts
     blocks = work.blocks_of(stitcher.dense, stitcher.family)
     return curves(stitcher, blocks, result.history, work.uniform, texts, work.run.search / "curves.json")

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.commands.cards import DENSE, Card, save, table
 from darwinlm.commands.run_directory import open_model
 from darwinlm.config.evaluation import EvaluateConfig, SpeedConfig
-from darwinlm.data.corpus import is_held_out, parts_of, token_stream
+from darwinlm.data.corpus import is_held_out, parts_of, stream_beside
 from darwinlm.data.packing import bos_of, check_ids
 from darwinlm.evaluation.answering import Answers, answer
 from darwinlm.evaluation.drafting import Drafting, drafting
@@ -127,9 +127,9 @@ class _Windows:
     def _cut_once(self, text: str, subject: Subject, cut: partial[list[Window]]) -> list[Window]:
         key = text, id(subject), cut.func.__name__
         if key not in self._cut:
-            stream = read_text(text, subject.tokenizer, self.config)
+            stream, counts = read_text(text, subject.tokenizer, self.config)
             check_ids(stream, subject.vocabulary)
-            self._cut[key] = cut(stream, bos=bos_of(subject.tokenizer))
+            self._cut[key] = cut(stream, bos=bos_of(subject.tokenizer), counts=counts)
         return self._cut[key]
 
 
@@ -232,19 +232,24 @@ def _subjects(config: EvaluateConfig, workspace: Path) -> list[Subject]:
     return subjects
 
 
-def read_text(text: str, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig) -> Int[Tensor, " tokens"]:
-    """The tokens of a text that `config` counts, at most `config.tokens`.
+def read_text(
+    text: str, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig
+) -> tuple[Int[Tensor, " tokens"], Bool[Tensor, " tokens"] | None]:
+    """The tokens of a text's documents, at most `config.tokens`, and the predictions of which count; None if all do.
 
     Raises:
         UsageError: if the text is unknown, unreadable, or too short for a prediction.
     """
-    stream = token_stream(text, tokenizer, config.tokens, lambda d: config.documents == "all" or is_held_out(d))
+    stream = stream_beside(text, tokenizer, config.tokens, lambda d: config.documents == "all" or is_held_out(d))
     if len(stream) < 2:
         raise UsageError(
             f"too little text in {text}: expected at least 2 tokens of {config.documents} documents, found "
             f"{len(stream)}; give more text, or --documents all"
         )
-    return stream
+    ids = torch.tensor(stream.ids[: config.tokens], dtype=torch.long)
+    if config.loss_tokens == "all" or stream.all_count:
+        return ids, None
+    return ids, torch.tensor(list(stream.counts[: config.tokens]), dtype=torch.bool)
 
 
 def _same_vocabulary(one: Subject, other: Subject) -> bool:

@@ -17,9 +17,11 @@ from darwinlm.config.frontier import FrontierConfig
 from darwinlm.config.run import ExportConfig, RunConfig
 from darwinlm.data.corpus import read_corpus
 from darwinlm.data.packing import check_ids
-from darwinlm.export.card import stubbed_card
+from darwinlm.export.anymodel import as_anymodel
+from darwinlm.export.card import ANYMODEL, stubbed_card
 from darwinlm.export.gguf import export_gguf, libgguf
 from darwinlm.export.gguf_precision import QUANTISED
+from darwinlm.export.groups import group_note
 from darwinlm.export.hf import export_hf
 from darwinlm.export.importance import mean_squares
 from darwinlm.export.ollama import write_modelfile
@@ -137,10 +139,14 @@ def convert(directory: Path, out: Path, config: ExportConfig) -> Path:
     text = card.read_text(encoding="utf-8") if card.exists() else f"# {directory.absolute().name}\n"
     if sizes != block_sizes_of(model):
         text = stubbed_card(text, parameter_count(written))
-    export_hf(written, sizes, tokenizer, out, text, expected, directory)
-    for refusal in check_vllm(out):
+    any_model = config.compat == "anymodel"
+    if any_model:
+        text += ANYMODEL
+    export_hf(written, sizes, tokenizer, out, text, expected, directory, as_anymodel if any_model else None)
+    for refusal in [] if any_model else check_vllm(out):
         say(f"vLLM would refuse this export: {refusal}")
     _, *parallel = tensor_parallel_sizes(sizes)
     among = f"among {', '.join(map(str, parallel))}" if parallel else "in no way among several"
     say(f"tensor parallelism: the sizes of every block can be split {among} devices")
+    say(group_note(written))
     return out

@@ -230,7 +230,7 @@ def _measure(
     cells, chosen = Cells(Path(config.out)), []
     held_out, tokenizer = Drawn(work.tokens["evaluation"], work.counts.get("evaluation")), work.checkpoint.tokenizer
     dense = work.dense(work.checkpoint.dtype)
-    judge = Judge(dense, held_out, work.texts, tokenizer, config.evaluation, config)
+    judge = Judge(dense, held_out, work.parts | work.texts, tokenizer, config.evaluation, config)
     for number, target in enumerate((DENSE, *sizes)):
         place = f"frontier: {number}/{len(sizes)}, {target}"
         wanted = _cell(work, target, results.get(target))

@@ -15,20 +15,23 @@ from darwinlm.commands.run_directory import GRADUAL_SETTINGS, claim, find_export
 from darwinlm.commands.train import check, train
 from darwinlm.config.run import RunConfig
 from darwinlm.config.training import GradualConfig, GradualStage, TrainConfig, steps_of
+from darwinlm.data.draw import tokens_taken
 from darwinlm.data.stream import draw_sequences
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.families import find_grid, find_units
 from darwinlm.model.size import parameter_count
 from darwinlm.report import tables
 from darwinlm.runtime import parallel
+from darwinlm.runtime.device import resolve_device, resolve_dtype
 from darwinlm.runtime.files import write_json, write_text
 from darwinlm.runtime.names import short_name
 from darwinlm.runtime.progress import say
 from darwinlm.search.costs import parameter_costs
 from darwinlm.search.uniform import uniform_genome
 from darwinlm.training.directory import FINISHED
+from darwinlm.training.own_text import DIRECTORY, with_own_text, writes_own_text
 
-LEFT_BEHIND = ("cache", "dense")  # what a refused command may leave, and the next one uses
+LEFT_BEHIND = ("cache", "dense", DIRECTORY)  # what a refused command may leave, and the next one uses
 
 
 def gradual(config: GradualConfig) -> Path:
@@ -67,6 +70,7 @@ def _check(config: GradualConfig, dense: Checkpoint) -> None:
 def _stages(config: GradualConfig, out: Path) -> Path:
     with parallel.first_before_others():
         dense = find_checkpoint(config.model, out)
+    config = _with_own_text(config, dense, out)
     _check(config, dense)
     model, rows = config.model, []
     for number, stage in enumerate(config.stages, 1):
@@ -84,6 +88,20 @@ def _stages(config: GradualConfig, out: Path) -> Path:
         _report(config, out, rows, parameter_count(dense.skeleton()))
         print(model)
     return Path(model)
+
+
+def _with_own_text(config: GradualConfig, dense: Checkpoint, out: Path) -> GradualConfig:
+    """The settings with files in their text for what the dense model writes of it, once for all stages."""
+    if not writes_own_text(config.data):
+        return config
+    device = resolve_device(config.device)
+    pruning, held_out = tokens_taken(_pruning(config, config.stages[0], 1, config.model, dense))
+    tokens = max(pruning, sum(stage.tokens for stage in config.stages))
+    taken = tokens, max(held_out, config.training.evaluation_tokens)
+    dtype = resolve_dtype("auto", device)
+    with parallel.first_before_others():
+        data = with_own_text(config.data, dense, taken, config.own, out, config.seed, device, dtype)
+    return replace(config, data=data)
 
 
 def _pruning(config: GradualConfig, stage: GradualStage, number: int, model: str, dense: Checkpoint) -> RunConfig:

@@ -17,6 +17,7 @@ from darwinlm.report.html import unless_it_fails, write_page
 from darwinlm.report.run_page import RunFacts, lead, sections
 from darwinlm.runtime.files import write_text
 from darwinlm.runtime.names import short_name
+from darwinlm.runtime.progress import say
 from darwinlm.runtime.stages import StageUse
 from darwinlm.search.costs import parameter_costs, shared_parameter_costs
 from darwinlm.search.sensitivity import SENSITIVITIES, measured_sensitivities
@@ -68,6 +69,8 @@ def report(
         work.run.path, title, rows, work.grid, genomes, result.history, settings, metric, elsewhere, uniform, stages
     )
     run_report.print_table(rows)
+    for sentence in run_report.warnings(rows):
+        say(sentence)
     for path in [work.run.exported, *paths, page]:
         print(path)
 

@@ -29,6 +29,7 @@ from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import block_sizes_of
 from darwinlm.model.size import parameter_count
 from darwinlm.report.html import NAME, unless_it_fails
+from darwinlm.report.training_page import changed_parts
 from darwinlm.runtime import parallel
 from darwinlm.runtime.device import resolve_device, resolve_dtype
 from darwinlm.runtime.files import read_json, write_record
@@ -38,6 +39,7 @@ from darwinlm.training.adapters import add_adapters, merge_adapters
 from darwinlm.training.arguments import accumulation, is_sharded, training_arguments
 from darwinlm.training.directory import FINISHED, Training
 from darwinlm.training.judge import judging
+from darwinlm.training.own_text import with_own_text, writes_own_text
 from darwinlm.training.sharding import load_sharded
 from darwinlm.training.teacher_logits import CachedTeacher, TaughtSequences, TeacherLogits
 from darwinlm.training.trainer import Batch, DivergedError, RecoveryTrainer, Teacher
@@ -136,17 +138,21 @@ def _open(training: Training, config: TrainConfig) -> _Work:
             teacher = None if config.teacher is None else open_model(config.teacher, training.path / "teacher")
         check(config, checkpoint, teacher)
         cache = Path(config.cache) if config.cache else training.path / "cache"
-        text = config.data, config.steps * config.training.batch_size, checkpoint.tokenizer, config.stream, cache
-        sequences = draw_sequences(*text, config.seed, -(-config.skip // config.stream.sequence_length))
+        data = _with_own_text(config, teacher, cache, device)
+        text = data, config.steps * config.training.batch_size, checkpoint.tokenizer, config.stream, cache
+        skip = -(-config.skip // config.stream.sequence_length)
+        sequences = draw_sequences(*text, config.seed, skip, config.loss_tokens)
         held_out = draw_held_out(
-            config.data,
+            data,
             -(-config.training.evaluation_tokens // config.stream.sequence_length),
             checkpoint.tokenizer,
             config.stream,
             cache,
+            config.loss_tokens,
         )
-        for drawn in (sequences, held_out):
+        for drawn, flag in ((sequences, "--tokens"), (held_out, "--training.evaluation-tokens")):
             drawn.check_ids(checkpoint.config.vocab_size)
+            drawn.expect_counted(flag)
         provenance = {
             "model": checkpoint.agree_on_fingerprint(),
             "teacher": None if teacher is None else teacher.agree_on_fingerprint(),
@@ -172,6 +178,21 @@ def _open(training: Training, config: TrainConfig) -> _Work:
         dtype=dtype,
         provenance=provenance,
     )
+
+
+def _with_own_text(config: TrainConfig, teacher: Checkpoint | None, cache: Path, device: torch.device) -> str:
+    """The text of a training, with what the dense model, the teacher, writes of it in files."""
+    if not writes_own_text(config.data):
+        return config.data
+    if teacher is None:
+        raise UsageError("--data self is what the dense model writes: expected --teacher, found none; name it")
+    tokens = (
+        config.steps * config.training.batch_size * config.stream.sequence_length,
+        config.training.evaluation_tokens,
+    )
+    dtype = resolve_dtype(config.training.dtype, device)
+    with parallel.first_before_others():
+        return with_own_text(config.data, teacher, tokens, config.own, cache, config.seed, device, dtype)
 
 
 def _determining(config: TrainConfig) -> dict[str, Any]:
@@ -361,6 +382,8 @@ def _conclude(work: _Work, last: Path) -> None:
             page, work.config, work.checkpoint, _settings(work), work.provenance, history, (before, after), written
         )
     write_record(work.training.result_path, {"before": before, "after": after}, work.provenance)
+    for sentence in changed_parts(before, after):
+        say(sentence)
     for name, figures in (("before", before), ("after", after)):
         say(f"{name}: " + ", ".join(f"{what} {value:.4g}" for what, value in figures.items()))
     print(work.training.exported, page, sep="\n")

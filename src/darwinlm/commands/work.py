@@ -17,7 +17,7 @@ from darwinlm.commands.run_directory import Run, read_genome, versions
 from darwinlm.config.checks import bytes_of
 from darwinlm.config.run import STARTS, RunConfig, Stage
 from darwinlm.data.corpus import Drawn, fingerprint, read_corpus
-from darwinlm.data.draw import apart, draw_counted, draw_texts, fit_to_text
+from darwinlm.data.draw import apart, draw_counted, draw_texts, fit_to_text, tokens_taken
 from darwinlm.data.packing import check_ids
 from darwinlm.database.store import reused_database
 from darwinlm.evaluation.memory import evaluation_bytes
@@ -39,6 +39,7 @@ from darwinlm.search.guard import guard_prompts
 from darwinlm.search.latency import latency_costs
 from darwinlm.search.memory import HEADROOM, Allowance, allowance, count_memory
 from darwinlm.search.uniform import check_export, uniform
+from darwinlm.training.own_text import with_own_text, writes_own_text
 from darwinlm.types import DarwinError, Genome
 
 SINCE = {"divisible_by": 1, "loss_tokens": "all"}  # settings that a database need not name, with their defaults
@@ -56,6 +57,7 @@ class Work:
         tokens: token blocks by purpose, for the stages that are run.
         counts: by purpose, for every token whether the prediction after it counts, where not all do.
         texts: further texts to judge models on.
+        parts: of a mixture, held-out text of each source by itself.
         dtype: precision of the search.
         allowance: what the search may keep on the device to save time.
         models: the dense model in each precision that was asked for, loaded once.
@@ -73,6 +75,7 @@ class Work:
     tokens: dict[str, Int[Tensor, "sequences length"]]
     counts: dict[str, Bool[Tensor, "sequences length"]]
     texts: dict[str, Drawn]
+    parts: dict[str, Drawn]
     device: torch.device
     dtype: torch.dtype
     allowance: Allowance
@@ -186,9 +189,11 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
         for sentence in grid.fewer(config.database.levels):
             say(sentence)
         length = config.calibration.sequence_length
-        corpus = read_corpus(config.data, checkpoint.tokenizer, length, config.seed, config.loss_tokens)
+        data = own_text(config, checkpoint, this.path, device)
+        corpus = read_corpus(data, checkpoint.tokenizer, length, config.seed, config.loss_tokens)
         config = fit_to_text(corpus, config) if config.fit_data else config
         drawn, texts = draw_counted(corpus, config, until), draw_texts(corpus, config)
+        parts = corpus.draw_parts(config.evaluation.tokens) if until == "report" else {}
         for ids, _ in (*drawn.values(), *texts.values()):
             check_ids(ids, checkpoint.config.vocab_size)
         provenance = {
@@ -235,11 +240,25 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
         tokens=tokens,
         counts=counts,
         texts=texts,
+        parts=parts,
         device=device,
         dtype=dtype,
         allowance=allowed,
         provenance=provenance,
     )
+
+
+def own_text(config: RunConfig, checkpoint: Checkpoint, out: Path, device: torch.device) -> str:
+    """The text of a run, with what the dense model writes of it in files; the first call writes them, which takes time.
+
+    Raises:
+        UsageError: as `with_own_text`.
+    """
+    if not writes_own_text(config.data):
+        return config.data
+    dtype = resolve_dtype(config.dtype, device)
+    with parallel.first_before_others():
+        return with_own_text(config.data, checkpoint, tokens_taken(config), config.own, out, config.seed, device, dtype)
 
 
 def _allowance(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from darwinlm.config.checks import expect_count, expect_counts, expect_named, expect_seed
+from darwinlm.config.own import OwnConfig
 from darwinlm.config.run import CalibrationConfig, DatabaseConfig, EvaluationConfig, SearchConfig
 from darwinlm.types import LossTokens, UsageError
 
@@ -64,6 +65,8 @@ class EvaluateConfig(TasksConfig):
     """Prompts of --chat, at most."""
     answer_tokens: int = 512
     """Tokens of an answer, at most."""
+    loss_tokens: LossTokens = "assistant"
+    """Of chats in the text, the tokens that count: those that the assistant wrote, or all. Of other text, all do."""
     documents: Literal["held-out", "all"] = "held-out"
     """Of the text: the tenth that darwinlm never calibrates, searches or trains on, or all of it."""
     tokens: int = 524_288
@@ -143,6 +146,7 @@ class CompareConfig(TasksConfig):
     loss_tokens: LossTokens = "assistant"
     """Of chats in the text, the tokens that count in fitness, refit, training and evaluation: those that the assistant
     wrote, or all. Of other text, all do."""
+    own: OwnConfig = field(default_factory=OwnConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     search: SearchConfig = field(default_factory=SearchConfig)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from darwinlm.config.checks import expect, expect_counts, expect_named, expect_seed, expect_size
 from darwinlm.config.evaluation import TasksConfig
+from darwinlm.config.own import OwnConfig
 from darwinlm.config.run import (
     STARTS,
     CalibrationConfig,
@@ -54,6 +55,7 @@ class FrontierConfig(TasksConfig):
     loss_tokens: LossTokens = "assistant"
     """Of chats in the text, the tokens that count in fitness, refit, training and evaluation: those that the assistant
     wrote, or all. Of other text, all do."""
+    own: OwnConfig = field(default_factory=OwnConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     search: SearchConfig = field(default_factory=lambda: SearchConfig(generations=10))

@@ -22,6 +22,7 @@ from darwinlm.config.checks import (
     expect_seed,
     expect_size,
 )
+from darwinlm.config.own import OwnConfig
 from darwinlm.types import LossTokens, MetricName, MovesName, SelectionStage, Structure
 
 Stage = Literal["database", "search", "export", "report"]
@@ -271,8 +272,9 @@ class ExportConfig:
     """Tokens of that text."""
     target: str | None = None
     """Of a frontier: the size, as for darwinlm compress; one that it lacks is searched first, from its neighbours."""
-    compat: Literal["none", "vllm"] = "none"
-    """Write small modules of zeros where a block has none, which vLLM wants."""
+    compat: Literal["none", "vllm", "anymodel"] = "none"
+    """vllm: write small modules of zeros where a block has none, which vLLM wants. anymodel: write the form that is
+    proposed for its AnyModel, which no release has and transformers does not load."""
     verify: bool = True
     """Load an hf export in a fresh process without darwinlm and compare its logits."""
 
@@ -291,8 +293,8 @@ class RunConfig:
     model: str
     """A hub id, a directory, a .gguf file, or smollm2-135m."""
     data: str
-    """Text or chats: fineweb-edu, wikitext2, c4, a datasets id, a .txt, .jsonl or .parquet file, vital-wiki.
-    SOURCE=WEIGHT,SOURCE=WEIGHT mixes."""
+    """Text or chats: fineweb-edu, wikitext2, c4, a datasets id, a .txt, .jsonl or .parquet file, vital-wiki,
+    self (what the dense model writes) or self:SOURCE (its answers). SOURCE=WEIGHT,SOURCE=WEIGHT mixes."""
     out: str
     """Directory of the run. The same command resumes it."""
     target_level: float | None = None
@@ -326,6 +328,7 @@ class RunConfig:
     loss_tokens: LossTokens = "assistant"
     """Of chats in the text, the tokens that count in fitness, refit, training and evaluation: those that the assistant
     wrote, or all. Of other text, all do."""
+    own: OwnConfig = field(default_factory=OwnConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     search: SearchConfig = field(default_factory=SearchConfig)

@@ -14,6 +14,7 @@ from darwinlm.config.checks import (
     expect_positive,
     expect_seed,
 )
+from darwinlm.config.own import OwnConfig
 from darwinlm.config.run import (
     CalibrationConfig,
     DatabaseConfig,
@@ -130,6 +131,7 @@ class TrainConfig:
     loss_tokens: LossTokens = "assistant"
     """Of chats in the text, the tokens that count in loss and evaluation: those that the assistant wrote, or all. Of
     other text, all do."""
+    own: OwnConfig = field(default_factory=OwnConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -199,6 +201,7 @@ class GradualConfig:
     loss_tokens: LossTokens = "assistant"
     """Of chats in the text, the tokens that count in fitness, refit, training and evaluation: those that the assistant
     wrote, or all. Of other text, all do."""
+    own: OwnConfig = field(default_factory=OwnConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     search: SearchConfig = field(default_factory=SearchConfig)

@@ -131,6 +131,26 @@ class Corpus:
         """As `draw_held_out`, with which predictions count."""
         return self._draw({"evaluation": tokens}, held_out=True)["evaluation"]
 
+    def draw_parts(self, tokens: int) -> dict[str, Drawn]:
+        """Of a mixture, held-out blocks of each source by itself, at most `tokens` of each; of a single source, none.
+
+        A source in whose held-out documents nothing counts has none.
+        """
+        if len(self.sources) == 1:
+            return {}
+        there = self.available(-(-tokens // self.sequence_length), held_out=True)
+        parts = {}
+        for (name, documents, _), count, short in zip(self.sources, there, self._short_names, strict=True):
+            chosen = [document for document in documents if is_held_out(document)]
+            part = self._pack(name, chosen, count, {"evaluation": tokens})
+            if count and (part.counts is None or part.counts.any()):
+                parts[f"{short}, held out"] = part
+        return parts
+
+    @property
+    def _short_names(self) -> list[str]:
+        return short_names([name for name, _, _ in self.sources])
+
     def available(self, most: int, held_out: bool) -> tuple[int, ...]:
         """How many sequences each source has, of its held-out documents or of the others, at most `most` of each."""
 
@@ -290,21 +310,16 @@ def name_and_weight(part: str) -> tuple[str, float]:
     return name, float(weight)
 
 
+def short_names(sources: Sequence[str]) -> list[str]:
+    """The names of sources without their directories, where they differ even so."""
+    names = [Path(source).name for source in sources]
+    return [name if names.count(name) == 1 else source for name, source in zip(names, sources, strict=True)]
+
+
 def is_held_out(document: str) -> bool:
     """Whether a document is kept for evaluation: a tenth of all are, by their own hash or, of chats, the question's."""
     deciding = document.opening if isinstance(document, Chat) else document
     return int.from_bytes(hashlib.sha256(deciding.encode()).digest()[:4]) < HELD_OUT_SHARE * 2**32
-
-
-def token_stream(
-    text: str,
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: int,
-    counts: Callable[[str], bool],
-    flag: str = "--data",
-) -> Int[Tensor, " tokens"]:
-    """The ids of `stream_beside`, at most `tokens`. Raises as it does."""
-    return torch.tensor(stream_beside(text, tokenizer, tokens, counts, flag).ids[:tokens], dtype=torch.long)
 
 
 def stream_beside(

@@ -26,6 +26,9 @@ LONGEST = 1 << 18  # characters of a document; what is longer makes several, whi
 PLAIN = 2000  # characters of a document of a plain file
 
 
+OWN = "self"  # the source that the dense model writes
+
+
 TEXT_COLUMNS = ("text", "content", "extract")
 
 
@@ -44,6 +47,10 @@ def read_documents(name: str, flag: str = "--data") -> Iterator[str]:
     Raises:
         UsageError: if it is unknown or unreadable, or no line of it holds text.
     """
+    if is_own(name):
+        raise UsageError(
+            f"{flag}: {name} is what the dense model writes: expected it in --data of a run or a training; name text"
+        )
     path = Path(name).expanduser()
     if name in PACKAGED:
         records = json.loads(_packaged(name).read_text(encoding="utf-8")).values()
@@ -55,6 +62,11 @@ def read_documents(name: str, flag: str = "--data") -> Iterator[str]:
     else:
         texts = _read_hub(name, flag)
     return (piece for text in texts for piece in pieces_of(text))
+
+
+def is_own(name: str) -> bool:
+    """Whether a source is what the dense model writes: `self`, or `self:SOURCE`."""
+    return name.partition(":")[0] == OWN
 
 
 def pieces_of(text: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from darwinlm.config.run import RunConfig, Stage
+from darwinlm.config.run import RunConfig, SearchConfig, Stage
 from darwinlm.data.corpus import Corpus, Drawn
 from darwinlm.runtime.progress import say
 from darwinlm.types import SelectionStage, UsageError
@@ -31,9 +31,35 @@ def draw_counted(corpus: Corpus, config: RunConfig, until: Stage = "report") -> 
     counts = _token_counts(config)
     if until == "database":
         return corpus.draw_counted(calibration=counts["calibration"])
+    purposes = ("calibration", "search", "training") if until == "search" else tuple(counts)
+    drawn = corpus.draw_counted(**{purpose: counts[purpose] for purpose in purposes})
+    expect_answers(drawn["search"].counts, config.search)
     if until == "search":
-        return corpus.draw_counted(**{purpose: counts[purpose] for purpose in ("calibration", "search", "training")})
-    return corpus.draw_counted(**counts) | {"evaluation": corpus.draw_held_out_counted(config.evaluation.tokens)}
+        return drawn
+    return drawn | {"evaluation": corpus.draw_held_out_counted(config.evaluation.tokens)}
+
+
+def expect_answers(counts: Bool[Tensor, "sequences length"] | None, config: SearchConfig) -> None:
+    """Raise `UsageError` if a stage of the search has no token that counts.
+
+    Args:
+        counts: of the search's text, for every token whether the prediction after it counts; None if all do.
+    """
+    last = int(config.metric == "perplexity")  # after the last token of a sequence, it predicts none
+    for stage in config.stages if counts is not None else ():
+        assert counts is not None
+        sequences, rest = divmod(stage.fitness_tokens, counts.shape[1])
+        whole = counts[:sequences, : counts.shape[1] - last]
+        if not (whole.any() or counts[sequences : sequences + 1, : max(0, rest - last)].any()):
+            raise UsageError(
+                f"--search.stages: expected answers of an assistant within the first {stage.fitness_tokens:,} tokens "
+                "of the search, found none; give the stage more fitness_tokens, or take --loss-tokens all"
+            )
+
+
+def tokens_taken(config: RunConfig) -> tuple[int, int]:
+    """The tokens that all stages take together, and those that are held out."""
+    return sum(_token_counts(config).values()), config.evaluation.tokens
 
 
 def _token_counts(config: RunConfig) -> dict[str, int]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from darwinlm.config.training import StreamConfig
-from darwinlm.data.corpus import is_held_out, name_and_weight, parts_of
+from darwinlm.data.corpus import is_held_out, name_and_weight, parts_of, short_names
 from darwinlm.data.documents import pieces_of
 from darwinlm.data.mapped import mapped
 from darwinlm.data.packing import (
@@ -288,6 +288,19 @@ class Sequences(torch.utils.data.Dataset):
         store = self.stores[number]
         ids = {"input_ids": store.read(*place)}
         return ids | {"counts": store.counts(*place)} if self.has_chats else ids
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The short name of each store's source."""
+        return tuple(short_names([store.source for store in self.stores]))
+
+    def expect_counted(self, flag: str) -> None:
+        """Raise `UsageError` if no prediction in them counts; a flag says how many there are."""
+        if self.has_chats and not any(self[index]["counts"][:-1].any() for index in range(len(self))):
+            raise UsageError(
+                f"{flag}: expected answers of an assistant among {len(self):,} sequences, found none; give chats with "
+                "answers, more tokens, or --loss-tokens all"
+            )
 
     @cached_property
     def has_chats(self) -> bool:

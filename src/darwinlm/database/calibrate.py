@@ -187,12 +187,18 @@ def _fill_ends(
 ) -> list[str]:
     """Load what runs in front of the blocks, and return the paths of its modules.
 
-    Of embeddings only the rows that are looked up are loaded: a whole one can be larger than a block.
+    Of embeddings only the rows that are looked up are loaded: a whole one can be larger than a block. Those beside the
+    stream's, which can be larger than all blocks, stay in the host's memory.
     """
     family = checkpoint.family
     for path in lookups(family):
-        rows = checkpoint.tensor(f"{path}.weight")[used].to(device, dtype)
+        rows = checkpoint.tensor(f"{path}.weight")[used].to(dtype)
         embedding: Any = model.get_submodule(path)
+        if path == family.embedding:
+            rows = rows.to(device)
+        else:
+            embedding.register_forward_pre_hook(lambda _, args: args[0].cpu())
+            embedding.register_forward_hook(lambda _, __, found: found.to(device))
         embedding.weight = nn.Parameter(rows, requires_grad=False)
         embedding.padding_idx = None  # it numbers the whole table's rows, and only gradients heed it
     around = modules_around(model, family)

@@ -18,7 +18,7 @@ from darwinlm.model.blocks import Blocks, Resident
 from darwinlm.model.families import HEADS, key_value_heads, linear_at
 from darwinlm.model.family import Family
 from darwinlm.model.flow import is_selection
-from darwinlm.model.layers import head_counts, head_dim, layer_config
+from darwinlm.model.layers import head_counts, head_dim
 from darwinlm.types import Genome, Producer, Unit
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -167,7 +167,7 @@ class Stitcher:
     def _count_heads(self, block: nn.Module, unit: Unit, remaining: int) -> None:
         """Set a narrow attention's numbers of heads wherever its forward pass reads them."""
         attention: Any = block.get_submodule(self.family.attention)
-        width = head_dim(layer_config(self.dense.config, unit.block))
+        width = head_dim(self.dense.config, unit.block)
         queries = remaining * unit.structure_width // width
         keys = key_value_heads(unit, remaining, queries)
         attention.num_key_value_groups = queries // keys
@@ -208,7 +208,7 @@ class Stitcher:
     def _heads(self, level: Level, dense: nn.Module) -> Selected:
         """Which heads before pruning an attention at a level has."""
         before = getattr(dense.get_submodule(self.family.attention), HEADS, None)
-        count = level.unit.structure_width // head_dim(layer_config(self.dense.config, level.unit.block))
+        count = level.unit.structure_width // head_dim(self.dense.config, level.unit.block)
         heads = (level.kept[:, None] * count + torch.arange(count)).flatten()
         device = next(dense.parameters()).device
         return Selected(nn.Identity(), heads.to(device) if before is None else before.index[heads.to(device)])

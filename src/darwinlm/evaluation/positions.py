@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -45,9 +45,11 @@ def ranges(length: int) -> list[tuple[int, int]]:
     return list(zip(firsts, [*(first - 1 for first in firsts[1:]), length - 1], strict=True))
 
 
-def long_windows(stream: Int[Tensor, " tokens"], length: int, bos: int | None) -> list[Window]:
+def long_windows(
+    stream: Int[Tensor, " tokens"], length: int, bos: int | None, counts: Bool[Tensor, " tokens"] | None = None
+) -> list[Window]:
     """Return the disjoint windows of `length` tokens of a text, or the text itself if it is shorter than one."""
-    windows = windows_over(stream, length, length, bos)
+    windows = windows_over(stream, length, length, bos, counts)
     return [window for window in windows if len(window.token_ids) == length] or windows
 
 

@@ -59,26 +59,41 @@ class Window:
         return places if self.counts is None else places[self.counts[places]]
 
 
-def windows_over(stream: Int[Tensor, " tokens"], length: int, stride: int, bos: int | None = None) -> list[Window]:
+def windows_over(
+    stream: Int[Tensor, " tokens"],
+    length: int,
+    stride: int,
+    bos: int | None = None,
+    counts: Bool[Tensor, " tokens"] | None = None,
+) -> list[Window]:
     """Return windows of at most `length` tokens, each `stride` tokens after the one before; no token counts twice.
 
     With `stride == length` the windows are disjoint, and the first token of each does not count, because nothing
     precedes it. With a smaller stride, every token but the first of the text counts; after the first window, each has
     at least `length - stride` tokens before it. With a BOS, each window begins with it, has one token less of the text,
     and every token of the text counts.
+
+    Args:
+        counts: whether the prediction of each token of the text counts at all; if None, all do.
     """
     windows, end = [], 0
     before = stream[:0] if bos is None else torch.tensor([bos])
     text = length - len(before)
     for start in range(0, len(stream), min(stride, text)):
         ids = torch.cat([before, stream[start : start + text]])
-        window = Window(ids, max(1, end - start + len(before)))
+        own = None if counts is None else _shifted(counts[start : start + text], len(before))
+        window = Window(ids, max(1, end - start + len(before)), own)
         if len(window.token_ids) > window.first:
             windows.append(window)
         end = start + text
         if end >= len(stream):
             break
     return windows
+
+
+def _shifted(counts: Bool[Tensor, " tokens"], before: int) -> Bool[Tensor, " window"]:
+    """For each token of a window with some tokens before the text's, whether the prediction after it counts."""
+    return torch.cat([counts[1 - before :], torch.zeros(1, dtype=torch.bool)])
 
 
 def perplexity_and_kl(

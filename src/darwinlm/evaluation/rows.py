@@ -34,6 +34,7 @@ class Row:
         bytes: the size of the checkpoint.
         continuations: each prompt, followed by the model's continuation.
         texts: the model's quality on further texts, by name.
+        parts: the names among them that are of a mixture's parts.
         answers: its answers to chat prompts, if they were asked for.
     """
 
@@ -48,6 +49,7 @@ class Row:
     bytes: int
     continuations: tuple[str, ...]
     texts: dict[str, Quality] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
     answers: Answers | None = None
 
 

@@ -19,7 +19,7 @@ from darwinlm.config.run import EvaluationConfig
 from darwinlm.evaluation.generation import next_token
 from darwinlm.evaluation.quality import evaluation_mode
 from darwinlm.model.families import block_sizes_of
-from darwinlm.model.layers import head_dim, layer_config
+from darwinlm.model.layers import head_dim
 from darwinlm.model.size import parameter_bytes
 from darwinlm.runtime import timing
 from darwinlm.runtime.peaks import Peaks, held
@@ -130,7 +130,7 @@ def _cache_bytes(cache: Cache) -> int:
 def count(model: PreTrainedModel, config: SpeedConfig) -> Counted:
     """Count what the model has to compute and to read, from the sizes of its blocks and weights."""
     sizes = block_sizes_of(model)
-    widths = [head_dim(layer_config(model.config, index)) for index in range(len(sizes))]
+    widths = [head_dim(model.config, index) for index in range(len(sizes))]
     linears = [module.weight for module in model.base_model.modules() if isinstance(module, nn.Linear)]
     linear: Any = model.get_output_embeddings()
     output_embedding: Tensor = linear.weight

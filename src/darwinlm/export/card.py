@@ -64,6 +64,14 @@ output: {parameters:,} parameters with these.
 """
 
 
+ANYMODEL = """
+## For vLLM's AnyModel
+
+This directory has the form that is [proposed](https://github.com/vllm-project/vllm/pull/36512) for layers of different
+sizes; transformers does not load it.
+"""
+
+
 def trained_card(card: str, model: str, settings: Mapping[str, str], parameters: int) -> str:
     """Return the card of a model after training.
 

@@ -111,6 +111,8 @@ def _add_settings(writer: gguf.GGUFWriter, model: Description, name: str, file_t
     (writer.add_layer_norm_eps if graph.layer_norms else writer.add_layer_norm_rms_eps)(model.epsilon)
     for method, field in graph.fields:
         getattr(writer, method)(getattr(config, field))
+    for method, field in graph.options:
+        getattr(writer, method)(getattr(config, field, None) or 0)
     if graph.slopes:
         writer.add_max_alibi_bias(8.0)  # the exponent of the steepest slope, in transformers always
     if model.clip:
@@ -121,15 +123,28 @@ def _add_settings(writer: gguf.GGUFWriter, model: Description, name: str, file_t
 
 def _add_positions(writer: gguf.GGUFWriter, model: Description) -> None:
     rope = model.rope()
-    writer.add_rope_dimension_count(int(model.head_dim * rope.get("partial_rotary_factor", 1.0)))
+    part = 1.0 if model.graph.by_kind else rope.get("partial_rotary_factor", 1.0)  # there, factors say which part
+    writer.add_rope_dimension_count(int(model.head_dim * part))
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     if model.graph.windows:
         writer.add_sliding_window(min(model.config.sliding_window, model.positions))
-        writer.add_sliding_window_pattern(model.period(model.graph))
+        if model.graph.by_kind:
+            _add_kinds(writer, model)
+        else:
+            writer.add_sliding_window_pattern(model.period(model.graph))
         writer.add_rope_freq_base_swa(model.rope("sliding_attention")["rope_theta"])
+
+
+def _add_kinds(writer: gguf.GGUFWriter, model: Description) -> None:
+    """What differs between full attention and that with a window."""
+    width = model.widths.get("sliding_attention", model.head_dim)
+    writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in model.kinds])
+    writer.add_key_length_swa(width)
+    writer.add_value_length_swa(width)
+    writer.add_rope_dimension_count_swa(width)
 
 
 def _precisions(tensors: Sequence[Written], file_type: str, blocks: int) -> list[Precision]:

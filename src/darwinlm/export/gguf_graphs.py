@@ -1,181 +1,20 @@
-"""Which of llama.cpp's graphs computes a model, and with how much room for each block: a table, and its one reader."""
+"""Which of llama.cpp's graphs computes a model, and with how much room for each block."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from darwinlm.model.families import PRUNED, block_sizes_of, find_family, head_dim, modules_around
+from darwinlm.export.gguf_architectures import GEMMA3, GRAPHS, Graph
+from darwinlm.model.families import block_sizes_of, find_family, lookups, modules_around
+from darwinlm.model.layers import PRUNED, head_dim, shares
 from darwinlm.model.reading import skeleton
 from darwinlm.types import BlockSizes, UsageError
 
 STUB_CHANNELS = 32  # of an MLP of zeros, where a block has none: llama.cpp computes wrong logits without one
 USE_DIRECTORY = "use the Hugging Face directory"
-SMALL_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # of which llama.cpp computes one, the tanh's
-
-
-@dataclass(frozen=True)
-class Graph:
-    """An architecture of llama.cpp: what it computes, and what its tensors are called.
-
-    Attributes:
-        per_block: it takes sizes for each block.
-        empty_attention: a block may have no attention at all.
-        filled: its query heads together are as wide as the hidden size.
-        pairs: it rotates pairs of neighbouring rows of a head, where transformers rotates rows of its two halves.
-        rotated: it has rotary embedding.
-        partial: of a part of the head, if need be.
-        slopes: scores have a bias that grows with the distance, by a slope of each head (ALiBi).
-        head_norms: the heads of query and key have norms.
-        joint_norms: query and key have norms over all heads.
-        shifted: norms multiply by their weight, where transformers multiplies by 1 + weight.
-        layer_norms: norms take off the mean.
-        biases: norms and projections have biases, of zeros where the model has none.
-        gated: the MLP has a gate.
-        gate_beside: the gate and the input of the MLP are one tensor.
-        fused: query, key and value are one tensor.
-        tied: it has one embedding for input and output.
-        output: it wants an output embedding, tied or not.
-        windows: how many blocks lie from one with full attention to the next, where the file does not say; 0 without
-            sliding windows.
-        unrotated: how many blocks lie from one without rotary embedding to the next, 0 if all have it.
-        scales_query: it scales attention by 1 / √head_dim and no other; else by what the file says.
-        odd_depth: a model of so many blocks is taken for one whose attention scales by √(heads / hidden size).
-        fields: methods of the writer, and the fields of the config that they write.
-        only: fields of the config, where it has them, and the values for which the graph computes it.
-    """
-
-    name: str
-    per_block: bool = False
-    empty_attention: bool = False
-    filled: bool = False
-    pairs: bool = False
-    rotated: bool = True
-    partial: bool = False
-    slopes: bool = False
-    head_norms: bool = False
-    joint_norms: bool = False
-    shifted: bool = False
-    layer_norms: bool = False
-    biases: bool = False
-    gated: bool = True
-    gate_beside: bool = False
-    fused: bool = False
-    tied: bool = False
-    output: bool = False
-    windows: int = 0
-    unrotated: int = 0
-    activations: tuple[str, ...] = ("silu",)
-    ropes: tuple[str, ...] = ("default", "linear", "llama3")
-    scales_query: bool = True
-    odd_depth: int = 0
-    fields: tuple[tuple[str, str], ...] = ()
-    only: tuple[tuple[str, Any], ...] = ()
-
-
-LLAMA = Graph("llama", pairs=True)
-DECI = Graph("deci", pairs=True, per_block=True, empty_attention=True)
-QWEN2 = Graph("qwen2", filled=True)
-QWEN3 = Graph("qwen3", head_norms=True)
-OPENELM = Graph("openelm", per_block=True, head_norms=True, fused=True, tied=True, ropes=("default",))
-_CAPS = (
-    ("add_attn_logit_softcapping", "attn_logit_softcapping"),
-    ("add_final_logit_softcapping", "final_logit_softcapping"),
-)
-GEMMA2 = Graph(
-    "gemma2", windows=2, odd_depth=46, tied=True, ropes=("default",), fields=_CAPS, shifted=True, activations=SMALL_GELU
-)
-GEMMA3 = Graph(
-    "gemma3", windows=6, odd_depth=62, head_norms=True, ropes=("default", "linear"), shifted=True,
-    activations=SMALL_GELU,
-)  # fmt: skip
-OLMO2 = Graph("olmo2", filled=True, joint_norms=True, output=True, ropes=("default",))
-GRANITE = Graph(
-    "granite", pairs=True, scales_query=False, ropes=("default", "linear", "llama3"),
-    fields=(
-        ("add_attention_scale", "attention_multiplier"), ("add_embedding_scale", "embedding_multiplier"),
-        ("add_residual_scale", "residual_multiplier"), ("add_logit_scale", "logits_scaling"),
-    ),
-)  # fmt: skip
-SMOLLM3 = Graph("smollm3", pairs=True, unrotated=4, ropes=("default",))
-_OLDER: dict[str, Any] = {"filled": True, "layer_norms": True, "gated": False, "ropes": ("default", "linear")}
-STARCODER2 = Graph("starcoder2", biases=True, activations=SMALL_GELU, **_OLDER)
-_GELU = ("gelu", *SMALL_GELU)  # of which llama.cpp computes the tanh's, where the published models have the other
-_FUSED: dict[str, Any] = _OLDER | {"fused": True, "activations": _GELU}
-GPT2 = Graph(
-    "gpt2", biases=True, rotated=False, **_FUSED,
-    only=(("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)),
-)  # fmt: skip
-STARCODER = Graph("starcoder", biases=True, rotated=False, **_FUSED)
-_PARALLEL = (("add_parallel_residual", "use_parallel_residual"),)
-GPTNEOX = Graph("gptneox", biases=True, partial=True, **_FUSED, fields=_PARALLEL)
-FALCON = Graph("falcon", **_FUSED, only=(("parallel_attn", True),))
-BLOOM = Graph(
-    "bloom", biases=True, rotated=False, slopes=True, **_FUSED,
-    only=(("apply_residual_connection_post_layernorm", False),),
-)  # fmt: skip
-MPT = Graph("mpt", rotated=False, slopes=True, **_FUSED, only=(("attn_config.softmax_scale", None),))
-PHI2 = Graph("phi2", biases=True, partial=True, **_OLDER, activations=_GELU, only=(("qk_layernorm", False),))
-STABLELM = Graph(
-    "stablelm", filled=True, layer_norms=True, partial=True, ropes=("default",), fields=_PARALLEL,
-    only=(("qk_layernorm", False),),
-)  # fmt: skip
-GEMMA = Graph("gemma", shifted=True, tied=True, ropes=("default",), activations=_GELU)
-GLM4 = Graph("glm4", partial=True, gate_beside=True, ropes=("default",))
-EXAONE4 = Graph("exaone4", head_norms=True)
-OLMO3 = replace(OLMO2, windows=4)
-COMMAND_R = Graph(
-    "command-r", layer_norms=True, tied=True, ropes=("default",), fields=(("add_logit_scale", "logit_scale"),),
-    only=(("use_qk_norm", False),),
-)  # fmt: skip
-NEMOTRON = Graph("nemotron", partial=True, shifted=True, **_OLDER, activations=("relu2",))
-ARCEE = Graph("arcee", pairs=True, gated=False, activations=("relu2",), ropes=("default",))
-COHERE2 = Graph(
-    "cohere2", layer_norms=True, tied=True, windows=4, ropes=("default",), fields=(("add_logit_scale", "logit_scale"),)
-)
-HUNYUAN = Graph("hunyuan-dense", head_norms=True, ropes=("default",))
-JAIS2 = Graph("jais2", biases=True, **_OLDER, activations=("relu2",))
-NEIGHBOURS = replace(LLAMA, pairs=False), replace(DECI, pairs=False)  # for who rotates pairs in transformers too
-# The graphs that can compute a family, the first that has room for its sizes is taken.
-GRAPHS: dict[str, tuple[Graph, ...]] = {
-    "arcee": (ARCEE,),
-    "bloom": (BLOOM,),
-    "cohere": (COMMAND_R,),
-    "cohere2": (COHERE2,),
-    "hunyuan_v1_dense": (HUNYUAN,),
-    "jais2": (JAIS2,),
-    "ernie4_5": NEIGHBOURS,
-    "exaone4": (EXAONE4,),
-    "falcon": (FALCON,),
-    "gemma": (GEMMA,),
-    "glm4": (GLM4,),
-    "gpt2": (GPT2,),
-    "gpt_bigcode": (STARCODER,),
-    "gpt_neox": (GPTNEOX,),
-    "helium": NEIGHBOURS,
-    "internlm3": (LLAMA, DECI),
-    "iquestcoder": (LLAMA, DECI),
-    "llama": (LLAMA, DECI),
-    "mpt": (MPT,),
-    "nemotron": (NEMOTRON,),
-    "olmo3": (OLMO3,),
-    "phi": (PHI2,),
-    "stablelm": (STABLELM,),
-    "mistral": (LLAMA, DECI),
-    "phi3": (LLAMA, DECI),
-    "seed_oss": (LLAMA, DECI),
-    "qwen2": (QWEN2, DECI),
-    "qwen3": (QWEN3, OPENELM),
-    "gemma2": (GEMMA2,),
-    "gemma3_text": (GEMMA3,),
-    "granite": (GRANITE, DECI),
-    "olmo2": (OLMO2,),
-    "smollm3": (LLAMA, DECI, SMOLLM3),
-    "starcoder2": (STARCODER2,),
-}
 
 
 class GraphError(UsageError):
@@ -203,9 +42,13 @@ class Description:
             raise refused(f"a model of one of the families {', '.join(GRAPHS)}", found)
         model = skeleton(config)
         self.family = find_family(model)
-        self.around = modules_around(model, self.family)
+        self.around = [*lookups(self.family)[1:], *modules_around(model, self.family)]
         self.sizes: Sequence[BlockSizes] = block_sizes_of(model)
-        self.head_dim = head_dim(config)
+        self.widths = {"": head_dim(config, 0)}  # of a head, by the type of a block that has attention
+        for index, kind in enumerate(self.kinds):
+            if self.sizes[index].query_heads or kind not in self.widths:
+                self.widths[kind] = head_dim(config, index)
+        self.head_dim = self.widths.get("full_attention", self.widths[""])
         self.graph, self.room = self._choose()
 
     def _choose(self) -> tuple[Graph, Sequence[BlockSizes]]:
@@ -257,6 +100,14 @@ class Description:
         kind = "sliding_attention" if getattr(self.config, "sliding_window", None) else "full_attention"
         return list(getattr(self.config, "layer_types", None) or [kind] * len(self.sizes))
 
+    def width(self, index: int) -> int:
+        """The width of a head of a block."""
+        return self.widths[self.kinds[index]]
+
+    def reads(self, index: int) -> bool:
+        """Whether a block reads the keys and values of another."""
+        return shares(self.config, index, "reuse")
+
     def period(self, graph: Graph) -> int:
         """Every how many blocks attention is full, as `graph` understands it. Raises `GraphError` if it does not."""
         used = [(i, kind) for i, kind in enumerate(self.kinds) if self.sizes[i].query_heads]
@@ -293,8 +144,10 @@ class Description:
                 f"{USE_DIRECTORY}, or, for texts of that length, a copy whose config.json says "
                 f"sliding_window null and max_position_embeddings {window}",
             )  # fmt: skip
-        if graph.windows:
+        if graph.windows and not graph.by_kind:
             self.period(graph)
+        if graph.by_kind:
+            self._check_kinds()
         names = ("hidden_activation", "hidden_act", "activation_function", "activation")
         activation = next(filter(None, (getattr(config, name, None) for name in names)), graph.activations[0])
         if activation not in graph.activations:
@@ -306,6 +159,8 @@ class Description:
                 raise refused(f"{name} {value}", str(found))
         if bool(self.family.biases) != graph.slopes:
             raise refused(*(("a slope of each head", "none") if graph.slopes else ("heads without slopes", "slopes")))
+        if graph.by_kind and self.rope("sliding_attention")["rope_type"] != "default":
+            raise refused("plain rotary embedding under windows", self.rope("sliding_attention")["rope_type"])
         for rope in (self.rope(), self.rope("sliding_attention")) if graph.rotated else ():
             if rope.get("partial_rotary_factor", 1.0) != 1.0 and not graph.partial:
                 raise refused("rotary embedding of whole heads", "of a part")
@@ -335,15 +190,41 @@ class Description:
         if not self.sizes[0].query_heads:
             raise refused("attention in the first block", "none", "choose a genome that keeps it")
 
-    def _room(self, graph: Graph) -> Sequence[BlockSizes]:
-        stub = (0, 0) if graph.empty_attention else (1, 1)
-        if graph.per_block:
-            return tuple(
-                BlockSizes(
-                    block.query_heads or stub[0], block.key_value_heads or stub[1], block.intermediate or STUB_CHANNELS
-                )
-                for block in self.sizes
+    def _check_kinds(self) -> None:
+        """Raise `GraphError` unless blocks read keys and values of the last two before them, one of each type."""
+        stores = [index for index in range(len(self.sizes)) if shares(self.config, index, "store")]
+        last = stores[-1] + 1 if stores else 2
+        found = [self.kinds[index] for index in stores]
+        if stores and (stores != [last - 2, last - 1] or found != ["sliding_attention", "full_attention"]):
+            raise refused(
+                "keys and values shared by a block with a window, and by one with full attention behind it",
+                f"them in blocks {', '.join(map(str, stores))}",
             )
+        if getattr(self.config, "use_bidirectional_attention", None) == "all":
+            raise refused("attention to what was before", "attention to both sides")
+
+    def _stub(self, graph: Graph, index: int) -> tuple[int, int]:
+        """The heads of zeros of a block without attention: as many KV heads as are in the cache that it reads."""
+        if graph.empty_attention:
+            return 0, 0
+        if not self.reads(index):
+            return 1, 1
+        stores = range(len(self.sizes))
+        count = next(
+            self.sizes[i].key_value_heads
+            for i in stores
+            if shares(self.config, i, "store") and self.kinds[i] == self.kinds[index]
+        )
+        return count, count
+
+    def _room(self, graph: Graph) -> Sequence[BlockSizes]:
+        if graph.per_block:
+            heads = [
+                (block.query_heads, block.key_value_heads) if block.query_heads else self._stub(graph, index)
+                for index, block in enumerate(self.sizes)
+            ]
+            channels = (block.intermediate or STUB_CHANNELS for block in self.sizes)
+            return tuple(BlockSizes(*each, width) for each, width in zip(heads, channels, strict=True))
         readers = max(block.query_heads // block.key_value_heads for block in self.sizes if block.query_heads)
         groups = max(block.key_value_heads for block in self.sizes)
         if graph.filled:

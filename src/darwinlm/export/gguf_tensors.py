@@ -21,6 +21,11 @@ from darwinlm.types import BlockSizes, DarwinError
 
 ARCHITECTURES = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
 INPUTS = ("attn_q", "attn_k", "attn_v")
+# What blocks have beside their units: a number for the stream, and what they compute of an embedding of each token.
+GIVEN = (
+    "layer_scalar", "per_layer_input_gate.weight", "per_layer_projection.weight", "post_per_layer_input_norm.weight"
+)  # fmt: skip
+UNROTATED = 1e30  # the factor of rows that are not rotated
 
 
 class Weights:
@@ -81,10 +86,13 @@ def tensors(model: Description, weights: Weights) -> Iterator[Written]:
         yield _stored("output.weight", weights, embedding, logits)
     if model.rope().get("rope_type") == "llama3":
         yield Written("rope_freqs.weight", (model.head_dim // 2,), partial(_rope_factors, model.config))
+    elif model.graph.by_kind:
+        yield Written("rope_freqs.weight", (model.head_dim // 2,), partial(_rope_part, model))
     for index in range(len(model.sizes)):
         block = _Block(model, weights, index)
         yield from block.attention()
         yield from block.mlp()
+        yield from block.rest()
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,7 @@ class _Block:
         self.graph, self.family = model.graph, model.family
         self.size, self.room = model.sizes[index], model.room[index]
         self.source, self.target = model.family.block(index), f"blk.{index}"
+        self.width = model.width(index)
 
     def attention(self) -> Iterator[Written]:
         if not self.room.query_heads:
@@ -118,7 +127,8 @@ class _Block:
                 yield from self._heads(name, rows)
         if self.graph.head_norms or self.graph.joint_norms:
             factor = model.query_factor if self.graph.head_norms else 1.0
-            for name, path, scale in zip(INPUTS, family.head_norms, (factor, 1.0), strict=False):
+            norms = family.head_norms[: len(inputs)]
+            for name, path, scale in zip(INPUTS, norms, (factor, 1.0), strict=False):
                 yield from self._head_norm(name, path, present, scale)
         yield from self._output(
             "attn_output", family.attention_output, present, lambda part: self._spread(part.T, query=True).T
@@ -141,19 +151,30 @@ class _Block:
             yield from self._linear("ffn_up", whole, 2 * room, present, both)
         yield from self._output("ffn_down", family.mlp_output, present, lambda part: _padded(part, room, axis=1))
 
+    def rest(self) -> Iterator[Written]:
+        """What the block has beside its units, which stays as it is."""
+        if not self.graph.by_kind:
+            return
+        for name in GIVEN:
+            source = f"{self.source}.{name}"
+            if source in self.weights:
+                target = _named(self.model, source.removesuffix(".weight"))
+                yield _stored(f"{target}.weight", self.weights, source)
+
     def _inputs(self) -> dict[str, _Rows]:
         """Where the rows of query, key and value lie."""
         family, size, starts = self.family, self.size, dict[str, int]()
         result = {}
-        counts = (size.query_heads, size.key_value_heads, size.key_value_heads)
-        for number, (path, heads) in enumerate(zip(family.projections, counts, strict=True)):
+        counts = [size.query_heads, size.key_value_heads, size.key_value_heads]
+        own = 1 if self.model.reads(self.index) else 2 if self.index in family.values_of_keys else 3
+        for number, (path, heads) in enumerate(zip(family.projections[:own], counts, strict=False)):
             start = starts.get(path, 0)
-            starts[path] = start + heads * self.model.head_dim
-            take = partial(_slice, start=start, count=heads * self.model.head_dim)
+            starts[path] = start + heads * self.width
+            take = partial(_slice, start=start, count=heads * self.width)
             if self.graph.joint_norms and number < 2:  # norms over all heads need all of them
                 take = _whole
             if family.by_head:
-                take = partial(_of_groups, number=number, groups=size.key_value_heads, width=self.model.head_dim)
+                take = partial(_of_groups, number=number, groups=size.key_value_heads, width=self.width)
             result[INPUTS[number]] = _Rows(f"{self.source}.{path}", take)
         return result
 
@@ -164,11 +185,11 @@ class _Block:
         if places is not None:
             rows = part.unflatten(0, (len(places), -1))
             return rows.new_zeros(total, *rows.shape[1:]).index_copy(0, places, rows).flatten(0, 1)
-        return _grown(part, self.size, self.room) if query else _padded(part, total * self.model.head_dim)
+        return _grown(part, self.size, self.room) if query else _padded(part, total * self.width)
 
     def _places(self, query: bool) -> Tensor | None:
         """Which of the room's heads the block has, where that matters."""
-        family, width = self.family, self.model.head_dim
+        family, width = self.family, self.width
         if self.graph.slopes:
             name, width = f"{self.source}.{family.attention}.{HEADS}.index", 1
         elif self.graph.joint_norms:
@@ -184,7 +205,7 @@ class _Block:
     def _room_of(self, name: str) -> int:
         """How many rows the graph has of query, key or value."""
         heads = self.room.query_heads if name == INPUTS[0] else self.room.key_value_heads
-        return heads * self.model.head_dim
+        return heads * self.width
 
     def _change(self, name: str) -> Callable[[Tensor], Tensor]:
         """What makes the graph's rows from those of query, key or value."""
@@ -223,7 +244,7 @@ class _Block:
         """The projection out of a unit, whose columns `change` brings to the number of the room."""
         hidden, source = self.model.config.hidden_size, f"{self.source}.{path}"
         factor = self.model.multiplier("residual_multiplier")
-        width = self.room.query_heads * self.model.head_dim if name == "attn_output" else self.room.intermediate
+        width = self.room.query_heads * self.width if name == "attn_output" else self.room.intermediate
 
         def scaled(part: Tensor) -> Tensor:
             return part if factor == 1.0 else part.float() * factor
@@ -252,7 +273,7 @@ class _Block:
 
     def _head_norm(self, name: str, source: str, present: bool, factor: float) -> Iterator[Written]:
         """The norm of the heads of query or key, or over all of them."""
-        width = self._room_of(name) if self.graph.joint_norms else self.model.head_dim
+        width = self._room_of(name) if self.graph.joint_norms else self.width
         path = f"{self.source}.{source}"
         if f"{path}.module.weight" in self.weights:  # of which an export selects outputs
             path = f"{path}.module"
@@ -349,3 +370,9 @@ def _rope_factors(config: Any) -> Tensor:
     dimension = head_dim(config)
     plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, dimension, 2, dtype=torch.float64) / dimension)
     return (plain / scaled.double()).float()
+
+
+def _rope_part(model: Description) -> Tensor:
+    """Return the factors, `[head_dim / 2]`, by which a part of a head is rotated."""
+    rotated = int(model.rope().get("partial_rotary_factor", 1.0) * model.head_dim // 2)
+    return torch.cat([torch.ones(rotated), torch.full((model.head_dim // 2 - rotated,), UNROTATED)])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,6 +16,7 @@ from darwinlm.export.card import wrapper_card
 from darwinlm.export.verify import Expected, verify_export
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.frame import find_frame
+from darwinlm.model.layers import DENSE_SIZES
 from darwinlm.model.licence import licence_files
 from darwinlm.model.pruned import (
     auto_map,
@@ -40,6 +42,7 @@ def export_hf(
     card: str,
     expected: Expected | None = None,
     origin: Path | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a stitched model as a directory that `AutoModelForCausalLM` loads, and return `out`.
 
@@ -48,7 +51,8 @@ def export_hf(
     `card` as README.md, the code of the model unless a stock class can load it, and the licence files that lie in
     `origin`, the directory of the model that this one was made from. If that is a wrapper, such as a model of
     images and text, the export is the same wrapper around the stitched model. The directory appears whole or not
-    at all. If `expected` is given, it appears only after a fresh process has loaded it and computed those logits.
+    at all. If `expected` is given, it appears only after a fresh process has loaded it and computed those logits, and
+    after `finish` has changed it.
 
     Raises:
         UsageError: if the family cannot be exported, or as `new_directory` does.
@@ -79,6 +83,8 @@ def export_hf(
         if expected is not None:
             difference = verify_export(directory, expected)
             say(f"export: loads without darwinlm, largest difference of a logit {difference:.1e}")
+        if finish is not None:
+            finish(directory)
     return out
 
 
@@ -95,18 +101,40 @@ def _precise_weights(
 
 
 def _complete_config(path: Path, full_auto_map: dict[str, str]) -> None:
-    """Add to config.json what `save_pretrained` leaves out: the whole `auto_map`, and RoPE under its older names.
+    """Add to config.json what `save_pretrained` leaves out: the whole `auto_map`, and what had other names before.
 
-    Without these, transformers 4 and programs built on it load a stock model, which computes wrong logits.
+    Without these, transformers 4 and programs built on it load a stock model, which computes wrong logits, and versions
+    of transformers 5 in which heads of full attention had a width of their own do not load such a model.
     """
     config = json.loads(path.read_text())
     text = config.get(WRAPPED, config)
     rope = dict(text.get("rope_parameters") or {})
     if "rope_theta" in rope:  # where every layer has the same
         text["rope_theta"] = rope.pop("rope_theta")
+    _name_global_heads(text, plain=not full_auto_map)
     if full_auto_map:
         config["auto_map"] = full_auto_map
     elif rope.get("rope_type", "default") != "default":
         # With an unknown model type, it makes AutoTokenizer of transformers 5.23 fail where no code is trusted.
         text["rope_scaling"] = rope
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _name_global_heads(text: dict[str, Any], plain: bool) -> None:
+    """Say in the fields of older versions how heads differ where attention is full.
+
+    Args:
+        plain: whether no code comes with the model; newer versions then make all of `per_layer_config` of these fields.
+    """
+    layers = {int(index): own for index, own in (text.get("per_layer_config") or {}).items()}
+    full = [index for index, kind in enumerate(text.get("layer_types") or ()) if kind == "full_attention"]
+    own = [layers.get(index, {}) for index in full]
+    widths = {each.get("head_dim") for each in own}
+    if len(widths) != 1 or None in widths:
+        return
+    sizes = text.get(DENSE_SIZES)
+    keys = sizes[full[0]][1] if sizes else own[0].get("num_key_value_heads")
+    text |= {"global_head_dim": widths.pop(), "num_global_key_value_heads": keys}
+    alike = layers.keys() == {*full} and all(each == own[0] for each in own)
+    if plain and alike and (own[0].keys() <= {"head_dim"} or text.get("attention_k_eq_v")):
+        del text["per_layer_config"]

@@ -1,6 +1,6 @@
 """Exports for vLLM: a check for what its Transformers backend would refuse, and modules of zeros where it needs some.
 
-The rules are those in the source of vLLM 0.33 (`vllm/model_executor/models/transformers`); vLLM itself is not run here.
+The rules are those of `vllm/model_executor/models/transformers`; `benchmarks/serving.py` holds them against vLLM.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -130,11 +131,14 @@ def tensor_parallel_sizes(sizes: Sequence[BlockSizes]) -> tuple[int, ...]:
 
 
 def _check_classes(model: PreTrainedModel) -> list[str]:
-    """Return what the classes of the installed transformers lack; no version that was tested lacks anything."""
+    """Return what the classes of the installed transformers lack; Falcon's, BLOOM's and MPT's mix tokens themselves."""
     cure = "install the transformers that this darwinlm was tested with"
     refusals: list[str] = []
     if not model._supports_attention_backend:
-        refusals.append(f"{type(model).__name__} does not support attention backends: {cure}")
+        refusals.append(
+            f"{type(model).__name__} does not support attention backends in transformers {transformers.__version__}: "
+            "serve it with transformers, or with llama.cpp as a GGUF file"
+        )
     for name, module in model.named_modules():
         if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "o_proj"):
             calls = _interface_calls(type(module))

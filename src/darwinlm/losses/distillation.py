@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -27,6 +27,10 @@ class Target(Protocol):
 
     def log_probs(self, rows: slice, student: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
         """Return log-probabilities after some tokens, given the student's after the same tokens and temperature."""
+        ...
+
+    def at(self, rows: Int[Tensor, " rows"]) -> Target:
+        """Return the distribution after the tokens at these places alone."""
         ...
 
 
@@ -51,6 +55,10 @@ class HiddenTarget:
         """Return the teacher's log-probabilities, in the student's precision; padding has probability 0."""
         found = self._log_probs(rows).to(student.dtype)
         return nn.functional.pad(found, (0, student.shape[-1] - found.shape[-1]), value=-torch.inf)
+
+    def at(self, rows: Int[Tensor, " rows"]) -> HiddenTarget:
+        """Return the distribution after the tokens at these places alone."""
+        return replace(self, hidden=self.hidden[rows])
 
     def top_k(self, k: int) -> tuple[Float[Tensor, "tokens top_k"], Int[Tensor, "tokens top_k"]]:
         """Return the log-probabilities of the `k` likeliest tokens, and their indices."""
@@ -89,6 +97,10 @@ class TopKTarget:
         spread = torch.where(mass.isfinite(), others - mass + rest, -torch.inf)  # K may be the whole vocabulary
         return spread.scatter(-1, indices, known)
 
+    def at(self, rows: Int[Tensor, " rows"]) -> TopKTarget:
+        """Return the distribution after the tokens at these places alone."""
+        return TopKTarget(self.indices[rows], self.values[rows])
+
 
 class Losses(NamedTuple):
     """Means over tokens: the loss that is minimised, and its parts in nats a token. Without a target, `kl` is 0."""
@@ -111,8 +123,8 @@ def chunked_loss(
     """Return `(1 - kl_weight) CE(labels) + kl_weight T^2 KL(teacher_T || student_T)`, the mean over tokens.
 
     With `z = logits(hidden)`, the student's distribution at temperature T is `softmax(z / T)`. No `[tokens, vocab]`
-    tensor is ever made. The gradient reaches `hidden`, and the weight and bias of `logits`, through the first of the
-    three results. Under autocast, products are in its precision; sums are in float32 or better.
+    tensor is ever made. Of no tokens, it is 0. The gradient reaches `hidden`, and the weight and bias of `logits`,
+    through the first of the three results. Under autocast, products are in its precision; sums are float32 or better.
 
     Raises:
         UsageError: if the logits are not a scaled or capped product with an output embedding.
@@ -143,7 +155,7 @@ class _ChunkedLoss(torch.autograd.Function):
         temperature: float,
         chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens = len(hidden)
+        tokens = max(1, len(hidden))
         exact = torch.promote_types(torch.float32, hidden.dtype)
         products = _product_dtype(hidden)
         narrow, narrow_bias = weight.to(products), None if bias is None else bias.to(products)
@@ -154,7 +166,7 @@ class _ChunkedLoss(torch.autograd.Function):
         cross_entropy = torch.zeros((), dtype=exact, device=hidden.device)
         kl = torch.zeros_like(cross_entropy)
         with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, tokens, chunk):
+            for start in range(0, len(hidden), chunk):
                 rows = slice(start, start + chunk)
                 states = hidden[rows].to(products)
                 logits = output.finish(nn.functional.linear(states, narrow, narrow_bias))

@@ -143,7 +143,7 @@ def find_grid(model: PreTrainedModel, config: PretrainedConfig, settings: Databa
 
 
 def _attention(block: _Block, layer: PretrainedConfig, config: PretrainedConfig, structure: Structure) -> Unit:
-    family, width = block.family, head_dim(layer)
+    family, width = block.family, head_dim(config, block.index)
     queries, keys = head_counts(layer)
     reads = shares(config, block.index, "reuse")
     readers = queries // keys
@@ -314,7 +314,7 @@ def block_sizes(grid: Grid, genome: Genome, config: PretrainedConfig) -> tuple[B
             heads = head_counts(layer_config(config, block))
         if (block, "attention") in remainders:  # an earlier pruning may have removed it
             unit, remaining = remainders[block, "attention"]
-            queries = remaining * unit.structure_width // head_dim(layer_config(config, block))
+            queries = remaining * unit.structure_width // head_dim(config, block)
             heads = queries, key_value_heads(unit, remaining, queries)
         if (block, "mlp") in remainders:
             intermediate = remainders[block, "mlp"][1]

@@ -18,13 +18,14 @@ def is_pruned(config: PretrainedConfig) -> bool:
     return config.model_type.startswith(PRUNED)
 
 
-def head_dim(config: PretrainedConfig) -> int:
-    """The width of one attention head: `head_dim` of the config, or if it has none, hidden size over query heads.
+def head_dim(config: PretrainedConfig, block: int = 0) -> int:
+    """The width of a head of a block: `head_dim` of its config, or if it has none, hidden size over query heads.
 
-    Args:
-        config: of a block (`layer_config`), if blocks may differ in it.
+    Only where a family gives its blocks heads of different widths is it the block's own config that says it: others may
+    compute the width from the number of heads, of which pruning leaves a block fewer.
     """
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    owner = layer_config(config, block) if "head_dim" in (config.per_layer_attributes or ()) else config
+    return getattr(owner, "head_dim", None) or owner.hidden_size // owner.num_attention_heads
 
 
 def head_counts(config: PretrainedConfig) -> tuple[int, int]:
@@ -64,8 +65,7 @@ def shares(config: PretrainedConfig, block: int, mode: str) -> bool:
 
 def head_width(config: PretrainedConfig, block: int) -> dict[str, int]:
     """The width of a head of a block, where the family itself gives blocks different ones."""
-    differs = "head_dim" in (config.per_layer_attributes or ())
-    return {"head_dim": layer_config(config, block).head_dim} if differs else {}
+    return {"head_dim": head_dim(config, block)} if "head_dim" in (config.per_layer_attributes or ()) else {}
 
 
 def check_sharing(config: PretrainedConfig, pruned: PretrainedConfig) -> None:

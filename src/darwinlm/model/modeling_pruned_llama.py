@@ -115,7 +115,8 @@ def resized(module: Any, rows: Any, columns: Any) -> nn.Module:
 def narrow(layer: nn.Module, config: Any, index: int) -> None:
     """Give a stock layer the sizes that the config of the layer says."""
     size, parts = config.layer(index), config.layer_parts
-    queries, keys, width = size.num_attention_heads, size.num_key_value_heads, size.head_dim
+    queries, keys = size.num_attention_heads, size.num_key_value_heads
+    width = vars(size).get("head_dim", config.head_dim)  # some compute it, of heads that the layer has lost
     numbers = {"config": size, "queries": queries, "keys": keys, "readers": queries // keys}
     numbers |= {"query width": queries * width, "key width": keys * width, "channels": size.intermediate_size}
     present = {path for path, _ in layer.named_modules()}  # not every layer has every part

@@ -131,12 +131,12 @@ def _with_causal_class(text: str) -> str:
 def render(family: str) -> str:
     """Return the source of the Python module that an export of a family contains."""
     text, stock = TEMPLATE.read_text(), stock_names(family)
+    for start, end in LINES_BY_HEAD * (family not in GIVEN_BY_HEAD) + LINES_BY_TYPE * (family not in STAYING):
+        text = text[: text.index(start)] + text[text.index(end) :]
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         text = _with_causal_class(text)
     if CLASSIFIER not in stock:
         text = text[: text.index("\n\nAutoModel.register")]
-    for start, end in (LINES_BY_HEAD * (family not in GIVEN_BY_HEAD)) + LINES_BY_TYPE * (family not in STAYING):
-        text = text[: text.index(start)] + text[text.index(end) :]
     for auto, name in stock_names("llama").items():
         text = re.sub(rf"{name}\b", f"<{stock.get(auto)}>", text)
     prefix = re.sub(r"(ForCausalLM|LMHeadModel)$", "", stock["AutoModelForCausalLM"])
@@ -341,7 +341,7 @@ def _shared_fields(config: PreTrainedConfig) -> dict[str, Any]:
     per_layer = ("per_layer_config", "allow_global_per_layer_attribute_access")
     fields = {key: value for key, value in config.to_dict().items() if key not in replaced + per_layer}
     computed = isinstance(getattr(type(config), "head_dim", None), property)
-    return fields if computed else fields | {"head_dim": head_dim(layer_config(config, 0))}
+    return fields if computed else fields | {"head_dim": head_dim(config, 0)}
 
 
 def _native_config(family: str, fields: dict[str, Any]) -> PreTrainedConfig | None:

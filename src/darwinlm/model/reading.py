@@ -74,6 +74,11 @@ def read_whole(path: Path) -> PretrainedConfig:
         raise UsageError(f"no config at {path}: expected a directory with config.json, or such a file; check it")
     fields = read_json(file, "model_type")
     check_sizes(fields, file)
+    if fields.get("architectures") == ["AnyModel"]:
+        raise UsageError(
+            f"{file} is of the form for vLLM's AnyModel: expected one that transformers loads; name the export that it "
+            "was made from"
+        )
     family = str(fields["model_type"]).removeprefix(PRUNED)
     wraps = isinstance(fields.get(WRAPPED), dict) and family in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     # Of another, transformers would say that code is to be trusted.

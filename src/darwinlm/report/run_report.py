@@ -16,6 +16,7 @@ from darwinlm.evaluation.rows import Row
 from darwinlm.genome import Grid
 from darwinlm.report import answering, tables
 from darwinlm.report.figures import levels_figure, save_figure, search_figure
+from darwinlm.report.left_behind import left_behind
 from darwinlm.runtime.files import write_record, write_text
 from darwinlm.runtime.stages import StageUse
 from darwinlm.runtime.timing import Ratio
@@ -296,5 +297,16 @@ def models_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def note_on_models(rows: Sequence[Row]) -> str:
-    """Return the note that explains the models' table."""
-    return NOTE.format(dense=rows[0].model, texts=NOTE_ON_TEXTS if rows[0].texts else "")
+    """Return the note that explains the models' table, and says which parts of a mixture are left behind."""
+    note = NOTE.format(dense=rows[0].model, texts=NOTE_ON_TEXTS if rows[0].texts else "")
+    return "\n".join([note, *(f"{sentence}." for sentence in warnings(rows))])
+
+
+def warnings(rows: Sequence[Row]) -> list[str]:
+    """Return a sentence for each part of a mixture on which the last model is worse than elsewhere, or than uniform."""
+    *others, last = rows
+    if not last.parts:
+        return []
+    uniform = {part: others[-1].texts[part].kl for part in last.parts} if len(others) > 1 else {}
+    own = {part: last.texts[part].kl for part in last.parts}
+    return left_behind(own, uniform or own, "the uniform model")

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from darwinlm.report.charts import Line, Point, axis, lines_chart
-from darwinlm.report.html import Chart, Grid, Section, Table
+from darwinlm.report.html import Chart, Grid, Note, Section, Table
+from darwinlm.report.left_behind import left_behind
 from darwinlm.report.run_page import provenance_blocks, writings
 
 # What lines of the log hold, with how it is called.
 HELD_OUT = {"eval_perplexity": "perplexity, held out", "eval_kl": "KL, held out (nats a token)"}
+ON = "kl on "  # begins the name of a figure of one part of a mixture
 TRAINED = {
     "loss": "loss",
     "cross_entropy": "cross-entropy (nats a token)",
@@ -48,20 +50,27 @@ def lead(facts: TrainingFacts) -> str:
     changes = [
         f"{names.get(name, name)} on held-out text went from {facts.before[name]:.4g} to {after:.4g}"
         for name, after in facts.after.items()
-        if name in facts.before
+        if name in facts.before and " on " not in name
     ]
     steps = max((line["step"] for line in facts.log), default=0)
     return f"In {steps:,} steps, {', and '.join(changes)}."
+
+
+def changed_parts(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+    """Return a sentence for each part of a mixture that a training left behind, from its held-out figures."""
+    own, old = ({name[len(ON) :]: of[name] for name in after if name.startswith(ON)} for of in (after, before))
+    return left_behind(own, old, "the model before it")
 
 
 def sections(facts: TrainingFacts) -> list[Section]:
     """Return the sections of the page."""
     names = list(facts.after)
     rows = [[when, *(f"{of[name]:.4g}" for name in names)] for when, of in _both(facts)]
+    behind = [Note(f"{sentence}.") for sentence in changed_parts(facts.before, facts.after)]
     courses = {**HELD_OUT, **TRAINED}
     charts = [chart for name, title in courses.items() if (chart := _course(name, title, facts.log)) is not None]
     return [
-        Section("Before and after", [Table(["model", *names], rows)]),
+        Section("Before and after", [Table(["model", *names], rows), *behind]),
         Section("Course", [Grid(charts), _table(facts.log, courses)] if charts else []),
         Section("What the model writes", writings(facts.written)),
         Section("Provenance", provenance_blocks(facts.settings, facts.provenance, facts.recipe)),

@@ -116,12 +116,13 @@ def cache_costs(grid: Grid, config: PretrainedConfig, bytes_each: int) -> Costs:
         remaining = unit.structures - removed
         if unit.kind != "attention" or not remaining or shares(config, unit.block, "reuse"):
             return 0
-        width = head_dim(layer_config(config, unit.block))
+        width = head_dim(config, unit.block)
         queries = remaining * unit.structure_width // width
         return 2 * key_value_heads(unit, remaining, queries) * width * bytes_each
 
-    shared = [layer_config(config, b) for b in range(config.num_hidden_layers) if shares(config, b, "store")]
-    fixed = sum(2 * head_counts(layer)[1] * head_dim(layer) * bytes_each for layer in shared)
+    shared = [block for block in range(config.num_hidden_layers) if shares(config, block, "store")]
+    keys = (head_counts(layer_config(config, block))[1] * head_dim(config, block) for block in shared)
+    fixed = sum(2 * each * bytes_each for each in keys)
     return Costs("bytes of cache a token", _tabulate(grid, cached), fixed)
 
 

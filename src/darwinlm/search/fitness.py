@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from darwinlm.config.run import SearchConfig
+from darwinlm.data.draw import expect_answers
 from darwinlm.data.packing import cut, scramble
 from darwinlm.database.stitch import Stitcher
 from darwinlm.losses.logits import Logits, hidden_states
@@ -24,7 +25,7 @@ from darwinlm.model.states import last_states
 from darwinlm.runtime import parallel
 from darwinlm.search.candidate_training import KEPT_BYTES, CandidateTrainer, Trained, rounded
 from darwinlm.search.lockstep import WAVE_BYTES, Lockstep, Pair
-from darwinlm.types import Genome, SelectionStage, UsageError
+from darwinlm.types import Genome, SelectionStage
 
 BATCH_TOKENS = 2048  # in one forward pass: with more, its allocations take twice the time on a CPU
 
@@ -85,6 +86,7 @@ class Fitness:
         counts: Mapping[str, Bool[Tensor, "_ length"]] | None = None,
     ):
         counted = counts or {}
+        expect_answers(counted.get("search"), config)
         self.stitcher = stitcher
         self.device = stitcher.dense.device
         self.length = token_ids.shape[1]
@@ -108,7 +110,6 @@ class Fitness:
         self._sums: defaultdict[Genome, dict[int, float]] = defaultdict(dict)  # of untrained candidates, by batch
         self._trained: dict[tuple[Genome, SelectionStage], float] = {}
         self._owners: dict[Genome, int] = {}  # the process that holds earlier results for a genome
-        self._expect_tokens(config)
 
     def _batch(
         self,
@@ -132,15 +133,6 @@ class Fitness:
                 batches.append(scramble(token_ids[sequences : sequences + 1, :rest], share))
                 marks.append(None if counted is None else counted[sequences : sequences + 1, :rest])
         return [batch.to(self.device) for batch in batches], marks, of_tokens
-
-    def _expect_tokens(self, config: SearchConfig) -> None:
-        """Raise `UsageError` if a stage has no token that counts."""
-        for stage in config.stages:
-            if not self._predicted(stage):
-                raise UsageError(
-                    f"--search.stages: expected answers of an assistant within the first {stage.fitness_tokens:,} "
-                    "tokens of the search, found none; give the stage more fitness_tokens, or take --loss-tokens all"
-                )
 
     def _predicted(self, stage: SelectionStage) -> int:
         """The tokens that count in a stage."""

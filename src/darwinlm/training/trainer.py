@@ -90,6 +90,7 @@ class RecoveryTrainer(Trainer):
         # Cross-entropy, KL and batches since they were logged, on the device: to read them is to wait for it.
         self._sums = torch.zeros(3, dtype=torch.float64, device=args.device)
         self._wrong = torch.zeros((), device=args.device)  # the losses of this step that are not finite
+        self._counted = 1.0  # predictions that count in a batch of this step, on average over all processes
 
     def create_accelerator_and_postprocess(self) -> None:
         """Do as the Trainer does, and set up FSDP on CPUs, which torch supports but accelerate (1.15) skips.
@@ -119,16 +120,31 @@ class RecoveryTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the mean loss over a batch's tokens."""
+        """Return the mean loss over a batch's tokens that count, weighted by their number within the step.
+
+        So the gradient of a step is that of the mean over all of its tokens that count, wherever they are.
+        """
         teacher = self.teacher if self.distillation.weight > 0 else None
         losses = self._losses(model, inputs, teacher, self.distillation.temperature)
-        self._sums += torch.stack((losses.cross_entropy, losses.kl, torch.ones_like(losses.kl))).to(self._sums)
-        return (losses.loss, {}) if return_outputs else losses.loss
+        counts = counted(inputs)
+        weight = 1.0 if counts is None else len(counts) / self._counted
+        self._sums += weight * torch.stack((losses.cross_entropy, losses.kl, torch.ones_like(losses.kl))).to(self._sums)
+        return (losses.loss * weight, {}) if return_outputs else losses.loss * weight
+
+    def get_batch_samples(self, *given: Any, **named: Any) -> Any:
+        """Return the batches of a step as the Trainer does, and count what counts in them."""
+        batches, items = super().get_batch_samples(*given, **named)
+        marked = [rows for batch in batches if (rows := counted(batch)) is not None]
+        if marked:
+            total = self._over_processes(torch.tensor(float(sum(map(len, marked))), device=self.args.device))
+            self._counted = max(1.0, float(total)) / (len(marked) * self.accelerator.num_processes)
+        return batches, items
 
     def _losses(self, model: nn.Module, batch: Batch, teacher: Teacher | None, temperature: float) -> Losses:
         """Compute the loss inside the model's forward pass, where DistributedDataParallel and FSDP expect it."""
         ids = batch["input_ids"]
-        self._objective.set(None if teacher is None else teacher.target(batch, temperature), temperature)
+        target = None if teacher is None else teacher.target(batch, temperature)
+        self._objective.set(target, temperature, counted(batch))
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         return self._objective.take(loss)
 
@@ -157,22 +173,35 @@ class RecoveryTrainer(Trainer):
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         was_training = model.training
         model.eval()
-        sums = torch.zeros(3, dtype=torch.float32, device=self.args.device)
+        parts = sources_of(data)
+        sums = torch.zeros(len(parts), 3, dtype=torch.float32, device=self.args.device)
         with torch.no_grad():
             for index in range(rank, -(-len(data) // world) * world, world):  # the same number for each process
                 item = data[min(index, len(data) - 1)]
                 batch = {name: tensor[None].to(self.args.device) for name, tensor in item.items()}
                 losses = self._losses(model, batch, self.teacher, 1.0)
                 if index < len(data):
-                    sums += torch.stack((losses.cross_entropy, losses.kl, torch.ones_like(losses.kl))).to(sums)
+                    weight = 1.0 if (rows := counted(batch)) is None else len(rows) / (batch["input_ids"].shape[1] - 1)
+                    each = torch.stack((losses.cross_entropy, losses.kl, torch.ones_like(losses.kl))).to(sums)
+                    sums[part_of(data, index)] += weight * each
         model.train(was_training)
-        loss, kl, count = self._over_processes(sums).tolist()
-        # Over the teacher's likeliest tokens alone it is less than the divergence, so it has another name.
-        name = "eval_kl_top_k" if self.distillation.top_k else "eval_kl"
-        metrics = {"eval_perplexity": perplexity_of(loss / count)} | ({name: kl / count} if self.teacher else {})
+        sums = self._over_processes(sums)
+        metrics = self._figures(sums.sum(0), "")
+        for part, own in zip(parts, sums, strict=True) if len(parts) > 1 else ():
+            metrics |= self._figures(own, f" on {part}")
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _figures(self, sums: Tensor, where: str) -> dict[str, float]:
+        """Perplexity and KL from sums over sequences; none where nothing counts."""
+        loss, kl, count = sums.tolist()
+        if not count:
+            return {}
+        # Over the teacher's likeliest tokens alone it is less than the divergence, so it has another name.
+        name = "eval_kl_top_k" if self.distillation.top_k else "eval_kl"
+        perplexity = {f"eval_perplexity{where}": perplexity_of(loss / count)}
+        return perplexity | ({f"{name}{where}": kl / count} if self.teacher else {})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the parts of the loss, as means over the last steps, with the loss itself."""
@@ -242,6 +271,22 @@ def share_of_rate(step: int, warmup: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
+def counted(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """The places after which the prediction counts, among all tokens but the last of each sequence; None if all do."""
+    return batch["counts"][..., :-1].flatten().nonzero().flatten() if "counts" in batch else None
+
+
+def sources_of(data: Any) -> tuple[str, ...]:
+    """The sources of held-out sequences, by name; one without a name where they do not say."""
+    return getattr(getattr(data, "sequences", data), "sources", ("",))
+
+
+def part_of(data: Any, index: int) -> int:
+    """The number of the source of a held-out sequence."""
+    places = getattr(getattr(data, "sequences", data), "places", None)
+    return 0 if places is None else int(places[index, 0])
+
+
 class _Objective:
     """The loss function that a model's forward pass calls; it reads the hidden states that were kept there."""
 
@@ -250,17 +295,22 @@ class _Objective:
         self.kl_weight = kl_weight
         self._target: Target | None = None
         self._temperature = 1.0
+        self._rows: Tensor | None = None
         self._losses: Losses | None = None
 
-    def set(self, target: Target | None, temperature: float) -> None:
-        self._target, self._temperature = target, temperature
+    def set(self, target: Target | None, temperature: float, rows: Tensor | None) -> None:
+        self._target, self._temperature, self._rows = target, temperature, rows
 
     def __call__(self, logits: Tensor, labels: Tensor, *_: Any, **__: Any) -> Tensor:
+        hidden, labels, target = self.last_hidden.take()[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), self._target
+        if self._rows is not None:
+            rows = self._rows.to(hidden.device)
+            hidden, labels, target = hidden[rows], labels[rows], None if target is None else target.at(rows)
         self._losses = chunked_loss(
-            self.last_hidden.take()[:, :-1].flatten(0, 1),
+            hidden,
             self.last_hidden.logits,
-            labels[:, 1:].flatten(),
-            self._target,
+            labels,
+            target,
             kl_weight=self.kl_weight,
             temperature=self._temperature,
         )

@@ -17,6 +17,7 @@ from darwinlm.commands.plan.stages import Pruning, Stage, stages_of
 from darwinlm.config.checks import expect_level, expect_one_size
 from darwinlm.config.run import ServingConfig
 from darwinlm.config.training import GradualConfig, GradualStage, PlanConfig
+from darwinlm.export.groups import group_row
 from darwinlm.genome import Grid
 from darwinlm.model.adapter import base_of
 from darwinlm.model.checkpoint import PACKAGED, find_checkpoint
@@ -92,6 +93,7 @@ def _show(model: PretrainedConfig, config: GradualConfig) -> None:
     prunings = [Pruning.of(model, config, stage, machine) for stage in config.stages]
     first = prunings[0].at
     rows = [*_size_rows(first.grid, first.parameters, model, config), *map(_training_row, prunings)]
+    rows.append(("4-bit weights, compressed-tensors", group_row(first.grid, model.hidden_size)))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         if value:

@@ -152,7 +152,7 @@ def _database(this: Pruning) -> list[Stage]:
         for block in range(blocks_of(at.grid))
     )
     levels = this.machine.count * largest_level_bytes(at.grid, this.model.hidden_size, this.stored)
-    host = this.machine.count * block
+    host = this.machine.count * (block + at.lookup_bytes)
     return [
         this.placed(
             "calibration", "calibration", at.calibration_seconds, at.calibration_bytes, host, at.spilled_bytes, tokens

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from random import Random
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
 from darwinlm.commands.plan.rates import FLOAT, BlockRates, Rates, columns, elimination_operations, solve_operations
@@ -136,6 +137,7 @@ class Plan:
             torch.
         disk_bytes: the size of the database.
         spilled_bytes: the size of the activations that are kept in a temporary file.
+        lookup_bytes: what calibration holds in the host's memory of embeddings beside the stream's.
     """
 
     grid: Grid
@@ -148,6 +150,7 @@ class Plan:
     elimination_bytes: int
     disk_bytes: int
     spilled_bytes: int
+    lookup_bytes: int
 
     @property
     def memory_bytes(self) -> int:
@@ -175,7 +178,7 @@ def plan(
     Raises:
         UsageError: if the family is not supported or a setting cannot be used.
     """
-    grid, size = _sizes(config, database)
+    grid, size, beside = _sizes(config, database)
     units = grid.units
     genome = uniform_genome(grid, target_level, database.levels, Random(0))
     dtype = DTYPES[calibration.dtype]
@@ -199,18 +202,25 @@ def plan(
         elimination_bytes=held + elimination_bytes(units, hidden, gpu),
         disk_bytes=sum(disk),
         spilled_bytes=processes * stream * (stream > SPILL_BYTES),
+        lookup_bytes=int(dtype.itemsize * beside * min(1.0, tokens / config.vocab_size)),
     )
 
 
-_SIZES: dict[tuple[str, DatabaseConfig], tuple[Grid, int]] = {}
+_SIZES: dict[tuple[str, DatabaseConfig], tuple[Grid, int, int]] = {}
 
 
-def _sizes(config: PretrainedConfig, database: DatabaseConfig) -> tuple[Grid, int]:
-    """Return the grid and the parameters of a model; of equal configs once, for they take most of a plan's time."""
+def _sizes(config: PretrainedConfig, database: DatabaseConfig) -> tuple[Grid, int, int]:
+    """Return the grid, the parameters of a model, and those of its embeddings beside the stream's.
+
+    Of equal configs once, for they take most of a plan's time.
+    """
     key = config.to_json_string(), database
     if key not in _SIZES:
         model = skeleton(config)
-        _SIZES[key] = find_grid(model, config, database), sum(weight.numel() for weight in model.parameters())
+        ends = model.get_input_embeddings(), model.get_output_embeddings()
+        beside = [module for module in model.modules() if isinstance(module, nn.Embedding) and module not in ends]
+        parameters = sum(weight.numel() for weight in model.parameters())
+        _SIZES[key] = find_grid(model, config, database), parameters, sum(each.weight.numel() for each in beside)
     return _SIZES[key]
 
 
@@ -222,8 +232,8 @@ def _measured(unit: Unit, config: PretrainedConfig, calibration: CalibrationConf
     # queries, keys and values, the former two turned, and what is attended to.
     entries = 5 * hidden + 4 * d
     if unit.kind == "attention":
-        layer = layer_config(config, unit.block)
-        queries, keys = (count * head_dim(layer) for count in head_counts(layer))
+        width = head_dim(config, unit.block)
+        queries, keys = (count * width for count in head_counts(layer_config(config, unit.block)))
         operations += 4 * tokens * calibration.sequence_length * queries  # scores and values
         entries = 5 * hidden + 7 * queries + 6 * keys
     stored = (config.dtype or torch.float32).itemsize * unit.parameters(0)
@@ -261,17 +271,19 @@ def _level_bytes(grid: Grid, index: int, d_out: int, stored: int) -> int:
 def forward_bytes(
     units: tuple[Unit, ...], config: PretrainedConfig, calibration: CalibrationConfig, dtype: torch.dtype
 ) -> int:
-    """Return the bytes of a block, its Hessians and its forward pass."""
-    first = [unit for unit in units if unit.block == 0]
-    squares = sum(FLOAT * columns(unit) ** 2 for unit in first)
-    block = dtype.itemsize * sum(unit.parameters(0) for unit in first)
-    in_flight = calibration.batch_size * calibration.sequence_length * FLOAT * 4 * max(map(columns, first))
-    return block + squares + in_flight
+    """Return the bytes of the largest block, its Hessians and its forward pass."""
+    blocks = [[unit for unit in units if unit.block == block] for block in {unit.block for unit in units}]
+    batch = calibration.batch_size * calibration.sequence_length
+    return max(
+        sum(FLOAT * columns(unit) ** 2 + dtype.itemsize * unit.parameters(0) for unit in block)
+        + batch * FLOAT * 4 * max(map(columns, block))
+        for block in blocks
+    )
 
 
 def elimination_bytes(units: tuple[Unit, ...], hidden: int, gpu: bool) -> int:
     """Return the bytes that the elimination of a block's larger unit takes."""
-    widest = max(columns(unit) for unit in units if unit.block == 0)
+    widest = max(map(columns, units))
     # The Hessian as summed, damped and sorted, its inverse, the Gram matrix, and a factor, in float64 on a GPU.
     return FLOAT * ((7 if gpu else 6) * widest**2 + 2 * widest * hidden)
 
