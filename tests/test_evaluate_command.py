@@ -289,6 +289,7 @@ def test_what_cannot_be_measured_is_refused(
         (["--data", str(text), "--window", "64", "--stride", "65"], "--stride: expected at most the --window of 64"),
         (["--data", str(text), "--tokens", "1"], "--tokens: expected at least 2, found 1"),
         (["--data", "nowhere.txt", "--window", "64"], "no text at nowhere.txt"),
+        (["--generation", "--chat-template"], "--chat-template: expected a model with a chat template, found none"),
         (["--data", str(text), "--window", "64", "--out", str(tmp_path)], "--out: expected a file that can be written"),
         (["--data", str(text), "--out", str(tmp_path / "o"), "--against", str(tmp_path / "none")], "no model at"),
     ):

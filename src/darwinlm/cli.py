@@ -63,6 +63,10 @@ FIT_DATA = _switch("fit-data", False, "scale the stages' tokens down to the text
 QUIET = Flag("--quiet", {"action": "store_true", "help": "tell nothing on standard error but why it failed"})
 LOG_FILE = Flag("--log-file", {"type": str | None, "help": "append what is told and measured to a file, as JSON lines"})
 REPORTING = (QUIET, LOG_FILE)  # which every command has
+CHAT_TEMPLATE = Flag(
+    "--chat-template",
+    {"action": "store_true", "help": "ask tasks through the chat template, examples as turns"},
+)
 VERIFY = _switch("verify", True, "load an hf export in a fresh process without darwinlm and compare its logits")
 
 
@@ -187,6 +191,7 @@ COMMANDS = (
             Flag("--speed", {"action": "store_true", "help": "time prefill and decoding; needs --against"}),
             Flag("--generation", {"action": "store_true", "help": "what greedy continuations repeat, and get right"}),
             Flag("--draft", {"action": "store_true", "help": "what the model is worth as the draft of the dense one"}),
+            CHAT_TEMPLATE,
         ),
     ),
     Command(
@@ -210,6 +215,7 @@ COMMANDS = (
             Flag("--to", {"type": float, "default": 0.4, "help": "the share that the smallest model keeps"}),
             KEEP_ATTENTION,
             FIT_DATA,
+            CHAT_TEMPLATE,
         ),
         renamed={"from": "largest", "to": "smallest"},
         shown=("targets", "sizes", "from", "to", "seed", "device", "dtype", "memory", "tasks", "tasks_data", "limit"),
@@ -242,6 +248,7 @@ COMMANDS = (
                     "help": "shares of the dense model's parameters that are kept",
                 },
             ),
+            CHAT_TEMPLATE,
         ),
         shown=("methods", "targets", "seed", "device", "dtype", "tasks", "tasks_data", "limit"),
     ),

@@ -27,7 +27,7 @@ from darwinlm.evaluation.positions import Range, by_position, long_windows
 from darwinlm.evaluation.prompts import chat_prompts
 from darwinlm.evaluation.quality import Window, quality_over, windows_over
 from darwinlm.evaluation.speed import count, measure
-from darwinlm.evaluation.tasks import SUITE, Request, Score, find_tasks, requested, run_tasks
+from darwinlm.evaluation.tasks import SUITE, Request, Score, check_template, find_tasks, requested, run_tasks
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_count
@@ -224,6 +224,7 @@ def _subjects(config: EvaluateConfig, workspace: Path) -> list[Subject]:
         if config.generation or config.draft:
             checkpoint.check_length(config.continuation_tokens, "continuation-tokens")
         dtype = DTYPES.get(config.dtype, checkpoint.dtype)
+        check_template(checkpoint.tokenizer, config)
         assert checkpoint.headers  # that its files can be read, before others are measured
         subjects.append(Subject(label, checkpoint, dtype, device))
         if config.chat is not None:

@@ -138,11 +138,7 @@ def run_tasks(
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
-    if config.chat_template and not tokenizer.chat_template:
-        raise UsageError(
-            "--chat-template: expected a model with a chat template, found none; take its instruct version, or leave "
-            "the flag out"
-        )
+    check_template(tokenizer, config)
     _forget_the_machine(evaluator)
 
     scores = []
@@ -168,6 +164,15 @@ def run_tasks(
         source = f"{LOCAL[request.task].file} (local)" if request.task in local else f"lm-eval {version('lm-eval')}"
         scores += _scores(request, results, loaded["tasks"], source)
     return scores
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, config: TasksConfig) -> None:
+    """Raise `UsageError` if tasks are to be asked through a chat template, and there is none."""
+    if config.chat_template and not tokenizer.chat_template:
+        raise UsageError(
+            "--chat-template: expected a model with a chat template, found none; take its instruct version, or leave "
+            "the flag out"
+        )
 
 
 def _forget_the_machine(evaluator: Any) -> None:
