@@ -3,14 +3,15 @@
     python benchmarks/chats.py OUT [--model smollm2-135m] [--arms articles own ...] [--tokens 32768] [--length 512]
 
 resumes. The chats are derived here, and the model wrote none of their answers: a question for each packaged article's
-title, answered by the article's own text. Titles are split once: those whose question is held out are in no text that
-an arm sees, neither as chat nor as article. KL to the dense model in nats a token, over answers alone on chats, and
+title, answered by the article's own text. Titles are split once: a tenth are in no text that an arm sees, neither as
+chat nor as article. KL to the dense model in nats a token, over answers alone on chats, and
 seconds of each run, which for arms with own answers contain writing them. Results are in OUT/results.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from darwinlm.commands.run_directory import load
 from darwinlm.config.own import OwnConfig
 from darwinlm.config.run import CalibrationConfig, EvaluationConfig, RefitConfig, RunConfig, SearchConfig
 from darwinlm.data.chat import Chat
-from darwinlm.data.corpus import Drawn, is_held_out, stream_beside
+from darwinlm.data.corpus import Drawn, stream_beside
 from darwinlm.data.documents import PACKAGED, _packaged, text_of
 from darwinlm.data.packing import as_counts, as_sequences
 from darwinlm.evaluation.quality import perplexity_and_kl
@@ -44,7 +45,8 @@ def write_texts(out: Path) -> None:
             continue
         question = {"role": "user", "content": f"What do you know about this: {title}?"}
         chat = Chat.of([question, {"role": "assistant", "content": text}])
-        side = "held-out" if is_held_out(chat) else "seen"
+        # Not by the hash of darwinlm, which holds out a tenth of what an arm sees once more.
+        side = "held-out" if hashlib.sha256(f"judged {title}".encode()).digest()[0] < 26 else "seen"
         lines.setdefault(f"{side}-chats.jsonl", []).append(str(chat))
         lines.setdefault(f"{side}-questions.jsonl", []).append(str(chat.opening))
         lines.setdefault(f"{side}-articles.jsonl", []).append(json.dumps({"text": text}))
