@@ -20,7 +20,7 @@ ROUND = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8
 WIDE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 4}
 
 
-def config(**sizes: int) -> LlamaConfig:
+def config(**sizes: Any) -> LlamaConfig:
     return LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=64)
 
 

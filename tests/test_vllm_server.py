@@ -19,6 +19,7 @@ PYTHON = vllm.vllm_python(build=False)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(PYTHON is None, reason="needs the environment that benchmarks/serving.py makes, of 3.4 GB")
 def test_vllm_gives_the_greedy_tokens_of_transformers(tmp_path: Path) -> None:
     """An uneven export in which an attention and an MLP of zeros take the place of what is gone."""
