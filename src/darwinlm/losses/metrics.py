@@ -63,7 +63,7 @@ def metric(
         counts: whether the prediction after each token counts; if None, all do.
     """
     if name == "perplexity":
-        return CrossEntropy(token_ids, counts)
+        return CrossEntropy.of(token_ids, counts)
     rows = None if counts is None else counts.flatten().nonzero().flatten().to(dense.device)
     states = dense.flatten(0, 1) if rows is None else dense.flatten(0, 1)[rows]
     top = name == "top-k-kl"
@@ -209,23 +209,32 @@ _TINY = 1e-9
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """The logarithm of perplexity: the loss on the text's own next tokens, without regard to the dense model."""
+    """The logarithm of perplexity: the loss on the text's own next tokens, without regard to the dense model.
 
-    token_ids: Int[Tensor, "sequences length"]
-    counts: Bool[Tensor, "sequences length"] | None = None
+    Attributes:
+        rows: the places in the batch of the tokens after which the prediction counts.
+        labels: the tokens that follow them.
+    """
+
+    rows: Int[Tensor, " predicted"]
+    labels: Int[Tensor, " predicted"]
+
+    @classmethod
+    def of(
+        cls, token_ids: Int[Tensor, "sequences length"], counts: Bool[Tensor, "sequences length"] | None
+    ) -> CrossEntropy:
+        """Return the metric on a batch, of the predictions that count."""
+        places = torch.arange(token_ids.numel(), device=token_ids.device).view_as(token_ids)[:, :-1]
+        rows = places.flatten() if counts is None else places[counts[:, :-1].to(places.device)]
+        return cls(rows, token_ids.flatten()[rows + 1])
 
     def totals(self, hidden: Sequence[Float[Tensor, "tokens d_out"]], logits: Logits) -> list[float]:
         """Return for each candidate the sum over tokens of -log q(next token)."""
         return torch.stack([self._total(states, logits) for states in hidden]).tolist()
 
     def _total(self, hidden: Float[Tensor, "tokens d_out"], logits: Logits) -> Float[Tensor, ""]:
-        sequences, length = self.token_ids.shape
-        states = hidden.unflatten(0, (sequences, length))[:, :-1]
-        counts = torch.ones_like(self.token_ids, dtype=torch.bool) if self.counts is None else self.counts
-        rows = counts[:, :-1].to(hidden.device)
-        states, labels = states[rows], self.token_ids[:, 1:][rows]
         totals = [torch.zeros((), dtype=torch.float64, device=hidden.device)]
-        for rows, z in logits.chunks(states):
-            losses = z.logsumexp(-1) - z.gather(-1, labels[rows, None]).squeeze(-1)
+        for rows, z in logits.chunks(hidden[self.rows]):
+            losses = z.logsumexp(-1) - z.gather(-1, self.labels[rows, None]).squeeze(-1)
             totals.append(losses.double().sum())
         return torch.stack(totals).sum()
