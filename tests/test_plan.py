@@ -239,6 +239,7 @@ def test_every_recipe_is_priced(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_recipe_is_priced_stage_by_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """10 B tokens are 2,385 steps of 1,024 x 4,096; 8 operations a weight and token with activations computed again."""
     llama_2_7b().save_pretrained(tmp_path)
