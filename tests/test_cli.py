@@ -372,7 +372,7 @@ def test_an_interruption_is_one_sentence_however_early(tmp_path: Path) -> None:
         "--out",
         str(tmp_path / "out"),
     ]
-    for seconds in (0.15, 0.3, 0.6, 1.2, 2.4):
+    for seconds in (0.3, 0.45, 0.6, 1.2, 2.4):
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
             time.sleep(seconds)
             running.send_signal(signal.SIGINT)

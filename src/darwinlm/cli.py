@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
@@ -29,6 +34,7 @@ from darwinlm.types import DarwinError, UsageError
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 PROG = "darwinlm"
+INTERRUPTED = "interrupted; the same command goes on from here"
 DESCRIPTION = "Compress a large language model: a smaller dense model by one command (DarwinLM, arXiv 2502.07780)."
 FOLDER = Path(__file__).parent
 PRESETS, RECIPES = FOLDER / "presets", FOLDER / "recipes"  # settings that come with darwinlm
@@ -345,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (DarwinError, OSError) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on from here", 130)
+        return _fail(INTERRUPTED, 130)
     return 0
 
 
@@ -425,6 +431,24 @@ def _run(command: Command, values: Namespace) -> None:
         _call(command, given)
 
 
+@contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """Let an interruption end the program where it is: modules that are being loaded may swallow an exception."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _end(_signal: int, _frame: FrameType | None) -> NoReturn:
+    os._exit(_fail(INTERRUPTED, 130))
+
+
 def _log_file(name: str | None) -> Path | None:
     """The file that is to be appended to. Raises `UsageError` if it cannot be."""
     if name is None:
@@ -439,7 +463,8 @@ def _log_file(name: str | None) -> Path | None:
 def _call(command: Command, given: dict[str, Any]) -> None:
     module, _, name = command.function.partition(":")
     # torch and transformers come with it, which nobody should wait for to read --help.
-    function: Callable[..., object] = getattr(import_module(f"darwinlm.commands.{module}"), name)
+    with _ending_at_once():
+        function: Callable[..., object] = getattr(import_module(f"darwinlm.commands.{module}"), name)
     given |= {setting: given.pop(flag) for flag, setting in command.renamed.items()}
     if given.get("target") is not None and given.get("target_level") == command.defaults.get("target_level"):
         given["target_level"] = None  # the size that the demo has by default gives way to another
