@@ -228,7 +228,7 @@ def _subjects(config: EvaluateConfig, workspace: Path) -> list[Subject]:
         assert checkpoint.headers  # that its files can be read, before others are measured
         subjects.append(Subject(label, checkpoint, dtype, device))
         if config.chat is not None:
-            assert _prompts(subjects[-1], config)  # that there are some, before others are measured
+            _prompts(subjects[-1], config)  # raises if there are none, before others are measured
     return subjects
 
 

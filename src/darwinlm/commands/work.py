@@ -180,8 +180,8 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
         assert checkpoint.family  # that it can be pruned
         checkpoint.check_length(config.calibration.sequence_length, "calibration.sequence-length")
         judged = config.evaluation
-        assert judged.chat is None or prompts_of(checkpoint.tokenizer, checkpoint.config, judged)  # there are some
-        assert config.guard.chat is None or guard_prompts(config.guard, checkpoint.tokenizer, checkpoint.config)
+        prompts_of(checkpoint.tokenizer, checkpoint.config, judged)  # raises if there are none that were asked for
+        guard_prompts(config.guard, checkpoint.tokenizer, checkpoint.config)
         if until == "report":
             checkpoint.check_length(judged.speed_tokens + judged.decode_tokens, "evaluation.speed-tokens")
             checkpoint.check_length(judged.continuation_tokens, "evaluation.continuation-tokens")

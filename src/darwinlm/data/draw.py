@@ -45,9 +45,10 @@ def expect_answers(counts: Bool[Tensor, "sequences length"] | None, config: Sear
     Args:
         counts: of the search's text, for every token whether the prediction after it counts; None if all do.
     """
+    if counts is None:
+        return
     last = int(config.metric == "perplexity")  # after the last token of a sequence, it predicts none
-    for stage in config.stages if counts is not None else ():
-        assert counts is not None
+    for stage in config.stages:
         sequences, rest = divmod(stage.fitness_tokens, counts.shape[1])
         whole = counts[:sequences, : counts.shape[1] - last]
         if not (whole.any() or counts[sequences : sequences + 1, : max(0, rest - last)].any()):

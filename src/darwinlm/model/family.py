@@ -11,7 +11,31 @@ a query and the gate of what is attended to."""
 
 
 @dataclass(frozen=True)
-class Family:
+class Surroundings:
+    """What a decoder has around its blocks, by paths in the model.
+
+    Attributes:
+        returns_more: whether blocks return a tuple, of which the hidden states are the first.
+        given: the arguments of blocks that depend on what the tokens are, and not on their number alone.
+        lookups: the embeddings that are looked up by token, beside that of the stream.
+    """
+
+    backbone: str
+    embedding: str
+    blocks: str
+    final_norm: str
+    output_embedding: str
+    returns_more: bool
+    given: frozenset[str]
+    lookups: tuple[str, ...]
+
+    def block(self, index: int) -> str:
+        """The path of the decoder block with this index."""
+        return f"{self.blocks}.{index}"
+
+
+@dataclass(frozen=True)
+class Family(Surroundings):
     """The module paths of a family. Paths of a unit's modules are relative to its decoder block.
 
     A module that is named by two consecutive fields is a fused projection: its output holds the rows of the first
@@ -19,9 +43,6 @@ class Family:
     must see all of them: its projection stays whole, and only the outputs of the norm are selected.
 
     Attributes:
-        returns_more: whether blocks return a tuple, of which the hidden states are the first.
-        given: the arguments of blocks that depend on what the tokens are, and not on their number alone.
-        lookups: the embeddings that are looked up by token, beside that of the stream.
         by_head: whether the fused projection of query, key and value holds the rows of one KV group after another.
         attention_norms, mlp_norms: the norms before and after the unit, which are removed together with it.
         projections: of query, key and value, which differ from `query` and `key` where those are norms.
@@ -41,14 +62,6 @@ class Family:
         remains: whether a block without units still computes, for it scales the stream, or adds what it is given.
     """
 
-    backbone: str
-    embedding: str
-    blocks: str
-    final_norm: str
-    output_embedding: str
-    returns_more: bool
-    given: frozenset[str]
-    lookups: tuple[str, ...]
     attention: str
     query: str
     key: str
@@ -75,7 +88,3 @@ class Family:
     mixer_norms: tuple[str, ...] = ()
     values_of_keys: tuple[int, ...] = field(default=(), compare=False)
     remains: bool = False
-
-    def block(self, index: int) -> str:
-        """The path of the decoder block with this index."""
-        return f"{self.blocks}.{index}"

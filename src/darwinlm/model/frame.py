@@ -19,31 +19,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from darwinlm.model.family import Surroundings
 from darwinlm.types import UsageError
 
 LENGTH = 4  # tokens
 
 
 @dataclass(frozen=True)
-class Frame:
-    """What a decoder has around its blocks, by paths in the model.
+class Frame(Surroundings):
+    """What a decoder has around its blocks, and what it calls them with.
 
     Attributes:
-        returns_more: whether blocks return a tuple, of which the hidden states are the first.
         calls: what each block is called with beside the hidden states, by the names of its arguments.
-        given: the arguments that depend on what the tokens are, and not on their number alone.
-        lookups: the embeddings that are looked up by token, beside that of the stream.
     """
 
-    backbone: str
-    embedding: str
-    blocks: str
-    final_norm: str
-    output_embedding: str
-    returns_more: bool
     calls: tuple[dict[str, Any], ...]
-    given: frozenset[str]
-    lookups: tuple[str, ...]
 
 
 def find_frame(model: PreTrainedModel) -> Frame:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from darwinlm.model.family import Family, Fused
+from darwinlm.model.family import Family, Fused, Surroundings
 from darwinlm.model.flow import (
     ATTENDED,
     GIVEN,
@@ -41,7 +41,7 @@ def find_roles(model: PreTrainedModel, fused: Fused | None) -> Family:
     seen: set[nn.Parameter] = set()
     handed: dict[str, Any] = {}
     for index, block in enumerate(blocks):
-        path = f"{frame.blocks}.{index}"
+        path = frame.block(index)
         if not seen.isdisjoint(block.parameters()):
             _refuse(path, "weights of its own", "those of a block before it")
         seen |= set(block.parameters())
@@ -52,8 +52,8 @@ def find_roles(model: PreTrainedModel, fused: Fused | None) -> Family:
         roles = _Roles(path, block, _trace(path, model, frame, index, handed), fused)
         found.append(_Found(index, path, names, **roles.parts(), remains=roles.remains()))
         roles.check_rest()
-    named = {name: path for name, path in vars(frame).items() if name != "calls"}
-    return Family(**named, **_merge(frame.blocks, found))
+    around = {each.name: getattr(frame, each.name) for each in fields(Surroundings)}
+    return Family(**around, **_merge(frame.blocks, found))
 
 
 # Of the fields of an attention, those that are others where a block has no projection of keys or of values.

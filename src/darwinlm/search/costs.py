@@ -9,6 +9,7 @@ from math import ceil
 from transformers import PretrainedConfig
 
 from darwinlm.config.run import ServingConfig
+from darwinlm.evaluation.memory import FLOAT
 from darwinlm.export.gguf_precision import EMBEDDING, MIXES, OUTPUT, Mix, bytes_of
 from darwinlm.genome import Grid
 from darwinlm.model.families import key_value_heads
@@ -49,7 +50,6 @@ class Costs:
 
 
 PICO = 1e12
-FLOAT = 4  # bytes
 
 
 def amount_of(cost: float | int) -> str:

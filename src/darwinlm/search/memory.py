@@ -12,6 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from darwinlm.config.run import RefitConfig, SearchConfig
+from darwinlm.evaluation.memory import FLOAT
 from darwinlm.genome import Grid, prunable_parameters
 from darwinlm.losses.logits import ROWS
 from darwinlm.report.tables import size
@@ -20,7 +21,6 @@ from darwinlm.search.fitness import BATCH_TOKENS
 from darwinlm.search.lockstep import WAVE_BYTES
 from darwinlm.types import Genome, UsageError
 
-FLOAT = 4  # bytes of float32
 LOGITS = 4  # tensors of a few tokens' logits, in float32: as they are made, and what a loss or its gradient needs
 STREAMS = 4  # of hidden states that a wave has at least: in front of a block and behind it, and the parent's
 HEADROOM = 0.92  # of the limit is counted on: an allocator cannot use every gap between tensors
