@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
@@ -69,11 +68,11 @@ def answer(
     by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     starts = range(0, len(prompts), batch_size)
     written: dict[int, list[int]] = {}
-    with _plain(model, ends, limit), evaluation_mode([model]):
+    with evaluation_mode([model]):
         for start in track(starts, "answers", len(starts)):
             chosen = by_length[start : start + batch_size]
-            written |= zip(chosen, _batch(model, [prompts[index] for index in chosen]), strict=True)
-    answers = [_until(written[index], ends) for index in range(len(prompts))]
+            written |= zip(chosen, continued(model, [prompts[index] for index in chosen], ends, limit), strict=True)
+    answers = [[token for token in written[index] if token not in ends] for index in range(len(prompts))]
     return Answers(
         limit,
         tuple(str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers),
@@ -83,33 +82,34 @@ def answer(
     )
 
 
-def _batch(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """What is written after prompts; the shorter ones have padding before them, which nothing attends to."""
-    longest = max(map(len, prompts))
-    pad = model.generation_config.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    written = model.generate(ids.to(model.device), attention_mask=mask.to(model.device))
-    return written[:, longest:].tolist()
+def continued(
+    model: Any, prompts: Sequence[Sequence[int]], ends: set[int], limit: int, **sampling: Any
+) -> list[list[int]]:
+    """What a model writes after prompts, each up to a token that ends it, that one included, or up to the limit.
 
+    Shorter prompts have padding before them, which nothing attends to. The model's generation config does not count.
 
-def _until(ids: list[int], ends: set[int]) -> list[int]:
-    """The tokens before the first that ends an answer."""
-    return next((ids[:place] for place, token in enumerate(ids) if token in ends), ids)
-
-
-@contextmanager
-def _plain(model: PreTrainedModel, ends: set[int], limit: int) -> Iterator[None]:
-    """Let a model write greedily up to an end or the limit, whatever else its generation config says."""
+    Args:
+        prompts: token ids.
+        ends: the tokens that end an answer.
+        sampling: settings of transformers' `GenerationConfig`; without any, the likeliest token is taken.
+    """
     before = model.generation_config
     pad = getattr(before, "pad_token_id", None)
+    pad = min(ends, default=0) if pad is None else pad
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    how = {"do_sample": False} | sampling
     model.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=limit,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=min(ends, default=0) if pad is None else pad,
+        max_new_tokens=limit, eos_token_id=sorted(ends) or None, pad_token_id=pad, **how
     )
     try:
-        yield
+        written = model.generate(ids.to(model.device), attention_mask=mask.to(model.device))
     finally:
         model.generation_config = before
+    return [_up_to_end(answer, ends) for answer in written[:, longest:].tolist()]
+
+
+def _up_to_end(ids: list[int], ends: set[int]) -> list[int]:
+    return next((ids[: place + 1] for place, token in enumerate(ids) if token in ends), ids)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.config.own import OwnConfig
 from darwinlm.data.chat import Chat, prompt_text
@@ -24,6 +24,8 @@ from darwinlm.data.corpus import HELD_OUT_SHARE, name_and_weight, parts_of
 from darwinlm.data.documents import OWN, is_own, read_documents
 from darwinlm.data.packing import bos_of, end_of_text, template_fingerprint
 from darwinlm.data.sources import identity_of
+from darwinlm.evaluation.answering import continued
+from darwinlm.evaluation.generation import end_tokens
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.runtime.files import read_json_lines, sweep, write_record, write_text
 from darwinlm.runtime.progress import say, track
@@ -178,20 +180,17 @@ class Writer:
         return lines
 
     def _generate(self, model: PreTrainedModel, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """What a model writes after each prompt, with the token that ends it, if there is one."""
-        ends = _ends(model, self.checkpoint.tokenizer)
-        longest, padding = max(len(prompt.ids) for prompt in prompts), ends[0] if ends else 0
-        ids = torch.tensor([[padding] * (longest - len(prompt.ids)) + list(prompt.ids) for prompt in prompts])
-        mask = torch.tensor([[0] * (longest - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts])
+        """What a model writes after each prompt, with the token that ends it, if there is one.
+
+        The checkpoint's own settings, such as a penalty for repetition, would make it another distribution.
+        """
+        tokenizer = self.checkpoint.tokenizer
+        ends = end_tokens(model) | {
+            token for token in (tokenizer.eos_token_id, end_of_text(tokenizer)) if isinstance(token, int)
+        }
         sampling = {"do_sample": True, "temperature": self.config.temperature, "top_p": self.config.top_p, "top_k": 0}
-        # The checkpoint's own settings, such as a penalty for repetition, would make it another distribution.
-        model.generation_config = GenerationConfig(
-            max_new_tokens=self.config.answer_tokens, eos_token_id=ends or None, pad_token_id=padding,
-            **(sampling if self.config.temperature else {"do_sample": False}),
-        )  # fmt: skip
-        generator: Any = model
-        written = generator.generate(ids.to(model.device), attention_mask=mask.to(model.device))[:, longest:].tolist()
-        return [_up_to_end(answer, ends) for answer in written]
+        how = sampling if self.config.temperature else {}
+        return continued(model, [prompt.ids for prompt in prompts], ends, self.config.answer_tokens, **how)
 
 
 def _prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt | None:
@@ -216,15 +215,3 @@ def _document(prompt: Prompt, answer: Sequence[int], tokenizer: PreTrainedTokeni
     content = str(tokenizer.decode(list(answer), skip_special_tokens=True)).strip()
     turns = [*prompt.chat.messages, {"role": "assistant", "content": content}]
     return json.dumps(json.loads(Chat.of(turns, prompt.chat.tools))) if content else None
-
-
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end what a model writes."""
-    own: Any = model.generation_config.eos_token_id if model.generation_config else None
-    found = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, end_of_text(tokenizer)]
-    return list(dict.fromkeys(token for token in found if isinstance(token, int)))
-
-
-def _up_to_end(answer: list[int], ends: Sequence[int]) -> list[int]:
-    end = next((place for place, token in enumerate(answer) if token in ends), len(answer) - 1)
-    return answer[: end + 1]
