@@ -215,6 +215,15 @@ class Budget:
         levels = zip(self.steps, genome.levels, strict=True)
         return Genome(tuple(max(step for step in steps if step <= level) for steps, level in levels))
 
+    def cheaper(self, genome: Genome, index: int, costs: Sequence[int] | None = None) -> int | None:
+        """Return the next higher level of a unit, at which it costs less, or None if there is none.
+
+        Args:
+            costs: the unit's, in the measure that counts; those of the main bound by default.
+        """
+        costs, now = costs or self.main.costs.units[index], genome.levels[index]
+        return next((step for step in self.steps[index] if step > now and costs[step] < costs[now]), None)
+
     def dearer(self, genome: Genome, index: int) -> int | None:
         """Return the next lower level of a unit, at which it costs more, or None if there is none."""
         return next((step for step in reversed(self.steps[index]) if step < genome.levels[index]), None)

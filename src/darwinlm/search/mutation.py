@@ -9,6 +9,7 @@ from darwinlm.search.budget import Budget
 from darwinlm.types import Genome
 
 TRIES = 1000
+TINY = 1e-12  # of a sum of sensitivities, which rounding may change
 
 
 Choice = Callable[[Genome, Sequence[tuple[int, int]]], tuple[int, int]]
@@ -79,7 +80,8 @@ def adapt(genome: Genome, budget: Budget, sensitivities: Sequence[Sequence[float
     """Return a genome of another size, made from an earlier result by the steps that cost least for what they save.
 
     Units lose levels where their sensitivity rises least for the cost that it saves, until the model fits. Then they
-    get levels back where it falls most for the cost, while the model still fits.
+    get levels back where it falls most for the cost, while the model still fits. As steps can be as large as what is
+    saved, each unit is then tried a step away, with the others filling up in the same way, while sensitivities fall.
 
     Args:
         sensitivities: of each unit at each level.
@@ -102,10 +104,29 @@ def adapt(genome: Genome, budget: Budget, sensitivities: Sequence[Sequence[float
     def dearest(now: Genome, steps: Sequence[tuple[int, int]]) -> tuple[int, int]:
         return max(steps, key=lambda step: rate(now, step))
 
-    adapted = _prune_until_it_fits(budget.worth(_capped(genome, budget)), budget, everywhere, gentlest)
+    def fitted(start: Genome, indices: Sequence[int]) -> Genome | None:
+        found = _prune_until_it_fits(start, budget, indices, gentlest)
+        if found is None:
+            return None
+        for those in (indices, everywhere):
+            while (larger := _restore(found, budget, those, dearest, fitting=True)) is not None:
+                found = larger
+        return found
+
+    def total(now: Genome) -> float:
+        return sum(row[level] for row, level in zip(sensitivities, now.levels, strict=True))
+
+    adapted = fitted(budget.worth(_capped(genome, budget)), everywhere)
     assert adapted is not None
-    while (larger := _restore(adapted, budget, everywhere, dearest, fitting=True)) is not None:
-        adapted = larger
+    better: Genome | None = adapted
+    while better is not None:
+        adapted, others = better, []
+        for index in everywhere:
+            rest = [other for other in everywhere if other != index]
+            away = (budget.cheaper(adapted, index), budget.dearer(adapted, index))
+            others += [fitted(adapted.replace({index: level}), rest) for level in away if level is not None]
+        best = min((each for each in others if each is not None), key=total, default=adapted)
+        better = best if total(best) < total(adapted) - TINY else None
     return adapted
 
 
@@ -172,11 +193,8 @@ def _restore(genome: Genome, budget: Budget, indices: Sequence[int], choose: Cho
 def _prune_until_it_fits(genome: Genome, budget: Budget, indices: Sequence[int], choose: Choice) -> Genome | None:
     """Remove levels from units of `indices` until the model fits; return None if it never does."""
     while exceeded := budget.exceeded(genome):
-        costs, options = exceeded[0].costs.units, []
-        for i in indices:
-            now = genome.levels[i]
-            level = next((step for step in budget.steps[i] if step > now and costs[i][step] < costs[i][now]), None)
-            options += [] if level is None else [(i, level)]
+        costs = exceeded[0].costs.units
+        options = [(i, level) for i in indices if (level := budget.cheaper(genome, i, costs[i])) is not None]
         if not options:
             return None
         genome = genome.replace(dict([choose(genome, options)]))
