@@ -106,6 +106,34 @@ def packed(weight: Tensor, bits: int = 4, symmetric: bool = True) -> tuple[dict[
     return parts, meant
 
 
+def mxfp4(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """As compressed-tensors stores MXFP4: a power of two for each 32 input channels."""
+    scale = torch.exp2(torch.floor(torch.log2(weight.unflatten(1, (-1, 32)).abs().amax(2))) - 2)
+    packed, meant = _fp4(weight, scale)
+    exponents = (scale.log2() + 127).to(torch.uint8)
+    return {"weight_packed": packed, "weight_scale": exponents}, meant
+
+
+def nvfp4(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """As compressed-tensors stores NVFP4: numbers of 8 bits for each 16 input channels, and one factor that enlarged them."""
+    factor = 448 * 6 / weight.abs().max()
+    stored = (weight.unflatten(1, (-1, 16)).abs().amax(2) / 6 * factor).to(torch.float8_e4m3fn)
+    packed, meant = _fp4(weight, stored.float() / factor)
+    return {"weight_packed": packed, "weight_scale": stored, "weight_global_scale": factor.reshape(1)}, meant
+
+
+def _fp4(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest floats of 4 bits, two a byte, and what they mean."""
+    known = {code: (-1) ** (code >> 3) * value for code, value in enumerate([0, 0.5, 1, 1.5, 2, 3, 4, 6] * 2)}
+    meant, codes = torch.empty(weight.shape), np.zeros(weight.shape, np.uint8)
+    group = weight.shape[1] // scales.shape[1]
+    for row, column in np.ndindex(*weight.shape):
+        scale = float(scales[row, column // group])
+        code = min(known, key=lambda code: abs(known[code] * scale - float(weight[row, column])))
+        codes[row, column], meant[row, column] = code, known[code] * scale
+    return torch.from_numpy(codes[:, ::2] | codes[:, 1::2] << 4), meant
+
+
 def _affine(
     weight: Tensor, groups: list[int], most: int, zero: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, Tensor, Tensor]:

@@ -284,6 +284,12 @@ def test_what_each_head_is_given_is_refused_where_exports_cannot_pick_it(monkeyp
         find_family(tiny.build("bloom-mha"))
 
 
+def test_a_norm_over_all_heads_is_refused_where_exports_cannot_select_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "NORMED_OVER_HEADS", ())
+    with pytest.raises(UsageError, match=r"model\.layers\.0\.self_attn\.q_norm: .* found one over all"):
+        find_family(tiny.build("olmo2"))
+
+
 @pytest.mark.parametrize("structure", ["head", "balanced"])
 def test_groups_whose_rows_lie_together_leave_whole(structure: Structure) -> None:
     with pytest.raises(UsageError, match=rf"self_attention\.query_key_value: .* found the structure {structure}"):

@@ -36,6 +36,8 @@ WAYS: dict[str, tuple[dict[str, Any], Callable[..., Any], dict[str, Any]]] = {
     "packed": (PACKED, quantisers.packed, {}),
     "packed-8": (PACKED, quantisers.packed, {"bits": 8}),
     "packed-asymmetric": (PACKED, quantisers.packed, {"symmetric": False}),
+    "mxfp4": (PACKED | {"format": "mxfp4-pack-quantized"}, quantisers.mxfp4, {}),
+    "nvfp4": (PACKED | {"format": "nvfp4-pack-quantized"}, quantisers.nvfp4, {}),
 }
 
 

@@ -77,8 +77,7 @@ def select_heads(name: str, count: int, attention: Any, others: Any, arguments: 
     """
     given = arguments[name]
     if given is not None and given.shape[-3] % count == 0:
-        chosen = given.reshape(-1, count, *given.shape[-2:])[:, getattr(attention, HEADS).index]
-        arguments[name] = chosen.reshape(*given.shape[:-3], -1, *given.shape[-2:])
+        arguments[name] = given.unflatten(-3, (-1, count))[..., getattr(attention, HEADS).index, :, :].flatten(-4, -3)
     return others, arguments
 
 

@@ -40,6 +40,10 @@ ROWS: dict[str, Fused] = {
 # Families whose attentions are given something for each head, such as slopes by position (ALiBi), for which the code of
 # their exports has lines more.
 GIVEN_BY_HEAD = ("bloom", "falcon", "mpt")
+# Families whose heads of queries and keys are normed together, by a norm that goes on seeing all heads.
+NORMED_OVER_HEADS = ("olmo2", "olmo3")
+# Families whose output embedding has another name in older versions of transformers.
+RENAMED = ("gpt_neox",)
 # Families whose blocks scale the stream, or add to it what they are given, and stay whatever is left of them.
 STAYING = ("gemma4_text", "gemma4_unified_text")
 HEADS = "bias_heads"  # the module of such an attention that holds which of the heads before pruning it has
@@ -78,6 +82,11 @@ def find_family(model: PreTrainedModel) -> Family:
         raise UsageError(
             f"cannot prune {family.block(0)}.{family.attention}: expected heads that differ in their weights alone, "
             f"found {family.biases[0]}, which biases each; convert the model to another family"
+        )
+    if family.query not in family.projections and name not in NORMED_OVER_HEADS:
+        raise UsageError(
+            f"cannot prune {family.block(0)}.{family.query}: expected a norm of each head, found one over all; "
+            "convert the model to another family"
         )
     if family.remains and name not in STAYING:
         raise UsageError(

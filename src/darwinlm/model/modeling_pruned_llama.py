@@ -99,8 +99,7 @@ def select_heads(name: str, count: int, attention: Any, others: Any, arguments: 
     """Of what an attention is given for each of `count` heads before pruning, keep what is for those that are left."""
     given = arguments[name]  # [sequences * heads, 1, length], or [sequences, heads, length, length]
     if given is not None and given.shape[-3] % count == 0:
-        chosen = given.reshape(-1, count, *given.shape[-2:])[:, attention.bias_heads.index]
-        arguments[name] = chosen.reshape(*given.shape[:-3], -1, *given.shape[-2:])
+        arguments[name] = given.unflatten(-3, (-1, count))[..., attention.bias_heads.index, :, :].flatten(-4, -3)
     return others, arguments
 
 
@@ -129,9 +128,9 @@ def narrow(layer: nn.Module, config: Any, index: int) -> None:
         setattr(layer.get_submodule(parts["attention"]), attribute, numbers[name])
     for name in parts["biases"] if queries != config.num_attention_heads else ():
         attention: Any = layer.get_submodule(parts["attention"])
-        attention.bias_heads = Selected(nn.Identity(), queries)
-        hook = partial(select_heads, name, config.num_attention_heads)
-        attention.register_forward_pre_hook(hook, with_kwargs=True)
+        attention.bias_heads = nn.Module()
+        attention.bias_heads.register_buffer("index", torch.arange(queries))
+        attention.register_forward_pre_hook(partial(select_heads, name, config.num_attention_heads), with_kwargs=True)
     for part in getattr(size, "skip", ()):
         for path, stub in parts["stubs"][part].items() if present >= parts["stubs"][part].keys() else ():
             made = {"NoAttn": NoAttn(index, parts["attention adds"]), "NoMLP": NoMLP(), "Identity": nn.Identity()}
@@ -158,6 +157,9 @@ class WithPrunedModel(PreTrainedModel):
 
     def __init__(self, config: PrunedLlamaConfig):
         super().__init__(config)
+        head = self.get_output_embeddings() if self.can_generate() else None
+        for name in [path for path, module in self.named_children() if module is head]:  # older versions have their own
+            vars(self)[name] = self._modules[config.layer_parts["output"]] = self._modules.pop(name)
         self.get_submodule(config.layer_parts["output"] if self.can_generate() else "")  # raises if it has another name
         setattr(self, self.base_model_prefix, PrunedLlamaModel(config))
         self.post_init()

@@ -41,7 +41,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from darwinlm.model.families import GIVEN_BY_HEAD, STAYING, find_family, mlp_width
+from darwinlm.model.families import GIVEN_BY_HEAD, NORMED_OVER_HEADS, RENAMED, STAYING, find_family, mlp_width
 from darwinlm.model.frame import find_frame
 from darwinlm.model.layers import (
     DENSE_SIZES,
@@ -62,12 +62,26 @@ from darwinlm.types import BlockSizes, DarwinError, UsageError
 
 TEMPLATE = Path(__file__).with_name("modeling_pruned_llama.py")
 CAUSAL = Path(__file__).with_name("modeling_causal_llama.py")  # for decoders without a causal language model
-LINES_BY_HEAD = (  # of the template, from and to
-    ("from functools", "from typing"), ("def select_heads", "def resized"), ("    for name in parts", "    for part in")
-)  # fmt: skip
-LINES_BY_TYPE = (
-    ("class LayersOf", "class PrunedLlamaConfig"), ('        if key == "per_l', "        return super().__geta")
-)  # fmt: skip
+# Parts of the template that only some families need: those families, then where each part begins and what follows it.
+PARTS = (
+    (
+        GIVEN_BY_HEAD,
+        ("from functools", "from typing"),
+        ("def select_heads", "def resized"),
+        ("    for name in parts", "    for part in"),
+    ),
+    (
+        STAYING,
+        ("class LayersOf", "class PrunedLlamaConfig"),
+        ('        if key == "per_l', "        return super().__geta"),
+    ),
+    (
+        NORMED_OVER_HEADS,
+        ("class Selected", "def select_heads"),
+        ("    if module.weight.dim() == 1", "    shape = module.weight"),
+    ),
+    (RENAMED, ("        head = self", "        self.get_submodule")),
+)
 CLASSIFIER = "AutoModelForSequenceClassification"
 FIRST_KEPT = "first_kept"  # the field that says how many blocks stay whatever is left of them
 INDICES = ("mlp_only_layers", "full_attn_idxs")  # fields that list blocks, rather than something of each
@@ -131,8 +145,9 @@ def _with_causal_class(text: str) -> str:
 def render(family: str) -> str:
     """Return the source of the Python module that an export of a family contains."""
     text, stock = TEMPLATE.read_text(), stock_names(family)
-    for start, end in LINES_BY_HEAD * (family not in GIVEN_BY_HEAD) + LINES_BY_TYPE * (family not in STAYING):
-        text = text[: text.index(start)] + text[text.index(end) :]
+    for families, *spans in reversed(PARTS):  # a part may follow one of a later entry
+        for start, end in spans if family not in families else ():
+            text = text[: text.index(start)] + text[text.index(end) :]
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         text = _with_causal_class(text)
     if CLASSIFIER not in stock:

@@ -24,6 +24,8 @@ Settings = Mapping[str, Any]
 # Scales of activations and of a cache, which weights do not need.
 UNUSED = ("input_scale", "activation_scale", "input_zero_point", "output_scale", "k_scale", "v_scale", "q_scale")
 CONFIGS = ("quantization_config", "compression_config")
+# What the codes of floats of 4 bits stand for: a sign, two bits of exponent, one of mantissa.
+E2M1 = [sign * value for sign in (1, -1) for value in (0, 0.5, 1, 1.5, 2, 3, 4, 6)]
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where each of eight columns lies in a word
 CURE = "name the model that it was quantised from"
 
@@ -45,9 +47,9 @@ def dequantise(directory: Path, out: Path) -> None:
     fields, config = read_json(directory / "config.json", "model_type"), read_config(directory)
     settings = next(filter(None, [fields.pop(name, None) for name in CONFIGS]))
     method = str(settings.get("quant_method", "unnamed"))
-    make = _method(directory, method, settings)
     config.quantization_config = None
     find_family(skeleton(config))
+    make = _method(directory, method, settings)
     named = str(fields.get("dtype") or fields.get("torch_dtype")).removeprefix("torch.")
     dtype = getattr(torch, named) if named in ("float16", "bfloat16", "float32") else torch.bfloat16
     headers = read_headers(directory)
@@ -148,6 +150,8 @@ def _compressed(settings: Settings, parts: Parts) -> Tensor:
     """A weight of the package compressed-tensors: small numbers, or words that hold several of 4 or 8 bits each."""
     if "weight_packed" not in parts:
         return _scaled(settings, parts)
+    if parts["weight_packed"].dtype == torch.uint8:
+        return _floats_of_4_bits(parts)
     rows, columns = parts["weight_shape"].tolist()
     packed, scale = parts["weight_packed"], parts["weight_scale"].float()
     bits = next(bits for bits in (4, 8) if packed.shape[1] == -(-columns * bits // 32))
@@ -161,6 +165,17 @@ def _compressed(settings: Settings, parts: Parts) -> Tensor:
     order = parts.get("weight_g_idx")
     group = group if order is None or (order < 0).any() else order.long()
     return (weight - zero[:, group]) * scale[:, group]
+
+
+def _floats_of_4_bits(parts: Parts) -> Tensor:
+    """MXFP4 and NVFP4: two floats a byte, the first one in its low bits, and a scale for each 32 or 16 of a row.
+
+    The scales of NVFP4 are themselves stored larger than they are, all by one factor.
+    """
+    packed = parts["weight_packed"]
+    codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1).int()
+    scale = _scale(parts) / parts.get("weight_global_scale", torch.ones(1)).float()
+    return torch.tensor(E2M1)[codes] * scale.repeat_interleave(codes.shape[1] // scale.shape[1], 1)
 
 
 def _gptq(settings: Settings, parts: Parts) -> Tensor:
