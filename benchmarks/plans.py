@@ -71,7 +71,7 @@ def of_machines() -> str:
 
 
 def of_recipes() -> str:
-    """A table of the first stage of each recipe of the paper, whose candidates train all weights, in Markdown."""
+    """A table of the first stage of each recipe of the paper, in Markdown."""
     rows = []
     for recipe, name in OF_RECIPES.items():
         config = read_settings(RECIPES / f"{recipe}.yaml", GradualConfig)

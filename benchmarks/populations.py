@@ -1,10 +1,12 @@
 """What does scoring a population take, beside an earlier commit?  Seconds, counted products and memory of generations.
 
     python benchmarks/populations.py RUN 3b37bdf            # RUN: of `darwinlm database smollm2-135m --data vital-wiki`
-    python benchmarks/populations.py RUN 3b37bdf --count    # operations instead of seconds
+    python benchmarks/populations.py RUN 3b37bdf --count    # operations and bytes on the simulated accelerator
 
-Each side scores the same parent, then two generations of 16 mutants in the stages of the default search, in a process
-of its own with its own sources and the same installed packages.
+Each side scores the same parent, then the first 16 units alone at four levels each, as sensitivities are measured, then
+two generations of 16 mutants in the stages of the default search, in a process of its own with its own sources and the
+same installed packages. Memory is that of the process beyond what it had when its libraries were loaded, or what the
+simulated accelerator held at most.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ import datetime
 import json
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -33,20 +37,44 @@ from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import find_grid
 from darwinlm.runtime.device import processor_name, resolve_dtype
 from darwinlm.search.fitness import Fitness
-from darwinlm.types import Genome
+from darwinlm.types import Genome, SelectionStage
 
-CPU = torch.device("cpu")
+sys.path.append(str(ROOT / "tests"))
+import accelerator
+
+WORKS = ("first scoring", "sensitivities", "generation", "generation")
 
 
 def measure(run: Path, count: bool) -> dict[str, Any]:
-    """What the parent, then each generation takes, the best scores, and the most memory of the process in GB."""
-    fitness, search, rng = opened(run), SearchConfig(), Random(0)
+    """What each of `WORKS` takes, its best score, and memory in GB."""
+    begun = resident()
+    with accelerator.accelerator() if count else nullcontext():
+        device = torch.device(accelerator.DEVICE if count else "cpu")
+        taken, scores = taken_by(opened(run, device), count)
+    memory = accelerator.MEMORY.most if count else resident() - begun
+    return {"taken": taken, "scores": scores, "GB": memory / 1e9}
+
+
+def resident() -> int:
+    """The most bytes that this process has had in memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def taken_by(fitness: Fitness, count: bool) -> tuple[list[float], list[float]]:
+    """What each of `WORKS` takes, and its best score."""
+    search, rng = SearchConfig(), Random(0)
     grid = fitness.stitcher.grid
     parent = Genome(tuple(max(1, round(grid.highest(index) * 0.3)) for index in range(len(grid.units))))
     taken, scores = [], []
 
     def first() -> list[float]:
         return fitness.scores([grid.dense(), parent], search.stages[-1])
+
+    def sensitivities() -> list[float]:
+        highest = [grid.highest(index) for index in range(16)]
+        levels = [{1, round(most / 3), round(most * 2 / 3), most} - {0} for most in highest]
+        single = [grid.dense().replace({index: level}) for index, own in enumerate(levels) for level in sorted(own)]
+        return fitness.scores(single, SelectionStage(1, search.stages[0].fitness_tokens), grid.dense())
 
     def generation() -> list[float]:
         candidates, found = [mutant(grid, parent, rng) for _ in range(search.offspring)], [0.0]
@@ -56,19 +84,19 @@ def measure(run: Path, count: bool) -> dict[str, Any]:
             candidates = [candidates[index] for index in ranked[: stage.survivors]]
         return found
 
-    for work in (first, generation, generation):
+    for work in (first, sensitivities, generation, generation):
         scored, spent = spent_on(work, count)
         taken.append(spent)
         scores.append(min(scored))
-    return {"taken": taken, "scores": scores, "GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+    return taken, scores
 
 
-def opened(run: Path) -> Fitness:
-    """The fitness of a run's candidates, on two cores as `darwinlm search` would have it."""
+def opened(run: Path, device: torch.device) -> Fitness:
+    """The fitness of a run's candidates, as `darwinlm search` would have it."""
     checkpoint = Checkpoint(run / "dense")
     grid = find_grid(checkpoint.skeleton(), checkpoint.config, DatabaseConfig())
     provenance = json.loads((run / "database" / MANIFEST).read_text())["provenance"]
-    dense = checkpoint.load(resolve_dtype("auto", CPU), CPU)
+    dense = checkpoint.load(resolve_dtype("auto", torch.device("cpu")), device)
     text = read_corpus("vital-wiki", checkpoint.tokenizer, 512, 0).draw_held_out(8192)
     stitcher = Stitcher(dense, checkpoint.family, Database(run / "database", grid, provenance))
     return Fitness(stitcher, text, text[:1], SearchConfig())
@@ -113,8 +141,8 @@ def main() -> None:
             printed = run_in(tree, *command)
             sides[name] = json.loads(printed)
             print(name, printed, end="", flush=True)
-    ratios = [now / before for before, now in zip(sides["earlier"]["taken"], sides["now"]["taken"], strict=True)]
-    print("now / earlier, the parent and each generation:", ", ".join(f"{ratio:.3f}" for ratio in ratios))
+    for name, before, now in zip(WORKS, sides["earlier"]["taken"], sides["now"]["taken"], strict=True):
+        print(f"{name}, now / earlier: {now / before:.3f}")
     print(f"memory, now / earlier: {sides['now']['GB'] / sides['earlier']['GB']:.2f}")
 
 

@@ -20,6 +20,7 @@ from darwinlm.commands.plan.fits import first_misfit, summary
 from darwinlm.commands.plan.shapes import shape_of, shapes
 from darwinlm.commands.plan.stages import Pruning, Stage, stages_of
 from darwinlm.commands.plan.work import plan
+from darwinlm.config.files import read_settings
 from darwinlm.config.run import CalibrationConfig, DatabaseConfig, EvaluationConfig, RefitConfig, SearchConfig
 from darwinlm.config.training import GradualConfig, GradualStage, TrainingConfig
 from darwinlm.search.memory import allowance, count_memory
@@ -191,3 +192,12 @@ def test_blocks_that_wait_on_the_host_cost_its_memory_and_its_link() -> None:
 def test_the_documentation_has_what_is_counted() -> None:
     _, written, _ = (ROOT / "docs" / "gpus.md").read_text(encoding="utf-8").split(plans.MARK)
     assert written == plans.page(), "python benchmarks/plans.py --write brings docs/gpus.md up to date"
+
+
+@pytest.mark.parametrize("recipe", plans.OF_RECIPES)
+def test_the_papers_recipes_fit_eight_gpus_of_80_gb(recipe: str) -> None:
+    config = read_settings(plans.RECIPES / f"{recipe}.yaml", GradualConfig)
+    model, machine = shape(plans.OF_RECIPES[recipe]), gpus("h100", 8, torch.bfloat16)
+    for stage in config.stages:
+        at = replace(config, stages=(stage,))
+        assert first_misfit(model, at, machine, stages_of(model, at, machine)) is None
