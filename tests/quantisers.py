@@ -115,7 +115,7 @@ def mxfp4(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def nvfp4(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """As compressed-tensors stores NVFP4: numbers of 8 bits for each 16 input channels, and one factor that enlarged them."""
+    """As compressed-tensors stores NVFP4: a number of 8 bits for each 16 channels, all of which one factor enlarged."""
     factor = 448 * 6 / weight.abs().max()
     stored = (weight.unflatten(1, (-1, 16)).abs().amax(2) / 6 * factor).to(torch.float8_e4m3fn)
     packed, meant = _fp4(weight, stored.float() / factor)
