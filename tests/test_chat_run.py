@@ -30,9 +30,11 @@ from darwinlm.data.documents import read_documents
 from darwinlm.data.draw import draw_counted
 from darwinlm.data.stream import draw_held_out, draw_sequences
 from darwinlm.database.store import Database
-from darwinlm.evaluation.quality import perplexity_and_kl, windows_over
+from darwinlm.evaluation.quality import Quality, perplexity_and_kl, windows_over
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import find_grid
+from darwinlm.report import comparison, frontier
+from darwinlm.report.comparison import Cell, notes_on
 from darwinlm.report.left_behind import left_behind
 from darwinlm.runtime.files import read_record, read_tensors
 from darwinlm.types import UsageError
@@ -110,6 +112,24 @@ def test_the_report_tells_how_each_part_fares(config: RunConfig, mixture: str) -
     drawn = corpus(config).draw_held_out_counted(config.evaluation.tokens)
     whole = perplexity_and_kl(models, drawn.ids, counts=drawn.counts)["searched"]
     assert rows["searched"]["kl"] == pytest.approx(whole.kl, rel=1e-3)
+
+
+def test_comparisons_tell_which_part_a_method_left_behind() -> None:
+    def cell(method: str, kept: float, kl: dict[str, float]) -> Cell:
+        texts = {part: Quality(9.0, value) for part, value in kl.items()}
+        return Cell(method, kept, parameters=round(100 * kept), texts=texts, parts=("a", "b"))
+
+    cells = [
+        cell("dense", 1.0, {"a": 0.0, "b": 0.0}),
+        cell("uniform", 0.8, {"a": 0.4, "b": 0.4}),
+        cell("evolution", 0.8, {"a": 0.3, "b": 0.5}),
+        cell("params=0.6", 0.6, {"a": 0.3, "b": 0.9}),
+    ]
+    worse, far = notes_on(cells)
+    assert worse.startswith("evolution, params=0.8: b is left behind: its KL is 0.500, where the uniform model has 0.4")
+    assert far.startswith("params=0.6: b is left behind: its KL is 0.900, where the other parts have 0.300 on average")
+    assert worse in frontier.markdown(cells, [], "picture.png")
+    assert worse in comparison.markdown(cells, [], "picture.png")
 
 
 def test_a_part_that_is_left_behind_is_told() -> None:

@@ -44,8 +44,6 @@ TWO_ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 900.0},
 }
 PERIOD = [*["sliding_attention"] * 2, "full_attention", "sliding_attention"]
-
-
 EVERY_HEAD = (BlockSizes(8, 8, 64),) * 4  # that is a KV head too
 UNEVEN_HEADS = (BlockSizes(6, 6, 64), BlockSizes(0, 0, 32), BlockSizes(2, 2, 0), BlockSizes(8, 8, 96))
 WIDE = (BlockSizes(6, 6, 64), BlockSizes(0, 0, 32), BlockSizes(2, 2, 0), BlockSizes(8, 8, 256))

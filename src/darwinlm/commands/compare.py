@@ -255,15 +255,16 @@ def _open(config: CompareConfig, run: RunConfig) -> _Bench:
     length = config.calibration.sequence_length
     data = own_text(run, checkpoint, path, device)
     corpus = read_corpus(data, checkpoint.tokenizer, length, config.seed, config.loss_tokens)
-    drawn, texts = draw_counted(corpus, run), draw_texts(corpus, run)
-    texts = corpus.draw_parts(config.evaluation.tokens) | texts
+    drawn, parts = draw_counted(corpus, run), corpus.draw_parts(config.evaluation.tokens)
+    texts = parts | draw_texts(corpus, run)
     manifest = read_record(path / "database" / MANIFEST, "provenance")
     database = Database(path / "database", grid, manifest["provenance"])
     precisions = (resolve_dtype(config.dtype, device), checkpoint.dtype)
     models = {dtype: checkpoint.load(dtype, device) for dtype in dict.fromkeys(precisions)}
     searched, judged = (Stitcher(models[dtype], checkpoint.family, database) for dtype in precisions)
     costs = parameter_costs(grid, parameter_count(searched.dense))
-    judge = Judge(judged.dense, drawn["evaluation"], texts, checkpoint.tokenizer, config.evaluation, config)
+    of_text = drawn["evaluation"], texts
+    judge = Judge(judged.dense, *of_text, checkpoint.tokenizer, config.evaluation, config, tuple(parts))
     made = made_from(checkpoint, manifest["provenance"])
     tokens, counts = apart(drawn)
     return _Bench(config, run, grid, costs, searched, judged, judge, tokens, counts, made)

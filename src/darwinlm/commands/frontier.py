@@ -230,7 +230,8 @@ def _measure(
     cells, chosen = Cells(Path(config.out)), []
     held_out, tokenizer = Drawn(work.tokens["evaluation"], work.counts.get("evaluation")), work.checkpoint.tokenizer
     dense = work.dense(work.checkpoint.dtype)
-    judge = Judge(dense, held_out, work.parts | work.texts, tokenizer, config.evaluation, config)
+    texts, parts = work.parts | work.texts, tuple(work.parts)
+    judge = Judge(dense, held_out, texts, tokenizer, config.evaluation, config, parts)
     for number, target in enumerate((DENSE, *sizes)):
         place = f"frontier: {number}/{len(sizes)}, {target}"
         wanted = _cell(work, target, results.get(target))

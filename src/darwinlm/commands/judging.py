@@ -26,8 +26,6 @@ from darwinlm.runtime.progress import say
 from darwinlm.types import UsageError
 
 QUESTIONS = "questions.json"
-
-
 METRICS = {request.task: request.metric for request in SUITE}
 
 
@@ -53,6 +51,7 @@ class Judge:
         dense: the dense model.
         held_out, texts: text that no stage has seen; perplexity and KL are measured on all of it that counts.
         tokenizer: for the tasks.
+        parts: those of `texts` that are parts of a mixture.
         of_dense: the dense model's last hidden states on each text, which all models are judged against.
     """
 
@@ -62,6 +61,7 @@ class Judge:
     tokenizer: PreTrainedTokenizerBase
     evaluation: EvaluationConfig
     tasks: TasksConfig
+    parts: tuple[str, ...] = ()
     of_dense: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
     def measure(self, cell: Cell, model: PreTrainedModel) -> Cell:
@@ -82,6 +82,7 @@ class Judge:
             speedup=(own.prefill_ratio.median, own.decode_ratio.median),
             uncertain_speed=own.prefill_ratio.wide or own.decode_ratio.wide,
             texts=texts,
+            parts=self.parts,
             continuations=continuations(model, self.tokenizer, prompts, length),
             answers=answers_of(model, self.tokenizer, self.evaluation),
         )

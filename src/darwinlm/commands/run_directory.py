@@ -50,8 +50,6 @@ FREE = (
 
 
 AS_A_LIST = "search one on this model and these levels, or give its levels as a JSON list"
-
-
 ARCHIVE = ("PytorchStreamReader", "PytorchStreamWriter", "inline_container")  # torch's own words for a bad file
 
 

@@ -37,11 +37,7 @@ from darwinlm.data.packing import (
 from darwinlm.types import LossTokens, UsageError
 
 HELD_OUT_SHARE = 0.1
-
-
 DOCUMENTS = 256  # are read at a time, and then twice as many
-
-
 TAIL = 64  # tokens that what comes after a text's end could change
 
 

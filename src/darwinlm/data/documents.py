@@ -18,17 +18,9 @@ from darwinlm.runtime.understood import understood
 from darwinlm.types import UsageError
 
 HUB_DOCUMENTS = 50_000  # a streamed data set is read this far
-
-
 LONGEST = 1 << 18  # characters of a document; what is longer makes several, which no tokenizer has to take at once
-
-
 PLAIN = 2000  # characters of a document of a plain file
-
-
 OWN = "self"  # the source that the dense model writes
-
-
 TEXT_COLUMNS = ("text", "content", "extract")
 
 

@@ -50,8 +50,6 @@ FIRST_PART, LARGEST_PART = 64, 8192  # in documents; each part of a lane is twic
 
 
 PARSER = 3  # raised when the documents or their positions in a source become others
-
-
 MANIFEST = "tokens.json"
 
 

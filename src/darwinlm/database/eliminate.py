@@ -21,8 +21,6 @@ from darwinlm.runtime.device import exact_products
 from darwinlm.types import DarwinError, Unit
 
 QUEUE = 128  # channels removed between two matrix products
-
-
 PANEL = 512  # rows of a symmetric matrix that are updated together
 
 

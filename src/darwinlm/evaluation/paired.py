@@ -11,8 +11,6 @@ import numpy as np
 RESAMPLES, SEED = 2000, 0
 LEAST = 10  # questions: below that, resamples repeat so few values that their interval is too short
 DRAWN = 1_000_000  # questions drawn at once, so that resamples of many questions need little memory
-
-
 NOTE = (
     "beside dense: the difference from the dense model on the same questions, with its 95 % interval (paired bootstrap "
     f"over questions, {RESAMPLES:,} resamples, seed {SEED}); * where it excludes 0, as one in twenty does by chance"

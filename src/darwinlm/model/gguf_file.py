@@ -31,15 +31,11 @@ from darwinlm.runtime.understood import understood
 from darwinlm.types import UsageError
 
 HEADER = struct.Struct("<4sIQQ")  # magic, version, tensors, fields
-
-
 MOST = 1 << 20  # tensors or fields of a file that is read
 
 
 # llama.cpp's names for how words are split before bytes are merged: as in GPT-2, and so with every digit apart.
 SPLIT_AS_GPT_2 = ("gpt-2", "olmo", "phi-2")
-
-
 SPLIT_WITH_DIGITS = ("smollm", "starcoder", "refact", "command-r")
 
 

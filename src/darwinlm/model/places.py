@@ -15,8 +15,6 @@ from darwinlm.types import DarwinError, UsageError
 
 # What earlier versions of transformers stored, and every version computes: frequencies of rotary embeddings, masks.
 COMPUTED = (r"rotary_emb\.inv_freq$", r"(attn|attention)\.(masked_bias|bias)$")
-
-
 HEADS = (r"^(model\.)?mtp\.",)  # for multi-token prediction, of which generation token by token makes no use
 
 

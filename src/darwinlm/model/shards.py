@@ -14,8 +14,6 @@ from darwinlm.runtime.files import read_json
 from darwinlm.types import DarwinError
 
 WEIGHTS = "model.safetensors"
-
-
 INDEX = "model.safetensors.index.json"
 
 

@@ -11,8 +11,6 @@ from darwinlm.report import answering, tables
 from darwinlm.report.comparison import DENSE, Cell, answers_of
 
 TITLE = "Answers beside the dense model's"
-
-
 MEAN = f"{LIKELIHOOD}, mean of tasks"
 
 

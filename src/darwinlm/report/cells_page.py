@@ -12,7 +12,7 @@ from darwinlm.evaluation.tasks import is_share
 from darwinlm.genome import Grid
 from darwinlm.report import beside_dense, comparison, frontier, tables
 from darwinlm.report.charts import Line, Point, axis, layout, lines_chart
-from darwinlm.report.comparison import DENSE, HELD_OUT, Cell, answers_of, refusals, task_notes
+from darwinlm.report.comparison import DENSE, HELD_OUT, Cell, answers_of, notes_on, refusals
 from darwinlm.report.html import Block, Chart, Note, Section, Table, safe
 from darwinlm.report.html import Grid as ChartGrid
 from darwinlm.report.run_page import answers_section, provenance_blocks, stages_blocks, writings
@@ -40,8 +40,6 @@ class CellsFacts:
 
 
 SHADES = ((0, "#dbe9f6"), (1, "#08306b"))  # of one hue, so that a print in grey tells as much
-
-
 ON_UNITS = "Darker means that more is left; a cross marks a unit that was removed whole."
 
 
@@ -109,7 +107,7 @@ def frontier_sections(
     table = Table(*frontier.cells_of(cells))
     curves = [ChartGrid([_over(size, measure, cells) for size in frontier.SIZES]) for measure in _measures(cells[0])]
     return [
-        Section("Sizes", [table, *map(Note, [*notes, *facts.protocol, *task_notes(cells[0])])]),
+        Section("Sizes", [table, *map(Note, [*notes, *facts.protocol, *notes_on(cells)])]),
         Section("Quality over size", [*curves, *_task_note(cells[0])]),
         _answers(cells),
         answers_section(answers_of(cells)),
@@ -123,7 +121,7 @@ def comparison_sections(facts: CellsFacts) -> list[Section]:
     """Return the sections of a comparison's page."""
     cells = facts.cells
     charts = [_by_method(measure, cells) for measure in (*_measures(cells[0], True), _SPEED)]
-    said = [*facts.protocol, *task_notes(cells[0]), *refusals(cells)]
+    said = [*facts.protocol, *notes_on(cells), *refusals(cells)]
     return [
         Section("Quality over size", [*charts, *_task_note(cells[0])]),
         _answers(cells),

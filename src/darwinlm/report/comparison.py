@@ -18,14 +18,12 @@ from darwinlm.evaluation.quality import Quality
 from darwinlm.evaluation.tasks import LIKELIHOOD, Score
 from darwinlm.report import tables
 from darwinlm.report.figures import save_figure
+from darwinlm.report.left_behind import left_behind
 from darwinlm.runtime.files import read_lines, write_lines
 
 DENSE = "dense"
-
-
+UNIFORM = "uniform"
 HELD_OUT = "held-out documents"
-
-
 CELLS = "cells.jsonl"
 
 
@@ -51,6 +49,7 @@ class Cell:
         uncertain_speed: whether its multiples differed much from turn to turn.
         seconds: the time that the method took to find the genome, without that for the database.
         texts: perplexity and KL on further texts, by name.
+        parts: those of the texts that are parts of the mixture that the model was made from.
         scores: the scores in tasks.
         continuations: each prompt, followed by what the model writes.
         answers: its answers to chat prompts, if they were asked for.
@@ -70,6 +69,7 @@ class Cell:
     uncertain_speed: bool = False
     seconds: float = 0.0
     texts: dict[str, Quality] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
     scores: tuple[Score, ...] = ()
     continuations: tuple[str, ...] = ()
     answers: Answers | None = None
@@ -168,18 +168,27 @@ def markdown(cells: Sequence[Cell], protocol: Sequence[str], picture: str, answe
     """
     titles = _titles(cells[0])
     table = tables.markdown(titles, [_columns(cell, titles) for cell in cells])
-    notes = [f"- {note}" for note in [*protocol, *task_notes(cells[0]), *refusals(cells)]]
+    notes = [f"- {note}" for note in [*protocol, *notes_on(cells), *refusals(cells)]]
     return "\n".join([table, "", *notes, "", *answers, f"![Perplexity at every size]({picture})"]) + "\n"
 
 
-def task_notes(cell: Cell) -> list[str]:
-    """A note on each task that a cell has a score of, for below a table."""
-    return list(
-        dict.fromkeys(
-            f"{s.task}: {s.questions:,} questions from {s.source}, {s.shots}-shot; shares in per cent"
-            for s in cell.scores
-        )
+def notes_on(cells: Sequence[Cell]) -> list[str]:
+    """Notes for below a table: on each task of the dense model's, and on parts of a mixture that are left behind."""
+    tasks = (
+        f"{s.task}: {s.questions:,} questions from {s.source}, {s.shots}-shot; shares in per cent"
+        for s in cells[0].scores
     )
+    return [*dict.fromkeys(tasks), *(note for cell in cells[1:] for note in _left_behind(cell, cells))]
+
+
+def _left_behind(cell: Cell, cells: Sequence[Cell]) -> list[str]:
+    """A sentence for each part on which a model is worse than the uniform one of its size, or than elsewhere."""
+    of_uniform = [other for other in cells if (other.method, other.kept) == (UNIFORM, cell.kept) and other.texts]
+    own, reference = (
+        {part: other.texts[part].kl for part in cell.parts if part in other.texts}
+        for other in (cell, of_uniform[0] if of_uniform else cell)
+    )
+    return [f"{cell.name}: {sentence}" for sentence in left_behind(own, own | reference, "the uniform model")]
 
 
 def in_table(cell: Cell) -> list[Score]:

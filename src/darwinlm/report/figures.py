@@ -35,17 +35,9 @@ UNIT_LABELS: dict[Kind, str] = {
 
 
 SEARCHED = ""  # stands for the search's own tokens among texts
-
-
 SEARCH_COLOUR = "#0072b2"
-
-
 TEXT_COLOURS = ("#e69f00", "#009e73", "#cc79a7", "#d55e00")
-
-
 LINE_COLOURS = ("#333333", "#009e73", "#cc79a7", "#0072b2", "#d55e00")
-
-
 INK = "#333333"
 
 

@@ -14,11 +14,9 @@ from matplotlib.figure import Figure
 from darwinlm.evaluation.quality import Quality
 from darwinlm.evaluation.tasks import is_share
 from darwinlm.report import tables
-from darwinlm.report.comparison import COLOURS, DENSE, HELD_OUT, MARKERS, Cell, in_table, task_notes
+from darwinlm.report.comparison import COLOURS, DENSE, HELD_OUT, MARKERS, Cell, in_table, notes_on
 
 KNEE = "knee"
-
-
 NOTE = """\
 KL is KL(dense ‖ model) in nats a token; perplexity and KL are over held-out tokens. Speeds are medians of alternating
 runs beside the dense model, one sequence at a time; a question mark is where other work kept the machine busy."""
@@ -87,7 +85,7 @@ def markdown(cells: Sequence[Cell], protocol: Sequence[str], picture: str, answe
         answers: Markdown on the answers beside the dense model's; may be empty.
     """
     table = tables.markdown(_titles(cells[0]), [_columns(cell, cells) for cell in cells])
-    notes = [f"- {note}" for note in [*protocol, *task_notes(cells[0])]]
+    notes = [f"- {note}" for note in [*protocol, *notes_on(cells)]]
     explained = [NOTE, *([KNEE_NOTE] if find_knee(cells[1:]) else [])]
     return "\n".join([table, "", *explained, "", *notes, "", *answers, f"![Quality over size]({picture})"]) + "\n"
 

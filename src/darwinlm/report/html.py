@@ -19,11 +19,7 @@ from darwinlm.runtime.files import write_text
 from darwinlm.runtime.progress import say
 
 NAME = "report.html"
-
-
 FOLDER = Path(__file__).parent
-
-
 LONG = 40  # characters, from which a cell may be broken into lines
 
 

@@ -203,8 +203,6 @@ Speeds are medians of alternating runs of the models on one machine, one sequenc
 
 
 NOTE_ON_TEXTS = ", and over as many from the beginning of each named text, which no stage has seen"
-
-
 LOADING = """\
 ## Loading the model
 

@@ -8,11 +8,7 @@ from itertools import accumulate
 from darwinlm.types import Generation
 
 MARGIN = 0.12  # of a range, above and below what is drawn
-
-
 NEAR = 1.0  # heights of a range: a line that is farther from it gets a range of its own
-
-
 TIME_UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
 
 

@@ -34,8 +34,6 @@ BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # temperature, and ends of the stretched i
 
 
 OPEN = math.log(100)  # the largest log alpha, at which masks start; its negative is the smallest
-
-
 WARM_UP = 0.2  # share of the steps in which the target grows from nothing
 
 

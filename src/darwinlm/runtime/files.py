@@ -93,11 +93,7 @@ def _remove(path: Path) -> None:
 
 
 FORMAT_VERSION = 2  # of the files of a run; those that version 0.1.0 wrote do not name theirs, which counts as 1
-
-
 RECORD = "darwinlm"  # the key of a safetensors file's metadata that holds its record
-
-
 REFUSED = "start a new run in another --out, or use the version that wrote it"
 
 

@@ -26,11 +26,7 @@ from darwinlm.runtime.progress import silence
 from darwinlm.types import DarwinError, UsageError
 
 FAILURES = "darwinlm/failures"  # key of the number of processes of a run that have failed
-
-
 GRACE = 2.0  # seconds that a process which fails later gives the first one to report why
-
-
 TIMEOUT = timedelta(hours=6)  # one process may eliminate a large unit while the others wait for it
 
 

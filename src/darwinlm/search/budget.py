@@ -14,8 +14,6 @@ from darwinlm.types import Genome, UsageError
 
 Measure = Literal["params", "flops", "kv-cache", "latency", "memory", "decode", "prefill"]
 TIMED = ("latency", "decode", "prefill")  # what has to be measured on the device
-
-
 BELOW = 0.01  # how far below the limit a result may be, as a share of the limit
 
 

@@ -24,20 +24,10 @@ from darwinlm.search.mutation import adapt, restore
 from darwinlm.types import Genome, SelectionStage
 
 SENSITIVITIES = "sensitivities.json"
-
-
 MEASURED = 3  # levels of a unit that are measured besides level 1; those between are interpolated
-
-
 TOGETHER = 16  # units that are measured at the same time: the dense model's logits are made once for all
-
-
 LEAST = 1e-6  # nats a token: the least sensitivity of a level above 0
-
-
 WORST = 1e6  # nats a token: the sensitivity of a level at which the fitness is not finite
-
-
 CELLS = 20_000  # into which the budget is divided; costs are rounded up to whole cells
 
 

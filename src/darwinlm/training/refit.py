@@ -36,8 +36,6 @@ from darwinlm.training.optimizer_state import set_state, state_of
 from darwinlm.types import DarwinError, Genome
 
 SAVE_SECONDS = 60.0  # between two saved states: about the most work that is lost when the process is killed
-
-
 WARM_UP = 0.1  # of all steps
 
 

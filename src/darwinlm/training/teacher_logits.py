@@ -23,11 +23,7 @@ from darwinlm.runtime.files import read_record, sweep, write_record, write_tenso
 from darwinlm.runtime.progress import track
 
 ROWS = 16  # sequences in a file
-
-
 LOGIT_BYTES = 6  # for each of the K tokens at a position: an int32 index and a float16 value
-
-
 MANIFEST = "logits.json"
 
 
