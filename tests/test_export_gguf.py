@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 
 import llama_cpp
 import tiny
-from darwinlm.export.gguf import FileType, export_gguf
+from darwinlm.export.gguf import export_gguf
 from darwinlm.export.hf import export_hf
 from darwinlm.model.checkpoint import find_checkpoint
 from darwinlm.model.reading import load
-from darwinlm.types import DarwinError, UsageError
+from darwinlm.types import DarwinError, FileType, UsageError
 from exports import LLAMA_3_ROPE, Case, dense_model, stitched_model
 from llama_cpp import Answer, difference, needs_llama_cpp
 from vocabularies import TEMPLATE, byte_pair_tokenizer

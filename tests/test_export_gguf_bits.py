@@ -18,8 +18,9 @@ import tiny
 from darwinlm.config.run import CalibrationConfig
 from darwinlm.database.calibrate import calibrate
 from darwinlm.database.stitch import repeat_shared
-from darwinlm.export.gguf import FileType, export_gguf
+from darwinlm.export.gguf import export_gguf
 from darwinlm.export.gguf_precision import MIXES, QUANTISED, fitting
+from darwinlm.export.gguf_twin import twin
 from darwinlm.export.hf import export_hf
 from darwinlm.export.importance import mean_squares
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
@@ -27,6 +28,7 @@ from darwinlm.model.families import block_sizes
 from darwinlm.model.reading import load
 from darwinlm.model.size import parameter_count
 from darwinlm.search.costs import weight_costs
+from darwinlm.types import FileType
 from llama_cpp import difference, needs_llama_cpp
 from pruned import prune
 from refusals import told
@@ -219,3 +221,45 @@ def test_a_runs_own_text_tells_the_importance(
     own, flat, same = ((tmp_path / f"{name}.gguf").read_bytes() for name in ("own", "flat", "same"))
     assert own[-4096:] == same[-4096:]
     assert own != flat
+
+
+@pytest.mark.parametrize("kind", FILE_TYPES)
+def test_a_twin_computes_what_the_file_says(kind: FileType, wide: Path, tmp_path: Path) -> None:
+    importance = mean_squares(load(wide), token_ids()) if kind in QUANTISED else None
+    file = export_gguf(wide, tmp_path / f"{kind}.gguf", kind, importance=importance)
+    model, size = twin(wide, kind, importance)
+    read = find_checkpoint(str(file), tmp_path / "work").load(torch.float32, torch.device("cpu"))
+    assert size == sum(tensor.n_bytes for tensor in gguf.GGUFReader(file).tensors)
+    for name, weight in read.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], weight, rtol=0, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q4_k_m"])
+@pytest.mark.parametrize("case", ["llama-untied", "qwen2-narrow-attention", "qwen3-tied"])
+def test_a_twin_of_an_uneven_model_has_the_rows_of_the_file(
+    kind: FileType,
+    case: str,
+    exports: dict[str, Path],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    file = export_gguf(exports[case], tmp_path / f"{case}.gguf", kind)
+    model, size = twin(exports[case], kind)
+    held = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    assert size == sum(tensor.n_bytes for tensor in held.values())
+    modules, compared = dict(model.named_modules()), 0
+    for index in range(model.config.num_hidden_layers):
+        for name, path in (
+            ("ffn_up", "mlp.up_proj"),
+            ("ffn_down", "mlp.down_proj"),
+            ("attn_output", "self_attn.o_proj"),
+        ):
+            module = modules.get(f"model.layers.{index}.{path}")
+            if module is not None:
+                tensor = held[f"blk.{index}.{name}.weight"]
+                expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+                kept = expected[
+                    :, np.abs(expected).sum(0) > 0
+                ]  # without the heads and channels that are written as zeros
+                np.testing.assert_allclose(module.weight.detach().numpy(), kept, atol=1e-7, err_msg=name)
+                compared += 1
+    assert compared > 6

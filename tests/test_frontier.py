@@ -9,19 +9,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import runs
 from darwinlm.commands import frontier as module
 from darwinlm.commands.compress import run
-from darwinlm.commands.frontier import PICTURE, TABLE, frontier
+from darwinlm.commands.frontier import FORMATS, PICTURE, TABLE, frontier
 from darwinlm.commands.run_directory import FRONTIER_SETTINGS, Run, load
 from darwinlm.config.frontier import FrontierConfig
 from darwinlm.config.run import CalibrationConfig, DatabaseConfig, RunConfig
 from darwinlm.data.corpus import read_corpus
+from darwinlm.data.draw import draw_tokens
 from darwinlm.evaluation.quality import perplexity_and_kl
+from darwinlm.export.gguf_twin import twin
+from darwinlm.export.importance import mean_squares
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.size import parameter_count
-from darwinlm.report.comparison import CELLS, DENSE, Cell, read_cells
+from darwinlm.report import formats
+from darwinlm.report.comparison import CELLS, DENSE, Cell, InFormat, read_cells
 from darwinlm.report.frontier import KNEE, figure, find_knee
 from darwinlm.report.html import NAME
 from darwinlm.search.mutation import adapt
@@ -281,6 +286,48 @@ def test_the_knee_is_where_the_curve_bends() -> None:
     assert find_knee(bends[:2]) is None
     assert find_knee([at(90, 0.1), at(80, 0.9), at(70, 1.0)]) is None  # it bends the other way
     assert KNEE == "knee"
+
+
+def test_formats_can_be_added_to_a_frontier(config: FrontierConfig, cells: list[Cell], tmp_path: Path) -> None:
+    pytest.importorskip("libgguf")
+    out = tmp_path / "out"
+    shutil.copytree(config.out, out)
+    found = frontier(replace(config, out=str(out), formats=("f16", "q4_0")))
+    assert [replace(cell, formats={}) for cell in found] == cells
+    assert [list(cell.formats) for cell in found] == [["f16", "q4_0"]] * 4
+    for cell in found:
+        assert cell.formats["f16"].bytes > 2 * 0.95 * cell.formats["q4_0"].bytes
+        assert cell.formats["f16"].kl == pytest.approx(cell.kl, abs=1e-3)
+        assert cell.formats["q4_0"].kl > cell.kl
+    dense = load(config.model)
+    quantised, size = twin(Path(config.model), "q4_0", mean_squares(dense, search_tokens(config)))
+    corpus = read_corpus(config.data, Checkpoint(Path(config.model)).tokenizer, config.calibration.sequence_length, 0)
+    quality = perplexity_and_kl({"dense": dense, "model": quantised}, corpus.draw_held_out(config.evaluation.tokens))
+    of_dense = found[0].formats["q4_0"]
+    assert (of_dense.bytes, of_dense.kl) == (size, pytest.approx(quality["model"].kl, abs=1e-6))
+    table, page = ((out / name).read_text() for name in (TABLE, NAME))
+    assert f"{of_dense.kl:.4f}" in table
+    assert "KL over bytes, by type of file" in page
+    assert (out / FORMATS).read_bytes().startswith(b"\x89PNG")
+
+
+def search_tokens(config: FrontierConfig) -> torch.Tensor:
+    """The tokens that the searches of a frontier score on."""
+    run = Run(Path(config.out) / "base").config
+    tokenizer = Checkpoint(Path(config.model)).tokenizer
+    return draw_tokens(read_corpus(config.data, tokenizer, config.calibration.sequence_length, 0), run)["search"]
+
+
+def test_files_that_pay_are_those_that_none_beats_in_both() -> None:
+    def cell(name: str, **formats: tuple[int, float]) -> Cell:
+        return Cell(name, 1.0, formats={kind: InFormat(size, 1.0, kl) for kind, (size, kl) in formats.items()})
+
+    dense = cell("dense", q8_0=(100, 0.01), q4_0=(60, 0.2))
+    pruned = cell("params=0.8", q8_0=(80, 0.3), q4_0=(50, 0.6))
+    small = cell("params=0.5", q8_0=(50, 0.7), q4_0=(30, 1.5))
+    assert [file.name for file in formats.best([dense, pruned, small])] == [
+        "dense in q8_0", "dense in q4_0", "params=0.8 in q4_0", "params=0.5 in q4_0",
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ KINDS: tuple[Kind, ...] = ("attention", "mlp", "mixer")
 Structure = Literal["kv_group", "balanced", "head"]
 MetricName = Literal["kl", "top-k-kl", "perplexity"]
 LossTokens = Literal["assistant", "all"]
+FileType = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"]  # of a GGUF file
 MovesName = Literal["priced", "within_kinds"]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from darwinlm.commands.compress import allocate, build_database, finish, make_fitness, refit_consumers
+from darwinlm.commands.formats import check_formats, in_formats
 from darwinlm.commands.judging import Cells, Judge, find_requests, note_questions
 from darwinlm.commands.run_directory import (
     FRONTIER_SETTINGS,
@@ -34,7 +35,7 @@ from darwinlm.data.corpus import Drawn
 from darwinlm.database.store import Database
 from darwinlm.evaluation.tasks import Request
 from darwinlm.losses.metrics import label
-from darwinlm.report import beside_dense
+from darwinlm.report import beside_dense, formats
 from darwinlm.report.cells_page import CellsFacts, frontier_lead, frontier_sections
 from darwinlm.report.comparison import DENSE, Cell
 from darwinlm.report.figures import save_figure
@@ -52,11 +53,11 @@ from darwinlm.search.mutation import adapt, spread
 from darwinlm.search.sensitivity import SENSITIVITIES, find_starts, sensitivities
 from darwinlm.types import DarwinError, Genome, SearchResult, SelectionStage, UsageError
 
-TABLE, PICTURE = "frontier.md", "frontier.png"
+TABLE, PICTURE, FORMATS = "frontier.md", "frontier.png", "formats.png"
 
 
-# Settings that may change later: more sizes and tasks, and how tasks are asked.
-OPEN = ("targets", "sizes", "largest", "smallest", *(each.name for each in fields(TasksConfig)))
+# Settings that may change later: more sizes, formats and tasks, and how tasks are asked.
+OPEN = ("targets", "sizes", "largest", "smallest", "formats", *(each.name for each in fields(TasksConfig)))
 
 
 def frontier(config: FrontierConfig) -> list[Cell]:
@@ -84,8 +85,11 @@ def frontier(config: FrontierConfig) -> list[Cell]:
             return []
         note_questions(asked, out)
         cells = _measure(work, sizes, results, database, config, requests)
-        write_text(out / TABLE, markdown(cells, _protocol(config), PICTURE, beside_dense.below(cells)))
+        below = [*formats.markdown(cells, FORMATS), *beside_dense.below(cells)]
+        write_text(out / TABLE, markdown(cells, _protocol(config), PICTURE, below))
         save_figure(out / PICTURE, figure(cells))
+        if config.formats:
+            save_figure(out / FORMATS, formats.figure(cells))
         with unless_it_fails(out / NAME):
             _write_page(out, config, work, results, cells)
     print_table(cells)
@@ -141,6 +145,7 @@ def _open(config: FrontierConfig, out: Path) -> tuple[Work, dict[str, Work]]:
     base = Run(out / "base")
     try:
         work = open_work(base, _base(config), "report")
+        check_formats(work, config.formats)
         return work, _at_all_sizes(work, config)
     except DarwinError:
         if parallel.first() and not (base.path / "database").exists():
@@ -242,7 +247,8 @@ def _measure(
         if cell is None or cell.levels != wanted.levels:
             say(f"{place}: measured")
             cell = cells.keep(judge.measure(wanted, model()))
-        chosen.append(judge.with_scores(cells, cell, model, requests, place))
+        cell = judge.with_scores(cells, cell, model, requests, place)
+        chosen.append(in_formats(work, judge, cells, cell, model, config.formats))
     return chosen
 
 

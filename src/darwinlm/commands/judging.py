@@ -87,6 +87,10 @@ class Judge:
             answers=answers_of(model, self.tokenizer, self.evaluation),
         )
 
+    def quality_of(self, model: PreTrainedModel) -> Quality:
+        """Return a model's perplexity on the held-out documents, and its KL from the dense model there."""
+        return self._quality({DENSE: self.dense, "model": model}, self.held_out, HELD_OUT)["model"]
+
     def _quality(self, models: dict[str, PreTrainedModel], text: Drawn, name: str) -> dict[str, Quality]:
         return perplexity_and_kl(models, text.ids, self.of_dense[name], counts=text.counts)
 

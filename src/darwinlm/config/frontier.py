@@ -19,7 +19,7 @@ from darwinlm.config.run import (
     SearchConfig,
     ServingConfig,
 )
-from darwinlm.types import LossTokens
+from darwinlm.types import FileType, LossTokens
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class FrontierConfig(TasksConfig):
     """The share of the dense model's parameters that the largest model keeps."""
     smallest: float = 0.4
     """The share that the smallest model keeps."""
+    formats: tuple[FileType, ...] = ()
+    """Types of GGUF files, such as q8_0 q4_k_m, in which every size and the dense model are judged as well."""
     seed: int = 0
     """Seed of everything random."""
     device: str = "auto"

@@ -23,7 +23,7 @@ from darwinlm.config.checks import (
     expect_size,
 )
 from darwinlm.config.own import OwnConfig
-from darwinlm.types import LossTokens, MetricName, MovesName, SelectionStage, Structure
+from darwinlm.types import FileType, LossTokens, MetricName, MovesName, SelectionStage, Structure
 
 Stage = Literal["database", "search", "export", "report"]
 STARTS = ("sensitivity", "uniform")  # anything else is the file of an earlier genome
@@ -192,7 +192,7 @@ class LatencyConfig:
 class ServingConfig:
     """Serving: how the model will be used, for --target memory=..., decode=... and prefill=...."""
 
-    format: Literal["auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"] = "auto"
+    format: Literal["auto"] | FileType = "auto"
     """Form of the weights, by its name in a GGUF file; auto is that of the checkpoint. memory counts in it."""
     batch: int = 1
     """Sequences at a time."""
@@ -263,7 +263,7 @@ class ExportConfig:
 
     format: Literal["hf", "gguf"] = "hf"
     """A directory for transformers and vLLM, or a file for llama.cpp, Ollama and LM Studio."""
-    type: Literal["auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"] = "auto"
+    type: Literal["auto"] | FileType = "auto"
     """Precision of a GGUF file; auto is f16. A directory keeps that of the model."""
     data: str | None = None
     """Text, as for darwinlm compress, on which the importance of the weights of a GGUF file of six bits or less is

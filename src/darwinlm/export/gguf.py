@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import gguf
 import numpy as np
@@ -23,9 +23,8 @@ from darwinlm.export.verify import verify_gguf
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.runtime.files import new_file
 from darwinlm.runtime.progress import say
-from darwinlm.types import DarwinError, UsageError
+from darwinlm.types import DarwinError, FileType, UsageError
 
-FileType = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"]
 QUANTISED_ROWS = 4096  # that are quantised at a time, to bound memory
 
 
@@ -81,7 +80,7 @@ def export_gguf(
             _add_settings(writer, model, name, file_type)
             add_vocabulary(writer, tokenizer, config.vocab_size)
             written = list(tensors(model, Weights(checkpoint)))
-            chosen = _precisions(written, file_type, len(model.room))
+            chosen = precisions(written, file_type, len(model.room))
             digests = _write(writer, written, chosen, importance or {})
         finally:
             writer.close()
@@ -147,7 +146,7 @@ def _add_kinds(writer: gguf.GGUFWriter, model: Description) -> None:
     writer.add_rope_dimension_count_swa(width)
 
 
-def _precisions(tensors: Sequence[Written], file_type: str, blocks: int) -> list[Precision]:
+def precisions(tensors: Sequence[Written], file_type: str, blocks: int) -> list[Precision]:
     """The precision of every tensor; the user is told of those whose rows do not fit the type that was asked for."""
     mix, tied = MIXES[file_type], not any(tensor.name == OUTPUT for tensor in tensors)
     wanted = [Precision.F32 if len(tensor.shape) == 1 else mix.of(tensor.name, blocks, tied) for tensor in tensors]
@@ -180,7 +179,7 @@ def _write(
     writer.write_ti_data_to_file()
     digests = {}
     for tensor, stored in zip(tensors, chosen, strict=True):
-        values = _encoded(tensor, stored, importance.get(tensor.source))
+        values = encoded(tensor, stored, importance.get(tensor.source))
         digests[tensor.name] = hashlib.sha256(values.data).hexdigest()
         try:
             writer.write_tensor_data(values)
@@ -192,7 +191,12 @@ def _write(
     return digests
 
 
-def _encoded(tensor: Written, precision: Precision, importance: Tensor | None) -> np.ndarray:
+def encoded(tensor: Written, precision: Precision, importance: Tensor | None) -> np.ndarray:
+    """The values of a tensor as a file holds them in a precision.
+
+    Raises:
+        DarwinError: if they are too large for it.
+    """
     values = tensor.make()
     if precision is Precision.BF16:
         return values.to(torch.bfloat16).contiguous().view(torch.int16).numpy()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from darwinlm.evaluation.tasks import is_share
 from darwinlm.genome import Grid
-from darwinlm.report import beside_dense, comparison, frontier, tables
+from darwinlm.report import beside_dense, comparison, formats, frontier, tables
 from darwinlm.report.charts import Line, Point, axis, layout, lines_chart
 from darwinlm.report.comparison import DENSE, HELD_OUT, Cell, answers_of, notes_on, refusals
 from darwinlm.report.html import Block, Chart, Note, Section, Table, safe
@@ -109,6 +109,7 @@ def frontier_sections(
     return [
         Section("Sizes", [table, *map(Note, [*notes, *facts.protocol, *notes_on(cells)])]),
         Section("Quality over size", [*curves, *_task_note(cells[0])]),
+        Section(formats.TITLE, formats.blocks(cells)),
         _answers(cells),
         answers_section(answers_of(cells)),
         Section("Sizes of units", [*(_units_chart(grid, kind, cells[1:]) for kind in grid.kinds()), Note(ON_UNITS)]),

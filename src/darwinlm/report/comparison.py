@@ -37,6 +37,15 @@ MARKERS = "osv^Dx*P+h"
 
 
 @dataclass(frozen=True)
+class InFormat:
+    """A model in a type of GGUF file: the bytes of its weights there, and its quality with what is left of them."""
+
+    bytes: int
+    perplexity: float = math.nan
+    kl: float = math.nan
+
+
+@dataclass(frozen=True)
 class Cell:
     """The figures of one method at one size.
 
@@ -53,6 +62,7 @@ class Cell:
         scores: the scores in tasks.
         continuations: each prompt, followed by what the model writes.
         answers: its answers to chat prompts, if they were asked for.
+        formats: what it is in types of GGUF files, by the type's name.
     """
 
     method: str
@@ -73,6 +83,7 @@ class Cell:
     scores: tuple[Score, ...] = ()
     continuations: tuple[str, ...] = ()
     answers: Answers | None = None
+    formats: dict[str, InFormat] = field(default_factory=dict)
 
     @classmethod
     def of(cls, line: Mapping[str, Any]) -> Cell:
@@ -82,14 +93,17 @@ class Cell:
         fields["texts"] = {text: Quality(**(missing | quality)) for text, quality in line.get("texts", {}).items()}
         fields["scores"] = tuple(map(_score, line.get("scores", ())))
         fields["answers"] = _answers(line.get("answers"))
+        fields["formats"] = {name: InFormat(**figures) for name, figures in line.get("formats", {}).items()}
         return cls(**fields)
 
     @property
     def line(self) -> dict[str, Any]:
         """The cell as an object of JSON, without figures that are not finite."""
         fields = asdict(self)
-        texts = {text: _finite(quality) for text, quality in fields["texts"].items()}
-        return {**_finite(fields), "texts": texts}
+        nested = {
+            name: {key: _finite(figures) for key, figures in fields[name].items()} for name in ("texts", "formats")
+        }
+        return {**_finite(fields), **nested}
 
     @property
     def size(self) -> str:
