@@ -194,6 +194,7 @@ def test_a_size_must_be_named_and_only_of_a_frontier(
         (("--targets", "params=0.9", "params=0.001"), "expected parameters from"),
         (("--search.start", "genome.json"), "expected sensitivity or uniform"),
         (("--sizes", "0"), "--sizes"),
+        (("--formats", "q8_0", "q9_0"), "choose from"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_measured(

@@ -17,7 +17,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
 
@@ -29,7 +29,7 @@ from darwinlm.config.run import DEMO, ExportConfig, RunConfig
 from darwinlm.config.training import GradualConfig, PlanConfig, TrainConfig
 from darwinlm.rivals.methods import DEFAULT_METHODS, METHODS
 from darwinlm.runtime.progress import reporting, say
-from darwinlm.types import DarwinError, UsageError
+from darwinlm.types import DarwinError, FileType, UsageError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -217,6 +217,16 @@ COMMANDS = (
                     "help": "sizes, each as for compress --target; if none are given, --sizes of them",
                 },
             ),
+            Flag(
+                "--formats",
+                {
+                    "nargs": "+",
+                    "metavar": "TYPE",
+                    "choices": list(get_args(FileType)),
+                    "default": [],
+                    "help": "types of GGUF files in which every size and the dense model are judged as well",
+                },
+            ),
             Flag("--from", {"type": float, "default": 0.95, "help": "the share that the largest model keeps"}),
             Flag("--to", {"type": float, "default": 0.4, "help": "the share that the smallest model keeps"}),
             KEEP_ATTENTION,
@@ -224,7 +234,7 @@ COMMANDS = (
             CHAT_TEMPLATE,
         ),
         renamed={"from": "largest", "to": "smallest"},
-        shown=("targets", "sizes", "from", "to", "seed", "device", "dtype", "memory", "tasks", "tasks_data", "limit"),
+        shown=("targets", "sizes", "from", "to", "formats", "seed", "device", "dtype", "memory", "tasks", "tasks_data", "limit"),
     ),
     Command(
         "compare",

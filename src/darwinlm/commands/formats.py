@@ -41,7 +41,7 @@ def in_formats(
     formats: Sequence[FileType],
 ) -> Cell:
     """The cell with what its model is in each of `formats`; those that it has are not measured again."""
-    left = [each for each in formats if each not in cell.formats]
+    left: list[FileType] = [each for each in formats if each not in cell.formats]
     if not left:
         return cell
     model = find_model()
@@ -50,7 +50,8 @@ def in_formats(
         directory = work.checkpoint.path if cell.method == DENSE else _written(work, cell, model, scratch / "model")
         for each in left:
             say(f"frontier: {cell.method} in {each}")
-            cell = cells.keep(replace(cell, formats=cell.formats | {each: _judged(judge, directory, each, importance)}))
+            held = _judged(judge, directory, each, importance)
+            cell = cells.keep(replace(cell, formats={**cell.formats, each: held}))
     return cell
 
 
