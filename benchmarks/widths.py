@@ -1,0 +1,119 @@
+"""What widths that serve cost: KL where channels leave in multiples of 128 or 256, or sizes are divisible by 8.
+
+    python benchmarks/widths.py OUT [--target params=0.8] [--arms 32 256] [--tokens 32768]      # resumes
+
+Each arm is one `darwinlm compress` of SmolLM2-135M with the same text, target and effort, and other levels. KL from the
+dense model in nats a token is on held-out articles and on WikiText-2's validation text, `groups` the share of the
+weights whose rows are multiples of what 4-bit formats want. Results are in OUT/results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from darwinlm.commands.compress import run
+from darwinlm.commands.run_directory import load
+from darwinlm.config.run import (
+    CalibrationConfig,
+    DatabaseConfig,
+    EvaluationConfig,
+    RefitConfig,
+    RunConfig,
+    SearchConfig,
+)
+from darwinlm.data.corpus import read_corpus
+from darwinlm.data.packing import as_sequences
+from darwinlm.evaluation.quality import perplexity_and_kl
+from darwinlm.model.checkpoint import find_checkpoint
+from darwinlm.model.size import parameter_count
+from darwinlm.report import tables
+from darwinlm.runtime.files import write_json
+
+WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext2_valid.txt"
+HELD_OUT, LENGTH = 16_384, 512
+ARMS = {
+    "32": DatabaseConfig(),
+    "128": DatabaseConfig(granularity=128),
+    "256": DatabaseConfig(granularity=256),
+    "divisible by 8": DatabaseConfig(divisible_by=8),
+}
+GROUPS = (32, 128, 256)
+
+
+def settings(given: argparse.Namespace, arm: str) -> RunConfig:
+    return RunConfig(
+        model="smollm2-135m",
+        data="vital-wiki",
+        out=str(given.out / arm.replace(" ", "-")),
+        target=given.target,
+        fit_data=True,
+        verify=False,
+        database=ARMS[arm],
+        calibration=CalibrationConfig(tokens=given.tokens, sequence_length=LENGTH),
+        search=SearchConfig(generations=given.generations),
+        refit=RefitConfig(tokens=given.tokens),
+        evaluation=EvaluationConfig(tokens=2048, repeats=1, speed_tokens=64),
+    )
+
+
+def fitting(model: Any, group: int) -> float:
+    """The share of the weights of linear modules whose rows are a multiple of a group."""
+    widths = [(module.weight.numel(), module.in_features) for module in linears(model)]
+    return sum(count for count, width in widths if width % group == 0) / sum(count for count, _ in widths)
+
+
+def linears(model: Any) -> list[torch.nn.Linear]:
+    return [module for module in model.get_decoder().modules() if isinstance(module, torch.nn.Linear)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--target", default="params=0.8")
+    parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--generations", type=int, default=5)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    kept = given.out / "results.json"
+    results = json.loads(kept.read_text()) if kept.exists() else {}
+    checkpoint = find_checkpoint("smollm2-135m", given.out)
+    wikitext = checkpoint.tokenizer(WIKITEXT.read_text(), return_tensors="pt").input_ids[0, :HELD_OUT]
+    texts = {
+        "articles": read_corpus("vital-wiki", checkpoint.tokenizer, LENGTH, 0).draw_held_out(HELD_OUT),
+        "WikiText-2": as_sequences(wikitext, LENGTH, checkpoint.tokenizer),
+    }
+    dense = checkpoint.load(torch.float32, torch.device("cpu"))
+    of_dense: dict[str, list[torch.Tensor]] = {name: [] for name in texts}
+    for arm in given.arms:
+        if arm not in results:
+            began = time.monotonic()
+            model: Any = load(run(settings(given, arm)).path)
+            seconds = time.monotonic() - began
+            models = {"dense": dense, "pruned": model}
+            found = {name: perplexity_and_kl(models, ids, of_dense[name])["pruned"].kl for name, ids in texts.items()}
+            shares = {f"groups of {group}": fitting(model, group) for group in GROUPS}
+            results[arm] = found | shares | {"parameters": parameter_count(model), "seconds": seconds}
+            write_json(kept, results)
+    titles = ["channels leave in", *texts, *(f"groups of {group}" for group in GROUPS), "parameters", "seconds"]
+    rows = [
+        [
+            arm,
+            *(f"{row[name]:.4f}" for name in texts),
+            *(f"{row[f'groups of {group}']:.0%}" for group in GROUPS),
+            f"{row['parameters']:,}",
+            f"{row['seconds']:.0f}",
+        ]
+        for arm, row in results.items()
+    ]
+    print(tables.markdown(titles, rows))
+
+
+if __name__ == "__main__":
+    main()
