@@ -208,13 +208,28 @@ def test_the_demo_has_its_own_settings(tmp_path: Path, ran: list[tuple[RunConfig
     ("flags", "words"),
     [
         ("compress M --data D --out O --bogus 1", ["--bogus", "darwinlm compress --help"]),
-        ("compress M --data D --out O --seed x", ["--seed", "Expected", "int", "x"]),
-        ("compress M --data D --out O --search.learning-rate fast", ["--search.learning-rate", "float", "fast"]),
-        ("compress M --data D --out O --dtype float8", ["--dtype", "'float32'", "float8"]),
+        ("compress M --data D --out O --seed x", ["--seed: expected a whole number, found x;"]),
+        (
+            "compress M --data D --out O --search.learning-rate fast",
+            ["--search.learning-rate: expected a number, found fast;"],
+        ),
+        ("compress M --data D --out O --dtype float8", ["--dtype: expected auto, float32 or bfloat16, found float8;"]),
         ("compress M --data D --out O --preset plain", ["--preset", "plain", "paper"]),
-        ("compress M --data D --out O --search.metric accuracy", ["--search.metric", "'top-k-kl'", "accuracy"]),
+        (
+            "compress M --data D --out O --search.metric accuracy",
+            ["--search.metric: expected kl, top-k-kl or perplexity, found accuracy"],
+        ),
         ("compress M --data D --out O --config nowhere.yaml", ["--config", "nowhere.yaml"]),
         ("compress M --data D --out O --search.stages [{survivors:1}]", ["survivors:1", "darwinlm --help"]),
+        (
+            "compress M --data D --out O --evaluation.texts a",
+            ["--evaluation.texts: expected a list such as [a,b], found a;"],
+        ),
+        ("compress M --data D --out O --target-level x", ["--target-level: expected a number or null, found x;"]),
+        (
+            "compress M --data D --out O --search.stages [1]",
+            ["--search.stages: expected a mapping of settings, found 1;"],
+        ),
         ("compress M --data D", ["required: --out;", "darwinlm compress --help"]),
         ("compress --data D --out O", ["required: MODEL;"]),
         ("gradual --data D --out O", ["required: --model;", "darwinlm gradual --help"]),

@@ -340,8 +340,37 @@ class Parser(ArgumentParser):
         if unknown:
             message = f"{prog} has no flag {unknown[1]}{_closest(unknown[1], parser)}"
         message = re.sub(r'Parser key "([^"]+)":', lambda key: f"--{key[1].replace('_', '-')}:", message)
+        message = _in_words(" ".join(message.split()))
         everything = "--help" if prog == PROG else "--help-all"
         sys.exit(_fail(f"{message}; {prog} {everything} lists what there is", 2))
+
+
+NOUNS = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text",
+    "tuple": "a list such as [a,b]", "NoneType": "null",
+}  # fmt: skip
+
+
+def _in_words(message: str) -> str:
+    """A message on a setting's value without the names of Python's types."""
+    said = re.fullmatch(
+        r"(--[\w.-]+): ((?:Expected a|Does not validate|Not a valid subclass) .*?) ?(?:Got|Given) value: (.*?)"
+        r"(?: Subclass types .*)?",
+        message,
+    )
+    if said is None:
+        return message
+    flag, expected, found = said.groups()
+    nouns = []
+    for choices, name in re.findall(r"Expected a (?:typing\.Literal\[(.*?)\]|<class '(\w+)'>)", expected):
+        nouns.append(_either(re.findall(r"'([^']*)'", choices)) if choices else NOUNS.get(name, name))
+    return f"{flag}: expected {_either(nouns) or 'a mapping of settings'}, found {found}"
+
+
+def _either(words: Sequence[str]) -> str:
+    """Words with commas and an "or" between them."""
+    *others, last = words or [""]
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _closest(flag: str, parser: ArgumentParser) -> str:
