@@ -35,7 +35,7 @@ from darwinlm.database.store import MANIFEST, Database
 from darwinlm.genome import Grid
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import find_grid
-from darwinlm.runtime.device import processor_name, resolve_dtype
+from darwinlm.runtime.device import processor_name
 from darwinlm.search.fitness import Fitness
 from darwinlm.types import Genome, SelectionStage
 
@@ -96,7 +96,7 @@ def opened(run: Path, device: torch.device) -> Fitness:
     checkpoint = Checkpoint(run / "dense")
     grid = find_grid(checkpoint.skeleton(), checkpoint.config, DatabaseConfig())
     provenance = json.loads((run / "database" / MANIFEST).read_text())["provenance"]
-    dense = checkpoint.load(resolve_dtype("auto", torch.device("cpu")), device)
+    dense = checkpoint.load(torch.bfloat16, device)  # on both sides, whatever they would take
     text = read_corpus("vital-wiki", checkpoint.tokenizer, 512, 0).draw_held_out(8192)
     stitcher = Stitcher(dense, checkpoint.family, Database(run / "database", grid, provenance))
     return Fitness(stitcher, text, text[:1], SearchConfig())

@@ -4,12 +4,13 @@
     python benchmarks/predictors.py RUN OUT [--genomes 16] [--recovery 200000]      # resumes
     python benchmarks/predictors.py RUN OUT --report                                # of what is measured so far
 
-Sixteen genomes that keep 60 % of the parameters and differ as candidates do and more: two starts, mutants of both at 1,
-4 and 16 moves, one between the starts, depth only, width only, and two of other papers. Each is judged on articles
-(the search's text) untrained, after the paper's training (cross-entropy, all weights, 1e-5), and after short trainings
-towards the dense model's distribution, of consumers and of all weights, at several rates and lengths. The truth is KL
-on held-out articles and on WikiText-2, and the log-likelihood of right answers (ARC-easy), after the whole refit and
-after a recovery of all weights. `OUT/measured.jsonl` has a line for each genome and training; rank correlations with
+Genomes that keep 60 % of the parameters and differ as candidates do and more: two starts, mutants of both at 1, 4 and
+16 moves (of the better start twice), one between the starts, depth only, width only, and two of other papers. Each is
+judged on articles (the search's text) untrained, after the paper's training (cross-entropy, all weights, 1e-5), and
+after short trainings towards the dense model's distribution, of consumers and of all weights, at several rates and
+lengths. The truth is KL on held-out articles and on WikiText-2, and the log-likelihood of right answers (ARC-easy),
+after the whole refit and after a recovery of all weights.
+`OUT/measured.jsonl` has a line for each genome and training; rank correlations with
 bootstrap intervals over genomes are over all of them and over the better half by the truth.
 """
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+import runs
+from darwinlm.commands.compress import run
+from darwinlm.commands.run_directory import Run
+from darwinlm.commands.work import open_work
 from darwinlm.runtime import device
 from darwinlm.runtime.device import resolve_dtype
 
@@ -24,7 +30,7 @@ def forgotten() -> Iterator[None]:
     [
         (True, 0.4, torch.bfloat16),
         (True, 0.9, torch.float32),  # too little to lose precision for
-        (True, 1.8, torch.float32),  # an Xeon without AMX does that
+        (True, 1.8, torch.float32),  # a Xeon without AMX does that
         (False, 0.4, torch.float32),
     ],
 )
@@ -42,3 +48,16 @@ def test_products_are_timed_once_and_in_no_time() -> None:
     assert device._is_fast_at_bfloat16.cache_info().currsize == 1
     assert resolve_dtype("auto", torch.device("cpu")) == first
     assert 0 < device.product_seconds(torch.float32) < 5
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_search_keeps_the_precision_in_which_it_began(
+    fast: bool, checkpoints: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(runs.short(checkpoints["llama-mha"], text, tmp_path / "run"), dtype="auto", device="cpu")
+    monkeypatch.setattr(device, "_is_fast_at_bfloat16", lambda: fast)
+    this = run(config, until="search")
+    monkeypatch.setattr(device, "_is_fast_at_bfloat16", lambda: not fast)
+    began = torch.bfloat16 if fast else torch.float32
+    assert open_work(Run(this.path), config, "search").dtype == began
+    assert this.begun_in == str(began).removeprefix("torch.")

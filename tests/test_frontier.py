@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,16 +22,17 @@ from darwinlm.config.run import CalibrationConfig, DatabaseConfig, RunConfig
 from darwinlm.data.corpus import read_corpus
 from darwinlm.data.draw import draw_tokens
 from darwinlm.evaluation.quality import perplexity_and_kl
+from darwinlm.evaluation.tasks import Score
 from darwinlm.export.gguf_twin import twin
 from darwinlm.export.importance import mean_squares
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.size import parameter_count
 from darwinlm.report import formats
-from darwinlm.report.comparison import CELLS, DENSE, Cell, InFormat, read_cells
+from darwinlm.report.comparison import CELLS, DENSE, Cell, InFormat, read_cells, write_cells
 from darwinlm.report.frontier import KNEE, figure, find_knee
 from darwinlm.report.html import NAME
 from darwinlm.search.mutation import adapt
-from darwinlm.types import Genome
+from darwinlm.types import Genome, UsageError
 from refusals import only_sentence
 from test_parallel import torchrun
 
@@ -310,6 +312,35 @@ def test_formats_can_be_added_to_a_frontier(config: FrontierConfig, cells: list[
     assert f"{of_dense.kl:.4f}" in table
     assert "KL over bytes, by type of file" in page
     assert (out / FORMATS).read_bytes().startswith(b"\x89PNG")
+
+
+def test_scores_outlive_formats_that_are_added(config: FrontierConfig, cells: list[Cell], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(config.out, out)
+    score = Score("arc_easy", "acc", 0, 0.5, 0.1, 4, "a file", (0.0, 1.0))
+    write_cells(out, [replace(cell, scores=(score,)) for cell in cells])
+    assert all(not cell.scores for cell in frontier(replace(config, out=str(out), formats=("f16",))))
+    assert [cell.scores for cell in read_cells(out)] == [(score,)] * len(cells)
+    assert all(cell.formats for cell in read_cells(out))
+
+
+def test_a_format_that_a_size_cannot_have_is_told(
+    config: FrontierConfig, cells: list[Cell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from darwinlm.commands import formats as module
+
+    def refuse(directory: Path, *given: Any) -> Any:
+        if directory != Path(config.model):
+            raise UsageError("cannot be: expected another; name one")
+        return twin(directory, *given)
+
+    monkeypatch.setattr(module, "twin", refuse)
+    out = tmp_path / "out"
+    shutil.copytree(config.out, out)
+    found = frontier(replace(config, out=str(out), formats=("f16",)))
+    assert [cell.formats["f16"].refused is None for cell in found] == [True, False, False, False]
+    assert "params=0.8 in f16: cannot be: expected another; name one" in (out / TABLE).read_text()
+    assert read_cells(out)[1].formats["f16"] == replace(InFormat(), refused="cannot be: expected another; name one")
 
 
 def search_tokens(config: FrontierConfig) -> torch.Tensor:

@@ -164,7 +164,8 @@ def _measure_all(
     count = 1 + len(wanted)
     place = f"compare: 1/{count}, {DENSE}"
     dense = cells.of.get((DENSE, 1.0)) or _measure_dense(bench, cells, place)
-    chosen, failures = [_with_scores(bench, cells, dense, requests, place)], []
+    parts, failures = bench.judge.parts, list[str]()
+    chosen = [_with_scores(bench, cells, replace(dense, parts=parts), requests, place)]
     for number, (method, kept) in enumerate(wanted, 2):
         name = f"{method} at params={kept:.4g}"
         place = f"compare: {number}/{count}, {name}"
@@ -174,7 +175,7 @@ def _measure_all(
             failures.append(f"{name}: {error}")
             say(failures[-1])
             continue
-        chosen.append(_with_scores(bench, cells, cell, requests, place))
+        chosen.append(_with_scores(bench, cells, replace(cell, parts=parts), requests, place))
     return chosen, failures
 
 

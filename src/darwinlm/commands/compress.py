@@ -191,6 +191,8 @@ def allocate(work: Work, fitness: Fitness, find: Callable[[], Mapping[str, Genom
         find: finds the genomes from which a search may start, by name, if it is not to start as its settings say.
     """
     config = work.config.search
+    if parallel.first():
+        work.run.note_precision(work.dtype)
     if work.given_genome is not None:
         score = fitness.score(work.given_genome, config.stages[-1])
         if score == inf:

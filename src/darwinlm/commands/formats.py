@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,14 +19,15 @@ from darwinlm.export.gguf_twin import twin
 from darwinlm.export.hf import export_hf
 from darwinlm.export.importance import mean_squares
 from darwinlm.model.families import block_sizes
+from darwinlm.model.reading import load
 from darwinlm.report.comparison import DENSE, Cell, InFormat
 from darwinlm.runtime.progress import say
 from darwinlm.runtime.scratch import scratch_directory
-from darwinlm.types import FileType, Genome
+from darwinlm.types import DarwinError, FileType, Genome
 
 
 def check_formats(work: Work, formats: Sequence[FileType]) -> None:
-    """Raise `UsageError` if llama.cpp cannot run the model, or the package for few bits is missing."""
+    """Raise `UsageError` if llama.cpp cannot run the dense model, or the package for few bits is missing."""
     if formats:
         Description(work.checkpoint.config)
     if {*formats} & {*QUANTISED}:
@@ -40,19 +42,28 @@ def in_formats(
     find_model: Callable[[], PreTrainedModel],
     formats: Sequence[FileType],
 ) -> Cell:
-    """The cell with what its model is in each of `formats`; those that it has are not measured again."""
+    """The cell with what its model is in each of `formats`; those that it has are not measured again.
+
+    A type of file that a size cannot have says why, and the others go on.
+    """
     left: list[FileType] = [each for each in formats if each not in cell.formats]
     if not left:
         return cell
-    model = find_model()
-    importance = mean_squares(model, work.tokens["search"]) if {*left} & {*QUANTISED} else {}
     with scratch_directory("formats") as scratch:
-        directory = work.checkpoint.path if cell.method == DENSE else _written(work, cell, model, scratch / "model")
+        written = cell.method != DENSE
+        directory = _written(work, cell, find_model(), scratch / "model") if written else work.checkpoint.path
+        importance = _importance(work, directory) if {*left} & {*QUANTISED} else {}
         for each in left:
             say(f"frontier: {cell.method} in {each}")
             held = _judged(judge, directory, each, importance)
             cell = cells.keep(replace(cell, formats={**cell.formats, each: held}))
     return cell
+
+
+def _importance(work: Work, directory: Path) -> Mapping[str, Tensor]:
+    """How much the channels of a written model matter, on the search's text."""
+    model: Any = load(directory)
+    return mean_squares(model.to(work.device), work.tokens["search"])
 
 
 def _written(work: Work, cell: Cell, model: PreTrainedModel, out: Path) -> Path:
@@ -62,6 +73,10 @@ def _written(work: Work, cell: Cell, model: PreTrainedModel, out: Path) -> Path:
 
 
 def _judged(judge: Judge, directory: Path, kind: FileType, importance: Mapping[str, Tensor]) -> InFormat:
-    model, size = twin(directory, kind, importance)
-    quality = judge.quality_of(model.to(judge.dense.device))
+    try:
+        model, size = twin(directory, kind, importance)
+    except DarwinError as error:
+        say(f"frontier: {error}")
+        return InFormat(refused=str(error))
+    quality = judge.quality_of(model.to(judge.dense.device, judge.dense.dtype))
     return InFormat(size, quality.perplexity, quality.kl)

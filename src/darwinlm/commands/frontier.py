@@ -88,12 +88,13 @@ def frontier(config: FrontierConfig) -> list[Cell]:
         below = [*formats.markdown(cells, FORMATS), *beside_dense.below(cells)]
         write_text(out / TABLE, markdown(cells, _protocol(config), PICTURE, below))
         save_figure(out / PICTURE, figure(cells))
-        if config.formats:
+        if formats.files(cells):
             save_figure(out / FORMATS, formats.figure(cells))
         with unless_it_fails(out / NAME):
             _write_page(out, config, work, results, cells)
     print_table(cells)
-    print(out / TABLE, out / PICTURE, out / NAME, sep="\n")
+    written = [TABLE, PICTURE, *([FORMATS] if formats.files(cells) else []), NAME]
+    print(*(out / name for name in written), sep="\n")
     return cells
 
 
@@ -104,7 +105,7 @@ def find_size(path: Path, target: str | None) -> Run:
         UsageError: if no size is named, or it cannot be reached.
         DarwinError: as `frontier`.
     """
-    config = replace(read_settings(path / FRONTIER_SETTINGS, FrontierConfig), out=str(path))
+    config = replace(read_settings(path / FRONTIER_SETTINGS, FrontierConfig), out=str(path), formats=())
     found = [target for target in config.wanted if _run_of(path, target).searched]
     if target is None:
         raise UsageError(
@@ -174,6 +175,8 @@ def _search(work: Work, sizes: Mapping[str, Work], database: Database) -> dict[s
     """The best genome of every size; each search starts from sensitivities and from the sizes that are finished."""
     results: dict[str, SearchResult] = {}
     largest = next(iter(sizes.values()))
+    if parallel.first():
+        work.run.note_precision(work.dtype)  # of the sensitivities, which are kept there
     with work.within_memory():
         fitness = make_fitness(largest, database)
         for number, (target, at) in enumerate(sizes.items(), 1):
@@ -247,8 +250,8 @@ def _measure(
         if cell is None or cell.levels != wanted.levels:
             say(f"{place}: measured")
             cell = cells.keep(judge.measure(wanted, model()))
-        cell = judge.with_scores(cells, cell, model, requests, place)
-        chosen.append(in_formats(work, judge, cells, cell, model, config.formats))
+        cell = in_formats(work, judge, cells, replace(cell, parts=parts), model, config.formats)
+        chosen.append(judge.with_scores(cells, cell, model, requests, place))
     return chosen
 
 

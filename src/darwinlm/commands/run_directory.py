@@ -49,6 +49,7 @@ FREE = (
 )
 
 
+PRECISION = "precision.json"
 AS_A_LIST = "search one on this model and these levels, or give its levels as a JSON list"
 ARCHIVE = ("PytorchStreamReader", "PytorchStreamWriter", "inline_container")  # torch's own words for a bad file
 
@@ -105,6 +106,17 @@ class Run:
     def finished(self) -> bool:
         """Whether nothing is left to do. The report is what a run writes last."""
         return all(path.exists() for path in (self.exported, self.table_path, self.report_path))
+
+    @property
+    def begun_in(self) -> str | None:
+        """The precision in which its search began, which a search that is resumed keeps; None if it has not begun."""
+        file = self.search / PRECISION
+        return read_record(file, "dtype")["dtype"] if file.exists() else None
+
+    def note_precision(self, dtype: torch.dtype) -> None:
+        """Write down the precision of the search, unless that was done before."""
+        if self.begun_in is None:
+            write_record(self.search / PRECISION, {"dtype": str(dtype).removeprefix("torch.")}, {})
 
     @property
     def searched(self) -> bool:

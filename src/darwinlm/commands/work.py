@@ -220,7 +220,7 @@ def open_work(this: Run, config: RunConfig, until: Stage) -> Work:
             pruned_config(checkpoint.config, block_sizes(grid, given_genome, checkpoint.config))  # it can be exported
         elif config.search.start not in STARTS:
             start_genome = read_genome(Path(config.search.start), grid, {"grid": provenance["grid"]}, "--search.start")
-        dtype = resolve_dtype(config.dtype, device)
+        dtype = resolve_dtype(this.begun_in or config.dtype, device)
         allowed = _allowance(config, checkpoint, grid, dense_parameters, uniform_genome, device, dtype, until)
     except DarwinError:
         if parallel.first():

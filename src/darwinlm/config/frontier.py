@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from darwinlm.config.checks import expect, expect_counts, expect_named, expect_seed, expect_size
 from darwinlm.config.evaluation import TasksConfig
@@ -74,6 +74,8 @@ class FrontierConfig(TasksConfig):
         expect_size(self.memory, "memory")
         expect_counts(self, "", sizes=1)
         expect(self.search.start in STARTS, "search.start", " or ".join(STARTS), repr(self.search.start))
+        known = get_args(FileType)
+        expect({*self.formats} <= {*known}, "formats", f"some of {', '.join(known)}", self.formats)
         sane = 0 < self.smallest < self.largest < 1
         expect(sane, "from", "shares of the dense model with 1 > --from > --to > 0", (self.largest, self.smallest))
 

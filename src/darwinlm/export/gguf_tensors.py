@@ -53,7 +53,8 @@ class Written:
     """A tensor of the file. Its shape is known beforehand, its values are made only when it is written.
 
     Attributes:
-        source: the path of the linear module whose weights these are, if they are one's.
+        source: the path of the linear module whose weights these are, or the first of several.
+        others: the further ones, which read the same inputs.
         columns: what was done to its columns, and is done to figures of them, `[1, columns]`.
     """
 
@@ -62,6 +63,7 @@ class Written:
     make: Callable[[], Tensor]
     source: str = ""
     columns: Callable[[Tensor], Tensor] | None = None
+    others: tuple[str, ...] = ()
 
 
 def tensors(model: Description, weights: Weights) -> Iterator[Written]:
@@ -264,7 +266,8 @@ class _Block:
         for each in zip(*parts.values(), strict=True):  # the weights, and the biases if there are some
             name = each[0].name.replace(INPUTS[0], "attn_qkv")
             shape = (sum(part.shape[0] for part in each), *each[0].shape[1:])
-            yield Written(name, shape, partial(_joined, each), each[0].source)
+            first, *others = dict.fromkeys(part.source for part in each)
+            yield Written(name, shape, partial(_joined, each), first, others=tuple(others))
 
     def _norms(self, sources: Sequence[str], present: bool) -> Iterator[Written]:
         for source in sources:

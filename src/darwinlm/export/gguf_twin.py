@@ -30,6 +30,7 @@ def twin(directory: Path, file_type: FileType, importance: Mapping[str, Tensor] 
 
     Rows are quantised one by one, so their order in the file does not matter, and columns of zeros that a graph wants
     are there while they are. Where a file splits a fused projection, all of it takes the precision of its first part.
+    Learned positions and what blocks are given of each token (Gemma 4) count in the bytes and keep their precision.
 
     Args:
         directory, importance: as for `export_gguf`.
@@ -49,12 +50,14 @@ def twin(directory: Path, file_type: FileType, importance: Mapping[str, Tensor] 
     for tensor, precision in zip(written, chosen, strict=True):
         elements, of_block = gguf.GGML_QUANT_SIZES[precision]
         size += int(np.prod(tensor.shape)) // elements * of_block
-        path = tensor.source or tensor.name
-        module = ends.get(tensor.name) or (model.get_submodule(path) if tensor.source else None)
-        if module is not None and len(tensor.shape) == 2 and path not in done:
-            done.add(path)
+        sources = [path for path in (tensor.source, *tensor.others) if path and len(tensor.shape) == 2]
+        modules = (
+            {tensor.name: ends[tensor.name]} if tensor.name in ends else {p: model.get_submodule(p) for p in sources}
+        )
+        for path in modules.keys() - done:
             weights = (importance or {}).get(tensor.source)
-            module.weight.copy_(_as_held(tensor, module.weight, precision, weights))
+            modules[path].weight.copy_(_as_held(tensor, modules[path].weight, precision, weights))
+        done |= modules.keys()
     return model.eval(), size
 
 

@@ -157,9 +157,11 @@ class WithPrunedModel(PreTrainedModel):
 
     def __init__(self, config: PrunedLlamaConfig):
         super().__init__(config)
-        head = self.get_output_embeddings() if self.can_generate() else None
-        for name in [path for path, module in self.named_children() if module is head]:  # older versions have their own
-            vars(self)[name] = self._modules[config.layer_parts["output"]] = self._modules.pop(name)
+        output, head = config.layer_parts["output"], self.get_output_embeddings() if self.can_generate() else None
+        for name in [path for path, module in self.named_children() if module is head and path != output]:
+            # Older versions of transformers name it otherwise: there the new name is stored, the old one read.
+            vars(self)[name] = self._modules[output] = self._modules.pop(name)
+            self._tied_weights_keys = {f"{output}.weight": of for of in self._tied_weights_keys.values()}
         self.get_submodule(config.layer_parts["output"] if self.can_generate() else "")  # raises if it has another name
         setattr(self, self.base_model_prefix, PrunedLlamaModel(config))
         self.post_init()

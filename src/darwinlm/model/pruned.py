@@ -80,7 +80,7 @@ PARTS = (
         ("class Selected", "def select_heads"),
         ("    if module.weight.dim() == 1", "    shape = module.weight"),
     ),
-    (RENAMED, ("        head = self", "        self.get_submodule")),
+    (RENAMED, ("        output, head =", "        self.get_submodule")),
 )
 CLASSIFIER = "AutoModelForSequenceClassification"
 FIRST_KEPT = "first_kept"  # the field that says how many blocks stay whatever is left of them

@@ -65,7 +65,7 @@ def dequantise(directory: Path, out: Path) -> None:
             parts = {part: read_tensor(directory, headers[name].file, name) for part, name in names.items()}
             try:
                 weight = make(parts)
-            except (KeyError, RuntimeError, ValueError, IndexError) as error:
+            except (KeyError, RuntimeError, ValueError, IndexError, ArithmeticError) as error:
                 raise DarwinError(
                     f"{module} in {directory} cannot be dequantised ({error}): expected the parts of {method}, found "
                     f"{', '.join(sorted(parts))}; fetch the model again, or {CURE}"

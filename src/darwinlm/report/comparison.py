@@ -38,11 +38,16 @@ MARKERS = "osv^Dx*P+h"
 
 @dataclass(frozen=True)
 class InFormat:
-    """A model in a type of GGUF file: the bytes of its weights there, and its quality with what is left of them."""
+    """A model in a type of GGUF file: the bytes of its weights there, and its quality with what is left of them.
 
-    bytes: int
+    Attributes:
+        refused: why there is no such file; the figures are then missing.
+    """
+
+    bytes: int = 0
     perplexity: float = math.nan
     kl: float = math.nan
+    refused: str | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,8 +14,11 @@ from darwinlm.report.charts import Line, Point, axis, lines_chart
 from darwinlm.report.comparison import COLOURS, MARKERS, Cell, InFormat
 from darwinlm.report.html import Block, Note, Table
 
-TITLE = "Bytes: pruning beside fewer bits"
-NOTE = "Bytes are those of the weights in a GGUF file, KL in nats a token on the held-out documents with these weights."
+TITLE = "File size: fewer weights or fewer bits"
+NOTE = (
+    "Bytes are those of the weights in a GGUF file. KL is in nats a token on held-out documents, with those weights "
+    "in the dense model's precision; importance is measured on the search's text."
+)
 LEAST = 1e-4  # nats a token: KL below this is drawn here, for the axis is logarithmic
 
 
@@ -32,8 +36,9 @@ class File(NamedTuple):
 
 
 def files(cells: Sequence[Cell]) -> list[File]:
-    """Return every model in every type of file."""
-    return [File(cell, kind, held) for cell in cells for kind, held in cell.formats.items()]
+    """Return every model in every type of file that it can have, with a finite KL."""
+    every = (File(cell, kind, held) for cell in cells for kind, held in cell.formats.items())
+    return [file for file in every if file.held.refused is None and math.isfinite(file.held.kl)]
 
 
 def best(cells: Sequence[Cell]) -> list[File]:
@@ -47,12 +52,14 @@ def best(cells: Sequence[Cell]) -> list[File]:
 
 def cells_of(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
     """Return the titles and the rows of the table: bytes and KL of each model in each type."""
-    kinds = list(dict.fromkeys(file.kind for file in files(cells)))
+    kinds = list(dict.fromkeys(kind for cell in cells for kind in cell.formats))
     paying = {(file.cell.name, file.kind) for file in best(cells)}
 
     def text(cell: Cell, kind: str) -> str:
         held = cell.formats.get(kind)
         mark = "*" if (cell.name, kind) in paying else ""
+        if held is not None and held.refused is not None:
+            return "-"
         return "" if held is None else f"{tables.size(held.bytes)}, {held.kl:.4f}{mark}"
 
     return ["model", *kinds], [[cell.name, *(text(cell, kind) for kind in kinds)] for cell in cells if cell.formats]
@@ -62,7 +69,16 @@ def notes(cells: Sequence[Cell]) -> list[str]:
     """Return what explains the table, and which files pay."""
     chosen = best(cells)
     listed = ", ".join(f"{file.name} ({tables.size(file.held.bytes)}, {file.held.kl:.3f})" for file in chosen)
-    return [NOTE, f"Of {len(files(cells))} files, {len(chosen)} (*) are beaten by none in both: {listed}"]
+    refused = (
+        f"{cell.name} in {kind}: {held.refused}"
+        for cell in cells
+        for kind, held in cell.formats.items()
+        if held.refused is not None
+    )
+    found = (
+        f"Of {len(files(cells))} files, {len(chosen)} (*) are such that no other is both smaller and closer: {listed}"
+    )
+    return [NOTE, found, *refused]
 
 
 def markdown(cells: Sequence[Cell], picture: str) -> list[str]:
@@ -87,7 +103,7 @@ def blocks(cells: Sequence[Cell]) -> list[Block]:
 
 
 def figure(cells: Sequence[Cell]) -> Figure:
-    """Return the picture of KL over bytes: a line over the sizes for each type of file, and a ring around what pays."""
+    """Return the picture of KL over bytes: a line over the sizes for each type, and rings around the files that pay."""
     result = Figure(figsize=(8, 5), layout="constrained", facecolor="white")
     FigureCanvasAgg(result)
     panel = result.subplots()
@@ -97,7 +113,9 @@ def figure(cells: Sequence[Cell]) -> Figure:
         panel.plot(*places, label=kind, color=colour, marker=marker, markersize=5)
     rings = best(cells)
     places = [each.held.bytes / 1e6 for each in rings], [_drawn(each) for each in rings]
-    panel.scatter(*places, s=110, facecolors="none", edgecolors="#333333", label="beaten by none", zorder=3)
+    panel.scatter(
+        *places, s=110, facecolors="none", edgecolors="#333333", label="no other is smaller and closer", zorder=3
+    )
     panel.set_yscale("log")
     panel.set_xlabel("weights (MB)")
     panel.set_ylabel("KL (nats a token)")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from darwinlm.runtime import parallel
 from darwinlm.types import UsageError
 
 RESERVE = 2 << 30  # bytes of a GPU for the driver, its libraries and their kernels
@@ -32,9 +33,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The precision of this name; `auto` is bfloat16 if the device multiplies it faster than float32, else float32.
+    """The precision of this name; `auto` is bfloat16 if the device is fast at it, else float32.
 
-    Of a CPU that is measured, once a process: some have instructions for bfloat16 and multiply it half as fast.
+    All processes call this. Of a CPU the first one measures it, once: some have instructions for bfloat16 and multiply
+    it half as fast.
 
     Raises:
         UsageError: if there is no such precision.
@@ -48,11 +50,15 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @cache
 def _is_fast_at_bfloat16() -> bool:
-    """Whether this CPU multiplies matrices in bfloat16 a quarter faster than in float32, or more."""
-    if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
-        return False
-    single, half = (product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16))
-    return 1.25 * half < single
+    """Whether the CPU of the first process multiplies in bfloat16 at least a quarter faster than in float32."""
+
+    def fast() -> str:
+        if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+            return "no"
+        single, half = (product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16))
+        return "yes" if 1.25 * half < single else "no"
+
+    return parallel.from_first(fast) == "yes"
 
 
 @torch.no_grad()
