@@ -172,6 +172,7 @@ def test_the_run_directory_holds_what_the_design_says_and_nothing_else(compresse
         "search/sensitivities.json",
         "search/history.jsonl",
         "search/curves.json",
+        "search/precision.json",
         "search/result.json",
         "refit/uniform.safetensors",
         "refit/searched.safetensors",
