@@ -145,7 +145,7 @@ class Bench:
         began, levels = time.monotonic(), self.genomes[genome]
         model = self._trained(levels, chosen, re.sub(r"\W+", "-", f"{genome} {way}"))
         trained = time.monotonic() - began
-        found: dict[str, Any] = {"levels": levels.levels, "kl": self._kl(model, self.search, "search")}
+        found: dict[str, Any] = {"kl": self._kl(model, self.search, "search")}
         found |= {"seconds": time.monotonic() - began, "training seconds": trained}
         if way in TRUTHS:
             found |= {name: self._kl(model, text, name) for name, text in self.texts.items()}
@@ -239,8 +239,11 @@ def main() -> None:
     if not given.report:
         bench = Bench(given.run, given.out, given.genomes, given.recovery)
         by_name = {way.name: way for way in all_ways}
-        wanted = [{"genome": genome, "way": way} for genome in bench.genomes for way in by_name]
-        cells(file, wanted, lambda genome, way: bench.measure(genome, way, by_name[way]))
+        wanted = [
+            {"genome": name, "way": way, "levels": list(genome.levels), "tokens": by_name[way].tokens}
+            for name, genome in bench.genomes.items() for way in by_name
+        ]  # fmt: skip
+        cells(file, wanted, lambda genome, way, levels, tokens: bench.measure(genome, way, by_name[way]))
     print(report(read_json_lines(file) if file.exists() else [], all_ways))
 
 

@@ -1,4 +1,4 @@
-"""What widths that serve cost: KL where channels leave in multiples of 128 or 256, or sizes are divisible by 8.
+"""What widths that serve cost: KL where channels leave in multiples of 128 or 256.
 
     python benchmarks/widths.py OUT [--target params=0.8] [--arms 32 256] [--tokens 32768]      # resumes
 
@@ -41,7 +41,6 @@ ARMS = {
     "32": DatabaseConfig(),
     "128": DatabaseConfig(granularity=128),
     "256": DatabaseConfig(granularity=256),
-    "divisible by 8": DatabaseConfig(divisible_by=8),
 }
 GROUPS = (32, 128, 256)
 
@@ -81,8 +80,14 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    kept = given.out / "results.json"
-    results = json.loads(kept.read_text()) if kept.exists() else {}
+    kept, made_from = (
+        given.out / "results.json",
+        {"target": given.target, "tokens": given.tokens, "generations": given.generations},
+    )
+    found = json.loads(kept.read_text()) if kept.exists() else {"made from": made_from, "arms": {}}
+    if found["made from"] != made_from:
+        raise SystemExit(f"{kept} is of {found['made from']}, not of {made_from}: choose another OUT")
+    results = found["arms"]
     checkpoint = find_checkpoint("smollm2-135m", given.out)
     wikitext = checkpoint.tokenizer(WIKITEXT.read_text(), return_tensors="pt").input_ids[0, :HELD_OUT]
     texts = {
@@ -97,10 +102,10 @@ def main() -> None:
             model: Any = load(run(settings(given, arm)).path)
             seconds = time.monotonic() - began
             models = {"dense": dense, "pruned": model}
-            found = {name: perplexity_and_kl(models, ids, of_dense[name])["pruned"].kl for name, ids in texts.items()}
+            kl = {name: perplexity_and_kl(models, ids, of_dense[name])["pruned"].kl for name, ids in texts.items()}
             shares = {f"groups of {group}": fitting(model, group) for group in GROUPS}
-            results[arm] = found | shares | {"parameters": parameter_count(model), "seconds": seconds}
-            write_json(kept, results)
+            results[arm] = kl | shares | {"parameters": parameter_count(model), "seconds": seconds}
+            write_json(kept, {"made from": made_from, "arms": results})
     titles = ["channels leave in", *texts, *(f"groups of {group}" for group in GROUPS), "parameters", "seconds"]
     rows = [
         [
