@@ -163,7 +163,7 @@ def write_model(made: Made, out: Path, tokenizer: PreTrainedTokenizerFast | None
                 parameter.add_(torch.randn_like(parameter) * (0.3 if name.endswith("bias") else 0.1))
         for name, chosen in model.named_buffers():  # of all heads, the last ones
             if name.endswith(".index"):
-                norm = getattr(model.get_submodule(name.rpartition(".")[0]).module, "weight", None)
+                norm = getattr(getattr(model.get_submodule(name.rpartition(".")[0]), "module", None), "weight", None)
                 chosen.add_((config.num_attention_heads if norm is None else len(norm)) - len(chosen))
     tiny.draw_scalars(model)
     model.save_pretrained(out)
