@@ -171,9 +171,8 @@ def _write(
 ) -> dict[str, str]:
     """Write all of the file, and return the SHA-256 of every tensor's bytes by its name."""
     for tensor, stored in zip(tensors, chosen, strict=True):
-        block, size = gguf.GGML_QUANT_SIZES[stored]
-        elements = int(np.prod(tensor.shape))
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), elements // block * size, stored)
+        size = bytes_in(tensor, stored)
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -189,6 +188,12 @@ def _write(
                 "free some of the disk or choose another place"
             ) from None
     return digests
+
+
+def bytes_in(tensor: Written, precision: Precision) -> int:
+    """The bytes that a tensor takes in a precision."""
+    elements, size = gguf.GGML_QUANT_SIZES[precision]
+    return int(np.prod(tensor.shape)) // elements * size
 
 
 def encoded(tensor: Written, precision: Precision, importance: Tensor | None) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch
 from gguf import GGMLQuantizationType as Precision
 from torch import Tensor, nn
 
-from darwinlm.export.gguf import encoded, precisions
+from darwinlm.export.gguf import bytes_in, encoded, precisions
 from darwinlm.export.gguf_graphs import Description
 from darwinlm.export.gguf_precision import EMBEDDING, OUTPUT
 from darwinlm.export.gguf_tensors import Weights, Written, tensors
@@ -48,8 +48,7 @@ def twin(directory: Path, file_type: FileType, importance: Mapping[str, Tensor] 
         ends[OUTPUT].weight = nn.Parameter(ends[OUTPUT].weight.clone())  # the file has both
     done, size = set[str](), 0
     for tensor, precision in zip(written, chosen, strict=True):
-        elements, of_block = gguf.GGML_QUANT_SIZES[precision]
-        size += int(np.prod(tensor.shape)) // elements * of_block
+        size += bytes_in(tensor, precision)
         sources = [path for path in (tensor.source, *tensor.others) if path and len(tensor.shape) == 2]
         modules = (
             {tensor.name: ends[tensor.name]} if tensor.name in ends else {p: model.get_submodule(p) for p in sources}
