@@ -70,7 +70,7 @@ gpu: build/gpu/.ready
 
 gpu-wheels:
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --dest $(WHEELS) \
-	  jsonargparse docstring-parser typeshed-client importlib-resources datasets dill multiprocess gguf beartype jaxtyping wadler-lindig
+	  jsonargparse docstring-parser typeshed-client importlib-resources datasets dill multiprocess gguf plotly beartype jaxtyping wadler-lindig
 
 $(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)

@@ -15,6 +15,7 @@ import hashlib
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +29,7 @@ from darwinlm.data.documents import PACKAGED, _packaged, text_of
 from darwinlm.data.packing import as_counts, as_sequences
 from darwinlm.evaluation.quality import perplexity_and_kl
 from darwinlm.model.checkpoint import find_checkpoint
+from darwinlm.runtime.device import resolve_device
 from darwinlm.runtime.files import write_json, write_text
 from darwinlm.types import LossTokens
 
@@ -79,7 +81,7 @@ def settings(given: argparse.Namespace, data: str, loss_tokens: LossTokens, name
         loss_tokens=loss_tokens,
         fit_data=True,
         verify=False,
-        own=OwnConfig(tokens=3 * given.tokens, answer_tokens=given.length // 2),
+        own=OwnConfig(tokens=3 * given.tokens, answer_tokens=given.length // 2, batch_size=128),
         calibration=CalibrationConfig(tokens=given.tokens, sequence_length=given.length),
         search=SearchConfig(generations=given.generations),
         refit=RefitConfig(tokens=given.tokens),
@@ -112,7 +114,8 @@ def main() -> None:
     write_texts(given.out)
     texts, kept = judged_on(given.out, given.model, given.length), given.out / "results.json"
     results = json.loads(kept.read_text()) if kept.exists() else {}
-    dense = find_checkpoint(given.model, given.out).load(torch.float32, torch.device("cpu"))
+    device = resolve_device("auto")
+    dense = find_checkpoint(given.model, given.out).load(torch.float32, device)
     print("| calibrated, searched and refitted on | KL chats | KL articles | seconds |\n| --- | --- | --- | --- |")
     for name, (data, loss_tokens) in arms(given.out).items():
         if given.arms and name not in given.arms:
@@ -121,7 +124,8 @@ def main() -> None:
             began = time.monotonic()
             done = run(settings(given, data, loss_tokens, name))
             seconds = time.monotonic() - began
-            models = {"dense": dense, name: load(done.path)}
+            pruned: Any = load(done.path)
+            models = {"dense": dense, name: pruned.to(device)}
             kl = {t: perplexity_and_kl(models, d.ids, counts=d.counts)[name].kl for t, d in texts.items()}
             results[name] = kl | {"seconds": seconds}
             write_json(kept, results)

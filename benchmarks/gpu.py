@@ -62,6 +62,10 @@ def shapes(tiny: bool) -> dict[str, Shape]:
         "Qwen2.5-14B": Shape(
             Qwen2Config(hidden_size=5120, intermediate_size=13824, num_hidden_layers=2, num_attention_heads=40,
                         num_key_value_heads=8, vocab_size=152064, max_position_embeddings=8192), 48),
+        "SmolLM2-135M": Shape(
+            LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=9,
+                        num_key_value_heads=3, vocab_size=49152, max_position_embeddings=8192,
+                        tie_word_embeddings=True), 30),
     }  # fmt: skip
 
 

@@ -40,6 +40,7 @@ from darwinlm.genome import level_grid
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.model.size import parameter_count
 from darwinlm.report import tables
+from darwinlm.runtime.device import resolve_device
 from darwinlm.runtime.files import read_json, write_json
 from darwinlm.runtime.progress import say
 from darwinlm.search.costs import parameter_costs
@@ -50,7 +51,6 @@ from darwinlm.search.uniform import uniform
 from darwinlm.training.refit import refit, set_consumers
 from darwinlm.types import Genome, SelectionStage
 
-CPU = torch.device("cpu")
 WORDS = 60  # of a passage whose last one is predicted
 DENSE = "dense"
 
@@ -100,7 +100,8 @@ class Bench:
         self.checkpoint: Checkpoint = find_checkpoint(arguments.model, self.out)
         wide = max(unit.structures for unit in self.checkpoint.units) >= 1024
         self.grid = level_grid(self.checkpoint.units, sizes.levels, 32 if wide else 8)
-        self.dense = self.checkpoint.load(torch.float32, CPU)
+        self.device = resolve_device("auto")
+        self.dense = self.checkpoint.load(torch.float32, self.device)
         made_from = {"model": arguments.model, "target": arguments.target, "seed": arguments.seed, "sizes": str(sizes)}
         self.file = self.out / "results.json"
         found = read_json(self.file, "made_from", "results") if self.file.exists() else {"made_from": made_from}
@@ -157,7 +158,7 @@ class Bench:
         directory = self.out / "databases" / slug(data)
         database = Database(directory, self.grid, {"data": data, "seed": self.seed})
         tokens = self.corpus(data).draw(calibration=self.sizes.calibration)["calibration"]
-        units = calibrate(self.checkpoint, tokens, batch_size=8, device=CPU, finished=database.finished())
+        units = calibrate(self.checkpoint, tokens, batch_size=8, device=self.device, finished=database.finished())
         for unit in units:
             add_unit(database, unit, DatabaseConfig(levels=self.sizes.levels), torch.float32)
         return Stitcher(self.dense, self.checkpoint.family, database)
@@ -212,7 +213,7 @@ def passages(file: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> list
 @torch.inference_mode()
 def predicted(model: Any, before: Sequence[int], word: Sequence[int]) -> bool:
     """Whether every token of a word is the likeliest after those before it."""
-    ids = torch.tensor([[*before, *word]])
+    ids = torch.tensor([[*before, *word]], device=model.device)
     likeliest = model(ids, logits_to_keep=len(word) + 1).logits[0, :-1].argmax(-1)
     return likeliest.tolist() == list(word)
 

@@ -49,9 +49,10 @@ def measure(run: Path, count: bool) -> dict[str, Any]:
     """What each of `WORKS` takes, its best score, and memory in GB."""
     begun = resident()
     with accelerator.accelerator() if count else nullcontext():
-        device = torch.device(accelerator.DEVICE if count else "cpu")
+        device = torch.device(accelerator.DEVICE if count else "cuda" if torch.cuda.is_available() else "cpu")
         taken, scores = taken_by(opened(run, device), count)
-    memory = accelerator.MEMORY.most if count else resident() - begun
+    on_device = {accelerator.DEVICE: accelerator.MEMORY.most, "cuda": torch.cuda.max_memory_allocated()}
+    memory = on_device.get(device.type, resident() - begun)
     return {"taken": taken, "scores": scores, "GB": memory / 1e9}
 
 

@@ -28,23 +28,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from answers import right_answers
 from cells import cells
 from scipy.stats import spearmanr
 from search import open_bench
 from torch import Tensor
 
 from darwinlm.commands.run_directory import Run
-from darwinlm.config.evaluation import TasksConfig
 from darwinlm.config.run import RefitConfig, RunConfig, SearchConfig
 from darwinlm.data.corpus import read_corpus
 from darwinlm.data.packing import as_sequences
 from darwinlm.evaluation.quality import perplexity_and_kl
-from darwinlm.evaluation.tasks import LIKELIHOOD, Request, run_tasks
 from darwinlm.model.checkpoint import find_checkpoint
 from darwinlm.model.size import parameter_count
 from darwinlm.report import tables
 from darwinlm.rivals.methods import METHODS
 from darwinlm.rivals.problem import Problem
+from darwinlm.runtime.device import resolve_device
 from darwinlm.runtime.files import read_json_lines
 from darwinlm.search.budget import Budget
 from darwinlm.search.candidate_training import CandidateTrainer
@@ -56,8 +56,7 @@ from darwinlm.search.uniform import uniform
 from darwinlm.training.refit import refit, set_consumers
 from darwinlm.types import Genome, SelectionStage
 
-CPU = torch.device("cpu")
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext2_valid.txt"
 FITNESS_TOKENS, HELD_OUT, LENGTH = 8192, 16_384, 512
 TRUTHS = {"refit": "after the whole refit", "recovery": "after recovery"}
 BOOTSTRAPS = 2000
@@ -94,24 +93,25 @@ def ways(recovery: int) -> list[Way]:
 class Bench:
     """The dense model, its database, the genomes and the texts of a run."""
 
-    def __init__(self, path: Path, out: Path, count: int, recovery: int):
+    def __init__(self, path: Path, out: Path, count: int, recovery: int, first: int = 0):
         self.out, self.run = out, Run.open(path)
-        bench, config = open_bench(path, torch.float32)
+        self.device = resolve_device("auto")
+        bench, config = open_bench(path, torch.float32, self.device)
         self.stitcher, self.dense = bench.stitcher, bench.stitcher.dense
         self.tokenizer = find_checkpoint(config.model, path).tokenizer
         corpus = read_corpus(config.data, self.tokenizer, LENGTH, config.seed)
         most = max(131_072, recovery)
         drawn = corpus.draw(calibration=config.calibration.tokens, search=FITNESS_TOKENS, training=most)
         self.search, self.training = drawn["search"], drawn["training"]
-        wikitext = self.tokenizer((SHARED / "wikitext2_valid.txt").read_text(), return_tensors="pt").input_ids[0]
+        wikitext = self.tokenizer(WIKITEXT.read_text(), return_tensors="pt").input_ids[0]
         self.texts = {
             "articles": corpus.draw_held_out(HELD_OUT),
             "WikiText-2": as_sequences(wikitext[:HELD_OUT], LENGTH, self.tokenizer),
         }
         self.of_dense: dict[str, list[Tensor]] = {"search": [], **{name: [] for name in self.texts}}
-        self.genomes = self._genomes(config, count)
+        self.genomes = dict(list(self._genomes(config).items())[first : first + count])
 
-    def _genomes(self, config: RunConfig, count: int) -> dict[str, Genome]:
+    def _genomes(self, config: RunConfig) -> dict[str, Genome]:
         """The genomes by name."""
         grid, dense = self.stitcher.grid, parameter_count(self.dense)
         wanted = RunConfig("M", "D", "O", target="params=0.6", database=config.database)
@@ -135,10 +135,9 @@ class Bench:
         problem = Problem(
             self.stitcher, budget, even, fitness, self.search, self.training, SearchConfig(), 0, self.out / "rivals"
         )
-        for method in ("ziplm", "shortgpt"):
+        for method in ("shortened-llama-taylor", "shortgpt"):
             found[method] = METHODS[method].allocate(problem)
-        fitting = {name: genome for name, genome in found.items() if budget.fits(genome)}
-        return dict(list(fitting.items())[:count])
+        return {name: genome for name, genome in found.items() if budget.fits(genome)}
 
     def measure(self, genome: str, way: str, chosen: Way) -> dict[str, Any]:
         """Train a genome's model in one way, and judge it; what ends with the truth is judged on more."""
@@ -149,7 +148,7 @@ class Bench:
         found |= {"seconds": time.monotonic() - began, "training seconds": trained}
         if way in TRUTHS:
             found |= {name: self._kl(model, text, name) for name, text in self.texts.items()}
-            found["answers"] = self._answers(model)
+            found["answers"] = right_answers(model, self.tokenizer)
         return found
 
     def _trained(self, genome: Genome, way: Way, name: str) -> Any:
@@ -165,17 +164,11 @@ class Bench:
             file.unlink()
             return model
         teacher = self.dense if way.loss == "distillation" else None
-        trainer = CandidateTrainer(list(tokens.split(1)), way.rate, CPU, teacher)
+        trainer = CandidateTrainer(list(tokens.split(1)), way.rate, self.device, teacher)
         return trainer.train(genome, lambda: self.stitcher.stitch(genome), tokens.numel()).model
 
     def _kl(self, model: Any, text: Tensor, name: str) -> float:
         return perplexity_and_kl({"dense": self.dense, "model": model}, text, self.of_dense[name])["model"].kl
-
-    def _answers(self, model: Any) -> float | None:
-        """The mean log-likelihood of right answers, in nats a question."""
-        asked = TasksConfig(tasks="arc_easy", tasks_data=str(SHARED / "eval"), limit=150)
-        scores = run_tasks(model, self.tokenizer, [Request("arc_easy", 0)], asked)
-        return next(score.value for score in scores if score.metric == LIKELIHOOD)
 
 
 def moved(genome: Genome, budget: Budget, moves: int, rng: Random) -> Genome:
@@ -231,13 +224,14 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--genomes", type=int, default=16)
+    parser.add_argument("--first", type=int, default=0, help="the first genome, so that processes can share them")
     parser.add_argument("--recovery", type=int, default=200_000)
     parser.add_argument("--report", action="store_true")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     file, all_ways = given.out / "measured.jsonl", ways(given.recovery)
     if not given.report:
-        bench = Bench(given.run, given.out, given.genomes, given.recovery)
+        bench = Bench(given.run, given.out, given.genomes, given.recovery, given.first)
         by_name = {way.name: way for way in all_ways}
         wanted = [
             {"genome": name, "way": way, "levels": list(genome.levels), "tokens": by_name[way].tokens}

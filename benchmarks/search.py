@@ -230,14 +230,14 @@ def product_rate(size: int = 2048) -> float:
     return 2 * size**3 / min(seconds(lambda: matrix @ matrix) for _ in range(8))
 
 
-def open_bench(path: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Bench, RunConfig]:
+def open_bench(path: Path, dtype: torch.dtype = torch.bfloat16, device: torch.device = CPU) -> tuple[Bench, RunConfig]:
     """The models and texts of a run, and its settings."""
     run = Run.open(path)
     config = run.config
     checkpoint = find_checkpoint(config.model, run.path)
     grid = find_grid(checkpoint.skeleton(), checkpoint.config, config.database)
     database = Database(run.database, grid, read_json(run.database / "database.json", "provenance")["provenance"])
-    stitcher = Stitcher(checkpoint.load(dtype, CPU), checkpoint.family, database)
+    stitcher = Stitcher(checkpoint.load(dtype, device), checkpoint.family, database)
     tokens = read_corpus(config.data, checkpoint.tokenizer, LENGTH, config.seed).draw(
         calibration=config.calibration.tokens, search=sum(FITNESS_TOKENS), training=TRAINING_TOKENS[-1]
     )

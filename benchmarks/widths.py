@@ -33,6 +33,7 @@ from darwinlm.evaluation.quality import perplexity_and_kl
 from darwinlm.model.checkpoint import find_checkpoint
 from darwinlm.model.size import parameter_count
 from darwinlm.report import tables
+from darwinlm.runtime.device import resolve_device
 from darwinlm.runtime.files import write_json
 
 WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext2_valid.txt"
@@ -94,12 +95,14 @@ def main() -> None:
         "articles": read_corpus("vital-wiki", checkpoint.tokenizer, LENGTH, 0).draw_held_out(HELD_OUT),
         "WikiText-2": as_sequences(wikitext, LENGTH, checkpoint.tokenizer),
     }
-    dense = checkpoint.load(torch.float32, torch.device("cpu"))
+    device = resolve_device("auto")
+    dense = checkpoint.load(torch.float32, device)
     of_dense: dict[str, list[torch.Tensor]] = {name: [] for name in texts}
     for arm in given.arms:
         if arm not in results:
             began = time.monotonic()
             model: Any = load(run(settings(given, arm)).path)
+            model.to(device)
             seconds = time.monotonic() - began
             models = {"dense": dense, "pruned": model}
             kl = {name: perplexity_and_kl(models, ids, of_dense[name])["pruned"].kl for name, ids in texts.items()}

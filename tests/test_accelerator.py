@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 import runs
 import tiny
@@ -22,13 +23,17 @@ from darwinlm.commands.run_directory import Run
 from darwinlm.commands.train import train
 from darwinlm.config.evaluation import CompareConfig, EvaluateConfig, SpeedConfig
 from darwinlm.config.run import DatabaseConfig, RunConfig, SearchConfig, Stage
+from darwinlm.database.calibrate import calibrate
 from darwinlm.database.cholesky import dampen
 from darwinlm.database.eliminate import QUEUE, eliminate, solve_levels
 from darwinlm.database.stitch import Stitcher
+from darwinlm.model.blocks import Arguments
+from darwinlm.model.checkpoint import Checkpoint
+from darwinlm.model.family import Family
 from darwinlm.rivals.methods import METHODS
 from darwinlm.search.fitness import Fitness
 from darwinlm.types import Genome, MetricName, SelectionStage, Structure
-from pruned import prune
+from pruned import prune, token_ids
 from test_eliminate import make_problem, make_unit
 
 STRUCTURES: list[tuple[str, Structure]] = [
@@ -118,6 +123,28 @@ def test_what_float32_removes_is_as_good_as_what_float64_removes() -> None:
     for count in range(structures // 10, structures, structures // 10):
         assert error(order[:count]) <= 1.01 * error(exact[:count])
     assert error(torch.arange(structures // 2)) > 1.5 * error(exact[: structures // 2])
+
+
+def test_buffers_in_front_of_the_blocks_are_on_the_device(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The frequencies of rotary angles among them: in transformers before 5.2x, Cohere 2 uses them where they are."""
+    models = []
+
+    class Noted(Arguments):
+        def __init__(self, model: PreTrainedModel, family: Family):
+            models.append(model)
+            super().__init__(model, family)
+
+    monkeypatch.setattr("darwinlm.database.calibrate.Arguments", Noted)
+    checkpoint = Checkpoint(checkpoints["cohere2"])
+    with accelerator():
+        list(calibrate(checkpoint, token_ids(0, 4), batch_size=2, device=torch.device(DEVICE)))
+        (model,) = models
+        inside = set(model.get_submodule(checkpoint.family.blocks).modules())
+        outside = [module for module in model.modules() if module not in inside]
+        buffers = [buffer for module in outside for buffer in module.buffers(recurse=False)]
+        assert {buffer.device.type for buffer in buffers} == {torch.device(DEVICE).type}
 
 
 @pytest.mark.parametrize("metric", ["kl", "perplexity"])
@@ -219,6 +246,9 @@ DIFFERENT = (
 def test_every_family_is_searched_on_the_device(
     family: str, checkpoints: dict[str, Path], text: Path, tmp_path: Path
 ) -> None:
+    shared = getattr(tiny.CONFIGS[family], "num_kv_shared_layers", 0)
+    if shared and not hasattr(tiny.CONFIGS[family], "kv_sharing_modes"):
+        pytest.skip("this version of transformers does not say which blocks share keys and values")
     search = replace(runs.SHORT.search, generations=1, offspring=2)
     config = runs.short(checkpoints[family], text, tmp_path / "run", dtype="float32", device=DEVICE, search=search)
     with accelerator():

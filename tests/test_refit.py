@@ -61,7 +61,11 @@ def plain_refit(stitcher: Stitcher, genome: Genome) -> dict[str, Tensor]:
     return {path: weight.detach() for path, weight in weights.items()}
 
 
-def test_it_is_the_plain_optimisation_of_the_divergence(stitcher: Stitcher, genome: Genome, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [1, 2])  # of three in a step
+def test_it_is_the_plain_optimisation_of_the_divergence(
+    at_once: int, stitcher: Stitcher, genome: Genome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "sequences_at_once", lambda *_: at_once)
     weights = refit(stitcher, genome, TEXT, CONFIG, tmp_path / "refit.safetensors", {})
     expected = plain_refit(stitcher, genome)
     assert weights.keys() == expected.keys()

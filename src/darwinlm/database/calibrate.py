@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from darwinlm.database.levels import UnitStatistics
-from darwinlm.model.blocks import Arguments, InShards, run_block
+from darwinlm.model.blocks import Arguments, InShards, move_buffers, run_block
 from darwinlm.model.checkpoint import Checkpoint, is_finite
 from darwinlm.model.families import linear_at, lookups, modules_around
 from darwinlm.model.states import SPILL_BYTES, States
@@ -204,4 +204,8 @@ def _fill_ends(
     around = modules_around(model, family)
     for path in around:
         checkpoint.fill(model, path, dtype, device)
+    elsewhere = {*model.get_submodule(family.blocks).modules(), *map(model.get_submodule, lookups(family))}
+    for module in model.modules():
+        if module not in elsewhere:
+            move_buffers(module, device)
     return [*lookups(family), *around]

@@ -158,8 +158,7 @@ class InHostMemory:
                     if weight not in there:
                         there[weight] = nn.Parameter(weight.detach().to(device), requires_grad=False)
                     module._parameters[name] = there[weight]
-                for name, buffer in module.named_buffers(recurse=False):
-                    module._buffers[name] = buffer.to(device)
+                move_buffers(module, device)
         if device.type == "cuda":  # pages that stay where they are can be copied while the device computes
             for weight in blocks.parameters():
                 weight.data = weight.data.pin_memory()
@@ -268,6 +267,11 @@ def fill_ends(
         if own - seen:
             seen |= own
             checkpoint.fill(model, path, dtype, device)
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(device)
+        move_buffers(module, device)
     model.tie_weights()
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Move a module's own buffers to a device: not all families move the frequencies of their rotary angles."""
+    for name, buffer in module.named_buffers(recurse=False):
+        module._buffers[name] = buffer.to(device)

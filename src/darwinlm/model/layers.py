@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import transformers
 from transformers import PretrainedConfig
 
 from darwinlm.types import BlockSizes, UsageError
@@ -58,8 +59,17 @@ def dense_sizes(config: PretrainedConfig, block: int) -> tuple[int, int, int]:
 
 
 def shares(config: PretrainedConfig, block: int, mode: str) -> bool:
-    """Whether a block's keys and values are what other blocks read (`store`), or are those of another (`reuse`)."""
+    """Whether a block's keys and values are what other blocks read (`store`), or are those of another (`reuse`).
+
+    Raises:
+        UsageError: if blocks share them, and this version of transformers does not say which.
+    """
     modes = getattr(config, "kv_sharing_modes", None)
+    if modes is None and getattr(config, "num_kv_shared_layers", None):
+        raise UsageError(
+            "expected a transformers that names the blocks whose keys and values are shared, as 5.23 does, found "
+            f"{transformers.__version__}; upgrade it"
+        )
     return modes is not None and modes[block] == mode
 
 

@@ -19,6 +19,7 @@ from darwinlm.report.tables import size
 from darwinlm.search.candidate_training import KEPT_BYTES
 from darwinlm.search.fitness import BATCH_TOKENS
 from darwinlm.search.lockstep import WAVE_BYTES
+from darwinlm.training.refit import FORWARD_TOKENS
 from darwinlm.types import Genome, UsageError
 
 LOGITS = 4  # tensors of a few tokens' logits, in float32: as they are made, and what a loss or its gradient needs
@@ -152,7 +153,9 @@ def count_memory(
     scoring = max(batch * in_flight, of_batch)
     steps = [stage.training_tokens for stage in search.stages]
     stream = each * length * hidden * (blocks + 1)
-    twice = _activations(inputs, hidden, blocks, each, length) // blocks + stream + 2 * of_sequence
+    kept = _activations(inputs, hidden, blocks, each, length) // blocks + stream  # of a sequence
+    twice = kept + 2 * of_sequence
+    together = min(refit.batch_size, max(1, FORWARD_TOKENS // length))  # sequences of a step of the refit
     survivors = max((stage.survivors for stage in search.stages[:-1] if stage.training_tokens), default=0)
     return SearchMemory(
         dense=each * parameters,
@@ -165,7 +168,7 @@ def count_memory(
         training=_training(trained, each, twice, scoring) if any(steps) else 0,
         frozen=each * (narrow - trained) if any(steps) else 0,
         # Gradients have their place throughout, and the stitched model's own consumers are replaced.
-        refit=(4 * FLOAT - each) * consumers + twice if refit.tokens else 0,
+        refit=(4 * FLOAT - each) * consumers + together * kept + 2 * of_sequence if refit.tokens else 0,
         states=0 if all(steps) else blocks * tokens * hidden * each,
         survivors=3 * FLOAT * trained * survivors,
     )

@@ -35,6 +35,7 @@ from darwinlm.training.activations import recompute
 from darwinlm.training.optimizer_state import set_state, state_of
 from darwinlm.types import DarwinError, Genome
 
+FORWARD_TOKENS = 2048  # of a step that a GPU runs at a time: one short sequence leaves it waiting for the host
 SAVE_SECONDS = 60.0  # between two saved states: about the most work that is lost when the process is killed
 WARM_UP = 0.1  # of all steps
 
@@ -74,7 +75,8 @@ def refit(
     steps = -(-len(token_ids) // config.batch_size)
     counted = torch.ones_like(token_ids, dtype=torch.bool) if counts is None else counts
     each = (tensor.split(config.batch_size)[done:] for tensor in (token_ids, counted))
-    batches = [_Batch.of(*batch) for batch in zip(*each, strict=True)]
+    together = sequences_at_once(stitcher.dense.device, token_ids.shape[1])
+    batches = [_Batch.of(ids, counts, together) for ids, counts in zip(*each, strict=True)]
     mine = [ids for batch in batches for ids in batch.sequences]
     dense, source = stitcher.dense, blocks or Resident(stitcher.dense, stitcher.family)
     saved, divergences = time.monotonic(), list[float]()
@@ -96,6 +98,11 @@ def refit(
     return {path: weight.detach().cpu() for path, weight in learner.weights.items()}
 
 
+def sequences_at_once(device: torch.device, length: int) -> int:
+    """Return how many sequences of a step run in one forward pass, if the process has as many of them."""
+    return 1 if device.type == "cpu" else max(1, FORWARD_TOKENS // length)
+
+
 def refitted(
     genome: Genome, config: RefitConfig, file: Path, provenance: dict[str, Any]
 ) -> dict[str, Float[Tensor, "d_out kept"]] | None:
@@ -111,16 +118,20 @@ def _identity(genome: Genome, config: RefitConfig, provenance: dict[str, Any]) -
 
 
 class _Batch(NamedTuple):
-    """The sequences of a step that this process runs, which of their predictions count, and how many of all do."""
+    """The sequences of a step that this process runs, a few together, which of their predictions count, and how many
+    of all processes' do."""
 
-    sequences: list[Int[Tensor, "1 length"]]
-    counts: list[Bool[Tensor, " length"]]
+    sequences: list[Int[Tensor, "few length"]]
+    counts: list[Bool[Tensor, "few length"]]
     tokens: int
 
     @classmethod
-    def of(cls, token_ids: Int[Tensor, "sequences length"], counts: Bool[Tensor, "sequences length"]) -> _Batch:
+    def of(
+        cls, token_ids: Int[Tensor, "sequences length"], counts: Bool[Tensor, "sequences length"], together: int
+    ) -> _Batch:
         mine = slice(parallel.rank(), None, parallel.processes())
-        return cls(list(token_ids.split(1)[mine]), list(counts[mine]), int(counts.sum()))
+        own, counted = ([] if not len(each[mine]) else list(each[mine].split(together)) for each in (token_ids, counts))
+        return cls(own, counted, int(counts.sum()))
 
 
 @dataclass
@@ -161,7 +172,7 @@ class _Learner:
         total, device = 0.0, self.model.device
         low = self.model.dtype == torch.bfloat16
         for ids, counts in zip(batch.sequences, batch.counts, strict=True):
-            dense_hidden, rows = next(targets), counts.nonzero().flatten().to(device)
+            dense_hidden, rows = next(targets), counts.flatten().nonzero().flatten().to(device)
             if not len(rows):
                 continue
             # Without a cache of them, the weights in low precision are there for a block at a time.
@@ -225,13 +236,13 @@ def _replace(model: PreTrainedModel, path: str, weight: Tensor) -> nn.Linear:
 def _accumulate(
     model: PreTrainedModel,
     logits: tuple[Logits, Logits],
-    ids: Int[Tensor, "one length"],
+    ids: Int[Tensor, "sequences length"],
     rows: Int[Tensor, " rows"],
-    dense_hidden: Float[Tensor, "length d_out"],
+    dense_hidden: Float[Tensor, "tokens d_out"],
     tokens: int,
 ) -> float:
-    """Add the gradient of the divergence after some tokens of a sequence over `tokens`, and return that divergence."""
-    hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state[0, rows]
+    """Add the gradient of the divergence after some tokens of sequences over `tokens`, and return that divergence."""
+    hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state.flatten(0, 1)[rows]
     divergence = KLGradient(logits[0], dense_hidden.to(hidden.device)[rows], tokens)
     hidden.backward(logits[1].gradient(hidden, divergence))
     return divergence.total / tokens
