@@ -175,3 +175,19 @@ def test_tensors_of_another_version_are_refused(tmp_path: Path) -> None:
         save_file(TENSORS, tmp_path / "tensors", metadata)
         with pytest.raises(DarwinError, match=r"tensors was written by another version .*\(format 1, expected 2\)"):
             open_tensors(tmp_path / "tensors")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what a process holds")
+def test_what_is_not_used_of_a_tensor_file_takes_no_memory(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "tensors", {str(number): torch.ones(2**21) for number in range(8)}, {})
+    before = mapped_bytes()
+    _, tensors = read_tensors(tmp_path / "tensors")
+    assert mapped_bytes() - before < tensors["3"].nbytes
+    assert tensors["3"].sum() == 2**21
+    assert tensors["3"].nbytes / 2 < mapped_bytes() - before < 3 * tensors["3"].nbytes
+
+
+def mapped_bytes() -> int:
+    """Bytes of files that this process has in memory."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("RssFile")).split()[1])

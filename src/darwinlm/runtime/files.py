@@ -296,7 +296,8 @@ def _name_of(path: Path) -> str:
 def read_tensors(path: Path, delete: Path | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What `write_tensors` wrote: the provenance and the notes, and the tensors.
 
-    The tensors are mapped into memory: each takes memory of its own only where it is changed.
+    The tensors are mapped into memory: what is not used takes none, and what is used takes memory of its own only where
+    it is changed.
 
     Args:
         delete: as for `open_tensors`.
@@ -306,11 +307,15 @@ def read_tensors(path: Path, delete: Path | None = None) -> tuple[dict[str, Any]
     """
     with open_tensors(path, delete) as opened:
         record = _record_of(opened)
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    content = {key: item for key, item in record.items() if key not in ("format", "sha256")}
-    if _checksum(content, tensors) != record.get("sha256"):
-        raise _damaged(path, "its checksum does not match", delete)
-    return content, tensors
+        content = {key: item for key, item in record.items() if key not in ("format", "sha256")}
+        if _checksum(content, _tensors_of(opened)) != record.get("sha256"):
+            raise _damaged(path, "its checksum does not match", delete)
+    with open_tensors(path, delete) as opened:  # mapped anew, for the checksum has read every page
+        return content, _tensors_of(opened)
+
+
+def _tensors_of(opened: Any) -> dict[str, Tensor]:
+    return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
 
 
 def read_notes(path: Path, *keys: str) -> dict[str, Any]:
