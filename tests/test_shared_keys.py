@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma4TextConfig
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, PretrainedConfig
 
 import pruned
 import tiny
@@ -19,10 +19,11 @@ from darwinlm.database.calibrate import calibrate
 from darwinlm.database.stitch import repeat_shared
 from darwinlm.export.vllm import check_vllm, zero_stubs
 from darwinlm.model.families import STAYING, block_sizes, block_sizes_of, find_family
-from darwinlm.model.layers import head_dim
+from darwinlm.model.layers import head_dim, shares
 from darwinlm.model.pruned import pruned_config
 from darwinlm.model.reading import load
 from darwinlm.runtime.files import read_json
+from darwinlm.types import UsageError
 from darwinlm.search.costs import cache_costs
 from darwinlm.search.fitness import Fitness
 from darwinlm.search.latency import latency_costs
@@ -214,3 +215,10 @@ def test_alike_blocks_are_a_stock_model(case: pruned.Pruned, tmp_path: Path) -> 
     assert config["global_head_dim"] == 8
     expected = repeat_shared(case.stitcher.stitch(genome))(ids).logits
     torch.testing.assert_close(found(ids).logits, expected, rtol=1e-4, atol=2e-4)
+
+
+def test_a_transformers_that_does_not_name_the_sharing_blocks_is_refused() -> None:
+    before = PretrainedConfig(num_kv_shared_layers=2)  # as its Gemma 4 was before 5.2x
+    with pytest.raises(UsageError, match="expected a transformers that names the blocks .* upgrade it"):
+        shares(before, 0, "reuse")
+    assert not shares(PretrainedConfig(num_kv_shared_layers=0), 0, "reuse")
