@@ -23,7 +23,6 @@ from darwinlm.model.layers import head_dim, shares
 from darwinlm.model.pruned import pruned_config
 from darwinlm.model.reading import load
 from darwinlm.runtime.files import read_json
-from darwinlm.types import UsageError
 from darwinlm.search.costs import cache_costs
 from darwinlm.search.fitness import Fitness
 from darwinlm.search.latency import latency_costs
@@ -219,6 +218,6 @@ def test_alike_blocks_are_a_stock_model(case: pruned.Pruned, tmp_path: Path) -> 
 
 def test_a_transformers_that_does_not_name_the_sharing_blocks_is_refused() -> None:
     before = PretrainedConfig(num_kv_shared_layers=2)  # as its Gemma 4 was before 5.2x
-    with pytest.raises(UsageError, match="expected a transformers that names the blocks .* upgrade it"):
+    with pytest.raises(UsageError, match=r"expected a transformers that names the blocks .* upgrade it"):
         shares(before, 0, "reuse")
     assert not shares(PretrainedConfig(num_kv_shared_layers=0), 0, "reuse")
