@@ -1,12 +1,12 @@
 """What does scoring a population take, beside an earlier commit?  Seconds, counted products and memory of generations.
 
     python benchmarks/populations.py RUN 3b37bdf            # RUN: of `darwinlm database smollm2-135m --data vital-wiki`
-    python benchmarks/populations.py RUN 3b37bdf --count    # operations and bytes on the simulated accelerator
+    python benchmarks/populations.py RUN 3b37bdf --count    # operations, which other work cannot disturb
 
 Each side scores the same parent, then the first 16 units alone at four levels each, as sensitivities are measured, then
 two generations of 16 mutants in the stages of the default search, in a process of its own with its own sources and the
-same installed packages. Memory is that of the process beyond what it had when its libraries were loaded, or what the
-simulated accelerator held at most.
+same installed packages. Memory is that of the process beyond what it had when its libraries were loaded, or what
+tensors on a GPU took at most.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ import datetime
 import json
 import os
 import resource
-import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -39,20 +37,14 @@ from darwinlm.runtime.device import processor_name
 from darwinlm.search.fitness import Fitness
 from darwinlm.types import Genome, SelectionStage
 
-sys.path.append(str(ROOT / "tests"))
-import accelerator
-
 WORKS = ("first scoring", "sensitivities", "generation", "generation")
 
 
 def measure(run: Path, count: bool) -> dict[str, Any]:
     """What each of `WORKS` takes, its best score, and memory in GB."""
-    begun = resident()
-    with accelerator.accelerator() if count else nullcontext():
-        device = torch.device(accelerator.DEVICE if count else "cuda" if torch.cuda.is_available() else "cpu")
-        taken, scores = taken_by(opened(run, device), count)
-    on_device = {accelerator.DEVICE: accelerator.MEMORY.most, "cuda": torch.cuda.max_memory_allocated()}
-    memory = on_device.get(device.type, resident() - begun)
+    begun, on_gpu = resident(), torch.cuda.is_available()
+    taken, scores = taken_by(opened(run, torch.device("cuda" if on_gpu else "cpu")), count)
+    memory = torch.cuda.max_memory_allocated() if on_gpu else resident() - begun
     return {"taken": taken, "scores": scores, "GB": memory / 1e9}
 
 

@@ -56,7 +56,8 @@ class Guard:
     def _measured(self, genome: Genome) -> float:
         model = self._fitness.model(genome)
         found = answer(model, self._tokenizer, self._prompts, self.config.tokens, BATCH).share_cut_off
-        say(f"guard: {found:.0%} of a candidate's answers are cut off at {self.config.tokens} tokens")
+        whose = "the dense model's" if genome == self._fitness.stitcher.grid.dense() else "a candidate's"
+        say(f"guard: {found:.0%} of {whose} answers are cut off at {self.config.tokens} tokens")
         return found
 
 
