@@ -217,7 +217,7 @@ def test_alike_blocks_are_a_stock_model(case: pruned.Pruned, tmp_path: Path) -> 
 
 
 def test_a_transformers_that_does_not_name_the_sharing_blocks_is_refused() -> None:
-    before = PretrainedConfig(num_kv_shared_layers=2)  # as its Gemma 4 was before 5.2x
+    before = PretrainedConfig.from_dict({"num_kv_shared_layers": 2})  # as its Gemma 4 was before 5.2x
     with pytest.raises(UsageError, match=r"expected a transformers that names the blocks .* upgrade it"):
         shares(before, 0, "reuse")
-    assert not shares(PretrainedConfig(num_kv_shared_layers=0), 0, "reuse")
+    assert not shares(PretrainedConfig.from_dict({"num_kv_shared_layers": 0}), 0, "reuse")
