@@ -149,13 +149,15 @@ def count_memory(
     # In the widest unit: the stream, its norm and sum, and three tensors of the unit's width.
     widest = max(unit.structures * unit.structure_width for unit in grid.units)
     in_flight = each * (4 * hidden + 3 * widest)
-    of_batch, of_sequence = (LOGITS * FLOAT * min(ROWS, tokens) * vocab for tokens in (batch, length))
+    together = min(refit.batch_size, max(1, FORWARD_TOKENS // length))  # sequences of a step of the refit
+    of_batch, of_sequence, of_refit = (
+        LOGITS * FLOAT * min(ROWS, tokens) * vocab for tokens in (batch, length, together * length)
+    )
     scoring = max(batch * in_flight, of_batch)
     steps = [stage.training_tokens for stage in search.stages]
     stream = each * length * hidden * (blocks + 1)
     kept = _activations(inputs, hidden, blocks, each, length) // blocks + stream  # of a sequence
     twice = kept + 2 * of_sequence
-    together = min(refit.batch_size, max(1, FORWARD_TOKENS // length))  # sequences of a step of the refit
     survivors = max((stage.survivors for stage in search.stages[:-1] if stage.training_tokens), default=0)
     return SearchMemory(
         dense=each * parameters,
@@ -168,7 +170,7 @@ def count_memory(
         training=_training(trained, each, twice, scoring) if any(steps) else 0,
         frozen=each * (narrow - trained) if any(steps) else 0,
         # Gradients have their place throughout, and the stitched model's own consumers are replaced.
-        refit=(4 * FLOAT - each) * consumers + together * kept + 2 * of_sequence if refit.tokens else 0,
+        refit=(4 * FLOAT - each) * consumers + together * kept + 2 * of_refit if refit.tokens else 0,
         states=0 if all(steps) else blocks * tokens * hidden * each,
         survivors=3 * FLOAT * trained * survivors,
     )
