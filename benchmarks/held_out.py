@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from darwinlm.data.corpus import Corpus
+from darwinlm.data.packing import as_sequences
 from darwinlm.losses.logits import Logits, hidden_states
 from darwinlm.losses.metrics import divergence
 from darwinlm.search.fitness import BATCH_TOKENS
+
+WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext2_valid.txt"
+
+
+def judged_texts(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, tokens: int, length: int
+) -> dict[str, Int[Tensor, "_ length"]]:
+    """Two texts that no run sees, of so many tokens each: held-out articles, and WikiText-2's validation text."""
+    wikitext: Tensor = tokenizer(WIKITEXT.read_text(), return_tensors="pt").input_ids[0, :tokens]
+    return {
+        "articles": corpus.draw_held_out(tokens),
+        "WikiText-2": as_sequences(wikitext, length, tokenizer),
+    }
 
 
 class HeldOut:

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from answers import right_answers
 from cells import cells
+from held_out import judged_texts
 from scipy.stats import spearmanr
 from search import open_bench
 from torch import Tensor
@@ -37,7 +38,6 @@ from torch import Tensor
 from darwinlm.commands.run_directory import Run
 from darwinlm.config.run import RefitConfig, RunConfig, SearchConfig
 from darwinlm.data.corpus import read_corpus
-from darwinlm.data.packing import as_sequences
 from darwinlm.evaluation.quality import perplexity_and_kl
 from darwinlm.model.checkpoint import find_checkpoint
 from darwinlm.model.size import parameter_count
@@ -56,7 +56,6 @@ from darwinlm.search.uniform import uniform
 from darwinlm.training.refit import refit, set_consumers
 from darwinlm.types import Genome, SelectionStage
 
-WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext2_valid.txt"
 FITNESS_TOKENS, HELD_OUT, LENGTH = 8192, 16_384, 512
 TRUTHS = {"refit": "after the whole refit", "recovery": "after recovery"}
 BOOTSTRAPS = 2000
@@ -103,11 +102,7 @@ class Bench:
         most = max(131_072, recovery)
         drawn = corpus.draw(calibration=config.calibration.tokens, search=FITNESS_TOKENS, training=most)
         self.search, self.training = drawn["search"], drawn["training"]
-        wikitext = self.tokenizer(WIKITEXT.read_text(), return_tensors="pt").input_ids[0]
-        self.texts = {
-            "articles": corpus.draw_held_out(HELD_OUT),
-            "WikiText-2": as_sequences(wikitext[:HELD_OUT], LENGTH, self.tokenizer),
-        }
+        self.texts = judged_texts(corpus, self.tokenizer, HELD_OUT, LENGTH)
         self.of_dense: dict[str, list[Tensor]] = {"search": [], **{name: [] for name in self.texts}}
         self.genomes = dict(list(self._genomes(config).items())[first : first + count])
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from answers import right_answers
 from cells import cells
+from held_out import judged_texts
 from scipy.optimize import curve_fit
 from search import open_bench
 
@@ -30,7 +31,6 @@ from darwinlm.commands.train import train
 from darwinlm.config.run import RefitConfig
 from darwinlm.config.training import DistillationConfig, StreamConfig, TrainConfig, TrainingConfig
 from darwinlm.data.corpus import read_corpus
-from darwinlm.data.packing import as_sequences
 from darwinlm.database.stitch import repeat_shared
 from darwinlm.evaluation.quality import perplexity_and_kl
 from darwinlm.export.hf import export_hf
@@ -41,7 +41,6 @@ from darwinlm.runtime.device import resolve_device, resolve_dtype
 from darwinlm.runtime.files import read_json_lines
 from darwinlm.training.refit import refit, set_consumers
 
-WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext2_valid.txt"
 LENGTH, HELD_OUT, BATCH = 512, 16_384, 8
 WEIGHTS = {"distillation": 1.0, "both": 0.5, "cross-entropy": 0.0}  # of the divergence in the loss, by way
 RATES = {"consumers": 3e-4, "distillation": 3e-4, "both": 3e-4, "cross-entropy": 3e-4}
@@ -57,11 +56,7 @@ class Bench:
         self.checkpoint = find_checkpoint(self.config.model, path)
         tokenizer = self.checkpoint.tokenizer
         self.corpus = read_corpus(self.config.data, tokenizer, LENGTH, self.config.seed)
-        wikitext = tokenizer(WIKITEXT.read_text(), return_tensors="pt").input_ids[0, :HELD_OUT]
-        self.texts = {
-            "articles": self.corpus.draw_held_out(HELD_OUT),
-            "WikiText-2": as_sequences(wikitext, LENGTH, tokenizer),
-        }
+        self.texts = judged_texts(self.corpus, tokenizer, HELD_OUT, LENGTH)
         self.of_dense: dict[str, list[torch.Tensor]] = {name: [] for name in self.texts}
 
     def measure(self, way: str, tokens: int, rate: float) -> dict[str, Any]:

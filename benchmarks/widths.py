@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from held_out import judged_texts
 
 from darwinlm.commands.compress import run
 from darwinlm.commands.run_directory import load
@@ -28,7 +29,6 @@ from darwinlm.config.run import (
     SearchConfig,
 )
 from darwinlm.data.corpus import read_corpus
-from darwinlm.data.packing import as_sequences
 from darwinlm.evaluation.quality import perplexity_and_kl
 from darwinlm.model.checkpoint import find_checkpoint
 from darwinlm.model.size import parameter_count
@@ -36,7 +36,6 @@ from darwinlm.report import tables
 from darwinlm.runtime.device import resolve_device
 from darwinlm.runtime.files import write_json
 
-WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext2_valid.txt"
 HELD_OUT, LENGTH = 16_384, 512
 ARMS = {
     "32": DatabaseConfig(),
@@ -90,11 +89,8 @@ def main() -> None:
         raise SystemExit(f"{kept} is of {found['made from']}, not of {made_from}: choose another OUT")
     results = found["arms"]
     checkpoint = find_checkpoint("smollm2-135m", given.out)
-    wikitext = checkpoint.tokenizer(WIKITEXT.read_text(), return_tensors="pt").input_ids[0, :HELD_OUT]
-    texts = {
-        "articles": read_corpus("vital-wiki", checkpoint.tokenizer, LENGTH, 0).draw_held_out(HELD_OUT),
-        "WikiText-2": as_sequences(wikitext, LENGTH, checkpoint.tokenizer),
-    }
+    tokenizer = checkpoint.tokenizer
+    texts = judged_texts(read_corpus("vital-wiki", tokenizer, LENGTH, 0), tokenizer, HELD_OUT, LENGTH)
     device = resolve_device("auto")
     dense = checkpoint.load(torch.float32, device)
     of_dense: dict[str, list[torch.Tensor]] = {name: [] for name in texts}
