@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -392,6 +393,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: from the parser, after `--help` (0) or for arguments that it cannot read (2).
     """
     try:
+        code = _outcome(arguments)
+    except Exception:
+        if not _among_others():
+            raise
+        traceback.print_exc()
+        code = 1
+    if code and _among_others():
+        from darwinlm.runtime.parallel import leave
+
+        leave(code)
+    return code
+
+
+def _outcome(arguments: Sequence[str] | None) -> int:
+    try:
         arguments = _files_first(_encoded(sys.argv[1:] if arguments is None else arguments))
         parser = _parser(arguments)
         values = parser.instantiate(parser.parse_args(arguments))
@@ -405,6 +421,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, 130)
     return 0
+
+
+def _among_others() -> bool:
+    """Whether this is one of several processes. It does not wait for torch to be loaded to say so."""
+    if "darwinlm.runtime.parallel" not in sys.modules:
+        return False
+    from darwinlm.runtime.parallel import connected
+
+    return connected()
 
 
 def _encoded(arguments: Sequence[str]) -> Sequence[str]:

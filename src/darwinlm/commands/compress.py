@@ -138,9 +138,8 @@ def run(config: RunConfig, until: Stage = "report", given: Given | None = None) 
         if not parallel.first():
             return this
         with stages.measured("evaluation"):
-            uniform_model = finish(work, database, work.uniform, consumers)
-            work.keep_only(work.checkpoint.dtype)
-            rows = _evaluate(work, uniform_model)
+            # It is not kept: the curves need its room.
+            rows = _evaluate(work, finish(work, database, work.uniform, consumers))
             curves, uniform = _curves(work, database, result)
         report(work, database, result, rows, curves, uniform, stages.used)
     return this
@@ -308,6 +307,7 @@ def _change(this: Run) -> str | None:
 
 def _evaluate(work: Work, uniform_model: PreTrainedModel) -> list[Row]:
     """Dense, uniform and searched on held-out documents; the searched one as it was reloaded from its export."""
+    work.keep_only(work.checkpoint.dtype)
     reloaded: Any = load(work.run.exported)
     dense = work.dense(work.checkpoint.dtype)
     models = {"dense": dense, "uniform": uniform_model, "searched": reloaded.to(dense.device).eval()}
@@ -328,7 +328,7 @@ def _curves(work: Work, database: Database, result: SearchResult) -> tuple[dict[
     """How the search did on text that it never saw, and the KL divergence of the uniform genome there."""
     if not result.history:
         return {}, {}
-    stitcher = _stitcher(work, database, work.checkpoint.dtype)
+    stitcher = Stitcher(work.dense(work.checkpoint.dtype), work.checkpoint.family, database, kept_bytes=0)
     held_out = Drawn(work.tokens["evaluation"], work.counts.get("evaluation"))
     texts = {f"{work.config.data}, held out": held_out} | work.parts | work.texts
     blocks = work.blocks_of(stitcher.dense, stitcher.family)

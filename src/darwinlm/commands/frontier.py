@@ -84,6 +84,7 @@ def frontier(config: FrontierConfig) -> list[Cell]:
         if not parallel.first():
             return []
         note_questions(asked, out)
+        work, sizes = _with_room(work, sizes)
         cells = _measure(work, sizes, results, database, config, requests)
         below = [*formats.markdown(cells, FORMATS), *beside_dense.below(cells)]
         write_text(out / TABLE, markdown(cells, _protocol(config), PICTURE, below))
@@ -224,6 +225,16 @@ def _neighbours(known: Mapping[str, Genome], at: Work) -> dict[str, Genome]:
     next_ones = [min(larger, key=lambda name: cost(known[name]))] if larger else []
     next_ones += [max(smaller, key=lambda name: cost(known[name]))] if smaller else []
     return {name: known[name] for name in next_ones}
+
+
+def _with_room(work: Work, sizes: Mapping[str, Work]) -> tuple[Work, dict[str, Work]]:
+    """The same work, with the dense model outside where the device has no room to judge the largest size beside it."""
+    resident = next(iter(sizes.values())).after_search(uniform=False).allowance.resident
+
+    def placed(each: Work) -> Work:
+        return replace(each, allowance=replace(each.allowance, resident=resident))
+
+    return placed(work), {target: placed(at) for target, at in sizes.items()}
 
 
 def _measure(

@@ -325,13 +325,14 @@ def _check_resumable(last: Path, work: _Work) -> None:
 def _trained(work: _Work, last: Path) -> PreTrainedModel:
     """The model of the final checkpoint, with adapters merged, in the precision of the untrained one."""
     if work.config.training.lora_rank:
-        model: Any = merge_adapters(work.checkpoint.load(torch.float32, work.device), last)
+        # In the host's memory: in float32 the model is twice as large as the one that was trained.
+        model: Any = merge_adapters(work.checkpoint.load(torch.float32, torch.device("cpu")), last)
     else:
         model = Checkpoint(last).load(work.checkpoint.dtype, work.device)
         model.config = work.checkpoint.skeleton().config  # the Trainer has changed the model's own
     for parameter in model.parameters():  # buffers stay float32, as rotary frequencies are when a model is loaded
         parameter.data = parameter.data.to(work.checkpoint.dtype)
-    return model.eval()
+    return model.to(work.device).eval()
 
 
 def _export(work: _Work, last: Path) -> None:

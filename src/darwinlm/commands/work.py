@@ -103,13 +103,18 @@ class Work:
         )
         return replace(self, run=this, config=config, uniform=genome, budget=budget, allowance=allowed)
 
-    def after_search(self) -> Work:
-        """The same work, with the dense model outside where the device has no room to judge three models beside it."""
+    def after_search(self, uniform: bool = True) -> Work:
+        """The same work, with the dense model outside where the device has no room to judge the pruned one beside it.
+
+        Args:
+            uniform: whether the uniform model is judged beside both.
+        """
         limit, size = _limit(self.config, self.device), self.dense_parameters
         if limit is None or not self.allowance.resident:
             return self
         exported = parameter_costs(self.grid, size).of(self.uniform)
-        own = (size, prunable_parameters(self.grid, self.uniform), exported)  # the uniform one shares embeddings
+        shared = prunable_parameters(self.grid, self.uniform)  # what the uniform one shares no embeddings in
+        own = (size, shared, exported) if uniform else (size, exported)
         length, each = self.config.calibration.sequence_length, self.checkpoint.dtype.itemsize
         if evaluation_bytes(own, self.checkpoint.config, length, each) <= HEADROOM * limit:
             return self

@@ -113,6 +113,7 @@ class TokenStore:
     def _fill(self, sequences: int) -> list[Place]:
         lanes = range(min(self._documents.num_shards, LANES))
         quota, counts = 0, self._counts(lanes)
+        parallel.wait_for_all()  # every process has looked before the first one writes
         while (missing := sequences - sum(min(counts[lane], quota) for lane in lanes)) > 0:
             live = [lane for lane in lanes if counts[lane] > quota or not self._exhausted(lane)]
             if not live:
@@ -128,6 +129,7 @@ class TokenStore:
                     self._extend(lane, quota)
             parallel.wait_for_all()
             counts = self._counts(lanes)
+            parallel.wait_for_all()
         # Places are taken from lanes in turn, so that a longer list only adds to a shorter one.
         rounds = zip_longest(*(islice(self._places(lane), quota) for lane in lanes))
         return list(islice((place for turn in rounds for place in turn if place is not None), sequences))

@@ -20,15 +20,24 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of this name; `auto` is the GPU if there is one. Raises `UsageError` if there is no such device."""
+    """The device of this name; `auto` is the GPU if there is one.
+
+    Raises:
+        UsageError: if there is no such device, or it is one GPU and several processes would share it.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError):
         device = torch.device("meta")
-    if device.type == "meta":  # no such device, or torch's own `meta`, which computes nothing
+    # No such device, or torch's own `meta`, which computes nothing, or one that lacks float64.
+    if device.type in ("meta", "mps"):
         raise UsageError(f"no device {name!r}: expected auto, cpu, or cuda on a machine that has it; check --device")
+    if parallel.neighbours() > 1 and name.startswith("cuda:"):
+        raise UsageError(
+            f"--device {name}: expected cuda, of which each process takes its own, found one for all; give cuda"
+        )
     return device
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -27,7 +28,7 @@ from darwinlm.types import DarwinError, UsageError
 
 FAILURES = "darwinlm/failures"  # key of the number of processes of a run that have failed
 GRACE = 2.0  # seconds that a process which fails later gives the first one to report why
-TIMEOUT = timedelta(hours=6)  # one process may eliminate a large unit while the others wait for it
+TIMEOUT = timedelta(days=7)  # one process may write text for days; one that has died is noticed at once
 
 
 class PeerLostError(DarwinError):
@@ -68,7 +69,8 @@ def is_mine(block: int) -> bool:
 def together() -> Iterator[None]:
     """Connect this process to the others that torchrun has started, if any, for the length of a `with` block.
 
-    If one process fails, all of them end. One reports why: the one that failed or, if it could not, another.
+    If one process fails, all of them end. One reports why: the one that failed or, if it could not, another. The one
+    that failed does not close the group, for which NCCL would wait for the others: its program has to end by `leave`.
 
     Raises:
         PeerLostError: if another process died without reporting why.
@@ -91,11 +93,23 @@ def together() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending already
         if store.add(FAILURES, 1) > 1 and isinstance(error, DarwinError | OSError):
             time.sleep(GRACE)  # torchrun ends all processes once one has ended: let the first report why
-            raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+            leave(2 if isinstance(error, UsageError) else 1)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-        dist.destroy_process_group()
+    dist.destroy_process_group()
+
+
+def connected() -> bool:
+    """Whether this process is one of several: it is in `together`, or has failed there."""
+    return dist.is_initialized()
+
+
+def leave(code: int) -> NoReturn:
+    """End the program without waiting for the other processes, as Python's own end may."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextmanager
@@ -180,6 +194,8 @@ def _peers() -> Iterator[None]:
     """Turn the backend's error at a broken connection into one sentence."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
         raise _peer_lost(reason) from None

@@ -79,6 +79,7 @@ class TeacherLogits:
             group = (store, lane, part, row // ROWS)
             rows[group] = max(rows.get(group, 0), row % ROWS + 1)
         missing = [(group, count) for group, count in sorted(rows.items()) if self._count(sequences, group) < count]
+        parallel.wait_for_all()  # every process has looked before the first one writes
         mine = missing[parallel.rank() :: parallel.processes()]
         teacher = load_teacher() if mine else None
         for group, count in track(mine, "teacher's logits", len(mine)):
