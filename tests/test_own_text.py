@@ -29,6 +29,7 @@ from darwinlm.training import own_text as module
 from darwinlm.training.own_text import Writer, with_own_text
 from darwinlm.types import UsageError
 from pruned import CPU
+from test_parallel import torchrun
 
 CONFIG = OwnConfig(answer_tokens=12, batch_size=4)
 
@@ -175,6 +176,19 @@ def test_a_run_reads_what_its_model_wrote(config: RunConfig, monkeypatch: pytest
     assert "KL chats.jsonl, held out" in report
     assert config.data in report
     assert Run.open(done.path).config == config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_write_the_texts_of_one(config: RunConfig, tmp_path: Path, processes: int) -> None:
+    """Each writes some of the batches; what is written beyond the tokens that were asked for is not taken."""
+    run(config, until="database")
+    shared = replace(config, out=str(tmp_path / "run"))
+    done = torchrun("-m", "darwinlm", *runs.command(shared, name="database"), processes=processes)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (next((Path(each.out) / module.DIRECTORY).glob("*.jsonl")) for each in (shared, config))
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert not ours.with_suffix(".parts").exists()
 
 
 def test_a_training_is_taught_on_what_the_teacher_wrote(checkpoint: Checkpoint, asked: Path, tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from of_comparison import opened
 
-from darwinlm.report.comparison import save_picture
+from darwinlm.report.comparison import figure
+from darwinlm.report.figures import save_figure
 
 
 def main() -> None:
     cells, out = opened(__doc__)
-    save_picture(out / "figure_4.png", cells)
+    save_figure(out / "figure_4.png", figure(cells))
 
 
 if __name__ == "__main__":

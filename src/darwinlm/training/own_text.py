@@ -27,6 +27,7 @@ from darwinlm.data.sources import identity_of
 from darwinlm.evaluation.answering import continued
 from darwinlm.evaluation.generation import end_tokens
 from darwinlm.model.checkpoint import Checkpoint
+from darwinlm.runtime import parallel
 from darwinlm.runtime.files import read_json_lines, sweep, write_record, write_text
 from darwinlm.runtime.progress import say, track
 from darwinlm.types import UsageError
@@ -57,7 +58,7 @@ def with_own_text(
 ) -> str:  # fmt: skip
     """`DATA` with the files of what the dense model has written in the place of `self` and `self:SOURCE`.
 
-    Of several processes, one writes and the others wait before they call this.
+    Several processes write together, each some of the batches.
 
     Args:
         tokens: that all sources together give to the stages, and to what is held out.
@@ -75,7 +76,9 @@ def with_own_text(
             writer = Writer(checkpoint, name, config.tokens or round(needed), config, out / DIRECTORY, seed)
             if "," in str(writer.file):
                 raise UsageError(f"--out: expected no comma in it where --data names {name}, found {out}; choose one")
-            if not writer.file.exists():
+            missing = not writer.file.exists()
+            parallel.wait_for_all()  # every process has looked before the first one writes
+            if missing:
                 loaded = loaded or [checkpoint.load(dtype, device)]
                 writer.write(loaded[0])
             name = str(writer.file)
@@ -121,31 +124,42 @@ class Writer:
     def write(self, model: PreTrainedModel) -> None:
         """Write all texts; batches that an earlier call has written are not written again.
 
+        Of several processes, each writes every so many-th batch.
+
         Raises:
             UsageError: if there are no prompts.
         """
         done = self.file.with_suffix(".parts")
-        done.mkdir(parents=True, exist_ok=True)
-        sweep(self.directory)
-        written, texts, kept = 0, list[dict[str, Any]](), self.config
-        steps = -(-self.tokens // (kept.batch_size * kept.answer_tokens))  # at least
+        with parallel.first_before_others():
+            done.mkdir(parents=True, exist_ok=True)
+            sweep(self.directory)
+        written, texts = 0, list[dict[str, Any]]()
+        of_batch = self.config.batch_size * self.config.answer_tokens  # at most
+        steps = -(-self.tokens // (parallel.processes() * of_batch))  # at least
         prompts = self._prompts()
-        each = enumerate(iter(lambda: list(islice(prompts, kept.batch_size)), []))
-        for number, batch in track(each, f"{self.source}: texts", steps):
-            part = done / f"{number:05d}.jsonl"
-            if not part.exists():
-                lines = self._batch(model, batch, number)
-                write_text(part, "".join(json.dumps(line) + "\n" for line in lines))
-            lines = read_json_lines(part)
-            texts += lines
-            written += sum(line["tokens"] for line in lines)
+        batches = enumerate(iter(lambda: list(islice(prompts, self.config.batch_size)), []))
+        rounds = iter(lambda: list(islice(batches, parallel.processes())), [])
+        for at_once in track(rounds, f"{self.source}: texts", steps):
+            parts = [done / f"{number:05d}.jsonl" for number, _ in at_once]
+            for part, (number, batch) in zip(parts, at_once, strict=True):
+                if parallel.is_mine(number) and not part.exists():
+                    lines = self._batch(model, batch, number)
+                    write_text(part, "".join(json.dumps(line) + "\n" for line in lines))
+            parallel.wait_for_all()
+            for part in parts:
+                if written < self.tokens:
+                    lines = read_json_lines(part)
+                    texts += lines
+                    written += sum(line["tokens"] for line in lines)
             if written >= self.tokens:
                 break
-        say(f"{self.source}: {len(texts):,} texts of {written:,} tokens, in {self.file}")
-        record = {"texts": len(texts), "written": written}
-        write_record(self.file.with_suffix(".json"), record, self.provenance)
-        write_text(self.file, "".join(line["document"] + "\n" for line in texts))
-        shutil.rmtree(done)
+        parallel.wait_for_all()  # every process has read the batches before the first one deletes them
+        with parallel.first_before_others():
+            if parallel.first():
+                say(f"{self.source}: {len(texts):,} texts of {written:,} tokens, in {self.file}")
+                write_record(self.file.with_suffix(".json"), {"texts": len(texts), "written": written}, self.provenance)
+                write_text(self.file, "".join(line["document"] + "\n" for line in texts))
+                shutil.rmtree(done)
 
     def _prompts(self) -> Iterator[Prompt]:
         """All prompts, and where answers are sampled, again and again."""
