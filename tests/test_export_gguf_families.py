@@ -305,7 +305,7 @@ def test_zeros_are_told(exports: dict[str, Path], tmp_path: Path, capsys: pytest
         ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, "no_rope_layers"),
         ("gemma2", {"layer_types": ["full_attention", "sliding_attention"] * 2}, "no such order of sliding windows"),
         ("gemma2", {"attn_logit_softcapping": None}, "a number as attn_logit_softcapping, found None"),
-        ("gemma3", {"final_logit_softcapping": 30.0}, "logits without a cap"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping None, found 30"),
         ("starcoder2", {"sliding_window": 64}, "found a sliding window of 64"),
         ("bloom", {"apply_residual_connection_post_layernorm": True}, "post_layernorm False, found True"),
         ("mpt", {"attn_config": {"softmax_scale": 0.3}}, r"attn_config\.softmax_scale None, found 0\.3"),

@@ -11,8 +11,7 @@ import torch
 
 from darwinlm.runtime.files import read_record
 from darwinlm.runtime.peaks import Peaks, held
-from darwinlm.runtime.stages import Stages
-from darwinlm.runtime.stopwatch import BEAT
+from darwinlm.runtime.stages import BEAT, Stages
 
 CPU = torch.device("cpu")
 LARGE = 1 << 28  # bytes

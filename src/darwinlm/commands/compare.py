@@ -11,7 +11,7 @@ from torch import Tensor
 
 from darwinlm.commands.compress import run as prune
 from darwinlm.commands.judging import Cells, Judge, find_requests, note_questions
-from darwinlm.commands.run_directory import Run, versions_text
+from darwinlm.commands.run_directory import Run, base_of, versions_text
 from darwinlm.commands.work import made_from, own_text
 from darwinlm.config.checks import expect
 from darwinlm.config.evaluation import CompareConfig
@@ -31,10 +31,11 @@ from darwinlm.report.cells_page import CellsFacts, comparison_lead, comparison_s
 from darwinlm.report.comparison import (
     DENSE,
     Cell,
+    figure,
     markdown,
     print_table,
-    save_picture,
 )
+from darwinlm.report.figures import save_figure
 from darwinlm.report.html import NAME, unless_it_fails, write_page
 from darwinlm.rivals.methods import DEFAULT_METHODS, METHODS, Method
 from darwinlm.rivals.problem import Problem, mask_tokens, scored_tokens
@@ -44,7 +45,6 @@ from darwinlm.runtime.locking import locked_directory
 from darwinlm.runtime.names import short_name
 from darwinlm.runtime.progress import say
 from darwinlm.runtime.stages import Stages
-from darwinlm.runtime.stopwatch import Stopwatch
 from darwinlm.search.budget import Target
 from darwinlm.search.costs import Costs, parameter_costs
 from darwinlm.search.fitness import Fitness
@@ -94,13 +94,13 @@ def compare(config: CompareConfig) -> list[Cell]:
     out = Path(config.out)
     with locked_directory(out):
         requests, asked = find_requests(config, out)
-        base = _base(config)
+        base = replace(base_of(config), refit=RefitConfig(tokens=0))
         prune(base, until="database")
         note_questions(asked, out)
         bench, cells = _open(config, base), Cells(out)
         chosen, failures = _measure_all(bench, cells, [(m, share) for share in shares for m in methods], requests)
         write_text(out / TABLE, markdown(chosen, _protocol(bench), PICTURE, beside_dense.below(chosen)))
-        save_picture(out / PICTURE, chosen)
+        save_figure(out / PICTURE, figure(chosen))
         with unless_it_fails(out / NAME):
             _write_page(out, bench, chosen)
     print_table(chosen)
@@ -138,32 +138,16 @@ def _share(text: str) -> float:
     return target.amount
 
 
-def _base(config: CompareConfig) -> RunConfig:
-    """The run whose database all methods share."""
-    return RunConfig(
-        model=config.model,
-        data=config.data,
-        out=str(Path(config.out) / "base"),
-        loss_tokens=config.loss_tokens,
-        own=config.own,
-        seed=config.seed,
-        device=config.device,
-        dtype=config.dtype,
-        calibration=config.calibration,
-        database=config.database,
-        search=config.search,
-        refit=RefitConfig(tokens=0),
-        evaluation=config.evaluation,
-    )
-
-
 def _measure_all(
     bench: _Bench, cells: Cells, wanted: Sequence[tuple[str, float]], requests: list[Request]
 ) -> tuple[list[Cell], list[str]]:
     """The dense model's cell and the wanted ones that there are, with their scores; and the failures of methods."""
     count = 1 + len(wanted)
     place = f"compare: 1/{count}, {DENSE}"
-    dense = cells.of.get((DENSE, 1.0)) or _measure_dense(bench, cells, place)
+    dense = cells.of.get((DENSE, 1.0))
+    if dense is None:
+        say(place)
+        dense = cells.keep(_measure(bench, DENSE, 1.0, bench.grid.dense(), 0.0))
     parts, failures = bench.judge.parts, list[str]()
     chosen = [_with_scores(bench, cells, replace(dense, parts=parts), requests, place)]
     for number, (method, kept) in enumerate(wanted, 2):
@@ -177,11 +161,6 @@ def _measure_all(
             continue
         chosen.append(_with_scores(bench, cells, replace(cell, parts=parts), requests, place))
     return chosen, failures
-
-
-def _measure_dense(bench: _Bench, cells: Cells, place: str) -> Cell:
-    say(place)
-    return cells.keep(_measure(bench, DENSE, 1.0, bench.grid.dense(), 0.0))
 
 
 def _measure_method(bench: _Bench, cells: Cells, method: str, kept: float, place: str) -> Cell:
@@ -215,11 +194,14 @@ def _choose(bench: _Bench, method: Method, kept: float) -> tuple[Genome, float]:
         seed=config.seed,
         state=state,
     )
-    allocate = method.allocate
-    with Stopwatch(state.with_name(f"{state.name}.seconds"), go_on=state.exists()) as stopwatch:
-        genome = allocate(problem)
+    used = state.with_name(f"{state.name}.stages.json")
+    if not state.exists():  # what an earlier process spent has left nothing
+        used.unlink(missing_ok=True)
+    stages = Stages(used, resolve_device(config.device))
+    with stages.measured("search"):
+        genome = method.allocate(problem)
     assert budget.fits(genome)
-    return genome, stopwatch.seconds
+    return genome, stages.used["search"].seconds
 
 
 def _write_page(out: Path, bench: _Bench, cells: Sequence[Cell]) -> None:

@@ -17,12 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from darwinlm.commands.in_memory import Given, read_arguments
 from darwinlm.commands.reporting import card_of, report
-from darwinlm.commands.run_directory import (
-    SETTINGS,
-    Run,
-    claim,
-    explain_failures,
-)
+from darwinlm.commands.run_directory import SETTINGS, THRIFT, Run, claim, explain_failures
 from darwinlm.commands.work import Work, open_work
 from darwinlm.config.run import RunConfig, Stage
 from darwinlm.data.corpus import Drawn
@@ -96,7 +91,7 @@ def run(config: RunConfig, until: Stage = "report", given: Given | None = None) 
         UsageError: if a setting cannot be used; a directory that was new is left as if nothing had happened.
         DarwinError: if a stage fails. The same call goes on from there once the cause is mended.
     """
-    told = explain_failures(f"the run in {config.out}", "lower --calibration.batch-size")
+    told = explain_failures(f"the run in {config.out}", THRIFT)
     this = Run(config.out)
     check_trackers(config.report_to, "report-to")
     # Until there is a first parent: what made every start diverge may be mended.

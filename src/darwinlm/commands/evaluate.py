@@ -278,9 +278,7 @@ def _draft(subject: Subject, reference: Subject | None, config: EvaluateConfig) 
     )
 
 
-def compare_speed(
-    directory: Path, dense: str, config: SpeedConfig, device: str = "auto", dtype: str = "auto"
-) -> dict[str, Any]:
+def compare_speed(directory: Path, dense: str, config: SpeedConfig, device: str, dtype: str) -> dict[str, Any]:
     """Print how fast the model in `directory` is beside the dense one, and the speed-ups that operations predict.
 
     Returns:

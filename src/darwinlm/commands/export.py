@@ -18,7 +18,7 @@ from darwinlm.config.run import ExportConfig, RunConfig
 from darwinlm.data.corpus import read_corpus
 from darwinlm.data.packing import check_ids
 from darwinlm.export.anymodel import as_anymodel
-from darwinlm.export.card import ANYMODEL, stubbed_card
+from darwinlm.export.card import ANYMODEL, STUBBED
 from darwinlm.export.gguf import export_gguf, libgguf
 from darwinlm.export.gguf_precision import QUANTISED
 from darwinlm.export.groups import group_note
@@ -138,7 +138,7 @@ def convert(directory: Path, out: Path, config: ExportConfig) -> Path:
     sizes = block_sizes_of(written)
     text = card.read_text(encoding="utf-8") if card.exists() else f"# {directory.absolute().name}\n"
     if sizes != block_sizes_of(model):
-        text = stubbed_card(text, parameter_count(written))
+        text += STUBBED.format(parameters=parameter_count(written))
     any_model = config.compat == "anymodel"
     if any_model:
         text += ANYMODEL

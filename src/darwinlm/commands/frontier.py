@@ -11,7 +11,6 @@ from dataclasses import fields, replace
 from functools import cache, partial
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -21,7 +20,9 @@ from darwinlm.commands.judging import Cells, Judge, find_requests, note_question
 from darwinlm.commands.run_directory import (
     FRONTIER_SETTINGS,
     SETTINGS,
+    THRIFT,
     Run,
+    base_of,
     claim,
     explain_failures,
     versions_text,
@@ -30,7 +31,6 @@ from darwinlm.commands.work import Work, made_from, open_work
 from darwinlm.config.evaluation import TasksConfig
 from darwinlm.config.files import read_settings
 from darwinlm.config.frontier import FrontierConfig
-from darwinlm.config.run import RunConfig
 from darwinlm.data.corpus import Drawn
 from darwinlm.database.store import Database
 from darwinlm.evaluation.tasks import Request
@@ -73,7 +73,7 @@ def frontier(config: FrontierConfig) -> list[Cell]:
         DarwinError: if a stage or a task fails. The same call goes on from there.
     """
     out = Path(config.out)
-    told = explain_failures(f"the frontier in {out}", "lower --calibration.batch-size")
+    told = explain_failures(f"the frontier in {out}", THRIFT)
     with told, parallel.together(), parallel.shared_directory(out, lambda: _claim(out, config)):
         requests, asked = find_requests(config, out)
         work, sizes = _open(config, out)
@@ -129,24 +129,16 @@ def _run_of(out: Path, target: str) -> Run:
 
 def _claim(out: Path, config: FrontierConfig) -> None:
     claim(out, FRONTIER_SETTINGS, config, ("base",), OPEN)
-    base = _base(config)
+    base = base_of(config)
     Path(base.out).mkdir(exist_ok=True)
     claim(Path(base.out), SETTINGS, base)
-
-
-def _base(config: FrontierConfig) -> RunConfig:
-    """The run whose database and sensitivities all sizes share."""
-    shared = {each.name for each in fields(RunConfig)} & {each.name for each in fields(FrontierConfig)}
-    settings: dict[str, Any] = {name: getattr(config, name) for name in shared}
-    settings["out"] = str(Path(config.out) / "base")
-    return RunConfig(**settings)
 
 
 def _open(config: FrontierConfig, out: Path) -> tuple[Work, dict[str, Work]]:
     """Open what all sizes share, and each size. What could not even begin leaves its directory to another."""
     base = Run(out / "base")
     try:
-        work = open_work(base, _base(config), "report")
+        work = open_work(base, base_of(config), "report")
         check_formats(work, config.formats)
         return work, _at_all_sizes(work, config)
     except DarwinError:

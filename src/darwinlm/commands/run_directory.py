@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,9 @@ import yaml
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from darwinlm.config.evaluation import CompareConfig
 from darwinlm.config.files import read_settings
+from darwinlm.config.frontier import FrontierConfig
 from darwinlm.config.run import RunConfig
 from darwinlm.genome import Grid
 from darwinlm.model import reading
@@ -211,6 +213,14 @@ class Run:
         return read_record(self._result_path, "levels", "level_of")
 
 
+def base_of(config: CompareConfig | FrontierConfig) -> RunConfig:
+    """The run in a comparison or a frontier whose database all its models share, with the settings that both have."""
+    shared = {each.name for each in fields(RunConfig)} & {each.name for each in fields(config)}
+    settings: dict[str, Any] = {name: getattr(config, name) for name in shared}
+    settings["out"] = str(Path(config.out) / "base")
+    return RunConfig(**settings)
+
+
 def claim(path: Path, settings: str, config: Any, own: Sequence[str] = (), open_to: Sequence[str] = ()) -> None:
     """Claim a directory for a configuration, or check that it is that configuration's. This process must hold it.
 
@@ -351,13 +361,7 @@ def versions() -> dict[str, str]:
 
 def _plain(config: Any) -> dict[str, Any]:
     """The configuration as YAML has it, with lists for tuples."""
-    return _lists(asdict(config))
-
-
-def _lists(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _lists(item) for key, item in value.items()}
-    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
+    return json.loads(json.dumps(asdict(config)))
 
 
 def _differences(old: Any, new: Any, name: str = "") -> dict[str, str]:
@@ -368,6 +372,9 @@ def _differences(old: Any, new: Any, name: str = "") -> dict[str, str]:
     for key in dict.fromkeys([*old, *new]):
         differences |= _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
     return differences
+
+
+THRIFT = "give it less --memory, or while the database is built, another --out with a lower --calibration.batch-size"
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def check(config: TrainConfig, student: Checkpoint, teacher: Checkpoint | None) 
     check_trackers(training.report_to, "training.report-to")
     accumulation(config)
     if training.lora_rank and find_spec("peft") is None:
-        raise UsageError("--training.lora-rank wants the package peft: pip install darwinlm[lora]")
+        raise UsageError("--training.lora-rank wants the package peft: pip install '.[lora]' in a clone of darwinlm")
     if training.fsdp and parallel.processes() == 1:
         say("--training.fsdp: there is one process, which has nothing to share; torchrun starts several")
 
@@ -191,8 +191,7 @@ def _with_own_text(config: TrainConfig, teacher: Checkpoint | None, cache: Path,
         config.training.evaluation_tokens,
     )
     dtype = resolve_dtype(config.training.dtype, device)
-    with parallel.first_before_others():
-        return with_own_text(config.data, teacher, tokens, config.own, cache, config.seed, device, dtype)
+    return with_own_text(config.data, teacher, tokens, config.own, cache, config.seed, device, dtype)
 
 
 def _determining(config: TrainConfig) -> dict[str, Any]:
@@ -213,11 +212,6 @@ def _check_tokenizers(config: TrainConfig, student: Checkpoint, teacher: Checkpo
         )
 
 
-def _common_vocabulary(student: Checkpoint, teacher: Checkpoint) -> int:
-    """The rows that both output embeddings have; beyond the tokens they are padding, which may differ."""
-    return min(student.config.vocab_size, teacher.config.vocab_size)
-
-
 class _OnlineTeacher:
     """The teacher runs beside the student, in the precision of the products."""
 
@@ -235,7 +229,8 @@ def _teacher(work: _Work) -> tuple[Teacher | None, Dataset, Dataset]:
     if checkpoint is None:
         return None, work.sequences, work.held_out
 
-    vocabulary = _common_vocabulary(work.checkpoint, checkpoint)
+    # The rows that both output embeddings have; beyond the tokens they are padding, which may differ.
+    vocabulary = min(work.checkpoint.config.vocab_size, checkpoint.config.vocab_size)
 
     def load() -> PreTrainedModel:
         return checkpoint.load(work.dtype, work.device).requires_grad_(False)

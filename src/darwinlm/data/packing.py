@@ -22,6 +22,7 @@ from darwinlm.data.chat import Chat, render
 from darwinlm.types import UsageError
 
 RENDERER = 1  # raised when a chat's tokens become others
+BATCH = 16  # documents that are tokenized at once
 
 
 # Tokens that end a document in pre-training. An instruct model's own end token ends a turn of a chat instead.
@@ -118,7 +119,7 @@ class Stream:
         return 0 not in self.counts
 
 
-def one_stream(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, tokens: int, batch: int = 16) -> Stream:
+def one_stream(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, tokens: int) -> Stream:
     """The tokens of documents one after another, an end-of-text token after each.
 
     No more batches of documents are read once there are `tokens`.
@@ -128,10 +129,10 @@ def one_stream(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, tok
     """
     stream, source = Stream(), iter(documents)
     while len(stream) < tokens:
-        these = list(islice(source, batch))
+        these = list(islice(source, BATCH))
         for ids, counts in _with_ends(these, tokenizer):
             stream.add(ids, counts)
-        if len(these) < batch:
+        if len(these) < BATCH:
             stream.whole = True
             return stream
     stream.whole = next(source, None) is None

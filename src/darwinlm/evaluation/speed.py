@@ -60,10 +60,10 @@ class Counted:
 
 
 @torch.inference_mode()
-def measure(models: Mapping[str, PreTrainedModel], config: SpeedConfig, seed: int = 0) -> dict[str, Measured]:
+def measure(models: Mapping[str, PreTrainedModel], config: SpeedConfig) -> dict[str, Measured]:
     """Time every model on the same random tokens; the models take turns."""
     vocabulary = min(model.config.vocab_size for model in models.values())
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(vocabulary, (config.batch, config.prompt_tokens), generator=generator)
     works = {name: partial(_turn, model, prompts.to(model.device), config.new_tokens) for name, model in models.items()}
     with evaluation_mode(models.values()):

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from darwinlm.model.pruned import family_of, module_name, stock_names
+from darwinlm.model.layers import family_of, is_pruned
+from darwinlm.model.pruned import module_name, stock_names
 from darwinlm.model.reading import read_config, read_whole, skeleton
 from darwinlm.model.shards import read_headers
 from darwinlm.model.wrapped import is_wrapper
@@ -37,7 +38,7 @@ def as_anymodel(directory: Path) -> None:
         raise UsageError(f"--compat anymodel: expected a model of text alone, found one around it; {CURE}")
     pruned = read_config(directory)
     family = family_of(pruned)
-    if pruned.model_type == family:
+    if not is_pruned(pruned):
         return
     path = directory / "config.json"
     fields = anymodel_fields(json.loads(path.read_text()), family)

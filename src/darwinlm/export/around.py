@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from darwinlm.model.checkpoint import Checkpoint
-from darwinlm.model.families import PRUNED
 from darwinlm.model.hub import PROCESSORS
-from darwinlm.model.pruned import family_of, module_name
+from darwinlm.model.layers import PRUNED, family_of, is_pruned
+from darwinlm.model.pruned import module_name
 from darwinlm.model.reading import read_parameter
 from darwinlm.model.rewriting import write_model
 from darwinlm.model.wrapped import LOGITS, WRAPPED, empty_wrapper, text_paths
@@ -45,7 +45,7 @@ def save_wrapper(directory: Path, text: PreTrainedModel, weights: Mapping[str, T
         if (dense.path / name).exists():
             shutil.copyfile(dense.path / name, directory / name)
     family, text_family = family_of(dense.whole), family_of(text.config)
-    if text.config.model_type != text_family:
+    if is_pruned(text.config):
         code = render_wrapper(family, text_family)
         (directory / f"{module_name(family)}.py").write_text(code, encoding="utf-8")
     say(f"export: {len(dense.beside)} tensors beside the language model are those of {dense.path.name}")
@@ -56,7 +56,7 @@ def _config(text: PreTrainedModel, dense: Checkpoint) -> dict[str, Any]:
     family = family_of(dense.whole)
     fields = json.loads(dense.whole.to_json_string())
     inner = json.loads(text.config.to_json_string())
-    own_code = text.config.model_type != family_of(text.config)
+    own_code = is_pruned(text.config)
     stock = wrapper_auto_map(family)[WHOLE].rpartition(".Pruned")[2]
     for name in ("auto_map", "_name_or_path"):
         fields.pop(name, None)

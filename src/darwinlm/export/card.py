@@ -94,11 +94,6 @@ def wrapper_card(card: str) -> str:
     return whole if AROUND in whole else whole + AROUND
 
 
-def stubbed_card(card: str, parameters: int) -> str:
-    """Return a card with a section on modules of zeros for vLLM; `parameters` is their model's number of parameters."""
-    return card + STUBBED.format(parameters=parameters)
-
-
 def model_card(
     model: str,
     licence: Mapping[str, str],

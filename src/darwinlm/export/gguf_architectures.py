@@ -86,7 +86,7 @@ GEMMA2 = Graph(
 )
 GEMMA3 = Graph(
     "gemma3", windows=6, odd_depth=62, head_norms=True, ropes=("default", "linear"), shifted=True,
-    activations=SMALL_GELU,
+    activations=SMALL_GELU, only=(("attn_logit_softcapping", None), ("final_logit_softcapping", None)),
 )  # fmt: skip
 GEMMA4 = Graph(
     "gemma4", per_block=True, by_kind=True, windows=6, head_norms=True, partial=True, scales_query=False,

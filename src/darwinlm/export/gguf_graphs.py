@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from darwinlm.export.gguf_architectures import GEMMA3, GRAPHS, Graph
+from darwinlm.export.gguf_architectures import GRAPHS, Graph
 from darwinlm.model.families import block_sizes_of, find_family, lookups, modules_around
-from darwinlm.model.layers import PRUNED, head_dim, shares
+from darwinlm.model.layers import family_of, head_dim, is_pruned, shares
 from darwinlm.model.reading import skeleton
 from darwinlm.types import BlockSizes, UsageError
 
@@ -36,7 +36,7 @@ class Description:
 
     def __init__(self, config: PreTrainedConfig):
         self.config: Any = config
-        self.name = config.model_type.removeprefix(PRUNED)
+        self.name = family_of(config)
         if self.name not in GRAPHS:
             found = f"{self.name}, of which no tensors can be written yet"
             raise refused(f"a model of one of the families {', '.join(GRAPHS)}", found)
@@ -181,8 +181,6 @@ class Description:
         for _, name in graph.fields:
             if getattr(config, name) in (None, 0.0) and getattr(config, name) is not False:
                 raise refused(f"a number as {name}", str(getattr(config, name)))
-        if graph.name == GEMMA3.name and (config.attn_logit_softcapping or config.final_logit_softcapping):
-            raise refused("logits without a cap in Gemma 3", "one")
         for index, block in enumerate(self.sizes):
             if block.query_heads and block.query_heads % block.key_value_heads:
                 heads = f"{block.query_heads} for {block.key_value_heads} in block {index}"
@@ -235,7 +233,7 @@ class Description:
             groups = heads // readers
             if any(block.key_value_heads > groups for block in self.sizes):
                 raise refused("KV groups of one size", "groups that have lost single heads", "prune by KV groups")
-        whole = self.config.model_type.startswith(PRUNED)  # whose norms over all heads see those of before
+        whole = is_pruned(self.config)  # whose norms over all heads see those of before
         if graph.joint_norms and not whole and self.sizes[0].query_heads != readers * groups:
             raise refused("norms over heads that fill the hidden size", f"over {self.sizes[0].query_heads} heads")
         room = BlockSizes(readers * groups, groups, max(block.intermediate for block in self.sizes) or STUB_CHANNELS)

@@ -16,11 +16,10 @@ from darwinlm.export.card import wrapper_card
 from darwinlm.export.verify import Expected, verify_export
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.frame import find_frame
-from darwinlm.model.layers import DENSE_SIZES
+from darwinlm.model.layers import DENSE_SIZES, family_of, is_pruned
 from darwinlm.model.licence import licence_files
 from darwinlm.model.pruned import (
     auto_map,
-    family_of,
     module_name,
     pruned_model,
     remaining_blocks,
@@ -75,7 +74,7 @@ def export_hf(
         for file in [] if origin is None else licence_files(origin):
             shutil.copyfile(file, directory / file.name)
         family = family_of(exported.config)
-        own_code = exported.config.model_type != family
+        own_code = is_pruned(exported.config)
         if own_code:
             (directory / f"{module_name(family)}.py").write_text(render(family), encoding="utf-8")
         found_by = wrapper_auto_map(family_of(wrapper.whole)) if wrapper else auto_map(family)

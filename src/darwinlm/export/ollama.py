@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.runtime.files import write_text
 
@@ -20,11 +18,8 @@ def write_modelfile(gguf: Path, checkpoint: Checkpoint) -> Path:
     """
     positions = getattr(checkpoint.config, "max_position_embeddings", None) or CONTEXT
     lines = [f"FROM ./{gguf.name}", f"PARAMETER num_ctx {min(positions, CONTEXT)}"]
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in _stops(checkpoint.tokenizer)]
+    stop = checkpoint.tokenizer.eos_token
+    lines += [f"PARAMETER stop {json.dumps(str(stop), ensure_ascii=False)}"] if stop else []
     path = gguf.with_suffix(".Modelfile")
     write_text(path, "\n".join(lines) + "\n")
     return path
-
-
-def _stops(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return [str(tokenizer.eos_token)] if tokenizer.eos_token else []

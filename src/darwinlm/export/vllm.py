@@ -17,11 +17,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from darwinlm.model.families import block_sizes_of
-from darwinlm.model.layers import head_counts, head_width, is_pruned, layer_config
+from darwinlm.model.layers import family_of, head_counts, head_width, is_pruned, layer_config
 from darwinlm.model.pruned import (
-    PRUNED,
     auto_map,
-    family_of,
     module_name,
     pruned_config,
     pruned_model,
@@ -103,7 +101,7 @@ def check_vllm(directory: Path) -> list[str]:
             f"query heads are not the same number for every KV head in block {', '.join(uneven)}: prune with "
             "--database.structure kv_group or balanced"
         )
-    if config.model_type.startswith(PRUNED):
+    if is_pruned(config):
         if read_json(directory / "config.json").get("auto_map") != (
             wrapper_auto_map(family_of(whole)) if around else auto_map(family)
         ):

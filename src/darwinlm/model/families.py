@@ -15,8 +15,9 @@ from darwinlm.config.run import DatabaseConfig
 from darwinlm.genome import Grid, level_grid
 from darwinlm.model.family import Family, Fused
 from darwinlm.model.flow import is_selection
-from darwinlm.model.layers import PRUNED, dense_sizes, head_counts, head_dim, is_pruned, layer_config, shares
+from darwinlm.model.layers import dense_sizes, family_of, head_counts, head_dim, is_pruned, layer_config, shares
 from darwinlm.model.roles import find_roles
+from darwinlm.model.size import parameter_count
 from darwinlm.types import BlockSizes, DarwinError, Genome, Kind, Producer, Structure, Unit, UsageError
 
 # How the rows of fused projections lie, which cannot be derived.
@@ -74,7 +75,7 @@ def find_family(model: PreTrainedModel) -> Family:
     Raises:
         UsageError: if a module fits no role; it names the module.
     """
-    name = model.config.model_type.removeprefix(PRUNED)
+    name = family_of(model.config)
     if name in REFUSED:
         raise UsageError(f"cannot prune {REFUSED[name]}; convert the model to another family")
     family = find_roles(model, ROWS.get(name))
@@ -281,7 +282,7 @@ class _Block:
         for name, end in ends.items():
             self._check(f"{path}.{name}", _rows(_module(self.model, f"{path}.{name}")), end)
         self._check(f"{path}.{output}", linear_at(self.model, f"{path}.{output}").in_features, width * structures)
-        whole = sum(_count(_module(self.model, f"{path}.{name}")) for name in members)
+        whole = sum(parameter_count(_module(self.model, f"{path}.{name}")) for name in members)
         return Unit(
             name=f"block-{self.index:02d}-{kind}",
             block=self.index,
@@ -373,8 +374,4 @@ def _rows(module: nn.Module) -> int:
 def _row_parameters(model: nn.Module, path: str) -> int:
     """How many parameters are removed with one output row: none where the module is no linear one and stays whole."""
     module = _module(model, path)
-    return _count(module) // module.out_features if isinstance(module, nn.Linear) else 0
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return parameter_count(module) // module.out_features if isinstance(module, nn.Linear) else 0

@@ -53,7 +53,7 @@ class Family(Surroundings):
         query_widths: and these, where they read the width of all query heads.
         gate: the projection of the gates of what heads attend to, empty if there is none. It can be that of the query.
         biases: the arguments of the attention that hold something for each query head, such as slopes by position.
-        attention_adds, mlp_adds: whether the unit adds its second argument, the stream, to what it gives.
+        attention_adds: whether the attention adds its second argument, the stream, to what it gives.
         mlp: the module of the MLP, empty if its linear modules lie in the block itself.
         mixer: what mixes tokens in the blocks without attention, or beside it: linear attention, a short convolution or
             a state-space layer. It is empty if the family has none.
@@ -82,7 +82,6 @@ class Family(Surroundings):
     mlp_inputs: tuple[str, ...]
     mlp_output: str
     mlp_norms: tuple[str, ...]
-    mlp_adds: bool
     mixer: str = ""
     mixer_output: str = ""
     mixer_norms: tuple[str, ...] = ()

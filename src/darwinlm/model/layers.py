@@ -19,6 +19,11 @@ def is_pruned(config: PretrainedConfig) -> bool:
     return config.model_type.startswith(PRUNED)
 
 
+def family_of(config: PretrainedConfig) -> str:
+    """Return the name of the family of a model, pruned or dense."""
+    return config.model_type.removeprefix(PRUNED)
+
+
 def head_dim(config: PretrainedConfig, block: int = 0) -> int:
     """The width of a head of a block: `head_dim` of its config, or if it has none, hidden size over query heads.
 

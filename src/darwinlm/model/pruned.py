@@ -45,9 +45,9 @@ from darwinlm.model.families import GIVEN_BY_HEAD, NORMED_OVER_HEADS, RENAMED, S
 from darwinlm.model.frame import find_frame
 from darwinlm.model.layers import (
     DENSE_SIZES,
-    PRUNED,
     check_sharing,
     dense_sizes,
+    family_of,
     head_counts,
     head_dim,
     head_width,
@@ -85,11 +85,6 @@ PARTS = (
 CLASSIFIER = "AutoModelForSequenceClassification"
 FIRST_KEPT = "first_kept"  # the field that says how many blocks stay whatever is left of them
 INDICES = ("mlp_only_layers", "full_attn_idxs")  # fields that list blocks, rather than something of each
-
-
-def family_of(config: PreTrainedConfig) -> str:
-    """Return the name of the family of a model, pruned or dense."""
-    return config.model_type.removeprefix(PRUNED)
 
 
 def module_name(family: str) -> str:

@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from darwinlm.model.families import PRUNED
+from darwinlm.model.layers import PRUNED, family_of, is_pruned
 from darwinlm.model.naming import own_names, plain_linears
 from darwinlm.model.places import check_floats, check_places, check_strangers
 from darwinlm.model.pruned import describe_layers, register
@@ -130,8 +130,8 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreT
     Raises:
         UsageError: if no model can be built from the config.
     """
-    if config.model_type.startswith(PRUNED):
-        register(config.model_type.removeprefix(PRUNED))
+    if is_pruned(config):
+        register(family_of(config))
     with understood("no model can be built from its config.json", "fetch the model again"):
         with init_empty_weights(include_buffers=False), no_init_weights():
             typed = {"dtype": dtype} if dtype else {}

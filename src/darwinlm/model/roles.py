@@ -278,7 +278,7 @@ class _Roles:
         if not adds and within in flow.seconds:
             self._refuse(within, "an MLP that adds its second argument", "one that uses it otherwise")
         norms = self._norms(inputs, output)
-        return {"mlp": within, "mlp_inputs": fields, "mlp_output": output, "mlp_norms": norms, "mlp_adds": adds}
+        return {"mlp": within, "mlp_inputs": fields, "mlp_output": output, "mlp_norms": norms}
 
     def _adds(self, unit: str, output: str) -> bool:
         """Whether a unit adds its second argument, the stream, to its output."""

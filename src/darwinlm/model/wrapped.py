@@ -13,8 +13,9 @@ from accelerate import init_empty_weights
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from darwinlm.model.layers import family_of
 from darwinlm.model.naming import own_names
-from darwinlm.model.pruned import FIRST_KEPT, complete_family, family_of, is_text_family
+from darwinlm.model.pruned import FIRST_KEPT, complete_family, is_text_family
 from darwinlm.model.shards import Header
 from darwinlm.model.wrapper_code import wrapper_class
 from darwinlm.runtime.understood import understood

@@ -18,10 +18,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from darwinlm.model.families import PRUNED
+from darwinlm.model.layers import family_of, is_pruned
 from darwinlm.model.pruned import (
     auto_map,
-    family_of,
     import_module,
     is_text_family,
     module_name,
@@ -78,7 +77,7 @@ def wrapper_classes(family: str, text_family: str) -> dict[str, Any]:
 
 def wrapper_class(config: PreTrainedConfig) -> Any:
     """Return the class of the whole model that this is the config of, a language model in another."""
-    if config.model_type.startswith(PRUNED):
+    if is_pruned(config):
         return wrapper_classes(family_of(config), family_of(config.text_config))[WHOLE]
     return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
 

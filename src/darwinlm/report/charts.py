@@ -15,7 +15,7 @@ from typing import Any
 
 from darwinlm.genome import Grid
 from darwinlm.report.html import Chart, Table, safe
-from darwinlm.report.scales import elapsed, short, spans
+from darwinlm.report.scales import LEFT, elapsed, percent_left, short, spans
 from darwinlm.types import Curve, Generation, Genome, Kind
 
 COLOURS = (
@@ -28,12 +28,6 @@ PATTERNS = ("", "/", "x", ".", "+", "-")
 
 
 STRUCTURES: dict[Kind, str] = {"attention": "heads", "mlp": "channels", "mixer": "mixers"}
-LEFT: dict[Kind, str] = {
-    "attention": "attention heads left (%)",
-    "mlp": "MLP channels left (%)",
-    "mixer": "mixers left (%)",
-}
-
 
 SEARCHED = "the search's tokens"
 
@@ -102,7 +96,8 @@ def levels_chart(
         rows += [list(fact.values()) for fact in facts]
         place = {"xaxis": "x", "yaxis": f"y{len(kinds) - panel}"}
         blocks = [grid.units[i].block for i in members]
-        bars = [_percent_left(grid, i, genomes[result]) for i in members]
+        left = {name: [round(share, 2) for share in percent_left(grid, genomes[name], members)] for name in genomes}
+        bars = left[result]
         hover = ["<br>".join(f"{safe(what)}: {safe(value)}" for what, value in fact.items()) for fact in facts]
         marker = {"color": COLOURS[panel], "pattern": {"shape": PATTERNS[panel]}}
         shared = {"hovertext": hover, "hoverinfo": "text", **place}
@@ -114,10 +109,10 @@ def levels_chart(
             at = {"x": [blocks[i] for i in gone], "y": [4] * len(gone)}
             data.append({**named, **at, **shared, "hovertext": [hover[i] for i in gone]})
         for number, name in enumerate(others):
-            line = {"color": GREY, "dash": DASHES[number], "shape": "hvh", "width": 2}
+            style = {"color": GREY, "dash": DASHES[number], "shape": "hvh", "width": 2}
+            line = {"x": blocks, "y": left[name], "line": style}
             named = {"name": safe(name), "legendgroup": name, "showlegend": not panel, "hoverinfo": "skip"}
-            shares = [_percent_left(grid, i, genomes[name]) for i in members]
-            data.append({"type": "scatter", "mode": "lines", "x": blocks, "y": shares, "line": line, **named, **place})
+            data.append({"type": "scatter", "mode": "lines", **line, **named, **place})
     shared = {"range": [0, 105], "tickvals": [0, 25, 50, 75, 100]}
     axes = {"xaxis": axis("decoder block", anchor="y", nticks=12)}
     for place, kind in enumerate(reversed(kinds), start=1):  # from below
@@ -126,11 +121,6 @@ def levels_chart(
     titles = list(_unit_facts(grid, 0, genomes, sensitivities, errors))
     table = Table(titles, rows, "The figures of every unit", folded=True)
     return Chart("levels", f"What is left of each unit: {result}", data, layout(480, bargap=0.2, **axes), table)
-
-
-def _percent_left(grid: Grid, index: int, genome: Genome) -> float:
-    """The share of a unit's structures that is left, in per cent."""
-    return round(100 * (1 - grid.removed[index][genome.levels[index]] / grid.units[index].structures), 2)
 
 
 def _unit_facts(
@@ -238,9 +228,7 @@ def _search_table(
     return Table(titles, rows, "The figures of every generation", folded=True)
 
 
-def points_chart(
-    name: str, caption: str, title: str, points: Mapping[str, Mapping[str, Point]], table: Table | None = None
-) -> Chart:
+def points_chart(name: str, caption: str, title: str, points: Mapping[str, Mapping[str, Point]]) -> Chart:
     """Return a chart of one figure of several models on several texts, tasks or works, as dots with intervals.
 
     Args:
@@ -279,7 +267,7 @@ def points_chart(
     names = axis(autorange="reversed", type="category", nticks=0, ticklabelposition="outside top", ticklen=0)
     axes = {"xaxis": axis(title, nticks=6, range=[low, high]), "yaxis": names}
     height = 130 + (20 + 14 * len(points)) * rows
-    return Chart(name, caption, data, layout(height, scattermode="group", scattergap=0.3, **axes), table)
+    return Chart(name, caption, data, layout(height, scattermode="group", scattergap=0.3, **axes))
 
 
 def _with_interval(point: Point) -> str:

@@ -17,7 +17,6 @@ from darwinlm.evaluation.answering import Answers
 from darwinlm.evaluation.quality import Quality
 from darwinlm.evaluation.tasks import LIKELIHOOD, Score
 from darwinlm.report import tables
-from darwinlm.report.figures import save_figure
 from darwinlm.report.left_behind import left_behind
 from darwinlm.runtime.files import read_lines, write_lines
 
@@ -243,16 +242,11 @@ def _columns(cell: Cell, titles: Sequence[str]) -> list[str]:
     ]
 
 
-def save_picture(path: Path, cells: Sequence[Cell]) -> None:
-    """Save a picture of the perplexity over the share kept (compare Figure 4 of the paper) as a PNG file.
-
-    It has a panel for each text, and in it a line for each method.
-    """
-    save_figure(path, figure(cells))
-
-
 def figure(cells: Sequence[Cell]) -> Figure:
-    """Return the figure of `save_picture`; the first cell is the dense model's."""
+    """Return a figure of the perplexity over the share kept (compare Figure 4 of the paper).
+
+    It has a panel for each text, and in it a line for each method; the first cell is the dense model's.
+    """
     texts = [HELD_OUT, *cells[0].texts]
     result = Figure(figsize=(1 + 6 * len(texts), 4.5), layout="constrained")
     FigureCanvasAgg(result)

@@ -16,7 +16,7 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.ticker import MaxNLocator
 
 from darwinlm.genome import Grid, prunable_parameters
-from darwinlm.report.scales import elapsed, short, spans
+from darwinlm.report.scales import LEFT, elapsed, percent_left, short, spans
 from darwinlm.runtime.files import replaced
 from darwinlm.types import Curve, Generation, Genome, Kind
 
@@ -25,13 +25,6 @@ DOTS_PER_INCH = 200
 
 # Colours that can be told apart in print and by the colour-blind (Okabe and Ito).
 KIND_COLOURS: dict[Kind, str] = {"attention": "#56b4e9", "mlp": "#e69f00", "mixer": "#009e73"}
-
-
-UNIT_LABELS: dict[Kind, str] = {
-    "attention": "attention heads left (%)",
-    "mlp": "MLP channels left (%)",
-    "mixer": "mixers left (%)",
-}
 
 
 SEARCHED = ""  # stands for the search's own tokens among texts
@@ -56,7 +49,7 @@ def levels_figure(grid: Grid, genomes: Mapping[str, Genome]) -> Figure:
     crosses: dict[str, Artist] = {}
     for axis, (kind, members) in zip(axes, kinds.items(), strict=True):
         blocks = [grid.units[i].block for i in members]
-        shares = {name: _percent_left(grid, genome, members) for name, genome in genomes.items()}
+        shares = {name: percent_left(grid, genome, members) for name, genome in genomes.items()}
         bars.append(axis.bar(blocks, shares[result], width=0.8, color=KIND_COLOURS[kind], zorder=2))
         removed = [block for block, percent in zip(blocks, shares[result], strict=True) if percent == 0]
         if removed:
@@ -70,7 +63,7 @@ def levels_figure(grid: Grid, genomes: Mapping[str, Genome]) -> Figure:
             values = [left.get(block, float("nan")) for block in range(blocks[-1] + 1)]
             colour = LINE_COLOURS[number % len(LINE_COLOURS)]
             lines[name] = axis.stairs(values, edges, baseline=None, color=colour, linewidth=1.5, zorder=3)
-        axis.set_ylabel(UNIT_LABELS[kind], fontsize=9)
+        axis.set_ylabel(LEFT[kind], fontsize=9)
         axis.set_ylim(0, 104)
         axis.set_yticks([0, 25, 50, 75, 100])
         _style(axis)
@@ -97,7 +90,7 @@ def levels_figure(grid: Grid, genomes: Mapping[str, Genome]) -> Figure:
 
 def note_on_uniform(grid: Grid, uniform: Genome) -> str:
     """Return why the uniform genome does not leave the same of all units of a kind; empty where it does."""
-    if all(len(set(_percent_left(grid, uniform, members))) < 2 for members in grid.kinds().values()):
+    if all(len(set(percent_left(grid, uniform, members))) < 2 for members in grid.kinds().values()):
         return ""
     return "uniform lies between two levels: some units, drawn at random, keep one step more, until its size is used up"
 
@@ -106,11 +99,6 @@ def _with_size(grid: Grid, name: str, genome: Genome) -> str:
     """Return a genome's name, with the share of the units' parameters that it leaves."""
     share = prunable_parameters(grid, genome) / prunable_parameters(grid, grid.dense())
     return f"{name} ({100 * share:.1f} % left overall)"
-
-
-def _percent_left(grid: Grid, genome: Genome, members: Sequence[int]) -> list[float]:
-    """Return the share of structures that is left of each of these units, in per cent."""
-    return [100 * (1 - grid.removed[i][genome.levels[i]] / grid.units[i].structures) for i in members]
 
 
 def search_figure(

@@ -235,7 +235,7 @@ def _markdown(
     for name, caption in pictures.items():
         lines += [f"![{caption}]({name})", ""]
     if stages:
-        lines += ["## Time and memory", "", stages_table(stages), ""]
+        lines += ["## Time and memory", "", tables.markdown(*stages_cells(stages)), "", note_on_stages(stages), ""]
     continuations = _by_prompt(rows)
     if continuations:
         lines += ["## Continuations", "", "Greedy, each from the same prompt.", ""]
@@ -254,11 +254,6 @@ def _markdown(
 NOTE_ON_STAGES = """\
 Seconds are summed over all processes that went on with a stage after an interruption. Memory is the most that the first
 process held while the stage ran, with the interpreter and its libraries{device}."""
-
-
-def stages_table(stages: Mapping[str, StageUse]) -> str:
-    """Return what each stage took as a Markdown table, and all of them together, followed by a note."""
-    return "\n".join([tables.markdown(*stages_cells(stages)), "", note_on_stages(stages)])
 
 
 def stages_cells(stages: Mapping[str, StageUse]) -> tuple[list[str], list[list[str]]]:

@@ -1,15 +1,21 @@
-"""Scales that pictures and charts share: ranges of axes, and numbers as ticks have them."""
+"""Scales that pictures and charts share: titles and ranges of axes, what is on them, and numbers as ticks have them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
-from darwinlm.types import Generation
+from darwinlm.genome import Grid
+from darwinlm.types import Generation, Genome, Kind
 
 MARGIN = 0.12  # of a range, above and below what is drawn
 NEAR = 1.0  # heights of a range: a line that is farther from it gets a range of its own
 TIME_UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
+LEFT: dict[Kind, str] = {
+    "attention": "attention heads left (%)",
+    "mlp": "MLP channels left (%)",
+    "mixer": "mixers left (%)",
+}
 
 
 Span = tuple[float, float]
@@ -36,6 +42,11 @@ def spans(values: Iterable[float], lines: Iterable[float]) -> list[Span]:
 def _with_margin(low: float, high: float) -> Span:
     margin = MARGIN * ((high - low) or abs(high) or 1.0)
     return low - margin, high + margin
+
+
+def percent_left(grid: Grid, genome: Genome, members: Sequence[int]) -> list[float]:
+    """Return the share of structures that is left of each of these units, in per cent."""
+    return [100 * (1 - grid.removed[i][genome.levels[i]] / grid.units[i].structures) for i in members]
 
 
 def short(number: float) -> str:
