@@ -20,7 +20,7 @@ from darwinlm.cli import main
 from darwinlm.commands.plan.rates import BlockRates, Rates, block_rates, measure_rates
 from darwinlm.commands.plan.show import find_config
 from darwinlm.commands.plan.work import Plan, Work, plan, plan_training
-from darwinlm.config.run import CalibrationConfig, DatabaseConfig, RefitConfig, SearchConfig
+from darwinlm.config.run import CalibrationConfig, DatabaseConfig, GuardConfig, RefitConfig, SearchConfig
 from darwinlm.config.training import DistillationConfig, GradualConfig, TrainingConfig
 from darwinlm.database.stitch import Stitcher
 from darwinlm.model.reading import skeleton
@@ -289,6 +289,20 @@ def test_a_search_of_8b_is_counted_by_hand() -> None:
     assert one.training > 14 * consumers
     assert one.survivors == 2 * 12 * consumers
     assert one.states == 0
+
+
+def test_the_guards_answers_of_8b_are_counted_by_hand() -> None:
+    """Eight at a time, of whole models, with keys and values of 8 heads of 128 in 32 blocks for each token."""
+    config, sizes = llama_3_1_8b(), planned(llama_3_1_8b())
+    of = sizes.parameters, config, sizes.grid, sizes.uniform, SearchConfig(), RefitConfig(tokens=0), 2048, torch.bfloat16
+    counted, without = count_memory(*of, GuardConfig(chat="chats.jsonl")), count_memory(*of, GuardConfig())
+    assert counted.answers == 8 * (512 + 128) * 2 * 32 * 8 * 128 * 2 + 4 * 4 * 8 * 128256
+    assert without.answers == 0
+    assert counted.resident - without.resident >= counted.narrow - counted.block
+    assert counted.visiting == counted.dense + counted.targets + counted.answers
+    assert allowance(without, 16 << 30).resident is False
+    with pytest.raises(UsageError, match=r"--memory: expected .* found 17\.18 GB; leave --guard\.chat out"):
+        allowance(counted, 16 << 30)
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,8 @@ def _open(config: CompareConfig, run: RunConfig) -> _Bench:
     database = Database(path / "database", grid, manifest["provenance"])
     precisions = (resolve_dtype(config.dtype, device), checkpoint.dtype)
     models = {dtype: checkpoint.load(dtype, device) for dtype in dict.fromkeys(precisions)}
-    searched, judged = (Stitcher(models[dtype], checkpoint.family, database) for dtype in precisions)
+    searched = Stitcher(models[precisions[0]], checkpoint.family, database)
+    judged = Stitcher(models[precisions[1]], checkpoint.family, database, kept_bytes=0)
     costs = parameter_costs(grid, parameter_count(searched.dense))
     of_text = drawn["evaluation"], texts
     judge = Judge(judged.dense, *of_text, checkpoint.tokenizer, config.evaluation, config, tuple(parts))

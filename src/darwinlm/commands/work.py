@@ -281,7 +281,7 @@ def _allowance(
         return Allowance()
     length = config.calibration.sequence_length
     counted = count_memory(
-        dense_parameters, checkpoint.config, grid, uniform, config.search, config.refit, length, dtype
+        dense_parameters, checkpoint.config, grid, uniform, config.search, config.refit, length, dtype, config.guard
     )
     return allowance(counted, limit)
 

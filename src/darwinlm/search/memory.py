@@ -11,19 +11,22 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from darwinlm.config.run import RefitConfig, SearchConfig
+from darwinlm.config.run import GuardConfig, RefitConfig, SearchConfig
 from darwinlm.evaluation.memory import FLOAT
 from darwinlm.genome import Grid, prunable_parameters
 from darwinlm.losses.logits import ROWS
 from darwinlm.report.tables import size
 from darwinlm.search.candidate_training import KEPT_BYTES
+from darwinlm.search.costs import cache_costs
 from darwinlm.search.fitness import BATCH_TOKENS
+from darwinlm.search.guard import BATCH
 from darwinlm.search.lockstep import WAVE_BYTES
 from darwinlm.training.refit import FORWARD_TOKENS
 from darwinlm.types import Genome, UsageError
 
 LOGITS = 4  # tensors of a few tokens' logits, in float32: as they are made, and what a loss or its gradient needs
 STREAMS = 4  # of hidden states that a wave has at least: in front of a block and behind it, and the parent's
+PROMPT = 512  # tokens of a prompt of the guard's. Assumed
 HEADROOM = 0.92  # of the limit is counted on: an allocator cannot use every gap between tensors
 
 
@@ -44,6 +47,7 @@ class SearchMemory:
         refit: what the refit takes beside the pruned model; 0 without one.
         states: the parent's states in front of every block, where candidates are scored untrained.
         survivors: the states of survivors that will be trained further, which save training them again.
+        answers: what the guard's answers take beside the model that writes them, which is whole; 0 without a guard.
     """
 
     dense: int
@@ -58,25 +62,37 @@ class SearchMemory:
     refit: int
     states: int
     survivors: int
+    answers: int
 
     @property
     def resident(self) -> int:
         """What a search holds whose dense model stays on the device."""
-        return self.dense + (self.narrow if self.training else self.block) + self._beside
+        return self.dense + self.candidate + self._beside
+
+    @property
+    def candidate(self) -> int:
+        """What a resident search holds of a candidate: all of one that trains or answers, else a block at a time."""
+        return self.narrow if self.training or self.answers else self.block
 
     @property
     def visiting(self) -> int:
         """What a search holds whose blocks come from the host's memory: two, and a candidate's version of one.
 
-        Candidates that are trained are whole, and are trained when no block visits.
+        Candidates that are trained are whole, and are trained when no block visits. So is the dense model when the
+        guard asks it.
         """
         scored = 3 * self.block + STREAMS * self.stream + self.scoring
         trained = self.block + self.frozen + self.training if self.training else 0
-        return self.ends + self.targets + max(scored, trained)
+        return self.ends + self.targets + max(scored, trained, self.answered)
+
+    @property
+    def answered(self) -> int:
+        """The dense model's blocks and its answers, if the guard asks for any."""
+        return self.dense - self.ends + self.answers if self.answers else 0
 
     @property
     def _beside(self) -> int:
-        return self.targets + max(STREAMS * self.stream + self.scoring, self.training)
+        return self.targets + max(STREAMS * self.stream + self.scoring, self.training, self.answers)
 
     @property
     def search(self) -> int:
@@ -127,6 +143,7 @@ def count_memory(
     refit: RefitConfig,
     length: int,
     dtype: torch.dtype,
+    guard: GuardConfig | None = None,
 ) -> SearchMemory:
     """Count what a search takes.
 
@@ -135,6 +152,7 @@ def count_memory(
         genome: one of the size that is searched for.
         length: tokens in a sequence.
         dtype: precision of the search.
+        guard: of the search, if it has one.
     """
     each, hidden, vocab = dtype.itemsize, config.hidden_size, config.vocab_size
     blocks = 1 + max(unit.block for unit in grid.units)
@@ -173,6 +191,7 @@ def count_memory(
         refit=(4 * FLOAT - each) * consumers + together * kept + 2 * of_refit if refit.tokens else 0,
         states=0 if all(steps) else blocks * tokens * hidden * each,
         survivors=3 * FLOAT * trained * survivors,
+        answers=0 if guard is None or guard.chat is None else _answers(grid, config, guard, each),
     )
 
 
@@ -198,21 +217,23 @@ def allowance(memory: SearchMemory, limit: int | None) -> Allowance:
     left -= memory.states if states else 0
     survivors = min(memory.survivors, left // 2)
     more = min(max(WAVE_BYTES - 2 * memory.stream, 0), left // 2)
-    narrow = (memory.narrow if memory.training and resident else memory.block) + left - survivors - more
+    narrow = (memory.candidate if resident else memory.block) + left - survivors - more
     return Allowance(resident, narrow, states, survivors, 2 * memory.stream + more)
 
 
 def _too_little(memory: SearchMemory, limit: int) -> str:
     """What is expected of a limit that is too low, and what to take instead."""
     if memory.refitting == memory.least:
-        remedy = "--refit.tokens 0"
+        remedy = "take --refit.tokens 0"
+    elif memory.answers and memory.least == memory.ends + memory.targets + memory.answered:
+        remedy = "leave --guard.chat out"
     elif memory.training > memory.dense:
-        remedy = "--search.trains consumers, or --search.stages without training_tokens"
+        remedy = "take --search.trains consumers, or --search.stages without training_tokens"
     else:
-        remedy = "a device with more memory, or --device cpu"
+        remedy = "take a device with more memory, or --device cpu"
     return (
         f"--memory: expected {size(memory.least / HEADROOM)} on the device for a search of this model, found "
-        f"{size(limit)}; take {remedy}"
+        f"{size(limit)}; {remedy}"
     )
 
 
@@ -220,6 +241,13 @@ def _targets(search: SearchConfig, tokens: int, hidden: int, each: int) -> int:
     """Bytes of embedded tokens, and of what `losses.metrics` keeps of the dense model."""
     kept = {"perplexity": 0, "top-k-kl": 2 * FLOAT * search.top_k, "kl": FLOAT * hidden}[search.metric]
     return tokens * (each * hidden + kept)
+
+
+def _answers(grid: Grid, config: PretrainedConfig, guard: GuardConfig, each: int) -> int:
+    """Bytes of the dense model's keys and values for the answers that are written at a time, and of their logits."""
+    tokens = BATCH * (PROMPT + guard.tokens)
+    cached = cache_costs(grid, config, each).of(grid.dense())
+    return tokens * cached + LOGITS * FLOAT * BATCH * config.vocab_size
 
 
 def _training(weights: int, each: int, activations: int, scoring: int) -> int:
