@@ -48,7 +48,7 @@ from darwinlm.search.evolution import evolve
 from darwinlm.search.fitness import Fitness
 from darwinlm.search.sensitivity import find_starts
 from darwinlm.search.uniform import uniform
-from darwinlm.training.refit import refit, set_consumers
+from darwinlm.training.refit import refit, set_refitted
 from darwinlm.types import Genome, SelectionStage
 
 WORDS = 60  # of a passage whose last one is predicted
@@ -143,7 +143,7 @@ class Bench:
         needed = {"calibration": self.sizes.calibration, "search": self.search_tokens, "refit": self.sizes.refit}
         tokens = self.corpus(refitting).draw(**needed)["refit"]
         settings, file = RefitConfig(tokens=self.sizes.refit), self.out / "refits" / name
-        set_consumers(model, refit(stitcher, genome, tokens, settings, file, {"data": datas}))
+        set_refitted(model, refit(stitcher, genome, tokens, settings, file, {"data": datas}))
         seconds["refit"] = time.monotonic() - began
         found = {"data": datas, "genome": genome.levels, "before refit": before, "after": self.measured(model)}
         self.keep(setting, found | {"seconds": seconds, "parameters": parameter_count(model)})

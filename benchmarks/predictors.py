@@ -53,7 +53,7 @@ from darwinlm.search.fitness import Fitness
 from darwinlm.search.mutation import adapt, priced
 from darwinlm.search.sensitivity import WORST, least_sensitive, sensitivities
 from darwinlm.search.uniform import uniform
-from darwinlm.training.refit import refit, set_consumers
+from darwinlm.training.refit import refit, set_refitted
 from darwinlm.types import Genome, SelectionStage
 
 FITNESS_TOKENS, HELD_OUT, LENGTH = 8192, 16_384, 512
@@ -154,8 +154,8 @@ class Bench:
         if way.trains == "consumers":
             model = copy.deepcopy(self.stitcher.stitch(genome))
             file = self.out / "refits" / f"{name}.safetensors"
-            settings = RefitConfig(way.tokens, way.rate, batch_size=min(4, len(tokens)))
-            set_consumers(model, refit(self.stitcher, genome, tokens, settings, file, {"way": way.name}))
+            settings = RefitConfig(way.tokens, way.rate, batch_size=min(4, len(tokens)), rank=0)
+            set_refitted(model, refit(self.stitcher, genome, tokens, settings, file, {"way": way.name}))
             file.unlink()
             return model
         teacher = self.dense if way.loss == "distillation" else None

@@ -27,7 +27,7 @@ from darwinlm.database.store import Database, add_unit
 from darwinlm.genome import level_grid
 from darwinlm.model.checkpoint import Checkpoint, find_checkpoint
 from darwinlm.search.uniform import uniform_genome
-from darwinlm.training.refit import refit, set_consumers
+from darwinlm.training.refit import refit, set_refitted
 
 WIKITEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "wikitext2_valid.txt"
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def main() -> None:
                 )
                 seconds = time.monotonic() - began
                 model = stitcher.stitch(genome)
-                set_consumers(model, weights)
+                set_refitted(model, weights)
                 after = held_out(model).values()
                 pairs = list(zip(before, after, strict=True))
                 ratios.append([new / old for old, new in pairs])

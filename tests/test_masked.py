@@ -18,7 +18,7 @@ from darwinlm.evaluation.quality import perplexity_and_kl
 from darwinlm.model.blocks import InHostMemory
 from darwinlm.model.families import linear_at
 from darwinlm.search.fitness import Fitness
-from darwinlm.training.refit import refit, set_consumers
+from darwinlm.training.refit import refit, set_refitted
 from darwinlm.types import DarwinError, Genome, MetricName, SelectionStage, UsageError
 from pruned import CPU, Pruned, prune, token_ids
 
@@ -103,7 +103,7 @@ def test_candidates_are_trained_on_what_counts(
     model: Any = case.stitcher.stitch(GENOME)
     paths = [unit.consumer for unit in case.database.grid.units]
     own = {path: linear_at(model, path).weight.detach().clone() for path in paths if _alive(model, path)}
-    set_consumers(model, own)
+    set_refitted(model, own)
     weights = [linear_at(model, path).weight.requires_grad_() for path in own]
     optimizer = torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.0)
     steps = 0
@@ -149,7 +149,7 @@ def test_the_refit_minimises_the_divergence_where_it_counts(case: Pruned, tmp_pa
     stitcher: Stitcher = case.stitcher
     weights = refit(stitcher, GENOME, TEXT, config, tmp_path / "refit.safetensors", {}, counts=COUNTS)
     model: Any = stitcher.stitch(GENOME)
-    set_consumers(model, {path: linear_at(model, path).weight.detach().clone() for path in weights})
+    set_refitted(model, {path: linear_at(model, path).weight.detach().clone() for path in weights})
     trained = {path: linear_at(model, path).weight.requires_grad_() for path in weights}
     optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0)
     for step in range(3):

@@ -32,7 +32,7 @@ from darwinlm.model.checkpoint import Checkpoint
 from darwinlm.model.families import block_sizes
 from darwinlm.runtime.files import read_json
 from darwinlm.search.fitness import Fitness
-from darwinlm.training.refit import set_consumers
+from darwinlm.training.refit import set_refitted
 from darwinlm.types import DarwinError, MetricName, SelectionStage, UsageError
 
 VERIFIED = "llama-gqa"  # its export is proved in a fresh process, which takes seconds
@@ -99,7 +99,7 @@ def test_the_export_is_the_stitched_model(compressed: Run):
     dense = checkpoint.load(torch.float32, torch.device("cpu"))
     stitched = Stitcher(dense, checkpoint.family, database).stitch(compressed.genome)
     refitted = load_file(compressed.refit / "searched.safetensors")
-    set_consumers(stitched, {name.removeprefix("weight."): weight for name, weight in refitted.items()})
+    set_refitted(stitched, {name.removeprefix("weight."): weight for name, weight in refitted.items()})
     tokens = torch.randint(tiny.VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected, dense_logits = stitched(tokens).logits, dense(tokens).logits

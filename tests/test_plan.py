@@ -293,8 +293,9 @@ def test_a_search_of_8b_is_counted_by_hand() -> None:
 
 def test_the_guards_answers_of_8b_are_counted_by_hand() -> None:
     """Eight at a time, of whole models, with keys and values of 8 heads of 128 in 32 blocks for each token."""
-    config, sizes = llama_3_1_8b(), planned(llama_3_1_8b())
-    of = sizes.parameters, config, sizes.grid, sizes.uniform, SearchConfig(), RefitConfig(tokens=0), 2048, torch.bfloat16
+    config, at = llama_3_1_8b(), planned(llama_3_1_8b())
+    refit = RefitConfig(tokens=0)
+    of = at.parameters, config, at.grid, at.uniform, SearchConfig(), refit, 2048, torch.bfloat16
     counted, without = count_memory(*of, GuardConfig(chat="chats.jsonl")), count_memory(*of, GuardConfig())
     assert counted.answers == 8 * (512 + 128) * 2 * 32 * 8 * 128 * 2 + 4 * 4 * 8 * 128256
     assert without.answers == 0

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from darwinlm.config.run import RefitConfig
 from darwinlm.database.stitch import Stitcher
 from darwinlm.model.families import linear_at
+from darwinlm.training import low_rank
 from darwinlm.training import refit as module
-from darwinlm.training.refit import refit, set_consumers
+from darwinlm.training.refit import refit, set_refitted
 from darwinlm.types import DarwinError, Genome
 from pruned import prune, token_ids
 
-CONFIG = RefitConfig(tokens=256, learning_rate=1e-2, batch_size=3)
+CONFIG = RefitConfig(tokens=256, learning_rate=1e-2, batch_size=3, rank=2)
 TEXT = token_ids(3, 8)
 
 
@@ -43,12 +46,32 @@ def divergence(stitcher: Stitcher, model: Any, ids: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
+class _Sum(nn.Module):
+    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
+        super().__init__()
+        rows, columns = linear.weight.shape
+        self.down = nn.Parameter(torch.randn(rank, columns, generator=generator) / math.sqrt(rank))
+        self.up = nn.Parameter(torch.zeros(rows, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.up @ self.down
+
+
 def plain_refit(stitcher: Stitcher, genome: Genome) -> dict[str, Tensor]:
-    """The same optimisation as a user would write it, on a model that is rebuilt with weights of its own."""
-    model = stitcher.stitch(genome)
+    """The same optimisation as a user would write it, on a copy of the model.
+
+    Every other linear module has a weight that is a sum, in which a product of two matrices is learned. Random ones
+    begin as those of the refit do; tests/test_low_rank.py says how they are drawn.
+    """
+    model = copy.deepcopy(stitcher.stitch(genome)).requires_grad_(False)
     alive = [u.consumer for i, u in enumerate(stitcher.grid.units) if genome.levels[i] < stitcher.grid.highest(i)]
-    set_consumers(model, {path: linear_at(model, path).weight.detach().clone() for path in alive})
-    weights = {path: linear_at(model, path).weight.requires_grad_() for path in alive}
+    weights: dict[str, Any] = {path: linear_at(model, path).weight.requires_grad_() for path in alive}
+    generator = torch.Generator().manual_seed(low_rank.SEED)
+    for path, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and ".layers." in path and path not in alive:
+            learned = _Sum(linear, CONFIG.rank, generator)
+            parametrize.register_parametrization(linear, "weight", learned)
+            weights |= {f"{path}.down": learned.down, f"{path}.up": learned.up}
     optimizer = torch.optim.AdamW(weights.values(), weight_decay=0.0)
     steps = math.ceil(len(TEXT) / CONFIG.batch_size)
     for step in range(steps):
@@ -80,7 +103,7 @@ def test_the_divergence_falls_and_nothing_shared_changes(stitcher: Stitcher, gen
         weights = refit(stitcher, genome, TEXT, CONFIG, tmp_path / "refit.safetensors", {})
         model = stitcher.stitch(genome)
         assert divergence(stitcher, model, TEXT) == before
-        set_consumers(model, weights)
+        set_refitted(model, weights)
         assert divergence(stitcher, model, TEXT) < 0.97 * before
         assert divergence(stitcher, stitcher.stitch(genome), TEXT) == before
     for name, tensor in stitcher.dense.state_dict().items():

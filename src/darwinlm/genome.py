@@ -41,6 +41,15 @@ class Grid:
         """The genome of the dense model."""
         return Genome((0,) * len(self.units))
 
+    def left(self, genome: Genome) -> list[int]:
+        """The structures of every unit that a genome leaves."""
+        rows = zip(self.units, self.removed, genome.levels, strict=True)
+        return [unit.structures - removed[level] for unit, removed, level in rows]
+
+    def inputs(self, genome: Genome) -> list[int]:
+        """The columns of every unit's consumer that a genome leaves."""
+        return [left * unit.structure_width for left, unit in zip(self.left(genome), self.units, strict=True)]
+
     def check(self, genome: Genome) -> None:
         """Raise `UsageError` unless `genome` gives each unit of this model a level that exists."""
         if len(genome.levels) != len(self.units):

@@ -47,7 +47,7 @@ from darwinlm.search.held_out import curves
 from darwinlm.search.sensitivity import find_starts
 from darwinlm.search.uniform import later_start
 from darwinlm.training.own_text import DIRECTORY
-from darwinlm.training.refit import refit, refitted, set_consumers
+from darwinlm.training.refit import refit, refitted, set_refitted
 from darwinlm.types import Curve, DarwinError, Genome, SearchResult
 
 
@@ -122,19 +122,19 @@ def run(config: RunConfig, until: Stage = "report", given: Given | None = None) 
             return this
         work = work.after_search()
         with stages.measured("refit"):
-            consumers = refit_consumers(work, database, "searched", result.best)
+            weights = refitted_weights(work, database, "searched", result.best)
         if parallel.first():
             with stages.measured("export"):
-                _export(work, result, finish(work, database, result.best, consumers))
+                _export(work, result, finish(work, database, result.best, weights))
         if until == "export":
             return this
         with stages.measured("refit"):
-            consumers = refit_consumers(work, database, "uniform", work.uniform)
+            weights = refitted_weights(work, database, "uniform", work.uniform)
         if not parallel.first():
             return this
         with stages.measured("evaluation"):
             # It is not kept: the curves need its room.
-            rows = _evaluate(work, finish(work, database, work.uniform, consumers))
+            rows = _evaluate(work, finish(work, database, work.uniform, weights))
             curves, uniform = _curves(work, database, result)
         report(work, database, result, rows, curves, uniform, stages.used)
     return this
@@ -241,8 +241,8 @@ def _stitcher(work: Work, database: Database, dtype: torch.dtype) -> Stitcher:
     return Stitcher(work.dense(dtype), work.checkpoint.family, database, work.allowance.narrow)
 
 
-def refit_consumers(work: Work, database: Database, name: str, genome: Genome) -> dict[str, Tensor]:
-    """The consumers of a genome's model, solved again against the dense distribution in the search's precision.
+def refitted_weights(work: Work, database: Database, name: str, genome: Genome) -> dict[str, Tensor]:
+    """What the refit makes of the weights of a genome's model, in the search's precision.
 
     All processes take part, unless it has been done before. Without a refit, there are none.
     """
@@ -260,10 +260,10 @@ def refit_consumers(work: Work, database: Database, name: str, genome: Genome) -
         return refit(learner, genome, tokens, config, file, provenance, blocks, counts)
 
 
-def finish(work: Work, database: Database, genome: Genome, consumers: dict[str, Tensor]) -> PreTrainedModel:
-    """The pruned model of a genome with its refitted consumers, in the checkpoint's precision."""
+def finish(work: Work, database: Database, genome: Genome, weights: dict[str, Tensor]) -> PreTrainedModel:
+    """The pruned model of a genome with its refitted weights, in the checkpoint's precision."""
     model = _stitcher(work, database, work.checkpoint.dtype).stitch(genome)
-    set_consumers(model, consumers)
+    set_refitted(model, weights)
     repeat_shared(model)
     return model
 

@@ -14,7 +14,7 @@ from random import Random
 
 from transformers import PreTrainedModel
 
-from darwinlm.commands.compress import allocate, build_database, finish, make_fitness, refit_consumers
+from darwinlm.commands.compress import allocate, build_database, finish, make_fitness, refitted_weights
 from darwinlm.commands.formats import check_formats, in_formats
 from darwinlm.commands.judging import Cells, Judge, find_requests, note_questions
 from darwinlm.commands.run_directory import (
@@ -80,7 +80,7 @@ def frontier(config: FrontierConfig) -> list[Cell]:
         database = build_database(work)
         results = _search(work, sizes, database)
         for target, at in sizes.items():
-            refit_consumers(at, database, "searched", results[target].best)
+            refitted_weights(at, database, "searched", results[target].best)
         if not parallel.first():
             return []
         note_questions(asked, out)
@@ -260,7 +260,7 @@ def _measure(
 
 def _model(work: Work, database: Database, genome: Genome) -> PreTrainedModel:
     """A size's refitted model."""
-    return finish(work, database, genome, refit_consumers(work, database, "searched", genome))
+    return finish(work, database, genome, refitted_weights(work, database, "searched", genome))
 
 
 def _cell(work: Work, target: str, result: SearchResult | None) -> Cell:

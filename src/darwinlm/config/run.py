@@ -205,17 +205,19 @@ class ServingConfig:
 
 @dataclass(frozen=True)
 class RefitConfig:
-    """Refit: the consumers of the searched model learn the dense model's distribution."""
+    """Refit: the searched model's weights learn the dense model's distribution."""
 
     tokens: int = 131_072
     """Tokens that neither calibration nor search has seen, for one pass; 0 keeps the database's weights."""
     learning_rate: float = 3e-4
     """Highest learning rate of AdamW."""
-    batch_size: int = 4
+    batch_size: int = 1
     """Sequences in a step."""
+    rank: int = 32
+    """Rank of the update of matrices that are no consumers, which are trained whole; 0 trains consumers alone."""
 
     def __post_init__(self) -> None:
-        expect_counts(self, "refit", tokens=0, batch_size=1)
+        expect_counts(self, "refit", tokens=0, batch_size=1, rank=0)
         expect_positive(self, "refit", "learning_rate")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -130,7 +130,7 @@ class Stitcher:
         Args:
             dense: the dense model's block of this number, whose weights may be elsewhere than the dense model's own.
         """
-        block = _open_up(dense, self.family)
+        block = _opened(dense, self.family)
         for index, unit in self._units[number]:
             level = genome.levels[index]
             if level == self.grid.highest(index):
@@ -283,7 +283,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-def _open_up(dense: nn.Module, family: Family) -> nn.Module:
+def _opened(dense: nn.Module, family: Family) -> nn.Module:
     """A copy of a dense block whose unit modules can be replaced, and which shares all weights with it."""
     block = _shallow(dense)
     inside = (
@@ -291,10 +291,17 @@ def _open_up(dense: nn.Module, family: Family) -> nn.Module:
         family.mlp, family.mlp_output, *family.mlp_inputs, *family.mlp_norms, family.mixer, *family.mixer_norms,
     )  # fmt: skip
     present = {path for path, _ in dense.named_modules()}  # an earlier pruning removes some
-    above = {outer for path in present.intersection(inside) for outer in _above(path)}
-    for path in sorted(above, key=len):
-        block.set_submodule(path, _shallow(block.get_submodule(path)))
+    open_up(block, present.intersection(inside))
     return block
+
+
+def open_up(model: nn.Module, paths: Iterable[str]) -> None:
+    """Give a model copies of its own, which share all weights, of the modules above some paths.
+
+    Modules at these paths can be replaced then without changing the model that it shares modules with.
+    """
+    for outer in sorted({outer for path in paths for outer in _above(path)}, key=len):
+        model.set_submodule(outer, _shallow(model.get_submodule(outer)))
 
 
 def _shallow(module: Module) -> Module:

@@ -134,7 +134,7 @@ def _unit_facts(
     unit, highest = grid.units[index], grid.highest(index)
     facts = {"unit": f"block {unit.block}, {unit.kind}"}
     for name, genome in genomes.items():
-        left = unit.structures - grid.removed[index][genome.levels[index]]
+        left = grid.left(genome)[index]
         facts[f"left in {name}"] = f"{left:,} of {unit.structures:,} {STRUCTURES[unit.kind]}"
     level = list(genomes.values())[-1].levels[index]
     facts["level"] = f"{level} of {highest}"

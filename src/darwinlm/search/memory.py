@@ -21,6 +21,7 @@ from darwinlm.search.costs import cache_costs
 from darwinlm.search.fitness import BATCH_TOKENS
 from darwinlm.search.guard import BATCH
 from darwinlm.search.lockstep import WAVE_BYTES
+from darwinlm.training.low_rank import low_rank_weights
 from darwinlm.training.refit import FORWARD_TOKENS
 from darwinlm.types import Genome, UsageError
 
@@ -157,9 +158,7 @@ def count_memory(
     each, hidden, vocab = dtype.itemsize, config.hidden_size, config.vocab_size
     blocks = 1 + max(unit.block for unit in grid.units)
     of_block = [sum(unit.parameters(0) for unit in grid.units if unit.block == block) for block in range(blocks)]
-    counts = [unit.structures - grid.removed[i][genome.levels[i]] for i, unit in enumerate(grid.units)]
-    inputs = [count * unit.structure_width for count, unit in zip(counts, grid.units, strict=True)]
-    narrow = sum(unit.parameters(unit.structures - count) for count, unit in zip(counts, grid.units, strict=True))
+    inputs, narrow = grid.inputs(genome), prunable_parameters(grid, genome)
     consumers = sum(inputs) * hidden
     trained = consumers if search.trains == "consumers" else narrow
     tokens = max(stage.fitness_tokens for stage in search.stages)
@@ -175,6 +174,9 @@ def count_memory(
     steps = [stage.training_tokens for stage in search.stages]
     stream = each * length * hidden * (blocks + 1)
     kept = _activations(inputs, hidden, blocks, each, length) // blocks + stream  # of a sequence
+    updates = low_rank_weights(grid, genome, hidden, refit.rank)
+    # Of a block, what the norms in front of its units give, and what lies between the two matrices of an update.
+    of_updates = length * each * (2 * hidden + 5 * refit.rank) if refit.rank else 0
     twice = kept + 2 * of_sequence
     survivors = max((stage.survivors for stage in search.stages[:-1] if stage.training_tokens), default=0)
     return SearchMemory(
@@ -188,7 +190,9 @@ def count_memory(
         training=_training(trained, each, twice, scoring) if any(steps) else 0,
         frozen=each * (narrow - trained) if any(steps) else 0,
         # Gradients have their place throughout, and the stitched model's own consumers are replaced.
-        refit=(4 * FLOAT - each) * consumers + together * kept + 2 * of_refit if refit.tokens else 0,
+        refit=(4 * FLOAT - each) * consumers + 4 * FLOAT * updates + together * (kept + of_updates) + 2 * of_refit
+        if refit.tokens
+        else 0,
         states=0 if all(steps) else blocks * tokens * hidden * each,
         survivors=3 * FLOAT * trained * survivors,
         answers=0 if guard is None or guard.chat is None else _answers(grid, config, guard, each),

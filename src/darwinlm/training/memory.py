@@ -77,12 +77,10 @@ class TrainedModel:
             parameters: those of the pruned model.
             config: the dense model's.
         """
-        left = [unit.structures - grid.removed[i][genome.levels[i]] for i, unit in enumerate(grid.units)]
         sizes = [0] * int(config.num_hidden_layers)
-        for count, unit in zip(left, grid.units, strict=True):
-            sizes[unit.block] += unit.parameters(unit.structures - count)
-        inputs = [count * unit.structure_width for count, unit in zip(left, grid.units, strict=True)]
-        return cls(parameters, max(sizes), inputs, config)
+        for left, unit in zip(grid.left(genome), grid.units, strict=True):
+            sizes[unit.block] += unit.parameters(unit.structures - left)
+        return cls(parameters, max(sizes), grid.inputs(genome), config)
 
     @property
     def blocks(self) -> int:

@@ -1,9 +1,10 @@
-"""Refit: the consumers of a stitched model, trained together towards the dense model's distribution.
+"""Refit: the weights of a stitched model, trained together towards the dense model's distribution.
 
 The database solves each unit alone and against the dense model's activations, so errors accumulate with depth and
 nothing corrects their sum. Least squares on the pruned model's activations repairs little of it, because the lost
 activations are hardly a linear function of the remaining ones (docs/log.md). Refit therefore follows the gradient of
-the divergence: one pass of AdamW over fresh tokens, which changes only the matrices that elimination has re-solved.
+the divergence: one pass of AdamW over fresh tokens. It trains the consumers whole, which elimination has re-solved, and
+of all other matrices in the blocks a low-rank update, which takes little of a GPU's memory.
 """
 
 from __future__ import annotations
@@ -22,16 +23,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from darwinlm.config.run import RefitConfig
-from darwinlm.database.stitch import Stitcher
+from darwinlm.database.stitch import Stitcher, open_up
 from darwinlm.losses.gradients import KLGradient
 from darwinlm.losses.logits import Logits
 from darwinlm.model.blocks import Blocks, Resident
 from darwinlm.model.families import linear_at
+from darwinlm.model.family import Family
 from darwinlm.model.states import last_states
 from darwinlm.runtime import parallel
 from darwinlm.runtime.files import as_json, read_tensors, write_tensors
 from darwinlm.runtime.progress import say, track
 from darwinlm.training.activations import recompute
+from darwinlm.training.low_rank import add_updates
 from darwinlm.training.optimizer_state import set_state, state_of
 from darwinlm.types import DarwinError, Genome
 
@@ -50,8 +53,11 @@ def refit(
     provenance: dict[str, Any],
     blocks: Blocks | None = None,
     counts: Bool[Tensor, "sequences length"] | None = None,
-) -> dict[str, Float[Tensor, "d_out kept"]]:
-    """Return the float32 weights of the stitched model's consumers, by path, after one pass over `token_ids`.
+) -> dict[str, Float[Tensor, "_ _"]]:
+    """Return what one pass over `token_ids` makes of a stitched model's weights, for `set_refitted`.
+
+    They are float32: by path, the weights of consumers, `[d_out, kept]`, and for another linear module in a block
+    `PATH.up` and `PATH.down`, `[d_out, rank]` and `[rank, d_in]`, whose product is added to its weight.
 
     The pass minimises KL(dense || stitched), the mean over tokens, by AdamW without weight decay. The learning rate
     rises over the first tenth of the steps and falls to zero as a cosine. `file` keeps the result, and before that the
@@ -81,7 +87,7 @@ def refit(
     dense, source = stitcher.dense, blocks or Resident(stitcher.dense, stitcher.family)
     saved, divergences = time.monotonic(), list[float]()
     with closing(last_states(dense, stitcher.family, source, mine)) as targets:
-        learner = _Learner.of(stitcher, genome, blocks, tensors)
+        learner = _Learner.of(stitcher, genome, config.rank, blocks, tensors)
         states = (targets.read(index).flatten(0, 1) for index in range(len(mine)))
         for step, batch in zip(track(range(done, steps), "refit", steps, done), batches, strict=True):
             divergences.append(learner.step(batch, states, config.learning_rate * _schedule(step, steps)))
@@ -105,7 +111,7 @@ def sequences_at_once(device: torch.device, length: int) -> int:
 
 def refitted(
     genome: Genome, config: RefitConfig, file: Path, provenance: dict[str, Any]
-) -> dict[str, Float[Tensor, "d_out kept"]] | None:
+) -> dict[str, Float[Tensor, "_ _"]] | None:
     """Return what `refit` has returned, or None if it has not ended. Raises `DarwinError` if it is another refit's."""
     _, tensors = _read(file, _identity(genome, config, provenance))
     if not tensors or any(name.startswith("exp_avg.") for name in tensors):
@@ -136,7 +142,7 @@ class _Batch(NamedTuple):
 
 @dataclass
 class _Learner:
-    """The stitched model, its consumers that train, and their optimizer.
+    """The stitched model, its weights that train, and their optimizer.
 
     Attributes:
         logits: of the dense model and of the stitched one.
@@ -149,11 +155,17 @@ class _Learner:
     gradients: _Gradients
 
     @classmethod
-    def of(cls, stitcher: Stitcher, genome: Genome, blocks: Blocks | None, state: dict[str, Tensor]) -> _Learner:
+    def of(
+        cls, stitcher: Stitcher, genome: Genome, rank: int, blocks: Blocks | None, state: dict[str, Tensor]
+    ) -> _Learner:
         """A learner in the state that was saved, or at its beginning if none was."""
         model, levels = stitcher.stitch(genome, blocks), enumerate(genome.levels)
         alive = [index for index, level in levels if level < stitcher.grid.highest(index)]
         weights = _own_weights(model, [stitcher.grid.units[index].consumer for index in alive])
+        if rank:
+            others = [path for path in _linears(model, stitcher.family) if path not in weights]
+            open_up(model, others)
+            weights |= add_updates(model, others, rank)
         if stitcher.dense.device.type != "cpu":
             recompute(model)
         # Fused: the default on a GPU takes as much memory again as the weights.
@@ -206,22 +218,34 @@ class _Gradients:
         self.buffer.zero_()
 
 
-def set_consumers(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
-    """Put refitted consumers into a stitched model, in the model's precision."""
+def set_refitted(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+    """Put what `refit` has returned into a model that was stitched alike, in the model's precision."""
+    open_up(model, weights)
     for path, weight in weights.items():
-        old = linear_at(model, path)
-        _replace(model, path, weight.to(old.weight))
+        module, _, leaf = path.rpartition(".")
+        if leaf == "down":
+            old, up = linear_at(model, module).weight, weights[f"{module}.up"]
+            _replace(model, module, (old.float() + (up @ weight).to(old.device)).to(old))
+        elif leaf != "up":
+            _replace(model, path, weight.to(linear_at(model, path).weight))
 
 
 def _own_weights(model: PreTrainedModel, consumers: list[str]) -> dict[str, nn.Parameter]:
     """Put float32 copies of the weights that train into the model, and return them; all others are frozen."""
     model.requires_grad_(False)
+    open_up(model, consumers)
     weights = {}
     for path in consumers:
         new = _replace(model, path, linear_at(model, path).weight.detach().float().clone())
         new.weight.requires_grad_(True)
         weights[path] = new.weight
     return weights
+
+
+def _linears(model: PreTrainedModel, family: Family) -> list[str]:
+    """The paths of the linear modules in a model's blocks."""
+    blocks = model.get_submodule(family.blocks)
+    return [f"{family.blocks}.{path}" for path, module in blocks.named_modules() if isinstance(module, nn.Linear)]
 
 
 def _replace(model: PreTrainedModel, path: str, weight: Tensor) -> nn.Linear:

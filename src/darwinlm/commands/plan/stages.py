@@ -29,6 +29,7 @@ from darwinlm.search.held_out import POINTS, TOKENS
 from darwinlm.search.lockstep import WAVE_BYTES
 from darwinlm.search.memory import HEADROOM, SearchMemory, count_memory
 from darwinlm.search.sensitivity import TOGETHER, measured_levels
+from darwinlm.training.low_rank import low_rank_weights
 from darwinlm.training.memory import TrainedModel, count_training
 from darwinlm.types import SelectionStage
 
@@ -225,7 +226,7 @@ def _waves(this: Pruning, tokens: int) -> int:
 
 def _refit(this: Pruning) -> Stage:
     """The refit of the searched and of the uniform model."""
-    consumers, states = _consumers(this), this.config.refit.tokens * this.model.hidden_size
+    trained, states = _refitted(this), this.config.refit.tokens * this.model.hidden_size
     # The dense model's states, and a block of it for each process.
     host = states * this.machine.dtype.itemsize + this.machine.count * this.memory.block
     kept = states * this.machine.dtype.itemsize + this.memory.dense
@@ -233,17 +234,16 @@ def _refit(this: Pruning) -> Stage:
     sharing = min(this.machine.count, this.config.refit.batch_size)
     seconds = this.work.refit.seconds(this.machine.blocks) / sharing
     # Of one model the weights with both moments, while it is trained; of the other its weights.
-    disk = (3 + 1) * FLOAT * consumers
+    disk = (3 + 1) * FLOAT * trained
     note = f"{this.config.refit.tokens:,} tokens, of two models"
     return this.placed("refit", "refit", seconds, tensors, host, disk, note)
 
 
-def _consumers(this: Pruning) -> int:
-    """Weights of the uniform model's consumers."""
-    grid, genome = this.at.grid, this.at.uniform
-    counts = (unit.structures - grid.removed[i][genome.levels[i]] for i, unit in enumerate(grid.units))
-    inputs = (count * unit.structure_width for count, unit in zip(counts, grid.units, strict=True))
-    return this.model.hidden_size * sum(inputs)
+def _refitted(this: Pruning) -> int:
+    """Weights of the uniform model's consumers, and of the updates of its other matrices."""
+    grid, genome, hidden = this.at.grid, this.at.uniform, this.model.hidden_size
+    updates = low_rank_weights(grid, genome, hidden, this.config.refit.rank)
+    return hidden * sum(grid.inputs(genome)) + updates
 
 
 def _export(this: Pruning) -> Stage:

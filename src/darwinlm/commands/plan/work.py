@@ -22,6 +22,7 @@ from darwinlm.search.costs import parameter_costs
 from darwinlm.search.fitness import BATCH_TOKENS
 from darwinlm.search.sensitivity import measured_levels
 from darwinlm.search.uniform import uniform_genome
+from darwinlm.training.low_rank import low_rank_weights
 from darwinlm.training.teacher_logits import LOGIT_BYTES
 from darwinlm.types import Genome, SelectionStage, Unit
 
@@ -68,7 +69,7 @@ def plan_search(
     """Count the work of a search and of its refits, of the process that has most of it.
 
     A forward pass takes two operations for each weight and token. A backward pass takes two for the hidden states, and
-    two for each weight that trains.
+    two for each weight that trains. The refit's low-rank updates take all six.
 
     Args:
         parameters: parameters of the dense model, embeddings included.
@@ -82,10 +83,8 @@ def plan_search(
     # An embedding of its own multiplies nothing.
     dense = parameters - (0 if config.tie_word_embeddings else head)
     small = dense - blocks + pruned
-    consumers = sum(
-        (unit.structures - grid.removed[index][uniform.levels[index]]) * unit.structure_width * config.hidden_size
-        for index, unit in enumerate(grid.units)
-    )
+    consumers = config.hidden_size * sum(grid.inputs(uniform))
+    updates = low_rank_weights(grid, uniform, config.hidden_size, refit.rank)
     trained = consumers if search.trains == "consumers" else pruned
     teacher = dense if search.loss == "distillation" else 0
     scores, steps, before, candidates = 0.0, 0.0, 0, search.offspring
@@ -103,7 +102,7 @@ def plan_search(
     return SearchPlan(
         start=Work(_start(grid, dense, blocks, small, search) / processes + 2.0 * teacher * before),
         generations=Work(search.generations * scores, search.generations * steps),
-        refit=Work(2 * refit.tokens * 2.0 * dense, 2 * refit.tokens * (4.0 * small + 2.0 * consumers)),
+        refit=Work(2 * refit.tokens * 2.0 * dense, 2 * refit.tokens * (4.0 * small + 2.0 * consumers + 6.0 * updates)),
     )
 
 
