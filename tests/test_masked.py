@@ -145,7 +145,7 @@ def test_a_stage_in_which_nothing_counts_is_refused(case: Pruned) -> None:
 
 
 def test_the_refit_minimises_the_divergence_where_it_counts(case: Pruned, tmp_path: Path) -> None:
-    config = RefitConfig(tokens=256, learning_rate=1e-2, batch_size=3)
+    config = RefitConfig(tokens=256, learning_rate=1e-2, batch_size=3, rank=0)
     stitcher: Stitcher = case.stitcher
     weights = refit(stitcher, GENOME, TEXT, config, tmp_path / "refit.safetensors", {}, counts=COUNTS)
     model: Any = stitcher.stitch(GENOME)

@@ -247,7 +247,7 @@ def test_a_limit_that_is_too_low_is_refused_with_what_would_help(
 def counted(**changes: int) -> SearchMemory:
     sizes = {
         "dense": 100, "ends": 10, "block": 9, "narrow": 50, "targets": 10, "stream": 1, "scoring": 20, "training": 0,
-        "frozen": 0, "refit": 0, "states": 40, "survivors": 0,
+        "frozen": 0, "refit": 0, "states": 40, "survivors": 0, "answers": 0,
     }  # fmt: skip
     return SearchMemory(**(sizes | changes))
 

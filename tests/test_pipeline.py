@@ -337,7 +337,7 @@ def test_the_dense_model_is_loaded_once_in_each_precision(
     monkeypatch.setattr(Checkpoint, "load", lambda self, *given: (loads.append(given[0]), load(self, *given))[1])
     evaluated, evaluate = [], compress._evaluate
     monkeypatch.setattr(
-        compress, "_evaluate", lambda work, *given: (evaluated.extend(work.models), evaluate(work, *given))[1]
+        compress, "_evaluate", lambda work, *given: (evaluate(work, *given), evaluated.extend(work.models))[0]
     )
     compress.run(runs.short(checkpoints["llama-gqa"], text, tmp_path / "run", dtype=dtype))
     assert evaluated == [torch.float32], "what only the search needed is freed"

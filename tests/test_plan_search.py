@@ -9,6 +9,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from darwinlm.commands.plan.work import SearchPlan, plan_search
@@ -28,6 +29,9 @@ SEARCH = SearchConfig(
 )
 
 
+RANK = 2
+
+
 def counted(work: Callable[[], object]) -> float:
     with FlopCounterMode(display=False) as counter:
         work()
@@ -44,7 +48,7 @@ def case(
 def at(case: Pruned, config: SearchConfig = SEARCH, tokens: int = 256) -> tuple[Genome, SearchPlan]:
     uniform = uniform_genome(case.database.grid, 2.0, CONFIG.levels, Random(0))
     model = parameter_count(case.dense), case.dense.config, case.database.grid
-    refit = RefitConfig(tokens=tokens, batch_size=2)
+    refit = RefitConfig(tokens=tokens, batch_size=2, rank=RANK)
     return uniform, plan_search(*model, uniform, config, refit, token_ids().shape[1])
 
 
@@ -97,9 +101,14 @@ def test_training_is_counted_by_what_trains(case: Pruned, trains: str) -> None:
 
 
 def test_the_refit_is_counted_for_two_models(case: Pruned) -> None:
-    """By hand: both models forwards, one backwards, and the gradients of the consumers that are left."""
+    """By hand: both models forwards, one backwards, the gradients of the consumers that are left, and the updates."""
     uniform, planned = at(case)
     dense, small = (moving(model) for model in (case.dense, case.stitcher.stitch(uniform)))
-    consumers = weights_of(case.stitcher.stitch(uniform), {unit.consumer for unit in case.database.grid.units})
-    expected = (2 * 256 * 2 * dense, 2 * 256 * (4 * small + 2 * consumers))
+    consumers = {unit.consumer for unit in case.database.grid.units}
+    model: Any = case.stitcher.stitch(uniform)
+    producers = {name: each for name, each in model.model.layers.named_modules() if isinstance(each, nn.Linear)}
+    updates = RANK * sum(
+        sum(each.weight.shape) for name, each in producers.items() if f"model.layers.{name}" not in consumers
+    )
+    expected = (2 * 256 * 2 * dense, 2 * 256 * (4 * small + 2 * weights_of(model, consumers) + 6 * updates))
     assert astuple(planned.refit) == pytest.approx(expected, rel=0.02)
