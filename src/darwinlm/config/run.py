@@ -209,7 +209,7 @@ class RefitConfig:
 
     tokens: int = 131_072
     """Tokens that neither calibration nor search has seen, for one pass; 0 keeps the database's weights."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 2e-4
     """Highest learning rate of AdamW."""
     batch_size: int = 1
     """Sequences in a step."""
