@@ -9,7 +9,7 @@ Genomes that keep 60 % of the parameters and differ as candidates do and more: t
 judged on articles (the search's text) untrained, after the paper's training (cross-entropy, all weights, 1e-5), and
 after short trainings towards the dense model's distribution, of consumers and of all weights, at several rates and
 lengths. The truth is KL on held-out articles and on WikiText-2, and the log-likelihood of right answers (ARC-easy),
-after the whole refit and after a recovery of all weights.
+after the whole refit of consumers and after a recovery of all weights.
 `OUT/measured.jsonl` has a line for each genome and training; rank correlations with
 bootstrap intervals over genomes are over all of them and over the better half by the truth.
 """

@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokens", type=int, nargs="+", default=[65_536, 131_072, 262_144, 524_288, 1_048_576])
     parser.add_argument("--ways", nargs="+", default=list(RATES), choices=list(RATES))
-    parser.add_argument("--rates", type=float, nargs="+", help="in place of 3e-4")
+    parser.add_argument("--rates", type=float, nargs="+", help="in place of the rates of each way")
     parser.add_argument("--report", action="store_true")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)

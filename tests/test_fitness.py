@@ -449,3 +449,21 @@ def test_candidates_are_trained_alike_where_the_dense_model_is_elsewhere(
     expected = Fitness(case.stitcher, *texts).scores(genomes, TRAINED[1])
     blocks = InHostMemory.of(case.stitcher.dense, case.stitcher.family, CPU)
     assert Fitness(case.stitcher, *texts, blocks=blocks).scores(genomes, TRAINED[1]) == expected
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "olmo2"])  # whose norms over all heads are selected from
+def test_narrow_modules_outlive_the_visit_of_the_block_that_they_were_made_from(
+    family: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """The same levels again, in other candidates, and in a whole model, are those of a model that stays."""
+    case = prune(checkpoints[family], tmp_path)
+    config, text = SearchConfig(stages=STAGES), token_ids(1, 8)
+    genome, other = random_genomes(case.stitcher, 2)
+    expected = [Fitness(case.stitcher, text, text, config).score(each, STAGES[-1]) for each in (genome, other)]
+    again = prune(checkpoints[family], tmp_path / "again").stitcher
+    blocks = InHostMemory.of(again.dense, again.family, CPU)
+    scorers = [Fitness(again, text, text, config, blocks=blocks) for _ in range(2)]
+    for scorer in scorers:
+        assert [scorer.score(each, STAGES[-1]) for each in (genome, other)] == pytest.approx(expected, rel=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(again.stitch(genome, blocks)(text).logits, case.stitcher.stitch(genome)(text).logits)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from darwinlm.config.run import RefitConfig
-from darwinlm.training.low_rank import LowRank, add_updates, low_rank_weights
+from darwinlm.training.low_rank import DOWN, UP, LowRank, add_updates, low_rank_weights
 from darwinlm.training.refit import refit, set_refitted
 from darwinlm.types import Genome
 from pruned import Pruned, prune, token_ids
@@ -52,9 +52,9 @@ def test_a_model_with_updates_in_place_is_that_with_sums_in_its_weights(case: Pr
     weights = refit(case.stitcher, genome_of(case), TEXT, config, tmp_path / "refit.safetensors", {})
     merged, apart = (case.stitcher.stitch(genome_of(case)) for _ in range(2))
     set_refitted(merged, weights)
-    whole = {path: weight for path, weight in weights.items() if path.rpartition(".")[2] not in ("up", "down")}
+    whole = {path: weight for path, weight in weights.items() if path.rpartition(".")[2] not in (UP, DOWN)}
     set_refitted(apart, whole)
-    others = [path.removesuffix(".up") for path in weights if path.endswith(".up")]
+    others = [path.removesuffix(f".{UP}") for path in weights if path.endswith(UP)]
     for name, parameter in add_updates(apart, others, RANK).items():
         parameter.data = weights[name]
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_all_linear_modules_of_blocks_train_and_with_rank_0_consumers_alone(case
     for rank in (0, RANK):
         config = RefitConfig(tokens=256, learning_rate=1e-2, rank=rank)
         weights = refit(case.stitcher, genome, TEXT, config, tmp_path / f"{rank}.safetensors", {})
-        names = {name.removesuffix(".up").removesuffix(".down") for name in weights}
+        names = {name.removesuffix(f".{UP}").removesuffix(f".{DOWN}") for name in weights}
         assert names == (linears if rank else consumers)
         updates = {name: weight for name, weight in weights.items() if name not in consumers}
         counted = low_rank_weights(grid, genome, model.config.hidden_size, rank)

@@ -71,7 +71,7 @@ def plain_refit(stitcher: Stitcher, genome: Genome) -> dict[str, Tensor]:
         if isinstance(linear, nn.Linear) and ".layers." in path and path not in alive:
             learned = _Sum(linear, CONFIG.rank, generator)
             parametrize.register_parametrization(linear, "weight", learned)
-            weights |= {f"{path}.down": learned.down, f"{path}.up": learned.up}
+            weights |= {f"{path}.low_rank_down": learned.down, f"{path}.low_rank_up": learned.up}
     optimizer = torch.optim.AdamW(weights.values(), weight_decay=0.0)
     steps = math.ceil(len(TEXT) / CONFIG.batch_size)
     for step in range(steps):

@@ -394,11 +394,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         code = _outcome(arguments)
-    except Exception:
+    except Exception as error:
         if not _among_others():
             raise
-        traceback.print_exc()
-        code = 1
+        if isinstance(error, BrokenPipeError):  # as the program ends alone
+            code = 128 + signal.SIGPIPE
+        else:
+            traceback.print_exc()
+            code = 1
     if code and _among_others():
         from darwinlm.runtime.parallel import leave
 

@@ -244,6 +244,8 @@ def claim(path: Path, settings: str, config: Any, own: Sequence[str] = (), open_
             f"{path} holds a run of darwinlm 0.1.0, whose files this version does not read; use another --out, or "
             "darwinlm 0.1.0"
         )
+    if all(each.get("refit", {}).get("tokens") == 0 for each in (old, new)):
+        new["refit"] = old["refit"]  # there is none, however it would be
     differences = _differences(old | _given(old), new | _given(new))
     changed = {name: how for name, how in differences.items() if name not in FREE}
     fixed = [how for name, how in changed.items() if not any(f"{name}.".startswith(f"{part}.") for part in open_to)]

@@ -30,6 +30,8 @@ def read_settings(path: Path, kind: type[Settings] = RunConfig) -> Settings:
     try:
         plain = read_plain(path)
         check_known("the file", plain, kind)
+        if isinstance(plain.get("refit"), dict):
+            plain["refit"].setdefault("rank", 0)  # earlier versions trained consumers alone
         parser = settings_parser(kind)
         settings = parser.parse_object(plain)
     except (ArgumentError, UsageError, TypeError, ValueError) as error:

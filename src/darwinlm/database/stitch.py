@@ -257,7 +257,10 @@ def _rows_read(producer: Producer, level: Level) -> Tensor:
 def _select(module: nn.Module, rows: Tensor) -> nn.Module:
     if not isinstance(module, nn.Linear):
         rows = rows.to(next(module.parameters()).device)
-        return Selected(module.module, module.index[rows]) if is_selection(module) else Selected(module, rows)
+        # A block that visits loses its weights when it leaves, and what is made here is kept.
+        if is_selection(module):
+            return Selected(_shallow(module.module), module.index[rows])
+        return Selected(_shallow(module), rows)
     stored, index = rows.unique(return_inverse=True)
     if len(stored) == len(rows):
         return _take_rows(module, rows)

@@ -88,8 +88,8 @@ class SearchMemory:
 
     @property
     def answered(self) -> int:
-        """The dense model's blocks and its answers, if the guard asks for any."""
-        return self.dense - self.ends + self.answers if self.answers else 0
+        """The dense model's blocks and its answers, if the guard asks for any, beside narrow modules of a block."""
+        return self.block + self.dense - self.ends + self.answers if self.answers else 0
 
     @property
     def _beside(self) -> int:
@@ -195,7 +195,9 @@ def count_memory(
         else 0,
         states=0 if all(steps) else blocks * tokens * hidden * each,
         survivors=3 * FLOAT * trained * survivors,
-        answers=0 if guard is None or guard.chat is None else _answers(grid, config, guard, each),
+        answers=0
+        if guard is None or guard.chat is None
+        else BATCH * PROMPT * in_flight + _cached(grid, config, guard, each),
     )
 
 
@@ -247,7 +249,7 @@ def _targets(search: SearchConfig, tokens: int, hidden: int, each: int) -> int:
     return tokens * (each * hidden + kept)
 
 
-def _answers(grid: Grid, config: PretrainedConfig, guard: GuardConfig, each: int) -> int:
+def _cached(grid: Grid, config: PretrainedConfig, guard: GuardConfig, each: int) -> int:
     """Bytes of the dense model's keys and values for the answers that are written at a time, and of their logits."""
     tokens = BATCH * (PROMPT + guard.tokens)
     cached = cache_costs(grid, config, each).of(grid.dense())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from darwinlm.genome import Grid
 from darwinlm.types import Genome
 
+UP, DOWN = "low_rank_up", "low_rank_down"  # in names of weights, where no family has modules that are called so
 SEED = 0  # of what the updates begin with: the same in all processes, and when a refit is resumed
 
 
@@ -37,14 +38,14 @@ class LowRank(nn.Linear):
 
 
 def add_updates(model: nn.Module, paths: Iterable[str], rank: int) -> dict[str, nn.Parameter]:
-    """Give linear modules low-rank updates, and return what trains, as `PATH.down` and `PATH.up`, in float32."""
+    """Give linear modules low-rank updates, and return what trains, in float32, by path with `.UP` or `.DOWN`."""
     generator, weights = torch.Generator().manual_seed(SEED), dict[str, nn.Parameter]()
     for path in paths:
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
         module = LowRank(linear, rank, generator)
         model.set_submodule(path, module)
-        weights |= {f"{path}.down": module.down, f"{path}.up": module.up}
+        weights |= {f"{path}.{DOWN}": module.down, f"{path}.{UP}": module.up}
     return weights
 
 

@@ -76,9 +76,7 @@ def with_own_text(
             writer = Writer(checkpoint, name, config.tokens or round(needed), config, out / DIRECTORY, seed)
             if "," in str(writer.file):
                 raise UsageError(f"--out: expected no comma in it where --data names {name}, found {out}; choose one")
-            missing = not writer.file.exists()
-            parallel.wait_for_all()  # every process has looked before the first one writes
-            if missing:
+            if parallel.from_first(lambda file=writer.file: "found" if file.exists() else "") != "found":
                 loaded = loaded or [checkpoint.load(dtype, device)]
                 writer.write(loaded[0])
             name = str(writer.file)
@@ -130,9 +128,10 @@ class Writer:
             UsageError: if there are no prompts.
         """
         done = self.file.with_suffix(".parts")
-        with parallel.first_before_others():
+        if parallel.first():
             done.mkdir(parents=True, exist_ok=True)
             sweep(self.directory)
+        parallel.wait_for_all()
         written, texts = 0, list[dict[str, Any]]()
         of_batch = self.config.batch_size * self.config.answer_tokens  # at most
         steps = -(-self.tokens // (parallel.processes() * of_batch))  # at least

@@ -34,7 +34,7 @@ from darwinlm.runtime import parallel
 from darwinlm.runtime.files import as_json, read_tensors, write_tensors
 from darwinlm.runtime.progress import say, track
 from darwinlm.training.activations import recompute
-from darwinlm.training.low_rank import add_updates
+from darwinlm.training.low_rank import DOWN, UP, add_updates
 from darwinlm.training.optimizer_state import set_state, state_of
 from darwinlm.types import DarwinError, Genome
 
@@ -57,7 +57,7 @@ def refit(
     """Return what one pass over `token_ids` makes of a stitched model's weights, for `set_refitted`.
 
     They are float32: by path, the weights of consumers, `[d_out, kept]`, and for another linear module in a block
-    `PATH.up` and `PATH.down`, `[d_out, rank]` and `[rank, d_in]`, whose product is added to its weight.
+    `PATH.low_rank_up` and `PATH.low_rank_down`, `[d_out, rank]` and `[rank, d_in]`, whose product its weight gains.
 
     The pass minimises KL(dense || stitched), the mean over tokens, by AdamW without weight decay. The learning rate
     rises over the first tenth of the steps and falls to zero as a cosine. `file` keeps the result, and before that the
@@ -78,7 +78,9 @@ def refit(
     identity = _identity(genome, config, provenance)
     done, tensors = _read(file, identity)
     parallel.wait_for_all()  # every process has read the file before the first one writes it
-    steps = -(-len(token_ids) // config.batch_size)
+    steps, idle = -(-len(token_ids) // config.batch_size), parallel.processes() - config.batch_size
+    if idle > 0 and parallel.first():
+        say(f"refit: {idle} processes wait for those that share steps of {config.batch_size} (--refit.batch-size)")
     counted = torch.ones_like(token_ids, dtype=torch.bool) if counts is None else counts
     each = (tensor.split(config.batch_size)[done:] for tensor in (token_ids, counted))
     together = sequences_at_once(stitcher.dense.device, token_ids.shape[1])
@@ -120,7 +122,10 @@ def refitted(
 
 
 def _identity(genome: Genome, config: RefitConfig, provenance: dict[str, Any]) -> dict[str, Any]:
-    return as_json(provenance | {"genome": genome.levels, "refit": asdict(config)})
+    settings = asdict(config)
+    if not config.rank:
+        del settings["rank"]  # which earlier versions did not have
+    return as_json(provenance | {"genome": genome.levels, "refit": settings})
 
 
 class _Batch(NamedTuple):
@@ -222,11 +227,11 @@ def set_refitted(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     """Put what `refit` has returned into a model that was stitched alike, in the model's precision."""
     open_up(model, weights)
     for path, weight in weights.items():
-        module, _, leaf = path.rpartition(".")
-        if leaf == "down":
-            old, up = linear_at(model, module).weight, weights[f"{module}.up"]
+        module, _, kind = path.rpartition(".")
+        if kind == DOWN:
+            old, up = linear_at(model, module).weight, weights[f"{module}.{UP}"]
             _replace(model, module, (old.float() + (up @ weight).to(old.device)).to(old))
-        elif leaf != "up":
+        elif kind != UP:
             _replace(model, path, weight.to(linear_at(model, path).weight))
 
 
