@@ -134,7 +134,7 @@ def eliminations(name: str, model: PreTrainedModel, device: torch.device) -> lis
 
 
 def passes(name: str, model: PreTrainedModel, device: torch.device, length: int) -> list[Measured]:
-    """Calibration's forward, a scored batch and a training step of consumers, of two blocks and the output embedding."""
+    """Of two blocks and the output embedding: calibration's forward, a scored batch, a training step of consumers."""
     ids = torch.randint(model.config.vocab_size, (1, length), device=device)
     decoder: Any = model.get_decoder()
     rows = []

@@ -69,6 +69,27 @@ def test_a_run_of_the_first_version_is_refused(config: RunConfig, tmp_path: Path
     assert runs.files(tmp_path / "run") == before
 
 
+def test_a_run_that_began_before_refits_had_a_rank_goes_on_as_it_began(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Its consumers alone were trained. What its refit would be counts only where there is one."""
+    begun = replace(config, refit=replace(config.refit, rank=0))
+    compress.run(begun, until="export")
+    settings, refitted = tmp_path / "run" / "run.yaml", tmp_path / "run" / "refit" / "searched.safetensors"
+    earlier = settings.read_text().replace("\n  rank: 0", "")
+    assert earlier != settings.read_text()
+    settings.write_text(earlier)
+    before = refitted.read_bytes()
+    assert b'"rank"' not in before[:4096]
+    assert Run.open(tmp_path / "run").config == begun
+    refused(config, capsys, 2, "holds another run", f"its refit.rank is 0, not {config.refit.rank}")
+    compress.run(begun, until="export")
+    assert refitted.read_bytes() == before
+    without = replace(config, out=str(tmp_path / "without"), refit=replace(begun.refit, tokens=0))
+    compress.run(without, until="database")
+    compress.run(replace(without, refit=replace(config.refit, tokens=0, batch_size=7)), until="database")
+
+
 def test_directory_that_holds_something_else(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "letters.partial").write_text("mine")
