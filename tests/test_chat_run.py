@@ -64,7 +64,9 @@ def config(model: Path, mixture: str, tmp_path_factory: pytest.TempPathFactory) 
     stages = tuple(replace(stage, training_tokens=0) for stage in runs.SHORT.search.stages)
     search = replace(runs.SHORT.search, stages=stages, scrambled=0.0)
     made = runs.short(model, Path("-"), tmp_path_factory.mktemp("run") / "run", calibration=calibration, search=search)
-    made = replace(made, data=mixture, refit=RefitConfig(tokens=640, batch_size=4, learning_rate=1e-2))
+    # Of consumers alone: at this rate Adam takes whole steps along gradients of updates that are all rounding.
+    refit = RefitConfig(tokens=640, batch_size=4, learning_rate=1e-2, rank=0)
+    made = replace(made, data=mixture, refit=refit, dtype="float32")
     run(made)
     return made
 
