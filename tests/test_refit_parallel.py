@@ -40,7 +40,7 @@ raise SystemExit(main())
 def alone(checkpoints: dict[str, Path], text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run of one process."""
     out = tmp_path_factory.mktemp("alone") / "run"
-    config = runs.short(checkpoints["llama-gqa"], text, out, refit=REFIT)
+    config = runs.short(checkpoints["llama-gqa"], text, out, refit=REFIT, dtype="float32")
     assert runs.call(*runs.command(config, name="compress")) == 0
     return config
 
