@@ -17,7 +17,7 @@ from test_parallel import torchrun
 pytestmark = pytest.mark.slow  # several processes, each of which imports torch
 
 LENGTH = 32
-REFIT = RefitConfig(tokens=10 * LENGTH, learning_rate=1e-2, batch_size=4)  # the last step has two sequences
+REFIT = RefitConfig(tokens=10 * LENGTH, learning_rate=1e-3, batch_size=4)  # the last step has two sequences
 
 BEGIN = """
 import sys, os, signal
