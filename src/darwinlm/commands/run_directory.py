@@ -52,6 +52,7 @@ FREE = (
 
 
 PRECISION = "precision.json"
+THRIFT = "give it less --memory, or while the database is built, another --out with a lower --calibration.batch-size"
 AS_A_LIST = "search one on this model and these levels, or give its levels as a JSON list"
 ARCHIVE = ("PytorchStreamReader", "PytorchStreamWriter", "inline_container")  # torch's own words for a bad file
 
@@ -374,9 +375,6 @@ def _differences(old: Any, new: Any, name: str = "") -> dict[str, str]:
     for key in dict.fromkeys([*old, *new]):
         differences |= _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
     return differences
-
-
-THRIFT = "give it less --memory, or while the database is built, another --out with a lower --calibration.batch-size"
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from darwinlm.report.html import Block, Chart, Note, Section, Table, safe
 from darwinlm.report.html import Grid as ChartGrid
 from darwinlm.report.run_page import answers_section, provenance_blocks, stages_blocks, writings
 from darwinlm.runtime.stages import StageUse
-from darwinlm.types import Generation, Kind
+from darwinlm.types import Generation, Genome, Kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +231,7 @@ def _units_chart(grid: Grid, kind: Kind, cells: Sequence[Cell]) -> Chart:
     members = [i for i, unit in enumerate(grid.units) if unit.kind == kind]
     blocks, most = ([getattr(grid.units[i], what) for i in members] for what in ("block", "structures"))
     names = [cell.method for cell in cells]
-    left = [[grid.units[i].structures - grid.removed[i][cell.levels[i]] for i in members] for cell in cells]
+    left = [[grid.left(Genome(cell.levels))[i] for i in members] for cell in cells]
     shares = [[round(100 * n / of, 1) for n, of in zip(row, most, strict=True)] for row in left]
     rows = [[str(block), str(of), *map(str, row)] for block, of, *row in zip(blocks, most, *left, strict=True)]
     table = Table(["block", DENSE, *names], rows, "The figures of every unit", folded=True)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from darwinlm.genome import Grid
+from darwinlm.model.families import linear_at
 from darwinlm.types import Genome
 
 UP, DOWN = "low_rank_up", "low_rank_down"  # in names of weights, where no family has modules that are called so
@@ -41,9 +42,7 @@ def add_updates(model: nn.Module, paths: Iterable[str], rank: int) -> dict[str, 
     """Give linear modules low-rank updates, and return what trains, in float32, by path with `.UP` or `.DOWN`."""
     generator, weights = torch.Generator().manual_seed(SEED), dict[str, nn.Parameter]()
     for path in paths:
-        linear = model.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
-        module = LowRank(linear, rank, generator)
+        module = LowRank(linear_at(model, path), rank, generator)
         model.set_submodule(path, module)
         weights |= {f"{path}.{DOWN}": module.down, f"{path}.{UP}": module.up}
     return weights

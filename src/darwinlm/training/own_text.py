@@ -153,12 +153,12 @@ class Writer:
             if written >= self.tokens:
                 break
         parallel.wait_for_all()  # every process has read the batches before the first one deletes them
-        with parallel.first_before_others():
-            if parallel.first():
-                say(f"{self.source}: {len(texts):,} texts of {written:,} tokens, in {self.file}")
-                write_record(self.file.with_suffix(".json"), {"texts": len(texts), "written": written}, self.provenance)
-                write_text(self.file, "".join(line["document"] + "\n" for line in texts))
-                shutil.rmtree(done)
+        if parallel.first():
+            say(f"{self.source}: {len(texts):,} texts of {written:,} tokens, in {self.file}")
+            write_record(self.file.with_suffix(".json"), {"texts": len(texts), "written": written}, self.provenance)
+            write_text(self.file, "".join(line["document"] + "\n" for line in texts))
+            shutil.rmtree(done)
+        parallel.wait_for_all()
 
     def _prompts(self) -> Iterator[Prompt]:
         """All prompts, and where answers are sampled, again and again."""
